@@ -1,0 +1,1 @@
+"""Trivet: the post-training engine. Start at train.py (the loop) and types.py (what travels through it)."""

@@ -1,0 +1,332 @@
+"""A run as a typed Python value: frozen dataclasses that check themselves, and overrides by dotted name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's rotary scaling: wavelengths beyond `original_length / low` are stretched by `factor`, those below `original_length / high` kept."""
+
+    factor: float = 8.0
+    low: float = 1.0
+    high: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shape of a Llama-family model. `ffn` is the width of one of SwiGLU's two branches."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    head_dim: int = 0  # 0: hidden / heads
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+    max_length: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
+        if not self.head_dim:
+            if self.hidden % self.heads:
+                raise ValueError(f"model.hidden={self.hidden} must be a multiple of model.heads={self.heads}, or set model.head_dim")
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of one replica, without padding."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return self.layers * layer + self.hidden * self.vocab * (1 if self.tied else 2) + self.hidden
+
+    @staticmethod
+    def from_hf(config: dict[str, Any]) -> Llama:
+        """Read a Hugging Face config.json. Raises ValueError for what this engine cannot represent, rather than guess."""
+        kind = config.get("model_type")
+        if kind != "llama":
+            raise ValueError(f"config.json: model_type={kind!r} is not supported; use a Llama-architecture model (model_type 'llama')")
+        for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if config.get(name, wanted) != wanted:
+                raise ValueError(f"config.json: {name}={config[name]!r} is not supported; this engine needs {wanted!r}")
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
+        return Llama(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            ffn=config["intermediate_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            vocab=config["vocab_size"],
+            head_dim=config.get("head_dim") or 0,
+            rope_theta=theta,
+            rope_scaling=_rope_scaling(rope),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            tied=config.get("tie_word_embeddings", False),
+            max_length=config.get("max_position_embeddings", 8192),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that transformers reads as LlamaForCausalLM."""
+        scaling = self.rope_scaling
+        rope = None if scaling is None else {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_length,
+        }  # fmt: skip
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": rope,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": self.max_length,
+        }
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; use 'llama3' or none")
+    return RopeScaling(
+        rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which weights to start from: `path` (a folder, a Hugging Face id, or smollm2-135m-instruct), or random ones of shape `init`."""
+
+    path: str = ""
+    init: Llama | None = None
+    tokenizer: str = ""  # default: the model's own; "bytes" is the built-in byte-level one
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.init):
+            raise ValueError("model: give either path (existing weights) or init (a Llama shape with random weights)")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW. Norms and biases never decay. `warmup` is a share of all steps."""
+
+    lr: float
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        if self.lr < 0 or not 0 <= self.warmup < 1 or self.clip < 0:
+            raise ValueError(f"optim: lr={self.lr} and clip={self.clip} must not be negative, warmup={self.warmup} is a share in [0, 1)")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of `step` (from 0) of `steps`: linear warm-up to `lr`, then the schedule down to 0."""
+        warmup = round(self.warmup * steps)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - warmup) / max(1, steps - warmup)
+        return self.lr * (1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The grid. Data parallelism is what is left of the world: dp = world size / (tp * pp)."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1  # virtual stages a pipeline rank holds (interleaved 1F1B)
+    count_embedding: bool = False  # the embedding takes a layer's slot when layers are dealt to stages
+    count_loss: bool = False  # and so does the output layer
+    stages: tuple[int, ...] = ()  # or deal by hand: layers of each of the pp * vpp stages, in order
+    recompute: Literal["none", "selective", "full"] = "none"
+    distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp of at least 2, or vpp=1")
+
+    def check(self, model: Llama, world_size: int) -> None:
+        """Raise ValueError unless this grid can hold `model` on `world_size` ranks; the message names values that can."""
+        tp, pp = self.tp, self.pp
+        if model.heads % tp or model.kv_heads % tp or model.ffn % tp:
+            good = [n for n in range(1, model.kv_heads + 1) if not (model.heads % n or model.kv_heads % n or model.ffn % n)]
+            raise ValueError(
+                f"parallel.tp={tp} must divide model.heads={model.heads}, model.kv_heads={model.kv_heads} and model.ffn={model.ffn}; use {_one_of(good)}"
+            )
+        if world_size % (tp * pp):
+            raise ValueError(
+                f"the world has {world_size} ranks, which parallel.tp={tp} x parallel.pp={pp} = {tp * pp} must divide; "
+                f"start a multiple of {tp * pp} (torchrun --nproc-per-node {tp * pp} ...) or change parallel.tp/pp"
+            )
+        if self.stages:
+            if len(self.stages) != pp * self.vpp or sum(self.stages) != model.layers or min(self.stages) < 0:
+                raise ValueError(
+                    f"parallel.stages={self.stages} must give layers for pp x vpp = {pp * self.vpp} stages that sum to model.layers={model.layers}"
+                )
+            return
+        slots, chunks = model.layers + self.count_embedding + self.count_loss, pp * self.vpp
+        if slots % chunks:
+            good = [n for n in range(1, slots + 1) if slots % (n * self.vpp) == 0]
+            extra = "" if slots == model.layers else f" ({slots} slots with embedding and loss counted)"
+            raise ValueError(
+                f"parallel.pp={pp} x vpp={self.vpp} must divide model.layers={model.layers}{extra}; with vpp={self.vpp} use pp of {_one_of(good)}"
+            )
+
+    def padded_vocab(self, vocab: int) -> int:
+        """`vocab` rounded up so that each shard's rows stay 16-byte aligned and the padding is the same for tp 1, 2, 4 and 8."""
+        multiple = math.lcm(64, 8 * self.tp)
+        return -(-vocab // multiple) * multiple
+
+
+def _one_of(values: list[int]) -> str:
+    return ", ".join(map(str, values[:-1])) + (" or " if len(values) > 1 else "") + str(values[-1])
+
+
+@dataclass(frozen=True)
+class Logging:
+    """Where numbers go besides the terminal and metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str = ""  # set it to log to Weights & Biases
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, whole. `algorithm` is a config from engine/algorithms; its `start(policy, run)` gives collect and loss."""
+
+    model: Model
+    algorithm: Any
+    optim: Optim
+    parallel: Parallel = field(default_factory=Parallel)
+    out: str = "runs/run"
+    steps: int = 0  # 0: as many as the algorithm's epochs take
+    tokens_per_microbatch: int = 4096
+    seed: int = 0
+    save_every: int = 0  # 0: only at the end
+    keep_last: int = 2
+    eval_every: int = 0  # 0: only at the start and the end, where there is held-out data
+    logging: Logging = field(default_factory=Logging)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("tokens_per_microbatch", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: everything but where and how it is computed, saved and logged."""
+        elsewhere = {"parallel", "tokens_per_microbatch", "out", "save_every", "keep_last", "eval_every", "logging"}
+        return {name: value for name, value in to_dict(self).items() if name not in elsewhere}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values; nested dataclasses carry their class name under "is"."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {"is": type(value).__name__} | {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+def override(config: Any, assignments: list[str]) -> Any:
+    """`config` with dotted fields replaced: override(run, ["optim.lr=2e-6", "parallel.tp=2"]).
+
+    Values are read by the field's type; lists and tuples are written as JSON. Raises ValueError naming the nearest fields for an unknown one.
+    """
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"override {assignment!r} is not of the form name=value, such as optim.lr=2e-6")
+        config = _replaced(config, name.split("."), text, name)
+    return config
+
+
+def _replaced(config: Any, path: list[str], text: str, whole: str) -> Any:
+    names = [f.name for f in fields(config)]
+    if path[0] not in names:
+        near = difflib.get_close_matches(path[0], names, n=3, cutoff=0.4) or names
+        prefix = whole[: len(whole) - len(".".join(path))]
+        raise ValueError(f"unknown setting {whole!r}; nearest: {', '.join(prefix + n for n in near)}")
+    value = getattr(config, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(value):
+            raise ValueError(f"{whole!r}: {'.'.join(path[:1])} is {value!r} and has no field {path[1]!r}")
+        return replace(config, **{path[0]: _replaced(value, path[1:], text, whole)})
+    return replace(config, **{path[0]: _parsed(text, typing.get_type_hints(type(config))[path[0]], whole)})
+
+
+def _parsed(text: str, kind: Any, name: str) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    try:
+        if origin in (typing.Union, types.UnionType):
+            if text.lower() in ("none", "null"):
+                return None
+            return _parsed(text, next(o for o in options if o is not type(None)), name)
+        if origin is Literal:
+            if text in options:
+                return text
+            raise ValueError(f"one of {', '.join(options)}")
+        if kind is bool:
+            if text.lower() in ("true", "1", "yes", "false", "0", "no"):
+                return text.lower() in ("true", "1", "yes")
+            raise ValueError("true or false")
+        if kind in (int, float):
+            return kind(text)
+        if origin is tuple:
+            value = json.loads(text)
+            return tuple(value) if isinstance(value, list) else (value,)
+        if kind is str:
+            return text
+    except ValueError as error:
+        wanted = str(error) if origin is Literal or kind is bool else getattr(kind, "__name__", str(kind))
+        raise ValueError(f"{name}={text} cannot be read; it takes {wanted}") from None
+    raise ValueError(f"{name} cannot be set from the command line; set it in the recipe")

@@ -1,0 +1,88 @@
+"""The five nouns that travel through the engine, and the letters their shapes are written in.
+
+    T  tokens of a microbatch          L  predicted tokens of one sequence (it holds L + 1 ids)
+    S  sequences of a microbatch       D  hidden size          V  vocabulary shard of a rank
+    H  attention heads                 K  size of a head       G  samples of one prompt
+
+Prompt -> Sample (one sequence, host memory) -> Packed (one microbatch, device memory) -> Step (one optimizer step of a rank)
+-> Loss (a sum and a count, never a mean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question that a policy is asked, with what a verifier needs to judge the answer."""
+
+    tokens: np.ndarray  # int32 [L]
+    truth: Any = None
+    verifier: str = ""
+    id: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence on the host. Position t predicts tokens[t + 1]; mask[t] says whether that prediction counts."""
+
+    tokens: np.ndarray  # int32 [L + 1]
+    mask: np.ndarray  # uint8 [L]
+    group: int = -1  # samples of one group (a DPO pair) share a microbatch; -1: on its own
+    reward: float | None = None
+    advantage: np.ndarray | None = None  # float32 [L], and so the rest
+    old_logprob: np.ndarray | None = None
+    ref_logprob: np.ndarray | None = None
+    value: np.ndarray | None = None
+    version: int = 0  # the optimizer step whose weights sampled it
+
+    @property
+    def length(self) -> int:
+        """L, the number of predicted tokens: what a token budget counts."""
+        return len(self.tokens) - 1
+
+
+@dataclass
+class Packed:
+    """One microbatch: S sequences laid end to end. Padding, if any, is the last sequence, masked, with index -1."""
+
+    tokens_T: torch.Tensor  # int64
+    targets_T: torch.Tensor  # int64, tokens shifted by one within each sequence
+    positions_T: torch.Tensor  # int64, from 0 in each sequence
+    mask_T: torch.Tensor  # bool
+    cu_seqlens: torch.Tensor  # int32 [S + 1], always on the host: lengths are data, and attention reads them there
+    index_S: tuple[int, ...]  # which sample of the batch each sequence is
+    advantage_T: torch.Tensor | None = None  # float32, and so the rest
+    old_logprob_T: torch.Tensor | None = None
+    ref_logprob_T: torch.Tensor | None = None
+    value_T: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Packed:
+        """The same microbatch with its token tensors on `device`; cu_seqlens stays on the host."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name.endswith("_T") and (value := getattr(self, f.name)) is not None
+        }
+        return Packed(**{**self.__dict__, **moved})
+
+
+Step = list[Packed]  # the microbatches of one rank for one optimizer step; every data-parallel rank has equally many
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss function says of one microbatch: sums and counts, so that no number depends on how a batch was cut."""
+
+    total: torch.Tensor  # scalar, differentiable: a SUM
+    count: int  # what the total of the whole step is divided by, summed over microbatches and ranks
+    metrics: dict[str, tuple[torch.Tensor | float, int]]  # name -> (sum, count)
+
+
+LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, microbatch) -> Loss
