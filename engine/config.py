@@ -215,10 +215,11 @@ class Parallel:
                 f"parallel.pp={pp} x vpp={self.vpp} must divide model.layers={model.layers}{extra}; with vpp={self.vpp} use pp of {_one_of(good)}"
             )
 
-    def padded_vocab(self, vocab: int) -> int:
-        """`vocab` rounded up so that each shard's rows stay 16-byte aligned and the padding is the same for tp 1, 2, 4 and 8."""
-        multiple = math.lcm(64, 8 * self.tp)
-        return -(-vocab // multiple) * multiple
+
+def padded_vocab(vocab: int, tp: int) -> int:
+    """`vocab` rounded up so that each of `tp` shards keeps its rows 16-byte aligned, by the same padding for tp 1, 2, 4 and 8."""
+    multiple = math.lcm(64, 8 * tp)
+    return -(-vocab // multiple) * multiple
 
 
 def _one_of(values: list[int]) -> str:

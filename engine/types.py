@@ -72,6 +72,20 @@ class Packed:
         }
         return Packed(**{**self.__dict__, **moved})
 
+    def padded(self, total: int) -> Packed:
+        """The same microbatch with masked tokens added behind it, so that T is `total`."""
+        extra = total - len(self.tokens_T)
+        if extra == 0:
+            return self
+        longer = {
+            f.name: torch.nn.functional.pad(value, (0, extra))
+            for f in fields(self)
+            if f.name.endswith("_T") and (value := getattr(self, f.name)) is not None
+        }
+        longer["positions_T"][-extra:] = torch.arange(extra)
+        cu_seqlens = torch.cat([self.cu_seqlens, self.cu_seqlens.new_tensor([total])])
+        return Packed(**{**self.__dict__, **longer, "cu_seqlens": cu_seqlens, "index_S": (*self.index_S, -1)})
+
 
 Step = list[Packed]  # the microbatches of one rank for one optimizer step; every data-parallel rank has equally many
 

@@ -1,0 +1,110 @@
+"""Causal attention over packed sequences: the one swap inside megatron's SelfAttention, and what travels to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from engine.config import Llama
+from engine.types import Packed
+
+Attend = Callable[[Tensor, Tensor, Tensor, "Flight"], Tensor]  # q [T, H, K], k and v [T, KV, K] -> [T, H, K]
+
+
+@dataclass
+class Flight(PackedSeqParams):
+    """One microbatch on its way through the model. It rides in megatron's own `packed_seq_params` argument, from embedding to log-probs."""
+
+    lengths: tuple[int, ...] = ()  # tokens of each sequence, on the host
+    cos_TK: Tensor = None  # type: ignore[assignment]  # [T, 1, K/2], made once for all layers
+    sin_TK: Tensor = None  # type: ignore[assignment]
+    rows_M: Tensor = None  # type: ignore[assignment]  # tokens whose log-probs are wanted
+
+    @staticmethod
+    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device, dtype: torch.dtype) -> Flight:
+        """`packed` is on the host; what the model needs of it goes to `device`."""
+        lengths = packed.cu_seqlens.diff().tolist()
+        angles = packed.positions_T.float()[:, None, None] * rope_frequencies(model)
+        cu_seqlens = packed.cu_seqlens.to(device)
+        longest = max(lengths)
+        return Flight(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            lengths=tuple(lengths),
+            cos_TK=angles.cos().to(device, dtype),
+            sin_TK=angles.sin().to(device, dtype),
+            rows_M=rows_M.to(device),
+        )
+
+
+def rope_frequencies(model: Llama) -> Tensor:
+    """Radians per position of each pair of a head's dimensions, float32 [K/2] (RoFormer, arXiv 2104.09864; Llama 3.1's scaling)."""
+    frequency = model.rope_theta ** -(torch.arange(0, model.head_dim, 2).double() / model.head_dim)
+    if (scaling := model.rope_scaling) is not None:
+        turns = scaling.original_length * frequency / (2 * math.pi)  # over the original context
+        keep = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    return frequency.float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + K/2) of each head: x [T, H, K], cos and sin [T, 1, K/2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class PackedAttention(torch.nn.Module):
+    """Stands where megatron's core_attention stood. Rotary embedding by the flight's positions, then attention within each sequence."""
+
+    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, attend: Attend, **_: Any):
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Flight, **__: Any) -> Tensor:
+        flight = packed_seq_params
+        query, key = rotate(query, flight.cos_TK, flight.sin_TK), rotate(key, flight.cos_TK, flight.sin_TK)
+        return self.attend(query, key, value, flight).flatten(1)
+
+
+def attend_for(on_gpu: bool) -> Attend:
+    """flash-attn's varlen kernel where installed, else torch's own, on GPUs; elsewhere scaled_dot_product_attention sequence by sequence."""
+    if not on_gpu:
+        return attend_by_sequence
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return attend_varlen
+
+    def attend_flash(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
+        cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
+        return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True)
+
+    return attend_flash
+
+
+def attend_varlen(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
+    """torch's flash attention over cu_seqlens (bf16 or fp16)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
+    return varlen_attn(query, key, value, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)  # type: ignore[return-value]
+
+
+def attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
+    """The same in fp32 on CPU, one sequence at a time."""
+    parts = zip(*(x.split(flight.lengths) for x in (query, key, value)), strict=True)
+    out = []
+    for q, k, v in parts:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)

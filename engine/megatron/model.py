@@ -1,0 +1,164 @@
+"""A Llama as megatron-core's GPTModel, with two swaps: our packed attention, and a last stage that returns log-probs instead of logits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from engine.config import Llama, Parallel, padded_vocab
+from engine.megatron.attention import Flight, PackedAttention, attend_for
+from engine.world import World
+from triton_kernels import linear_logprob
+
+SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
+
+
+def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype) -> TransformerConfig:
+    """megatron's description of `model` on this grid. Weights are left uninitialised: weights.py fills every one."""
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.tp > 1,
+        variable_seq_lengths=parallel.pp > 1 and parallel.vpp == 1,
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
+        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, of dense models too
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=world.seat != "cpu",  # gloo may still be sending them
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=world.on_gpu,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **_stages(parallel),
+        **_recompute(parallel),
+    )
+
+
+def _leave(weight: Tensor) -> None:
+    """An initialiser that does not: meta tensors cannot, and weights.py will."""
+
+
+def _stages(parallel: Parallel) -> dict[str, Any]:
+    virtual = parallel.vpp if parallel.vpp > 1 else None
+    if not parallel.stages:
+        return {
+            "virtual_pipeline_model_parallel_size": virtual,
+            "account_for_embedding_in_pipeline_split": parallel.count_embedding,
+            "account_for_loss_in_pipeline_split": parallel.count_loss,
+        }
+    layout = [["decoder"] * layers for layers in parallel.stages]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return {"pipeline_model_parallel_layout": layout}
+
+
+def _recompute(parallel: Parallel) -> dict[str, Any]:
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if parallel.recompute == "selective":  # the MLP: with flash attention, recomputing attention would save nothing
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return {}
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, device: torch.device, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # megatron sums the gradients of such weights over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class LogprobModel(GPTModel):
+    """GPTModel whose last stage returns logprob_T: hidden states go straight to the log-probs of the flight's rows."""
+
+    def __init__(self, vocab_valid: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.vocab_valid = vocab_valid
+
+    def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        flight: Flight = kwargs["packed_seq_params"]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        tp = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
+        return linear_logprob(
+            hidden_states[:, 0],
+            weight,
+            labels[0],
+            rows_M=flight.rows_M,
+            group=tp.group_name if tp.size() > 1 else "",
+            vocab_start=tp.rank() * len(weight),
+            vocab_valid=self.vocab_valid,
+            mode="save" if len(flight.rows_M) * len(weight) * 4 <= SAVED_LOGITS_BYTES else "recompute",
+        )
+
+
+def build(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype) -> list[LogprobModel]:
+    """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made."""
+    config = transformer_config(model, parallel, world, dtype)
+    return [_build_stage(model, parallel, world, config, stage) for stage in range(parallel.vpp)]
+
+
+def _build_stage(model: Llama, parallel: Parallel, world: World, config: TransformerConfig, stage: int) -> LogprobModel:
+    vp_stage = stage if parallel.vpp > 1 else None
+    return LogprobModel(
+        vocab_valid=model.vocab,
+        config=config,
+        transformer_layer_spec=_layers(config, world, vp_stage),
+        vocab_size=padded_vocab(model.vocab, parallel.tp),
+        max_sequence_length=model.max_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=model.tied,
+        vp_stage=vp_stage,
+    )
+
+
+def _layers(config: TransformerConfig, world: World, vp_stage: int | None) -> TransformerBlockSubmodules:
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    norm = ModuleSpec(module=RMSNorm, params={"device": world.device})
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=PackedAttention, params={"attend": attend_for(world.on_gpu)}
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)

@@ -1,0 +1,135 @@
+"""Lets megatron-core, which says "cuda" throughout, run where this world's tensors live: on CPU, or on meta tensors.
+
+No fork and no patch of megatron's source: a TorchFunctionMode rewrites the device of tensor factories, and the few functions of torch.cuda that
+megatron calls are replaced while the seat is taken. On GPUs none of this happens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from engine.config import Parallel
+from engine.world import World
+
+TESTED_VERSION = "0.16.1"
+
+# Where the engine takes hold of megatron-core: (module, attribute, parameters that must be there, why).
+SITES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("models.gpt", "GPTModel._postprocess", ("hidden_states", "labels", "packed_seq_params"), "the last stage returns log-probs"),
+    ("models.gpt", "GPTModel.shared_embedding_or_output_weight", (), "tied output weights"),
+    ("models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec", ("normalization",), "the layer whose norms and attention we swap"),
+    ("transformer.attention", "SelfAttentionSubmodules", ("core_attention",), "our packed attention"),
+    ("transformer.attention", "SelfAttention.forward", ("packed_seq_params",), "the flight reaches attention"),
+    ("transformer.transformer_block", "TransformerBlockSubmodules", ("layer_specs", "layer_norm"), "our norms"),
+    ("transformer.transformer_block", "get_num_layers_to_build", ("config", "vp_stage"), "layers of a stage"),
+    ("pipeline_parallel", "get_forward_backward_func", (), "the schedules"),
+    ("distributed", "finalize_model_grads", ("model", "num_tokens"), "the one division by the global count"),
+    ("optimizer.optimizer", "ChainedOptimizer.prepare_grads", (), "the gradient norm is known before the step is taken"),
+    ("optimizer.optimizer", "ChainedOptimizer.step_with_ready_grads", (), "the gradient norm is known before the step is taken"),
+    ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32", ("parameters", "max_norm", "total_norm"), "clipping"),
+    ("dist_checkpointing", "save", ("sharded_strategy",), "checkpoints"),
+    ("dist_checkpointing.strategies.torch", "TorchDistSaveShardedStrategy.async_save", ("sharded_state_dict",), "checkpoints without spawned writers"),
+    ("dist_checkpointing.strategies.torch", "mcore_to_pyt_state_dict", (), "checkpoints without spawned writers"),
+    ("dist_checkpointing.strategies.torch", "_replace_state_dict_keys_with_sharded_keys", (), "checkpoints without spawned writers"),
+    ("tensor_parallel.random", "model_parallel_cuda_manual_seed", ("seed",), "random states"),
+    ("parallel_state", "initialize_model_parallel", ("create_gloo_process_groups",), "the grid"),
+)  # fmt: skip
+
+
+def moved_sites(sites: tuple[tuple[str, str, tuple[str, ...], str], ...] = SITES) -> list[str]:
+    """One line for each site of the installed megatron-core that is no longer where the engine expects it; empty when all are."""
+    return [line for site in sites if (line := _moved(*site))]
+
+
+def _moved(module: str, path: str, parameters: tuple[str, ...], why: str) -> str | None:
+    where = f"megatron.core.{module}.{path}"
+    try:
+        found: Any = importlib.import_module(f"megatron.core.{module}")
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        return f"{where} is gone ({error}); it is needed for: {why}"
+    missing = [p for p in parameters if p not in inspect.signature(found).parameters]
+    return f"{where} no longer takes {', '.join(missing)}; it is needed for: {why}" if missing else None
+
+
+class _Redirect(TorchFunctionMode):
+    """device="cuda" becomes `device`, and tensors answer type() as if they lived on a GPU (megatron groups gradients by that string)."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs = {**kwargs, "device": self.device}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return "torch.cuda." + func(*args).rsplit(".", 1)[-1]
+        return func(*args, **kwargs)
+
+
+def _stand_ins(device: torch.device) -> dict[str, Callable[..., Any]]:
+    # Distinct function objects: dynamo's rule table refuses one object under two names.
+    return {
+        "current_device": lambda: device,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.manual_seed(seed) and None,
+        "synchronize": lambda *a, **k: None,
+        "_lazy_init": lambda *a, **k: None,
+        "_lazy_call": lambda call, **k: None,
+    }
+
+
+@contextmanager
+def taken(world: World) -> Iterator[None]:
+    """While it is open, megatron-core computes on `world.device`. On GPUs it does nothing."""
+    if world.seat == "cuda":
+        yield
+        return
+    stand_ins = _stand_ins(world.device)
+    rng = {name: stand_ins[name] for name in ("get_rng_state", "set_rng_state")}
+    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.multiple(torch.cuda.random, **rng), _Redirect(world.device):
+        yield
+
+
+def make_grid(parallel: Parallel, world: World, seed: int = 0) -> None:
+    """Lay tensor, pipeline and data parallel groups over the world; the seat must be taken. A second policy of the same grid shares it.
+
+    Raises ValueError when the process already has another grid, RuntimeError when megatron-core is one the engine cannot hold on to.
+    """
+    import megatron.core
+    from megatron.core import parallel_state, tensor_parallel
+
+    if megatron.core.__version__ != TESTED_VERSION and (moved := moved_sites()):
+        raise RuntimeError(f"megatron-core {megatron.core.__version__} (tested: {TESTED_VERSION}): " + "; ".join(moved))
+    if parallel_state.model_parallel_is_initialized():
+        have = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+        if have != (parallel.tp, parallel.pp):
+            raise ValueError(f"this process already runs a grid of tp={have[0]}, pp={have[1]}; parallel.tp={parallel.tp}, pp={parallel.pp} must equal it")
+    else:
+        parallel_state.initialize_model_parallel(
+            parallel.tp,
+            parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            create_gloo_process_groups=False,
+        )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def leave_grid() -> None:
+    """Forget the grid, so that another can be made in this process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,74 @@
+"""What a policy needs to learn: gradient buffers, the optimizer, and one step of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from engine.config import Optim, Parallel
+from engine.megatron.model import LogprobModel
+from engine.world import World
+
+
+def wrap(chunks: list[LogprobModel], parallel: Parallel, world: World) -> list[DistributedDataParallel]:
+    """Each stage inside megatron's DDP: fp32 gradient buffers, reduced over replicas (overlapped with backward where nccl is there)."""
+    overlap = world.on_gpu
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and parallel.distributed_optimizer,
+    )
+    # Buckets of later stages are reduced only when all of backward is done: nothing is left to overlap with there.
+    stages = [DistributedDataParallel(c.config, config, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+    shared = chunks[0].config
+    shared.finalize_model_grads_func = finalize_model_grads
+    shared.no_sync_func = _each(stages, "no_sync")
+    if overlap:
+        shared.grad_sync_func = _each(stages, "start_grad_sync")
+    return stages
+
+
+def _each(stages: list[DistributedDataParallel], name: str) -> Any:
+    """megatron's schedules take a list of functions for virtual stages, and one function otherwise."""
+    functions = [getattr(stage, name) for stage in stages]
+    return functions if len(functions) > 1 else functions[0]
+
+
+def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel: Parallel, dtype: torch.dtype) -> Any:
+    """AdamW with fp32 master weights, its state sharded over replicas if asked for. Norms and biases do not decay."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=stages[0].ddp_config.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, stages, use_gloo_process_groups=False)
+
+
+@torch.no_grad()
+def step(optimizer: Any, optim: Optim, lr: float) -> float:
+    """Clip and step; returns the global gradient norm before clipping. A norm that is not finite leaves everything as it was."""
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr, optim.weight_decay * group["wd_mult"]
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    for inner in optimizer.chained_optimizers:
+        if optim.clip and (parameters := inner.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, max_norm=optim.clip, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return norm

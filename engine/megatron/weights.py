@@ -1,0 +1,262 @@
+"""Hugging Face folder <-> this grid's shards. One table (`pieces`) says which run of rows or columns of which tensor is where; import reads it
+one way, export the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.config import Llama, padded_vocab
+from engine.megatron.model import LogprobModel
+from engine.world import World
+
+SHARD_BYTES = 4 << 30  # of an exported safetensors file
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`length` rows (dim 0) or columns (dim 1): from `there` of the Hugging Face tensor `name`, at `here` of a rank's parameter."""
+
+    name: str
+    dim: int
+    there: int
+    here: int
+    length: int
+
+
+def pieces(parameter: str, model: Llama, tp: int, rank: int) -> list[Piece]:
+    """The table: what tensor-parallel rank `rank` of `tp` holds in `parameter` (megatron's name, layers counted over the whole model)."""
+    if parameter == "embedding.word_embeddings.weight":
+        return _vocab("model.embed_tokens.weight", model, tp, rank)
+    if parameter == "output_layer.weight":
+        return _vocab("model.embed_tokens.weight" if model.tied else "lm_head.weight", model, tp, rank)
+    if parameter == "decoder.final_layernorm.weight":
+        return [Piece("model.norm.weight", 0, 0, 0, model.hidden)]
+    _, _, layer, part = parameter.split(".", 3)
+    prefix = f"model.layers.{layer}."
+    heads, ffn = model.heads // tp * model.head_dim, model.ffn // tp
+    match part:
+        case "input_layernorm.weight":
+            return [Piece(prefix + "input_layernorm.weight", 0, 0, 0, model.hidden)]
+        case "pre_mlp_layernorm.weight":
+            return [Piece(prefix + "post_attention_layernorm.weight", 0, 0, 0, model.hidden)]
+        case "self_attention.linear_qkv.weight":
+            return _qkv(prefix + "self_attn.", model, tp, rank)
+        case "self_attention.linear_proj.weight":
+            return [Piece(prefix + "self_attn.o_proj.weight", 1, rank * heads, 0, heads)]
+        case "mlp.linear_fc1.weight":  # gate then up, within each rank
+            return [
+                Piece(prefix + f"mlp.{branch}_proj.weight", 0, rank * ffn, i * ffn, ffn) for i, branch in enumerate(("gate", "up"))
+            ]
+        case "mlp.linear_fc2.weight":
+            return [Piece(prefix + "mlp.down_proj.weight", 1, rank * ffn, 0, ffn)]
+    raise AssertionError(f"no row in the table for {parameter}")
+
+
+def _vocab(name: str, model: Llama, tp: int, rank: int) -> list[Piece]:
+    """Rows beyond the vocabulary are padding: no piece names them."""
+    shard = padded_vocab(model.vocab, tp) // tp
+    length = min(shard, model.vocab - rank * shard)
+    return [Piece(name, 0, rank * shard, 0, length)] if length > 0 else []
+
+
+def _qkv(prefix: str, model: Llama, tp: int, rank: int) -> list[Piece]:
+    """For each key-value head: the query heads that share it, then its key, then its value."""
+    query, size = model.heads // model.kv_heads * model.head_dim, model.head_dim
+    rows, here = [], 0
+    for group in range(rank * model.kv_heads // tp, (rank + 1) * model.kv_heads // tp):
+        for name, there, length in (("q", group * query, query), ("k", group * size, size), ("v", group * size, size)):
+            rows.append(Piece(f"{prefix}{name}_proj.weight", 0, there, here, length))
+            here += length
+    return rows
+
+
+def shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the Hugging Face model."""
+    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    layer = {
+        "input_layernorm.weight": (model.hidden,),
+        "post_attention_layernorm.weight": (model.hidden,),
+        "self_attn.q_proj.weight": (query, model.hidden),
+        "self_attn.k_proj.weight": (kv, model.hidden),
+        "self_attn.v_proj.weight": (kv, model.hidden),
+        "self_attn.o_proj.weight": (model.hidden, query),
+        "mlp.gate_proj.weight": (model.ffn, model.hidden),
+        "mlp.up_proj.weight": (model.ffn, model.hidden),
+        "mlp.down_proj.weight": (model.hidden, model.ffn),
+    }
+    named = {"model.embed_tokens.weight": (model.vocab, model.hidden), "model.norm.weight": (model.hidden,)}
+    if not model.tied:
+        named["lm_head.weight"] = (model.vocab, model.hidden)
+    return named | {f"model.layers.{i}.{name}": shape for i in range(model.layers) for name, shape in layer.items()}
+
+
+class Origin(Protocol):
+    """Where weights come from: anything that can read a run of rows or columns of a named tensor."""
+
+    def read(self, piece: Piece) -> Tensor: ...
+
+
+class RandomOrigin:
+    """N(0, 0.02) weights and norms of one, a function of (seed, tensor name) alone: every layout starts from the same model."""
+
+    def __init__(self, model: Llama, seed: int):
+        self.shapes, self.seed = shapes(model), seed
+        self.draw = lru_cache(maxsize=3)(self._draw)  # q, k and v are read in turns
+
+    def read(self, piece: Piece) -> Tensor:
+        return self.draw(piece.name).narrow(piece.dim, piece.there, piece.length)
+
+    def _draw(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))) * 0.02
+
+
+class FolderOrigin:
+    """A Hugging Face folder, one safetensors file or many, read lazily: a rank reads only its own runs.
+
+    Raises ValueError, naming the file, for a shard that is missing, cut short or corrupt, and for tensors that do not fit config.json.
+    """
+
+    def __init__(self, folder: Path, model: Llama):
+        self.folder = folder
+        self.files = _index(folder)
+        wanted = shapes(model)
+        if model.tied:  # some folders store the tied copy too
+            self.files.pop("lm_head.weight", None)
+        self.files = {name: file for name, file in self.files.items() if not name.endswith("rotary_emb.inv_freq")}
+        if missing := sorted(wanted.keys() - self.files.keys()):
+            raise ValueError(f"{folder}: {len(missing)} tensors of the model are missing from its safetensors, such as {missing[0]}")
+        if extra := sorted(self.files.keys() - wanted.keys()):
+            raise ValueError(f"{folder}: {extra[0]} is no tensor of the Llama that config.json describes; {len(extra)} such tensors")
+        self.handles = {file: _open(folder / file) for file in sorted(set(self.files.values()))}
+        for name, shape in wanted.items():
+            found = tuple(self.handles[self.files[name]].get_slice(name).get_shape())
+            if found != shape:
+                raise ValueError(f"{folder / self.files[name]}: {name} has shape {found}, but config.json asks for {shape}")
+
+    def read(self, piece: Piece) -> Tensor:
+        view = self.handles[self.files[piece.name]].get_slice(piece.name)
+        run = slice(piece.there, piece.there + piece.length)
+        return view[run] if piece.dim == 0 else view[:, run]
+
+
+def _index(folder: Path) -> dict[str, str]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            return dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    return dict.fromkeys(_open(single).keys(), single.name)
+
+
+def _open(path: Path) -> safe_open:
+    if path.parent.resolve() not in path.resolve().parents and not path.is_symlink():
+        raise ValueError(f"{path}: the index names a file outside its folder")
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: the index names this file, but it is not there") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cut short or corrupt ({error}); fetch it again") from None
+
+
+def named_parameters(chunks: list[LogprobModel]) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters with layers counted over the whole model."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, local, part = name.split(".", 3)
+                name = f"decoder.layers.{chunk.decoder.layers[int(local)].layer_number - 1}.{part}"
+            yield name, parameter
+
+
+@torch.no_grad()
+def fill(chunks: list[LogprobModel], model: Llama, origin: Origin) -> None:
+    """Write every parameter of this rank from `origin`; padding rows of the vocabulary become zeros."""
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in named_parameters(chunks):
+        parameter.zero_()
+        for piece in pieces(name, model, tp, rank):
+            parameter.narrow(piece.dim, piece.here, piece.length).copy_(origin.read(piece))
+
+
+@torch.no_grad()
+def export(chunks: list[LogprobModel], model: Llama, folder: Path, dtype: torch.dtype, world: World) -> None:
+    """Write the safetensors of a Hugging Face folder. Each pipeline stage writes its own layers, a file of at most 4 GiB at a time."""
+    writer = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
+    written: dict[str, list[str]] = {}
+    batch: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if batch:
+            file = f"stage-{parallel_state.get_pipeline_model_parallel_rank():03d}-{len(written):05d}.safetensors"
+            save_file(batch, folder / file, metadata={"format": "pt"})
+            written[file] = sorted(batch)
+            batch.clear()
+
+    if parallel_state.get_data_parallel_rank() == 0:
+        for name, parameter in named_parameters(chunks):
+            if name == "output_layer.weight" and model.tied:
+                continue
+            batch |= _whole(name, parameter, model, dtype)
+            if sum(t.nbytes for t in batch.values()) >= SHARD_BYTES:
+                flush()
+        if writer:
+            flush()
+    everyone: list[dict[str, list[str]] | None] = [None] * world.size
+    dist.all_gather_object(everyone, written)
+    if world.rank == 0:
+        _name_files(folder, [file for files in everyone for file in (files or {}).items()])
+    dist.barrier()
+
+
+def _whole(name: str, parameter: Tensor, model: Llama, dtype: torch.dtype) -> dict[str, Tensor]:
+    """On tensor-parallel rank 0, the whole Hugging Face tensors that `parameter` is a part of; empty on the others."""
+    group, tp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_world_size()
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    parts = [torch.empty_like(parameter) for _ in range(tp)] if first else None
+    dist.gather(parameter.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+    if parts is None:
+        return {}
+    whole: dict[str, Tensor] = {}
+    for rank, part in enumerate(parts):
+        for piece in pieces(name, model, tp, rank):
+            tensor = whole.setdefault(piece.name, torch.empty(shapes(model)[piece.name], dtype=dtype))
+            tensor.narrow(piece.dim, piece.there, piece.length).copy_(part.narrow(piece.dim, piece.here, piece.length))
+    return whole
+
+
+def _name_files(folder: Path, files: list[tuple[str, list[str]]]) -> None:
+    """Give the stages' files the names that transformers expects, and write the index of more than one."""
+    if len(files) == 1:
+        os.replace(folder / files[0][0], folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (file, names) in enumerate(files, 1):
+        final = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        os.replace(folder / file, folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")

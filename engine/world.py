@@ -1,0 +1,89 @@
+"""The one choice of where a run computes: `cuda` (nccl), `cpu` (gloo) or `meta` (shapes only, any world size)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Seat = Literal["cuda", "cpu", "meta"]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: who it is, where its tensors live, and how ranks talk."""
+
+    seat: Seat
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.seat == "cuda"
+
+    @staticmethod
+    def start(seat: Seat | None = None) -> World:
+        """Join the world that torchrun describes, or a world of one. On CPU a rank computes on one thread unless OMP_NUM_THREADS says
+        otherwise: two ranks of one thread outrun one rank of two."""
+        seat = seat or ("cuda" if torch.cuda.is_available() else "cpu")
+        if seat == "meta":
+            raise ValueError("the meta seat has no processes to start; use World.imagined(rank, size)")
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if seat == "cuda":
+            device = torch.device(seat, int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device(seat)
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        backend = "nccl" if seat == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, device_id=device if seat == "cuda" else None)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return World(seat, rank, size, device)
+
+    @staticmethod
+    def imagined(rank: int, size: int) -> World:
+        """Become any rank of a world of any size, on meta tensors, with collectives that only pretend. Leaves the previous world first."""
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        return World("meta", rank, size, torch.device("meta"))
+
+    def stop(self) -> None:
+        """Leave the world. A rank that forgets to aborts in its destructor."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on rank 0, then on every other rank: for work that rank 0 leaves on disk for the rest. If rank 0 raises, all ranks do."""
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        box = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        if failure is not None:
+            raise failure
+        if box[0] is not None:
+            raise ValueError(f"rank 0 failed: {box[0]}")
+        return result if self.rank == 0 else work()  # type: ignore[return-value]
+
+    def agree(self, problem: str | None) -> str | None:
+        """The first problem that any rank has, on every rank; None when none has. All ranks must call it."""
+        problems: list[str | None] = [problem]
+        if self.size > 1:
+            problems = [None] * self.size
+            dist.all_gather_object(problems, problem)
+        return next((p for p in problems if p is not None), None)
