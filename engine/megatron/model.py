@@ -110,11 +110,16 @@ class LogprobModel(GPTModel):
     def __init__(self, vocab_valid: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.vocab_valid = vocab_valid
+        if self.post_process:
+            # Still called as a module: megatron gathers a layer's weight just before the layer runs.
+            self.output_layer.forward = self._logprobs  # type: ignore[method-assign,assignment]
 
     def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
-        flight: Flight = kwargs["packed_seq_params"]
+        return self.output_layer(hidden_states, labels[0], kwargs["packed_seq_params"])
+
+    def _logprobs(self, hidden_states: Tensor, target_T: Tensor, flight: Flight) -> Tensor:
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         tp = self.pg_collection.tp
@@ -123,7 +128,7 @@ class LogprobModel(GPTModel):
         return linear_logprob(
             hidden_states[:, 0],
             weight,
-            labels[0],
+            target_T,
             rows_M=flight.rows_M,
             group=tp.group_name if tp.size() > 1 else "",
             vocab_start=tp.rank() * len(weight),

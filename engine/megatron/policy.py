@@ -56,7 +56,7 @@ class Policy:
         if self.optim is not None:
             from engine.megatron import training
 
-            self.stages = training.wrap(self.chunks, self.parallel, self.world)
+            self.stages = training.wrap(self.chunks, self.parallel)
             self.optimizer = training.make_optimizer(self.stages, self.optim, self.parallel, self.dtype)
 
     def close(self) -> None:
@@ -169,24 +169,30 @@ class Policy:
         return found
 
     def save(self, out: Path, step: int, assets: Path | None = None, keep_last: int = 2) -> None:
-        """Write the checkpoint `out/step-N`, whole or not at all; see checkpoint.py."""
+        """Write the checkpoint `out/step-N`, whole or not at all; see checkpoint.save."""
         from engine.megatron import checkpoint
 
-        state = checkpoint.State(self.chunks, self.optimizer, self.stages)
-        checkpoint.save(state, self.model, out, step, assets, keep_last, self.world)
+        self._settle()
+        checkpoint.save(checkpoint.State(self.chunks, self.optimizer), self.model, out, step, assets, keep_last, self.world)
 
     def load_latest(self, out: Path) -> int:
-        """Take up the newest checkpoint under `out` that is whole; returns the step to go on with, 0 where there is none."""
+        """Take up the newest whole checkpoint under `out`; returns the step to go on with, 0 where there is none; see checkpoint.load_latest."""
         from engine.megatron import checkpoint
 
-        state = checkpoint.State(self.chunks, self.optimizer, self.stages)
-        return checkpoint.load_latest(state, self.model, out, self.world)
+        return checkpoint.load_latest(checkpoint.State(self.chunks, self.optimizer), self.model, out, self.world)
 
     def export(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the weights as safetensors that transformers loads (`folder` exists; its config.json is the caller's)."""
+        """Write the weights into `folder` as safetensors that transformers loads beside a config.json."""
         from engine.megatron import weights
 
+        self._settle()
         weights.export(self.chunks, self.model, folder, dtype or self.dtype, self.world)
+
+    def _settle(self) -> None:
+        if self.optimizer is not None:
+            from engine.megatron import training
+
+            training.settle(self.stages)
 
 
 def _shape(model: Model, folder: Path | None) -> Llama:

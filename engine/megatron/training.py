@@ -12,25 +12,23 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from engine.config import Optim, Parallel
 from engine.megatron.model import LogprobModel
-from engine.world import World
 
 
-def wrap(chunks: list[LogprobModel], parallel: Parallel, world: World) -> list[DistributedDataParallel]:
-    """Each stage inside megatron's DDP: fp32 gradient buffers, reduced over replicas (overlapped with backward where nccl is there)."""
-    overlap = world.on_gpu
+def wrap(chunks: list[LogprobModel], parallel: Parallel) -> list[DistributedDataParallel]:
+    """Each stage inside megatron's DDP: fp32 gradient buffers, reduced over replicas while backward still runs; a sharded optimizer's
+    parameters are gathered while the next forward does."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and parallel.distributed_optimizer,
+        overlap_grad_reduce=True,
+        overlap_param_gather=parallel.distributed_optimizer,
     )
     # Buckets of later stages are reduced only when all of backward is done: nothing is left to overlap with there.
     stages = [DistributedDataParallel(c.config, config, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
     shared = chunks[0].config
     shared.finalize_model_grads_func = finalize_model_grads
     shared.no_sync_func = _each(stages, "no_sync")
-    if overlap:
-        shared.grad_sync_func = _each(stages, "start_grad_sync")
+    shared.grad_sync_func = _each(stages, "start_grad_sync")
     return stages
 
 
@@ -53,9 +51,32 @@ def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_param_gather=stages[0].ddp_config.overlap_param_gather,
+        overlap_param_gather=parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(config, stages, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, stages, use_gloo_process_groups=False)
+    for chained in optimizer.chained_optimizers:
+        if isinstance(chained.optimizer, torch.optim.AdamW):  # not where Apex or Transformer Engine brought their own
+            _allocate(chained.optimizer)
+    return optimizer
+
+
+def _allocate(adamw: torch.optim.AdamW) -> None:
+    """Make the state now, not in the first step: megatron's checkpoints of torch's AdamW need it there before they load."""
+    for group in adamw.param_groups:
+        group["fused"], group["foreach"] = True, False
+        for parameter in group["params"]:
+            adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def settle(stages: list[DistributedDataParallel]) -> None:
+    """Finish gathering the parameters of the last step, for who reads them other than by a forward."""
+    for stage in stages:
+        if stage.ddp_config.overlap_param_gather:
+            stage.start_param_sync(force_sync=True)
 
 
 @torch.no_grad()

@@ -1,0 +1,229 @@
+"""Checkpoints that are whole or are not there.
+
+A checkpoint is written to `step-N.tmp`, every file is fsynced and listed with its sha256 in manifest.json, the folder is renamed to `step-N`, and
+then the file LATEST names it. Nothing is ever written over. On load the manifest is verified first: a folder with a wrong byte is named and
+passed over for the newest whole one. Tensors are stored by megatron's dist_checkpointing, independent of the layout that saved them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from engine.config import Llama
+from engine.megatron.model import LogprobModel
+from engine.world import World
+
+# Optimizer state in the shape of the parameters, so that any grid can take it up again. (megatron writes into the dict that it is given.)
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+MANIFEST, MODEL, TENSORS = "manifest.json", "model", "tensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds of this rank: its stages and, where there is one, their optimizer."""
+
+    chunks: list[LogprobModel]
+    optimizer: Any
+
+    def sharded(self, *, loading: bool) -> dict[str, Any]:
+        """megatron's description of which part of which global tensor this rank has."""
+        names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
+        models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in zip(names, self.chunks, strict=True)}
+        if self.optimizer is None:
+            return models
+        described = models["model"] if len(self.chunks) == 1 else models
+        return models | {"optimizer": self.optimizer.sharded_state_dict(described, is_loading=loading, metadata=dict(SHARDING))}
+
+    def take(self, loaded: dict[str, Any]) -> None:
+        """Copy what was loaded into the live stages and optimizer."""
+        for i, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{i}"])
+        if self.optimizer is not None:
+            for inner in self.optimizer.chained_optimizers:
+                _take_optimizer(inner, loaded["optimizer"])
+
+
+def _take_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """megatron's loader of sharded state stumbles over torch AdamW's step counters, and gives all parameters one counter to share: so the
+    counters step aside while it loads, and each parameter gets its own."""
+    moments = loaded.pop("param_state", None)
+    loaded.pop("param_state_sharding_type", None)
+    optimizer.load_state_dict(loaded)
+    steps = {key: state.pop("step") for key, state in optimizer.optimizer.state.items() if "step" in state}
+    if moments is not None:
+        optimizer.load_parameter_state_from_fully_reshardable(moments)
+    for key, step in steps.items():
+        optimizer.optimizer.state[key]["step"] = step.clone()
+
+
+class _InProcess(TorchDistSaveShardedStrategy):
+    """megatron's format, written by this process itself: its own writers are spawned, cost seconds each time, and import __main__ again."""
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
+        writer = dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True)
+        dcp.save(mcore_to_pyt_state_dict(tensors, False), storage_writer=writer, planner=planner)
+
+
+def save(state: State, model: Llama, out: Path, step: int, assets: Path | None, keep_last: int, world: World) -> None:
+    """Write `out/step-N`; afterwards only the newest `keep_last` whole checkpoints stay.
+
+    assets: a folder of small files (tokenizer, config.json) that goes along, so that the checkpoint can be exported on its own.
+    Raises OSError on every rank, with older checkpoints untouched and nothing half-written left, when it cannot be written.
+    """
+    final, work = out / f"step-{step:08d}", out / f"step-{step:08d}.tmp"
+    problem = _attempt(lambda: _prepare(work, assets), when=world.rank == 0)
+    problem = world.agree(problem) or world.agree(_attempt(lambda: _write(state, work / TENSORS)))
+    if problem is None:
+        problem = world.agree(_attempt(lambda: _seal(work, final, model, step, world)))
+    if problem is not None:
+        if world.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        raise OSError(f"{final}: could not be saved ({problem}); earlier checkpoints are untouched")
+    if world.rank == 0:
+        _point_to(out, final)
+        _prune(out, keep_last)
+    dist.barrier()
+
+
+def _attempt(work: Any, *, when: bool = True) -> str | None:
+    try:
+        if when:
+            work()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        return _cause(error)
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """One line: a failed collective save carries each rank's own exception."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {inner}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _prepare(work: Path, assets: Path | None) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    (work / TENSORS).mkdir(parents=True)
+    if assets is not None:
+        shutil.copytree(assets, work / MODEL)
+
+
+def _write(state: State, folder: Path) -> None:
+    dist_checkpointing.save(state.sharded(loading=False), str(folder), sharded_strategy=_InProcess("torch_dist", 1))
+
+
+def _seal(work: Path, final: Path, model: Llama, step: int, world: World) -> None:
+    """Hash every file (each rank its share), write the manifest, make it durable, and give the folder its name."""
+    files = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
+    mine = {name: _sha256(work / name) for name in files[world.rank :: world.size]}
+    everyone: list[dict[str, str] | None] = [None] * world.size
+    dist.all_gather_object(everyone, mine)
+    if world.rank != 0:
+        return
+    hashes = {name: digest for part in everyone for name, digest in (part or {}).items()}
+    manifest = {"format": 1, "step": step, "model": model.to_hf(), "sha256": dict(sorted(hashes.items()))}
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in work.rglob("*"):
+        _sync(path)
+    _sync(work)
+    if final.exists():  # only a damaged one can be there: a whole one would have been resumed from
+        damaged = final.with_name(final.name + ".damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.replace(final, damaged)
+    os.replace(work, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _point_to(out: Path, final: Path) -> None:
+    pointer = out / "LATEST.tmp"
+    pointer.write_text(final.name + "\n")
+    _sync(pointer)
+    os.replace(pointer, out / "LATEST")
+    _sync(out)
+
+
+def _prune(out: Path, keep_last: int) -> None:
+    for old in found(out)[keep_last:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def found(out: Path) -> list[Path]:
+    """Checkpoints under `out` that have their final name, newest first. Whether they are whole, only their manifest can tell."""
+    named = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
+    return sorted(named, reverse=True)
+
+
+def load_latest(state: State, model: Llama, out: Path, world: World) -> int:
+    """Load the newest whole checkpoint under `out`; returns its step, or 0 where there is none.
+
+    Says on stderr which damaged ones it passed over. Raises ValueError when all are damaged, or when the newest whole one is of another model.
+    """
+    candidates = found(out) if world.rank == 0 else []
+    box = [candidates]
+    dist.broadcast_object_list(box, src=0)
+    for folder in box[0]:
+        if (damage := world.agree(damage_of(folder, world.rank, world.size))) is None:
+            return _load(state, model, folder)
+        if world.rank == 0:
+            print(f"WARNING: {folder} is damaged and is passed over: {damage}", file=sys.stderr, flush=True)
+    if box[0]:
+        raise ValueError(f"{out}: none of its {len(box[0])} checkpoints is whole; move them away to start over, or choose another out=")
+    return 0
+
+
+def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, by its manifest: None when every file is there and right. Ranks share the reading."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if present != expected.keys():
+        return f"its files are not those of its manifest: {', '.join(sorted(present ^ expected.keys())[:3])}"
+    for name in sorted(expected)[rank::ranks]:
+        if _sha256(folder / name) != expected[name]:
+            return f"{name} is not what was written (sha256 differs)"
+    return None
+
+
+def _load(state: State, model: Llama, folder: Path) -> int:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if differences := [f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in model.to_hf().items() if manifest["model"].get(k) != v]:
+        raise ValueError(f"{folder} is a checkpoint of another model ({'; '.join(differences)}); choose another out=, or that model")
+    state.take(dist_checkpointing.load(state.sharded(loading=True), str(folder / TENSORS)))
+    return manifest["step"]
