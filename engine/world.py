@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -62,6 +63,12 @@ class World:
         """Leave the world. A rank that forgets to aborts in its destructor."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def peak_memory_gb(self) -> float:
+        """The most memory that this rank has held so far, in 2**30 bytes: allocated on its GPU, or resident on the host."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on rank 0, then on every other rank: for work that rank 0 leaves on disk for the rest. If rank 0 raises, all ranks do."""

@@ -24,23 +24,25 @@ Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # wh
 
 
 class Policy:
-    """A Llama laid over `world` by `parallel`: with an optimizer where `optim` is given, else only to be read.
+    """A Llama laid over `world` by `parallel`: with an optimizer where `optim` is given, else only to be read. Given a bare Llama, its weights
+    are left empty for load_latest.
 
     Raises ValueError when the grid cannot hold the model, or its weights are missing, damaged or of another shape.
     """
 
-    def __init__(self, model: Model, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
-        self.folder = world.first(lambda: resolve(model.path)) if model.path else None
-        self.model = _shape(model, self.folder)
+    def __init__(self, model: Model | Llama, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
+        start = model if isinstance(model, Model) else Model(init=model)
+        self.folder = world.first(lambda: resolve(start.path)) if start.path else None
+        self.model = start.init or shape_of(self.folder)
         self.optim, self.parallel, self.world = optim, parallel, world
-        self.dtype = _dtype(model, world)
+        self.dtype = _dtype(start, world)
         parallel.check(self.model, world.size)
         self.seat = ExitStack()
         self.seat.enter_context(seat.taken(world))
         seat.make_grid(parallel, world, seed)
-        self._build(seed)
+        self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
 
-    def _build(self, seed: int) -> None:
+    def _build(self, seed: int, fill: bool) -> None:
         # Imported here because megatron-core must not be before the seat is taken.
         from megatron.core import parallel_state
 
@@ -48,7 +50,7 @@ class Policy:
 
         self.grid = parallel_state
         self.chunks = model.build(self.model, self.parallel, self.world, self.dtype)
-        if self.world.seat != "meta":
+        if fill:
             origin = weights.FolderOrigin(self.folder, self.model) if self.folder else weights.RandomOrigin(self.model, seed)
             weights.fill(self.chunks, self.model, origin)
         self.stages: list[Any] = list(self.chunks)
@@ -195,14 +197,14 @@ class Policy:
             training.settle(self.stages)
 
 
-def _shape(model: Model, folder: Path | None) -> Llama:
-    if folder is None:
-        assert model.init is not None
-        return model.init
+def shape_of(folder: Path | None) -> Llama:
+    """The Llama that a folder's config.json describes. Raises ValueError when it describes none."""
+    assert folder is not None
+    path = folder / "config.json"
     try:
-        return Llama.from_hf(json.loads((folder / "config.json").read_text()))
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: not a model's config ({type(error).__name__}: {error})") from None
+        return Llama.from_hf(json.loads(path.read_text()))
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
 
 
 def _dtype(model: Model, world: World) -> torch.dtype:
