@@ -265,6 +265,11 @@ class Run:
         return {name: value for name, value in to_dict(self).items() if name not in elsewhere}
 
 
+def step_folder(out: Path, step: int) -> Path:
+    """Where a run's checkpoint of `step` is."""
+    return out / f"step-{step:08d}"
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values; nested dataclasses carry their class name under "is"."""
 

@@ -31,7 +31,7 @@ def resolve(name: str) -> Path:
     if folder.is_dir():
         return _checked(folder)
     if name == SMOLLM2:
-        return _converted(_cache() / name)
+        return _converted(cache_folder() / name)
     return _checked(_downloaded(name))
 
 
@@ -70,7 +70,8 @@ def _downloaded(name: str) -> Path:
         ) from error
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where converted models and tokenised data are kept: $TRIVET_CACHE, default ~/.cache/trivet."""
     return Path(os.environ.get("TRIVET_CACHE") or "~/.cache/trivet").expanduser()
 
 

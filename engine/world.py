@@ -59,7 +59,7 @@ class World:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         return World("meta", rank, size, torch.device("meta"))
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Leave the world. A rank that forgets to aborts in its destructor."""
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from engine.config import Llama
+from engine.config import Llama, step_folder
 from engine.megatron.model import LogprobModel
 from engine.world import World
 
@@ -91,7 +91,8 @@ def save(state: State, model: Llama, out: Path, step: int, assets: Path | None, 
     assets: a folder of small files (tokenizer, config.json) that goes along, so that the checkpoint can be exported on its own.
     Raises OSError on every rank, with older checkpoints untouched and nothing half-written left, when it cannot be written.
     """
-    final, work = out / f"step-{step:08d}", out / f"step-{step:08d}.tmp"
+    final = step_folder(out, step)
+    work = final.with_name(final.name + ".tmp")
     problem = _attempt(lambda: _prepare(work, assets), when=world.rank == 0)
     problem = world.agree(problem) or world.agree(_attempt(lambda: _write(state, work / TENSORS)))
     if problem is None:

@@ -1,0 +1,112 @@
+"""The command line: python -m engine {run,score,export} …, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import runpy
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from engine.config import Model, Run, override
+
+ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-node 2 -m engine ..."
+
+
+def main() -> int:
+    """Parse, run, and answer a user's mistake with one line on stderr and exit code 1."""
+    arguments = _parser().parse_args()
+    warnings.filterwarnings("ignore")  # of libraries, about their own future; ours are printed
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    try:
+        arguments.command(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        _say(error)
+        return 1
+    return 0
+
+
+def _say(error: Exception) -> None:
+    """Every rank may have met the same error: the first speaks at once, another only if that one has nothing to say."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if "WORLD_SIZE" in os.environ:
+        os._exit(1)  # other ranks may wait in a collective for this one, and leaving in good order would wait for them
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine", description="Trivet: post-training of Llama-architecture models.", epilog=ELSEWHERE)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    run = _command(commands, "run", _run, "train: run a recipe, or go on with it where it stopped")
+    run.add_argument("recipe", help="a Python file that defines run = Run(...), such as recipes/smollm2_sft.py")
+    _overrides(run, "optim.lr=2e-6 parallel.tp=2 out=runs/mine")
+    score = _command(commands, "score", _score, "write the log-probability of every token of given rows")
+    score.add_argument("--model", required=True, help="a Hugging Face folder or id, or smollm2-135m-instruct")
+    score.add_argument("--data", required=True, help='a .jsonl file; a row has "tokens", or "messages", or "prompt" and "response"')
+    score.add_argument("--out", required=True, help='the .jsonl file to write: {"tokens", "logprobs", "mask"} for each row, in order')
+    _overrides(score, "parallel.tp=2 tokens_per_microbatch=16384")
+    export = _command(commands, "export", _export, "write the newest checkpoint of a run as a Hugging Face folder")
+    export.add_argument("run_dir", help="the folder of the run (its out=)")
+    export.add_argument("out_dir", help="the folder to write; it must not exist yet")
+    _overrides(export, "tp=2 pp=4, to spread a large model over the processes of torchrun")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, work: Callable, text: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=ELSEWHERE)
+    parser.set_defaults(command=work)
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help=f"settings to change, by dotted name: {example}")
+
+
+def load_recipe(path: str) -> Run:
+    """The `run` that a recipe defines. Raises ValueError when the file is missing or defines none."""
+    if not Path(path).is_file():
+        raise ValueError(f"recipe {path!r} is not a file; see recipes/")
+    run = runpy.run_path(path).get("run")
+    if not isinstance(run, Run):
+        raise ValueError(f"recipe {path!r} defines no run = Run(...)")
+    return run
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    run = override(load_recipe(arguments.recipe), arguments.overrides)
+    from engine.train import train
+    from engine.world import World
+
+    with closing(World.start()) as world:
+        train(run, world)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from engine.score import Scoring, score
+    from engine.world import World
+
+    scoring = override(Scoring(Model(arguments.model)), arguments.overrides)
+    with closing(World.start()) as world:
+        count = score(scoring, arguments.data, Path(arguments.out), world)
+        if world.rank == 0:
+            print(f"{count} rows -> {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from engine.config import Parallel
+    from engine.export import export
+    from engine.world import World
+
+    parallel = override(Parallel(), arguments.overrides)
+    with closing(World.start()) as world:
+        export(Path(arguments.run_dir), Path(arguments.out_dir), parallel, world)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning: next-token cross-entropy on the assistant's tokens, summed over the batch and divided once (arXiv 2411.15124, section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PreTrainedTokenizerFast
+
+from engine.config import Run
+from engine.data.corpus import Corpus, TooLong, prepare
+from engine.data.mixture import Mixture
+from engine.data.rows import Source
+from engine.data.template import ChatTemplate
+from engine.data.tokenizer import load_tokenizer
+from engine.hub import cache_folder
+from engine.losses import nll
+from engine.megatron.policy import Policy
+from engine.types import LossFunction, Sample
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Fine-tune on conversations. `batch_size` sequences make one optimizer step, over all ranks."""
+
+    sources: tuple[Source, ...]
+    held_out: tuple[Source, ...] = ()  # never trained on; its loss is reported
+    batch_size: int = 128
+    epochs: float = 1.0
+    max_length: int = 4096  # predicted tokens of one sequence
+    too_long: TooLong = "error"  # what to do beyond it; truncate cuts on the right, and both are counted
+    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("algorithm.sources is empty; give at least one Source")
+        if self.batch_size < 1 or self.epochs <= 0 or self.max_length < 1:
+            raise ValueError(f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive")
+
+    def start(self, policy: Policy, run: Run) -> Started:
+        """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
+        longest = run.tokens_per_microbatch // policy.parallel.tp * policy.parallel.tp
+        if self.max_length > longest:
+            raise ValueError(f"algorithm.max_length={self.max_length} is over tokens_per_microbatch={longest}; raise the latter or lower the former")
+        if self.max_length > policy.model.max_length:
+            raise ValueError(f"algorithm.max_length={self.max_length} is over the model's context of {policy.model.max_length} tokens; lower it")
+        tokenizer = load_tokenizer(run.model.tokenizer or str(policy.folder))
+        if len(tokenizer) > policy.model.vocab:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {policy.model.vocab}; choose a tokenizer of this model")
+        chat = ChatTemplate(tokenizer, self.chat_template or None)
+
+        def prepared(source: Source) -> Corpus:
+            cache = cache_folder() / "corpora"
+            return policy.world.first(lambda: prepare(source, chat, max_length=self.max_length, too_long=self.too_long, cache=cache))
+
+        mixture = Mixture([prepared(s) for s in self.sources], [s.weight for s in self.sources], run.seed)
+        held_out = [corpus[i] for corpus in map(prepared, self.held_out) for i in range(len(corpus))]
+        return Started(mixture, self.batch_size, math.ceil(self.epochs * len(mixture) / self.batch_size), held_out, tokenizer)
+
+
+@dataclass(frozen=True)
+class Started:
+    """SFT under way."""
+
+    mixture: Mixture
+    batch_size: int
+    steps: int
+    held_out: list[Sample]
+    tokenizer: PreTrainedTokenizerFast
+    loss: ClassVar[LossFunction] = staticmethod(nll)
+
+    def collect(self, step: int) -> list[Sample]:
+        """The batch of `step`, a function of (seed, step)."""
+        return self.mixture.batch(step, self.batch_size)

@@ -1,0 +1,61 @@
+"""What tests run on ranks. Each job is job(world, ...) -> plain values; every rank runs it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.batching import batch, scatter
+from engine.config import Llama, Model, Optim, Parallel
+from engine.losses import nll
+from engine.types import Sample, Step
+from engine.world import World
+
+TINY = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # 250: padded to 256 in every layout
+OPTIM = Optim(lr=1e-3, weight_decay=0.1)
+
+
+def samples(seed: int, count: int = 16, longest: int = 24, vocab: int = 250) -> list[Sample]:
+    """Random sequences of ragged length with random masks, a function of the arguments."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, longest + 1, count)
+    return [Sample(draw.integers(0, vocab, n + 1, dtype=np.int32), (draw.random(n) < 0.7).astype(np.uint8)) for n in lengths]
+
+
+def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
+    """This rank's microbatches: packed to `budget`, or every sequence a microbatch of its own."""
+    if not alone:
+        return batch(batch_, budget, **policy.cut)
+    cut = policy.cut | {"rank": 0, "ranks": 1, "microbatch_multiple": 1}
+    rank, ranks = policy.dp
+    return [packed for sample in batch_[rank::ranks] for packed in batch([sample], budget, **cut)]
+
+
+def sft_steps(
+    world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, alone: bool = False, order: int = 0
+) -> list[dict[str, float]]:
+    """Metrics of `steps` optimizer steps, and the held-out loss after them."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        found = []
+        for step in range(steps):
+            shuffled = np.random.default_rng(order).permutation(16) if order else range(16)
+            batch_ = samples(step)
+            found.append(policy.update(_cut(policy, [batch_[i] for i in shuffled], budget, alone), nll, OPTIM.lr_at(step, 10)))
+        held_out = batch(samples(99), budget, **policy.cut)
+        return [*found, policy.evaluate(held_out, nll)]
+
+
+def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, alone: bool = False) -> dict[int, list[float]]:
+    """The log-probs of samples(7) that this rank's replica computed."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, None, parallel, world)) as policy:
+        batch_ = samples(7)
+        step = batch(batch_, budget, **policy.cut)
+        values = scatter(policy.logprobs(step), step, len(batch_))
+        return {i: v.tolist() for i, v in enumerate(values) if v is not None}

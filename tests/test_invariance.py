@@ -1,0 +1,100 @@
+"""The same numbers however the work is cut: over ranks, stages, microbatches, packs, and with or without recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from engine.config import Model, Parallel
+from tests import jobs
+from tests.pool import ranks
+
+UNTIED, TIED = Model(init=jobs.TINY), Model(init=replace(jobs.TINY, tied=True))
+
+
+@lru_cache
+def one_rank(model: Model = UNTIED) -> list[dict[str, float]]:
+    return ranks(1).run(jobs.sft_steps, parallel=Parallel(), model=model)[0]
+
+
+def check_same(size: int, parallel: Parallel, model: Model = UNTIED, **cut: Any) -> None:
+    """Loss and gradient norm of every step, on every rank, equal those of one rank to 1e-5."""
+    for found in ranks(size).run(jobs.sft_steps, parallel=parallel, model=model, **cut):
+        for got, expected in zip(found, one_rank(model), strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+LAYOUTS = [
+    (2, Parallel()),
+    (2, Parallel(tp=2)),
+    (2, Parallel(pp=2)),
+    (2, Parallel(pp=2, vpp=2)),
+    (2, Parallel(pp=2, stages=(3, 1))),
+    (2, Parallel(pp=2, stages=(1, 1, 2, 0), vpp=2)),
+    (4, Parallel(tp=2, pp=2)),
+    (4, Parallel(pp=4)),
+    (8, Parallel(tp=2, pp=2)),
+    (8, Parallel(tp=2, pp=2, vpp=2)),
+]
+
+
+@pytest.mark.parametrize(("size", "parallel"), LAYOUTS, ids=str)
+def test_grid(size: int, parallel: Parallel) -> None:
+    check_same(size, parallel)
+
+
+@pytest.mark.parametrize("parallel", [Parallel(tp=2), Parallel(pp=2), Parallel()], ids=str)
+def test_tied_embeddings(parallel: Parallel) -> None:
+    check_same(2, parallel, TIED)
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2), Parallel(pp=2)], ids=str)
+def test_optimizer_whole_or_sharded(parallel: Parallel) -> None:
+    check_same(2, replace(parallel, distributed_optimizer=False))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("parallel", [Parallel(tp=2), Parallel(pp=2)], ids=str)
+def test_recompute(parallel: Parallel, recompute: Any) -> None:
+    check_same(2, replace(parallel, recompute=recompute))
+
+
+@pytest.mark.parametrize("budget", [24, 40, 1000])
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2), Parallel(pp=2, vpp=2)], ids=str)
+def test_microbatch_budget(parallel: Parallel, budget: int) -> None:
+    check_same(2, parallel, budget=budget)
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2))], ids=str)
+def test_packed_or_alone(size: int, parallel: Parallel) -> None:
+    check_same(size, parallel, alone=True)
+
+
+def test_order_within_a_batch() -> None:
+    check_same(2, Parallel(), order=5)
+
+
+def test_more_ranks_than_sequences_fill_up_with_dummies() -> None:
+    """With a budget that takes all in one microbatch, the second replica of dp2 trains on padding alone."""
+    check_same(4, Parallel(pp=2), budget=1000)
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2, vpp=2))], ids=str)
+def test_logprobs(size: int, parallel: Parallel) -> None:
+    whole = ranks(1).run(jobs.logprobs, parallel=Parallel(), model=UNTIED, budget=24)[0]
+    seen: dict[int, list[float]] = {}
+    for found in ranks(size).run(jobs.logprobs, parallel=parallel, model=UNTIED):
+        seen |= found
+    assert seen.keys() == whole.keys()
+    for i, values in whole.items():
+        assert seen[i] == pytest.approx(values, abs=2e-6)
+
+
+def test_bf16_follows_fp32() -> None:
+    """bf16 weights with fp32 masters and fp32 gradients: the same run, to the precision of bf16."""
+    found = ranks(2).run(jobs.sft_steps, parallel=Parallel(), model=replace(UNTIED, dtype="bf16"))[0]
+    for got, expected in zip(found, one_rank(), strict=True):
+        assert got == pytest.approx(expected, rel=2e-2)
