@@ -59,3 +59,36 @@ def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64
         step = batch(batch_, budget, **policy.cut)
         values = scatter(policy.logprobs(step), step, len(batch_))
         return {i: v.tolist() for i, v in enumerate(values) if v is not None}
+
+
+def train_and_save(world: World, parallel: Parallel, model: Model, out: Path, *, first: int, last: int, save_at: int = 0) -> list[dict[str, float]]:
+    """Go on from the newest checkpoint under `out` (or from the start), to `last`; save after `save_at` steps. Metrics of steps from `first`."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        start = policy.load_latest(out)
+        assert start == first, (start, first)
+        found = []
+        for step in range(start, last):
+            found.append(policy.update(batch(samples(step), 64, **policy.cut), nll, OPTIM.lr_at(step, 10)))
+            if step + 1 == save_at:
+                policy.save(out, save_at)
+        return found
+
+
+def load(world: World, parallel: Parallel, model: Model, out: Path) -> int:
+    """The step that load_latest finds."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        return policy.load_latest(out)
+
+
+def export(world: World, parallel: Parallel, model: Model, folder: Path, *, steps: int = 0) -> None:
+    """Write the weights of `model`, after `steps` steps, into `folder`."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM if steps else None, parallel, world)) as policy:
+        for step in range(steps):
+            policy.update(batch(samples(step), 64, **policy.cut), nll, OPTIM.lr)
+        policy.export(folder)

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or are not there.
 
 A checkpoint is written to `step-N.tmp`, every file is fsynced and listed with its sha256 in manifest.json, the folder is renamed to `step-N`, and
-then the file LATEST names it. Nothing is ever written over. On load the manifest is verified first: a folder with a wrong byte is named and
+then the file LATEST names it. Nothing is ever written over. On load all hashes are verified first: a folder with a wrong byte is named and
 passed over for the newest whole one. Tensors are stored by megatron's dist_checkpointing, independent of the layout that saved them.
 """
 
@@ -34,7 +34,7 @@ from engine.world import World
 
 # Optimizer state in the shape of the parameters, so that any grid can take it up again. (megatron writes into the dict that it is given.)
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-MANIFEST, MODEL, TENSORS = "manifest.json", "model", "tensors"
+MANIFEST, SEAL, MODEL, TENSORS = "manifest.json", "manifest.sha256", "model", "tensors"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,13 @@ class State:
 
     chunks: list[LogprobModel]
     optimizer: Any
+
+    @property
+    def optimizer_kind(self) -> str:
+        """Whether its state is sharded over replicas: megatron stores the two differently. "" without an optimizer."""
+        if self.optimizer is None:
+            return ""
+        return f"distributed_optimizer={self.optimizer.chained_optimizers[0].config.use_distributed_optimizer}"
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """megatron's description of which part of which global tensor this rank has."""
@@ -96,7 +103,7 @@ def save(state: State, model: Llama, out: Path, step: int, assets: Path | None, 
     problem = _attempt(lambda: _prepare(work, assets), when=world.rank == 0)
     problem = world.agree(problem) or world.agree(_attempt(lambda: _write(state, work / TENSORS)))
     if problem is None:
-        problem = world.agree(_attempt(lambda: _seal(work, final, model, step, world)))
+        problem = world.agree(_attempt(lambda: _seal(work, final, model, state.optimizer_kind, step, world)))
     if problem is not None:
         if world.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -135,7 +142,7 @@ def _write(state: State, folder: Path) -> None:
     dist_checkpointing.save(state.sharded(loading=False), str(folder), sharded_strategy=_InProcess("torch_dist", 1))
 
 
-def _seal(work: Path, final: Path, model: Llama, step: int, world: World) -> None:
+def _seal(work: Path, final: Path, model: Llama, optimizer: str, step: int, world: World) -> None:
     """Hash every file (each rank its share), write the manifest, make it durable, and give the folder its name."""
     files = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
     mine = {name: _sha256(work / name) for name in files[world.rank :: world.size]}
@@ -144,8 +151,9 @@ def _seal(work: Path, final: Path, model: Llama, step: int, world: World) -> Non
     if world.rank != 0:
         return
     hashes = {name: digest for part in everyone for name, digest in (part or {}).items()}
-    manifest = {"format": 1, "step": step, "model": model.to_hf(), "sha256": dict(sorted(hashes.items()))}
+    manifest = {"format": 1, "step": step, "model": model.to_hf(), "optimizer": optimizer, "sha256": dict(sorted(hashes.items()))}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (work / SEAL).write_text(_sha256(work / MANIFEST) + "\n")
     for path in work.rglob("*"):
         _sync(path)
     _sync(work)
@@ -210,10 +218,12 @@ def load_latest(state: State, model: Llama, out: Path, world: World) -> int:
 def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with a checkpoint, by its manifest: None when every file is there and right. Ranks share the reading."""
     try:
+        if (folder / SEAL).read_bytes() != f"{_sha256(folder / MANIFEST)}\n".encode():
+            return f"{MANIFEST} is not what was written (sha256 differs)"
         expected = json.loads((folder / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST, SEAL}
     if present != expected.keys():
         return f"its files are not those of its manifest: {', '.join(sorted(present ^ expected.keys())[:3])}"
     for name in sorted(expected)[rank::ranks]:
@@ -226,5 +236,7 @@ def _load(state: State, model: Llama, folder: Path) -> int:
     manifest = json.loads((folder / MANIFEST).read_text())
     if differences := [f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in model.to_hf().items() if manifest["model"].get(k) != v]:
         raise ValueError(f"{folder} is a checkpoint of another model ({'; '.join(differences)}); choose another out=, or that model")
+    if state.optimizer_kind not in ("", manifest["optimizer"]):
+        raise ValueError(f"{folder} was saved with parallel.{manifest['optimizer']}; it cannot be resumed with {state.optimizer_kind}")
     state.take(dist_checkpointing.load(state.sharded(loading=True), str(folder / TENSORS)))
     return manifest["step"]
