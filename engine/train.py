@@ -66,11 +66,6 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def due(step: int, steps: int, every: int) -> bool:
-    """Whether something that happens every `every` steps (0: never), and at the end, happens after `step`."""
-    return step == steps or (every > 0 and step % every == 0)
-
-
 def evaluate(policy: Policy, algorithm: Algorithm, run: Run, report: Report, step: int) -> None:
     """Report the loss on held-out data, where there is any."""
     if algorithm.held_out:
