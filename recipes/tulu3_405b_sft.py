@@ -1,0 +1,24 @@
+"""Tülu 3 405B, SFT (arXiv 2411.15124 and the model card), on 32 nodes of 8 GPUs; each node starts
+torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_405b_sft.py"""
+
+from engine.algorithms.sft import SFT
+from engine.config import Model, Optim, Parallel, Run
+from engine.data.rows import Source
+
+run = Run(
+    model=Model("meta-llama/Llama-3.1-405B"),
+    algorithm=SFT(
+        sources=(Source("allenai/tulu-3-sft-mixture"),),
+        batch_size=256,
+        epochs=2,
+        max_length=4096,
+        too_long="truncate",
+        chat_template="tulu",
+    ),
+    optim=Optim(lr=2e-6, schedule="linear", warmup=0.03, weight_decay=0.0, clip=1.0),
+    # 126 layers, embedding and loss fill 128 slots: 8 on each of 16 stages. Without the MLP's recomputation a stage does not fit 80 GB.
+    parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True, recompute="selective"),
+    tokens_per_microbatch=4096,
+    save_every=250,
+    out="runs/tulu3_405b_sft",
+)
