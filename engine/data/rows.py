@@ -1,0 +1,130 @@
+"""Rows of a data source, one at a time: a .jsonl file, a folder written by datasets.save_to_disk, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: `path` is a .jsonl file, a folder written by save_to_disk, or a Hugging Face datasets id."""
+
+    path: str
+    weight: float = 1.0  # how many times a mixture reads the rows in one epoch
+    split: str = "train"  # of a dataset; a file has none
+    limit: int = 0  # only the first rows; 0: all
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("source.path is empty; give a .jsonl file, a folder written by save_to_disk, or a Hugging Face datasets id")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"source.weight={self.weight} must be a positive number")
+        if self.limit < 0:
+            raise ValueError(f"source.limit={self.limit} must not be negative; 0 means all rows")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `path` names a .jsonl file, present or not."""
+        return self.path.endswith(".jsonl")
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream (where, row); `where` is "file.jsonl:12", lines from 1, or "id[12]", rows from 0. Blank lines are skipped.
+
+    Raises ValueError for a source that is missing or empty, and, naming the line, for one that is not a JSON object in strict UTF-8:
+    NaN literals and duplicate keys are refused, a byte-order mark and CRLF are not.
+    """
+    rows = islice(_lines(source.path) if source.is_file else _records(source), source.limit or None)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"path={source.path!r} has no rows")
+    yield first
+    yield from rows
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What changes when the rows of `source` change, as plain JSON values. Raises ValueError when it is missing."""
+    if not source.is_file:
+        fingerprint = _dataset(source)._fingerprint  # the name under which datasets caches what is computed from these rows
+        return {"path": source.path, "split": source.split, "limit": source.limit, "fingerprint": fingerprint}
+    stat = _existing(source.path).stat()
+    return {"path": str(Path(source.path).resolve()), "limit": source.limit, "size": stat.st_size, "mtime": stat.st_mtime_ns}
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"path={path!r} does not exist or is not a file")
+    return Path(path)
+
+
+def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _existing(path).open("rb") as file:  # as bytes: text mode would also break lines at a lone carriage return
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _parsed(line, where)
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode().rstrip(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line ({error.reason}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return row
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(_dataset(source)):
+        yield f"{source.path}[{number}]", dict(row)
+
+
+def _dataset(source: Source) -> Dataset:
+    """The dataset with Python values for rows, memory-mapped from disk."""
+    import datasets  # takes a second or two, which a run on .jsonl files need not pay
+
+    try:
+        if Path(source.path).exists():
+            data = datasets.load_from_disk(source.path)
+        else:
+            data = datasets.load_dataset(source.path, split=source.split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"path={source.path!r} is no .jsonl file, no folder written by save_to_disk and no datasets id with split={source.split!r} "
+            f"that can be loaded: {error}"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if source.split not in data:
+            raise ValueError(f"split={source.split!r} is not in {source.path}; use one of {', '.join(map(str, data))}")
+        data = data[source.split]
+    assert isinstance(data, datasets.Dataset)
+    return data.with_format(None)
