@@ -1,0 +1,55 @@
+"""Tokenizers: from a folder, or the built-in byte-level one. And a hash that tells two apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from engine.data.template import TULU
+
+_SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer in a local folder, or "bytes": ids 0-255 are the bytes of UTF-8, then <|pad|>, <|user|>, <|assistant|>, <|end|>.
+
+    Raises ValueError for anything else, and for a folder without a tokenizer.json.
+    """
+    if name_or_folder == "bytes":
+        return _bytes()
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        raise ValueError(f"tokenizer={name_or_folder!r} is neither 'bytes' nor a folder")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer={name_or_folder!r} has no tokenizer.json; write one with tokenizer.save_pretrained")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer={name_or_folder!r} is a {type(tokenizer).__name__}; this engine needs a fast tokenizer")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over all that decides ids: model, added tokens, pipeline, and which token is eos, bos, pad. Not the chat template."""
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting in ("truncation", "padding"):  # left behind by the latest call, not part of what the tokenizer is
+        del pipeline[setting]
+    content = json.dumps([pipeline, tokenizer.special_tokens_map], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _bytes() -> PreTrainedTokenizerFast:
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}  # the names that byte fallback looks up
+    tokenizer = Tokenizer(models.BPE(vocab=bytes_, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(_SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        chat_template=TULU,
+        clean_up_tokenization_spaces=False,
+    )
