@@ -1,0 +1,79 @@
+"""Generated word problems with worked answers: arithmetic that a small model can learn and a rule can check."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
+_ITEMS = ("apples", "books", "cards", "coins", "cups", "eggs", "pens", "shells")
+_PHRASES = {
+    "+": ("buys {}", "finds {}", "gets {} more"),
+    "-": ("loses {}", "sells {}", "gives {} away"),
+    "*": ("doubles them",),
+}
+_LARGEST = 39  # every value on the way lies in 1..39
+
+Skeleton = tuple[int, tuple[tuple[str, int], ...]]  # start, and (operator, operand) of each step
+
+
+def problems(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
+    """`count` rows {"messages": [user, assistant]}, a function of the arguments. The answer is the last number of the assistant's text.
+
+    Held-out problems share no arithmetic with the others: a tenth of all skeletons (start, operators, operands) is kept for them.
+    """
+    draw = random.Random(seed)
+    rows = []
+    while len(rows) < count:
+        skeleton = _skeleton(draw)
+        if _is_held_out(skeleton) == held_out:
+            question, answer = _question(draw, skeleton), _answer(skeleton)
+            rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def write(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as a .jsonl file."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _skeleton(draw: random.Random) -> Skeleton:
+    while True:
+        start = draw.randint(2, 25)
+        operators = draw.choices("+-*", (4, 4, 1), k=draw.choices((1, 2, 3), (15, 40, 45))[0])
+        steps = tuple((operator, 2 if operator == "*" else draw.randint(2, 9)) for operator in operators)
+        if all(1 <= value <= _LARGEST for value in _values((start, steps))):
+            return start, steps
+
+
+def _values(skeleton: Skeleton) -> list[int]:
+    """The start, and the result of every step."""
+    values = [skeleton[0]]
+    for operator, operand in skeleton[1]:
+        value = values[-1]
+        values.append(value + operand if operator == "+" else value - operand if operator == "-" else value * operand)
+    return values
+
+
+def _is_held_out(skeleton: Skeleton) -> bool:
+    start, steps = skeleton
+    text = str(start) + "".join(f"{operator}{operand}" for operator, operand in steps)
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+def _question(draw: random.Random, skeleton: Skeleton) -> str:
+    start, steps = skeleton
+    name, items = draw.choice(_NAMES), draw.choice(_ITEMS)
+    events = [f"has {start} {items}"] + [draw.choice(_PHRASES[operator]).format(operand) for operator, operand in steps]
+    return f"{name} {', '.join(events[:-1])} and {events[-1]}. How many {items} does {name} have now?"
+
+
+def _answer(skeleton: Skeleton) -> str:
+    values = _values(skeleton)
+    steps = [f"{values[i]} {operator} {operand} = {values[i + 1]}." for i, (operator, operand) in enumerate(skeleton[1])]
+    return f"{' '.join(steps)} Answer: {values[-1]}"
