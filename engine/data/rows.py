@@ -44,12 +44,12 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises ValueError for a source that is missing or empty, and, naming the line, for one that is not a JSON object in strict UTF-8:
     NaN literals and duplicate keys are refused, a byte-order mark and CRLF are not.
     """
-    rows = _lines(source.path) if source.is_file else _records(source)
-    count = 0
-    for count, row in enumerate(islice(rows, source.limit or None), 1):  # noqa: B007
-        yield row
-    if not count:
+    rows = islice(_lines(source.path) if source.is_file else _records(source), source.limit or None)
+    first = next(rows, None)
+    if first is None:
         raise ValueError(f"path={source.path!r} has no rows")
+    yield first
+    yield from rows
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with _existing(path).open("rb") as file:  # as bytes: text mode would also break lines at a lone carriage return
         for number, line in enumerate(file, 1):
             if number == 1:
-                line = line
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 where = f"{path}:{number}"
                 yield where, _parsed(line, where)

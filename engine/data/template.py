@@ -59,6 +59,7 @@ class ChatTemplate:
             for id, token in tokenizer.added_tokens_decoder.items()
             if token.special or (token.content in written and not token.content.isspace())
         }
+        self._never_text = {id: token for token, id in self._control.items() if token != tokenizer.unk_token}
         self._any_control = "|".join(re.escape(token) for token in sorted(self._control, key=len, reverse=True)) or "(?!)"
         self._encoder = _plain_encoder(tokenizer, list(self._control))
         for probe in probes if self.text else []:
@@ -89,10 +90,10 @@ class ChatTemplate:
         return np.array(self._tokenize(self._render(turns, add_generation_prompt=True), mark)[0], np.int32)
 
     def encode_row(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 [L + 1] and mask uint8 [L] of a row: the first that it has of
+        """Tokens int32 [L + 1] and mask uint8 [L] of a row of `messages`, of `prompt` and `response`, or of `tokens`, tried in this order.
 
-        `messages`; `prompt` and `response`, a question and its answer (without a chat template: the two texts and eos, each encoded on its
-        own, with the loss on response and eos); or `tokens`, ids taken as they are, with an optional `mask` (default: all ones).
+        Prompt and response are a question and its answer; without a chat template they are plain text, each encoded on its own and closed
+        by eos, with the loss on response and eos. Tokens are ids, taken as they are, with an optional `mask` (default: all ones).
         Raises ValueError for a row with none of these, naming the keys it has.
         """
         has = {key for key, value in row.items() if value is not None}
@@ -157,9 +158,11 @@ class ChatTemplate:
 
     def _encode_text(self, text: str) -> Encoding:
         encoding = self._encoder.encode(text, add_special_tokens=False)
-        forged = [token for token in self._control.keys() & set(encoding.tokens) if token != self.tokenizer.unk_token]
+        forged = self._never_text.keys() & set(encoding.ids)
         if forged:
-            raise ValueError(f"the tokenizer makes the control token {forged[0]!r} out of plain text; use one that cannot")
+            raise ValueError(
+                f"the tokenizer makes the control token {self._never_text[min(forged)]!r} out of plain text; use one that cannot"
+            )
         return encoding
 
     def _encode_plain(self, prompt: str, response: str) -> tuple[np.ndarray, np.ndarray]:
