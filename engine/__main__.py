@@ -41,7 +41,9 @@ def _say(error: Exception) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engine", description="Trivet: post-training of Llama-architecture models.", epilog=ELSEWHERE)
+    parser = argparse.ArgumentParser(
+        prog="python -m engine", description="Trivet: post-training of Llama-architecture models.", epilog=ELSEWHERE
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     run = _command(commands, "run", _run, "train: run a recipe, or go on with it where it stopped")
     run.add_argument("recipe", help="a Python file that defines run = Run(...), such as recipes/smollm2_sft.py")

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's rotary scaling: wavelengths beyond `original_length / low` are stretched by `factor`, those below `original_length / high` kept."""
+    """Llama 3's rotary scaling: wavelengths beyond `original_length / low` are stretched by `factor`, those below
+    `original_length / high` kept."""
 
     factor: float = 8.0
     low: float = 1.0
@@ -122,9 +123,7 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ValueError(f"config.json: rope scaling {kind!r} is not supported; use 'llama3' or none")
-    return RopeScaling(
-        rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    )
+    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
 
 
 @dataclass(frozen=True)
@@ -190,30 +189,35 @@ class Parallel:
 
     def check(self, model: Llama, world_size: int) -> None:
         """Raise ValueError unless this grid can hold `model` on `world_size` ranks; the message names values that can."""
-        tp, pp = self.tp, self.pp
-        if model.heads % tp or model.kv_heads % tp or model.ffn % tp:
-            good = [n for n in range(1, model.kv_heads + 1) if not (model.heads % n or model.kv_heads % n or model.ffn % n)]
+        ranks = self.tp * self.pp
+        cut = (model.heads, model.kv_heads, model.ffn)
+        if any(size % self.tp for size in cut):
+            good = [n for n in range(1, model.kv_heads + 1) if not any(size % n for size in cut)]
+            sizes = f"model.heads={model.heads}, model.kv_heads={model.kv_heads} and model.ffn={model.ffn}"
+            raise ValueError(f"parallel.tp={self.tp} must divide {sizes}; use {_one_of(good)}")
+        if world_size % ranks:
             raise ValueError(
-                f"parallel.tp={tp} must divide model.heads={model.heads}, model.kv_heads={model.kv_heads} and model.ffn={model.ffn}; use {_one_of(good)}"
-            )
-        if world_size % (tp * pp):
-            raise ValueError(
-                f"the world has {world_size} ranks, which parallel.tp={tp} x parallel.pp={pp} = {tp * pp} must divide; "
-                f"start a multiple of {tp * pp} (torchrun --nproc-per-node {tp * pp} ...) or change parallel.tp/pp"
+                f"the world has {world_size} ranks, which parallel.tp={self.tp} x parallel.pp={self.pp} = {ranks} must divide; "
+                f"start a multiple of {ranks} (torchrun --nproc-per-node {ranks} ...) or change parallel.tp or pp"
             )
         if self.stages:
-            if len(self.stages) != pp * self.vpp or sum(self.stages) != model.layers or min(self.stages) < 0:
-                raise ValueError(
-                    f"parallel.stages={self.stages} must give layers for pp x vpp = {pp * self.vpp} stages that sum to model.layers={model.layers}"
-                )
-            return
-        slots, chunks = model.layers + self.count_embedding + self.count_loss, pp * self.vpp
-        if slots % chunks:
-            good = [n for n in range(1, slots + 1) if slots % (n * self.vpp) == 0]
-            extra = "" if slots == model.layers else f" ({slots} slots with embedding and loss counted)"
+            self._check_stages(model)
+        else:
+            self._check_even_split(model)
+
+    def _check_stages(self, model: Llama) -> None:
+        count = self.pp * self.vpp
+        if len(self.stages) != count or sum(self.stages) != model.layers or min(self.stages) < 0:
             raise ValueError(
-                f"parallel.pp={pp} x vpp={self.vpp} must divide model.layers={model.layers}{extra}; with vpp={self.vpp} use pp of {_one_of(good)}"
+                f"parallel.stages={list(self.stages)} must give the layers of pp x vpp = {count} stages, in sum model.layers={model.layers}"
             )
+
+    def _check_even_split(self, model: Llama) -> None:
+        slots = model.layers + self.count_embedding + self.count_loss
+        if slots % (self.pp * self.vpp):
+            good = _one_of([n for n in range(1, slots + 1) if slots % (n * self.vpp) == 0])
+            what = f"model.layers={model.layers}" + ("" if slots == model.layers else f" ({slots} slots with embedding and loss counted)")
+            raise ValueError(f"parallel.pp={self.pp} x vpp={self.vpp} must divide {what}; with vpp={self.vpp} use pp={good}, or set stages")
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
@@ -286,7 +290,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def override(config: Any, assignments: list[str]) -> Any:
     """`config` with dotted fields replaced: override(run, ["optim.lr=2e-6", "parallel.tp=2"]).
 
-    Values are read by the field's type; lists and tuples are written as JSON. Raises ValueError naming the nearest fields for an unknown one.
+    Values are read by the field's type; lists and tuples are written as JSON. Raises ValueError naming the nearest fields for an
+    unknown one.
     """
     for assignment in assignments:
         name, equals, text = assignment.partition("=")

@@ -16,7 +16,8 @@ from engine.world import World
 
 
 def export(run_dir: Path, out_dir: Path, parallel: Parallel, world: World) -> None:
-    """Write weights, config.json and tokenizer into `out_dir`, which appears when all is done. Weights keep the dtype that config.json names.
+    """Write weights, config.json and tokenizer into `out_dir`, which appears when all is done. Weights keep the dtype that
+    config.json names.
 
     Raises ValueError when `run_dir` has no whole checkpoint, or when `out_dir` is there already.
     """

@@ -95,10 +95,10 @@ def _logprobs(policy: Policy, samples: list[Sample], budget: int) -> list[list[f
     step = batch(samples, budget, **policy.cut)
     mine = dict(enumerate(scatter(policy.logprobs(step), step, len(samples)))) if step else {}
     found = {i: values.tolist() for i, values in mine.items() if values is not None and policy.speaks}
-    parts: list[dict[int, list[float]] | None] | None = [None] * policy.world.size if policy.world.rank == 0 else None
-    dist.gather_object(found, parts)
-    whole = {i: values for part in parts or [] for i, values in (part or {}).items()}
-    return [whole[i] for i in range(len(samples))] if parts else []
+    parts: list[dict[int, list[float]]] = [{}] * policy.world.size
+    dist.gather_object(found, parts if policy.world.rank == 0 else None)
+    whole = {i: values for part in parts for i, values in part.items()}
+    return [whole[i] for i in range(len(samples))] if policy.world.rank == 0 else []
 
 
 def _line(sample: Sample, logprobs: list[float]) -> str:

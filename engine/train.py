@@ -82,7 +82,9 @@ def check_folder(out: Path, run: Run) -> None:
         raise ValueError(f"{out / 'run.json'} cannot be read ({error}); choose another out=") from None
     here = json.loads(json.dumps(run.identity()))
     if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
-        raise ValueError(f"{out} already holds another run (its {', '.join(differing)} differ); choose another out=, or the same settings to resume it")
+        raise ValueError(
+            f"{out} already holds another run (its {', '.join(differing)} differ); choose another out=, or the same settings to resume it"
+        )
 
 
 def claim_folder(out: Path, run: Run, policy: Policy, tokenizer: PreTrainedTokenizerFast) -> None:

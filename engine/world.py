@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 Seat = Literal["cuda", "cpu", "meta"]
 Result = TypeVar("Result")
@@ -46,7 +47,7 @@ class World:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, device_id=device if seat == "cuda" else None)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return World(seat, rank, size, device)
 
     @staticmethod
@@ -71,7 +72,8 @@ class World:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on rank 0, then on every other rank: for work that rank 0 leaves on disk for the rest. If rank 0 raises, all ranks do."""
+        """Do `work` on rank 0, then on every other rank: for work that rank 0 leaves on disk for the rest. If rank 0 raises, all
+        ranks do."""
         result, failure = None, None
         if self.rank == 0:
             try:

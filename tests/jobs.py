@@ -34,8 +34,8 @@ def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
     if not alone:
         return batch(batch_, budget, **policy.cut)
     cut = policy.cut | {"rank": 0, "ranks": 1, "microbatch_multiple": 1}
-    rank, ranks = policy.dp
-    return [packed for sample in batch_[rank::ranks] for packed in batch([sample], budget, **cut)]
+    mine = batch_[policy.grid.dp_rank :: policy.grid.dp]
+    return [packed for sample in mine for packed in batch([sample], budget, **cut)]
 
 
 def sft_steps(
@@ -65,8 +65,11 @@ def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64
         return {i: v.tolist() for i, v in enumerate(values) if v is not None}
 
 
-def train_and_save(world: World, parallel: Parallel, model: Model, out: Path, *, first: int, last: int, save_at: int = 0) -> list[dict[str, float]]:
-    """Go on from the newest checkpoint under `out` (or from the start), to `last`; save after `save_at` steps. Metrics of steps from `first`."""
+def train_and_save(
+    world: World, parallel: Parallel, model: Model, out: Path, *, first: int, last: int, save_at: int = 0
+) -> list[dict[str, float]]:
+    """Go on from the newest checkpoint under `out` (or from the start), to `last`; save after `save_at` steps. Metrics of steps
+    from `first`."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:

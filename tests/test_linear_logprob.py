@@ -40,7 +40,7 @@ def test_whole_vocabulary(rows: int, vocab: int, chunk: int, mode: str) -> None:
     hidden, weight, target = problem(rows, vocab)
     upstream = torch.randn(rows, generator=torch.Generator().manual_seed(1))
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, upstream)
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     got = linear_logprob(hidden, weight, target, mode=mode, chunk=chunk)  # type: ignore[arg-type]
     got.backward(upstream)
     assert hidden.grad is not None
@@ -55,7 +55,7 @@ def test_only_the_wanted_rows() -> None:
     rows = torch.tensor([7, 2, 11])
     wanted = torch.zeros(12).index_fill(0, rows, 1.0)
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, wanted)
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     got = linear_logprob(hidden, weight, target, rows_M=rows)
     got.sum().backward()
     assert hidden.grad is not None
@@ -70,7 +70,7 @@ def test_padding_of_the_vocabulary_has_no_probability_and_no_gradient() -> None:
     padded = torch.cat([weight, torch.full((6, 32), 3.0)])
     upstream = torch.ones(9)
     logprob, grad_hidden, _ = reference(hidden, weight, target, upstream)
-    hidden.requires_grad_(), padded.requires_grad_()
+    hidden, padded = hidden.requires_grad_(), padded.requires_grad_()
     got = linear_logprob(hidden, padded, target, vocab_valid=250)
     got.sum().backward()
     assert hidden.grad is not None
@@ -92,7 +92,7 @@ def test_bf16_keeps_logits_in_fp32() -> None:
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     upstream = torch.ones(33)
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, upstream)
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     got = linear_logprob(hidden, weight, target, chunk=8)
     got.sum().backward()
     assert got.dtype == torch.float32

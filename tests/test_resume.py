@@ -116,8 +116,9 @@ def test_a_checkpoint_of_another_model_is_refused(two_saved: Path) -> None:
 
 
 def test_killed_at_any_instant_of_saving(tmp_path: Path) -> None:
-    """Two ranks save after every step; 20 times one of them, or both, is killed at a random instant, and the next life goes on from what is on
-    disk. Every step of every life has the numbers of a run that nobody killed: so what was loaded was always whole, and never a mix."""
+    """Two ranks save after every step; 20 times one of them, or both, is killed at a random instant, and the next life goes on
+    from what is on disk. Every step of every life has the numbers of a run that nobody killed: so what was loaded was always
+    whole, and never a mix."""
     script = [sys.executable, "-m", "tests.killed_saver", str(tmp_path)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]

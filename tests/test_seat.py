@@ -60,8 +60,8 @@ def test_every_rank_class_of_405b(parallel: Parallel) -> None:
         for tp_rank in (0, 7):
             world = World.imagined(rank=tp_rank + 2 * parallel.tp * stage, size=256)
             with closing(Policy(Model(init=LLAMA_405B), None, parallel, world)) as policy:
-                assert policy.grid.get_pipeline_model_parallel_rank() == stage
-                assert policy.grid.get_tensor_model_parallel_rank() == tp_rank
+                assert policy.grid.pp_rank == stage
+                assert policy.grid.tp_rank == tp_rank
                 parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
                 assert {p.device.type for p in parameters} == {"meta"}
                 sharded = sum(p.numel() for p in parameters if getattr(p, "tensor_model_parallel", False))

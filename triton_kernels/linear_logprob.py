@@ -1,10 +1,10 @@
 """log p(target) straight from hidden states: the output layer and the softmax in one, a chunk of rows at a time, in fp32.
 
-    logits = hidden @ weight.T        logprob = logits[target] - logsumexp(logits)
+logits = hidden @ weight.T        logprob = logits[target] - logsumexp(logits)
 
-Logits of a whole microbatch never exist: a chunk's are turned into exp(logits - max) in place, which is all that the backward pass needs. Rows
-whose log-probs nobody asked for are dropped before the product. With a vocabulary cut over a process group, one gather of (max, sum, target
-logit) a row makes the result whole, merged in rank order so that every rank has the same bits.
+Logits of a whole microbatch never exist: a chunk's are turned into exp(logits - max) in place, which is all that the backward
+pass needs. Rows whose log-probs nobody asked for are dropped before the product. With a vocabulary cut over a process group, one
+gather of (max, sum, target logit) a row makes the result whole, merged in rank order so that every rank has the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
 
 Mode = Literal["save", "recompute"]
 
@@ -137,7 +137,7 @@ def _merge(top: Tensor, total: Tensor, logit: Tensor, group: str) -> tuple[Tenso
     """Each rank's (maximum, sum of exp, target logit) [n] -> (logsumexp, target logit) of the whole vocabulary, equal on all ranks."""
     if not group:
         return top + total.log(), logit
-    process_group = _resolve_process_group(group)
+    process_group = _resolve_process_group(group)  # type: ignore[arg-type]
     mine = torch.stack([top, total, logit])
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(parts, mine, group=process_group)

@@ -1,1 +1,2 @@
-"""What to learn from and by which loss. Each file is one algorithm: a config whose `start` gives `collect(step)` and `loss`; none knows another."""
+"""What to learn from and by which loss. Each file is one algorithm: a config whose `start` gives `collect(step)` and `loss`; none
+knows another."""

@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: next-token cross-entropy on the assistant's tokens, summed over the batch and divided once (arXiv 2411.15124, section 4)."""
+"""Supervised fine-tuning: next-token cross-entropy on the assistant's tokens, summed over the batch and divided once (arXiv
+2411.15124, section 4)."""
 
 from __future__ import annotations
 
@@ -36,18 +37,26 @@ class SFT:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
         if self.batch_size < 1 or self.epochs <= 0 or self.max_length < 1:
-            raise ValueError(f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive")
+            raise ValueError(
+                f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive"
+            )
 
     def start(self, policy: Policy, run: Run) -> Started:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
         longest = run.tokens_per_microbatch // policy.parallel.tp * policy.parallel.tp
         if self.max_length > longest:
-            raise ValueError(f"algorithm.max_length={self.max_length} is over tokens_per_microbatch={longest}; raise the latter or lower the former")
+            raise ValueError(
+                f"algorithm.max_length={self.max_length} is over tokens_per_microbatch={longest}; raise the latter or lower the former"
+            )
         if self.max_length > policy.model.max_length:
-            raise ValueError(f"algorithm.max_length={self.max_length} is over the model's context of {policy.model.max_length} tokens; lower it")
+            raise ValueError(
+                f"algorithm.max_length={self.max_length} is over the model's context of {policy.model.max_length} tokens; lower it"
+            )
         tokenizer = load_tokenizer(run.model.tokenizer or str(policy.folder))
         if len(tokenizer) > policy.model.vocab:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {policy.model.vocab}; choose a tokenizer of this model")
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {policy.model.vocab}; choose a tokenizer of this model"
+            )
         chat = ChatTemplate(tokenizer, self.chat_template or None)
 
         def prepared(source: Source) -> Corpus:

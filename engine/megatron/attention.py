@@ -77,7 +77,8 @@ class PackedAttention(torch.nn.Module):
 
 
 def attend_for(on_gpu: bool) -> Attend:
-    """flash-attn's varlen kernel where installed, else torch's own, on GPUs; elsewhere scaled_dot_product_attention sequence by sequence."""
+    """flash-attn's varlen kernel where installed, else torch's own, on GPUs; elsewhere scaled_dot_product_attention sequence by
+    sequence."""
     if not on_gpu:
         return attend_by_sequence
     try:

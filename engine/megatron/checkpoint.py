@@ -1,8 +1,9 @@
 """Checkpoints that are whole or are not there.
 
-A checkpoint is written to `step-N.tmp`, every file is fsynced and listed with its sha256 in manifest.json, the folder is renamed to `step-N`, and
-then the file LATEST names it. Nothing is ever written over. On load all hashes are verified first: a folder with a wrong byte is named and
-passed over for the newest whole one. Tensors are stored by megatron's dist_checkpointing, independent of the layout that saved them.
+A checkpoint is written to `step-N.tmp`, every file is fsynced and listed with its sha256 in manifest.json, the folder is renamed
+to `step-N`, and then the file LATEST names it. Nothing is ever written over. On load all hashes are verified first: a folder with
+a wrong byte is named and passed over for the newest whole one. Tensors are stored by megatron's dist_checkpointing, independent
+of the layout that saved them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -27,6 +27,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from engine.config import Llama, step_folder
 from engine.megatron.model import LogprobModel
@@ -88,8 +90,8 @@ class _InProcess(TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        writer = dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True)
-        dcp.save(mcore_to_pyt_state_dict(tensors, False), storage_writer=writer, planner=planner)
+        writer = FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True)
+        save_state(mcore_to_pyt_state_dict(tensors, False), storage_writer=writer, planner=planner)
 
 
 def save(state: State, model: Llama, out: Path, step: int, assets: Path | None, keep_last: int, world: World) -> None:
@@ -200,7 +202,8 @@ def found(out: Path) -> list[Path]:
 def load_latest(state: State, model: Llama, out: Path, world: World) -> int:
     """Load the newest whole checkpoint under `out`; returns its step, or 0 where there is none.
 
-    Says on stderr which damaged ones it passed over. Raises ValueError when all are damaged, or when the newest whole one is of another model.
+    Says on stderr which damaged ones it passed over. Raises ValueError when all are damaged, or when the newest whole one is of
+    another model.
     """
     candidates = found(out) if world.rank == 0 else []
     box = [candidates]
@@ -234,9 +237,13 @@ def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
 
 def _load(state: State, model: Llama, folder: Path) -> int:
     manifest = json.loads((folder / MANIFEST).read_text())
-    if differences := [f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in model.to_hf().items() if manifest["model"].get(k) != v]:
+    if differences := [
+        f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in model.to_hf().items() if manifest["model"].get(k) != v
+    ]:
         raise ValueError(f"{folder} is a checkpoint of another model ({'; '.join(differences)}); choose another out=, or that model")
     if state.optimizer_kind not in ("", manifest["optimizer"]):
         raise ValueError(f"{folder} was saved with parallel.{manifest['optimizer']}; it cannot be resumed with {state.optimizer_kind}")
-    state.take(dist_checkpointing.load(state.sharded(loading=True), str(folder / TENSORS)))
+    loaded = dist_checkpointing.load(state.sharded(loading=True), str(folder / TENSORS))
+    assert isinstance(loaded, dict)
+    state.take(loaded)
     return manifest["step"]

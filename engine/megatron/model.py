@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from engine.config import Llama, Parallel, padded_vocab
 from engine.megatron.attention import Flight, PackedAttention, attend_for
+from engine.megatron.seat import Grid
 from engine.world import World
 from triton_kernels import linear_logprob
 
@@ -114,7 +114,9 @@ class LogprobModel(GPTModel):
             # Still called as a module: megatron gathers a layer's weight just before the layer runs.
             self.output_layer.forward = self._logprobs  # type: ignore[method-assign,assignment]
 
-    def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *_: Any, **kwargs: Any
+    ) -> Tensor:
         if not self.post_process:
             return hidden_states
         return self.output_layer(hidden_states, labels[0], kwargs["packed_seq_params"])
@@ -122,6 +124,7 @@ class LogprobModel(GPTModel):
     def _logprobs(self, hidden_states: Tensor, target_T: Tensor, flight: Flight) -> Tensor:
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
@@ -137,13 +140,13 @@ class LogprobModel(GPTModel):
         )
 
 
-def build(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype) -> list[LogprobModel]:
+def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype) -> list[LogprobModel]:
     """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made."""
     config = transformer_config(model, parallel, world, dtype)
-    return [_build_stage(model, parallel, world, config, stage) for stage in range(parallel.vpp)]
+    return [_build_stage(model, parallel, grid, world, config, stage) for stage in range(parallel.vpp)]
 
 
-def _build_stage(model: Llama, parallel: Parallel, world: World, config: TransformerConfig, stage: int) -> LogprobModel:
+def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> LogprobModel:
     vp_stage = stage if parallel.vpp > 1 else None
     return LogprobModel(
         vocab_valid=model.vocab,
@@ -151,8 +154,8 @@ def _build_stage(model: Llama, parallel: Parallel, world: World, config: Transfo
         transformer_layer_spec=_layers(config, world, vp_stage),
         vocab_size=padded_vocab(model.vocab, parallel.tp),
         max_sequence_length=model.max_length,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        pre_process=grid.pp_rank == 0 and stage == 0,
+        post_process=grid.pp_rank == grid.pp - 1 and stage == parallel.vpp - 1,
         position_embedding_type="none",
         share_embeddings_and_output_weights=model.tied,
         vp_stage=vp_stage,
@@ -160,7 +163,7 @@ def _build_stage(model: Llama, parallel: Parallel, world: World, config: Transfo
 
 
 def _layers(config: TransformerConfig, world: World, vp_stage: int | None) -> TransformerBlockSubmodules:
-    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    layer: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     norm = ModuleSpec(module=RMSNorm, params={"device": world.device})
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(

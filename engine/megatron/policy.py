@@ -24,8 +24,8 @@ Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # wh
 
 
 class Policy:
-    """A Llama laid over `world` by `parallel`: with an optimizer where `optim` is given, else only to be read. Given a bare Llama, its weights
-    are left empty for load_latest.
+    """A Llama laid over `world` by `parallel`: with an optimizer where `optim` is given, else only to be read. Given a bare
+    Llama, its weights are left empty for load_latest.
 
     Raises ValueError when the grid cannot hold the model, or its weights are missing, damaged or of another shape.
     """
@@ -39,20 +39,16 @@ class Policy:
         parallel.check(self.model, world.size)
         self.seat = ExitStack()
         self.seat.enter_context(seat.taken(world))
-        seat.make_grid(parallel, world, seed)
+        self.grid = seat.make_grid(parallel, world, seed)
         self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
 
     def _build(self, seed: int, fill: bool) -> None:
-        # Imported here because megatron-core must not be before the seat is taken.
-        from megatron.core import parallel_state
-
         from engine.megatron import model, weights
 
-        self.grid = parallel_state
-        self.chunks = model.build(self.model, self.parallel, self.world, self.dtype)
+        self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype)
         if fill:
             origin = weights.FolderOrigin(self.folder, self.model) if self.folder else weights.RandomOrigin(self.model, seed)
-            weights.fill(self.chunks, self.model, origin)
+            weights.fill(self.chunks, self.model, origin, self.grid)
         self.stages: list[Any] = list(self.chunks)
         self.optimizer: Any = None
         if self.optim is not None:
@@ -67,21 +63,15 @@ class Policy:
         self.seat.close()
 
     @property
-    def dp(self) -> tuple[int, int]:
-        """This rank's place among data-parallel replicas, and how many there are."""
-        return self.grid.get_data_parallel_rank(), self.grid.get_data_parallel_world_size()
-
-    @property
     def cut(self) -> dict[str, int]:
         """How this rank's share of a batch must be cut: keyword arguments of batching.batch."""
-        rank, ranks = self.dp
         interleaved = self.parallel.pp if self.parallel.vpp > 1 else 1
-        return {"rank": rank, "ranks": ranks, "total_multiple": self.parallel.tp, "microbatch_multiple": interleaved}
+        return {"rank": self.grid.dp_rank, "ranks": self.grid.dp, "total_multiple": self.parallel.tp, "microbatch_multiple": interleaved}
 
     @property
     def speaks(self) -> bool:
-        """True on one rank of each replica's last stage: the rank that writes down what the replica computed."""
-        return self.grid.is_pipeline_last_stage() and self.grid.get_tensor_model_parallel_rank() == 0
+        """True on one rank of each replica: the rank that writes down what the replica computed."""
+        return self.grid.pp_rank == self.grid.pp - 1 and self.grid.tp_rank == 0
 
     def update(self, step: Step, loss: LossFunction, lr: float) -> dict[str, float]:
         """One optimizer step on the gradient of sum of totals / sum of counts, over all microbatches of all ranks.
@@ -100,7 +90,9 @@ class Policy:
         metrics = self._reduced([out["metrics"] for out in outputs])
         grad_norm = training.step(self.optimizer, self.optim, lr)
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm is {grad_norm} (loss {metrics.get('loss')}); the step was not taken. Lower optim.lr or look at this batch")
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm} (loss {metrics.get('loss')}); the step was not taken. Lower optim.lr or look at this batch"
+            )
         return metrics | {"grad_norm": grad_norm}
 
     @torch.no_grad()
@@ -119,9 +111,12 @@ class Policy:
         sizes = [len(packed.tokens_T) for packed in step]
         if not sizes:
             return []
-        flat = torch.cat([out["logprob"][:size] for out, size in zip(outputs, sizes, strict=True)]) if outputs else torch.empty(sum(sizes), device=self.world.device)
-        group = self.grid.get_pipeline_model_parallel_group()
-        dist.broadcast(flat, src=self.grid.get_pipeline_model_parallel_last_rank(), group=group)
+        flat = (
+            torch.cat([out["logprob"][:size] for out, size in zip(outputs, sizes, strict=True)])
+            if outputs
+            else torch.empty(sum(sizes), device=self.world.device)
+        )
+        dist.broadcast(flat, src=self.grid.last_stage, group=self.grid.pp_group)
         return list(flat.cpu().split(sizes))
 
     def _run(self, step: Step, finish: Finish, *, forward_only: bool, every: bool = False) -> list[dict[str, Any]]:
@@ -161,12 +156,11 @@ class Policy:
             names = sorted(metrics[0])
             rows = [[torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for x in m[name]] for m in metrics for name in names]
             sums = torch.stack([torch.stack(row) for row in rows]).view(len(metrics), len(names), 2).sum(0)
-            dist.all_reduce(sums, group=self.grid.get_data_parallel_group())
+            dist.all_reduce(sums, group=self.grid.dp_group)
             found = {name: total / count if count else 0.0 for name, (total, count) in zip(names, sums.tolist(), strict=True)}
         if self.parallel.pp > 1:
             box = [found]
-            group = self.grid.get_pipeline_model_parallel_group()
-            dist.broadcast_object_list(box, src=self.grid.get_pipeline_model_parallel_last_rank(), group=group)
+            dist.broadcast_object_list(box, src=self.grid.last_stage, group=self.grid.pp_group)
             found = box[0]
         return found
 
@@ -178,7 +172,8 @@ class Policy:
         checkpoint.save(checkpoint.State(self.chunks, self.optimizer), self.model, out, step, assets, keep_last, self.world)
 
     def load_latest(self, out: Path) -> int:
-        """Take up the newest whole checkpoint under `out`; returns the step to go on with, 0 where there is none; see checkpoint.load_latest."""
+        """Take up the newest whole checkpoint under `out`; returns the step to go on with, 0 where there is none; see
+        checkpoint.load_latest."""
         from engine.megatron import checkpoint
 
         return checkpoint.load_latest(checkpoint.State(self.chunks, self.optimizer), self.model, out, self.world)
@@ -188,7 +183,7 @@ class Policy:
         from engine.megatron import weights
 
         self._settle()
-        weights.export(self.chunks, self.model, folder, dtype or self.dtype, self.world)
+        weights.export(self.chunks, self.model, folder, dtype or self.dtype, self.grid, self.world)
 
     def _settle(self) -> None:
         if self.optimizer is not None:

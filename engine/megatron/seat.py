@@ -1,7 +1,7 @@
 """Lets megatron-core, which says "cuda" throughout, run where this world's tensors live: on CPU, or on meta tensors.
 
-No fork and no patch of megatron's source: a TorchFunctionMode rewrites the device of tensor factories, and the few functions of torch.cuda that
-megatron calls are replaced while the seat is taken. On GPUs none of this happens.
+No fork and no patch of megatron's source: a TorchFunctionMode rewrites the device of tensor factories, and the few functions of
+torch.cuda that megatron calls are replaced while the seat is taken. On GPUs none of this happens.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from engine.config import Parallel
@@ -21,8 +24,10 @@ from engine.world import World
 
 TESTED_VERSION = "0.16.1"
 
-# Where the engine takes hold of megatron-core: (module, attribute, parameters that must be there, why).
-SITES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+# Where the engine takes hold of megatron-core: (module, attribute, parameters that must be there, what for).
+Site = tuple[str, str, tuple[str, ...], str]
+TORCH_STRATEGY, SAVING = "dist_checkpointing.strategies.torch", "checkpoints without spawned writers"
+SITES: tuple[Site, ...] = (
     ("models.gpt", "GPTModel._postprocess", ("hidden_states", "labels", "packed_seq_params"), "the last stage returns log-probs"),
     ("models.gpt", "GPTModel.shared_embedding_or_output_weight", (), "tied output weights"),
     ("models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec", ("normalization",), "the layer whose norms and attention we swap"),
@@ -34,17 +39,19 @@ SITES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("distributed", "finalize_model_grads", ("model", "num_tokens"), "the one division by the global count"),
     ("optimizer.optimizer", "ChainedOptimizer.prepare_grads", (), "the gradient norm is known before the step is taken"),
     ("optimizer.optimizer", "ChainedOptimizer.step_with_ready_grads", (), "the gradient norm is known before the step is taken"),
+    ("optimizer.distrib_optimizer", "DistributedOptimizer.load_parameter_state_from_fully_reshardable", (), "resuming on another grid"),
     ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32", ("parameters", "max_norm", "total_norm"), "clipping"),
     ("dist_checkpointing", "save", ("sharded_strategy",), "checkpoints"),
-    ("dist_checkpointing.strategies.torch", "TorchDistSaveShardedStrategy.async_save", ("sharded_state_dict",), "checkpoints without spawned writers"),
-    ("dist_checkpointing.strategies.torch", "mcore_to_pyt_state_dict", (), "checkpoints without spawned writers"),
-    ("dist_checkpointing.strategies.torch", "_replace_state_dict_keys_with_sharded_keys", (), "checkpoints without spawned writers"),
-    ("tensor_parallel.random", "model_parallel_cuda_manual_seed", ("seed",), "random states"),
+    (TORCH_STRATEGY, "TorchDistSaveShardedStrategy.async_save", ("sharded_state_dict",), SAVING),
+    (TORCH_STRATEGY, "MCoreSavePlanner", (), SAVING),
+    (TORCH_STRATEGY, "mcore_to_pyt_state_dict", (), SAVING),
+    (TORCH_STRATEGY, "_replace_state_dict_keys_with_sharded_keys", (), SAVING),
+    ("tensor_parallel.random", "model_parallel_cuda_manual_seed", ("seed", "force_reset_rng"), "random states"),
     ("parallel_state", "initialize_model_parallel", ("create_gloo_process_groups",), "the grid"),
-)  # fmt: skip
+)
 
 
-def moved_sites(sites: tuple[tuple[str, str, tuple[str, ...], str], ...] = SITES) -> list[str]:
+def moved_sites(sites: tuple[Site, ...] = SITES) -> list[str]:
     """One line for each site of the installed megatron-core that is no longer where the engine expects it; empty when all are."""
     return [line for site in sites if (line := _moved(*site))]
 
@@ -98,34 +105,66 @@ def taken(world: World) -> Iterator[None]:
     if world.seat == "cuda":
         yield
         return
-    stand_ins = _stand_ins(world.device)
-    rng = {name: stand_ins[name] for name in ("get_rng_state", "set_rng_state")}
-    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.multiple(torch.cuda.random, **rng), _Redirect(world.device):
+    with ExitStack() as stack:
+        for name, stand_in in _stand_ins(world.device).items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+            if hasattr(torch.cuda.random, name):
+                stack.enter_context(mock.patch.object(torch.cuda.random, name, stand_in))
+        stack.enter_context(_Redirect(world.device))
         yield
 
 
-def make_grid(parallel: Parallel, world: World, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place in the grid of tensor, pipeline and data parallel ranks, and its group along each axis."""
+
+    tp_rank: int
+    tp: int
+    tp_group: ProcessGroup
+    pp_rank: int
+    pp: int
+    pp_group: ProcessGroup
+    dp_rank: int
+    dp: int
+    dp_group: ProcessGroup
+
+    @property
+    def last_stage(self) -> int:
+        """The global rank that holds the end of the model in this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.pp - 1)
+
+
+def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
     """Lay tensor, pipeline and data parallel groups over the world; the seat must be taken. A second policy of the same grid shares it.
 
     Raises ValueError when the process already has another grid, RuntimeError when megatron-core is one the engine cannot hold on to.
     """
     import megatron.core
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state as state
+    from megatron.core import tensor_parallel
 
     if megatron.core.__version__ != TESTED_VERSION and (moved := moved_sites()):
         raise RuntimeError(f"megatron-core {megatron.core.__version__} (tested: {TESTED_VERSION}): " + "; ".join(moved))
-    if parallel_state.model_parallel_is_initialized():
-        have = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
-        if have != (parallel.tp, parallel.pp):
-            raise ValueError(f"this process already runs a grid of tp={have[0]}, pp={have[1]}; parallel.tp={parallel.tp}, pp={parallel.pp} must equal it")
-    else:
-        parallel_state.initialize_model_parallel(
-            parallel.tp,
-            parallel.pp,
-            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-            create_gloo_process_groups=False,
+    if not state.model_parallel_is_initialized():
+        virtual = parallel.vpp if parallel.vpp > 1 else None
+        state.initialize_model_parallel(
+            parallel.tp, parallel.pp, virtual_pipeline_model_parallel_size=virtual, create_gloo_process_groups=False
+        )
+    have = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
+    if have != (parallel.tp, parallel.pp):
+        raise ValueError(
+            f"this process runs a grid of tp={have[0]}, pp={have[1]}; parallel.tp={parallel.tp}, pp={parallel.pp} must equal it"
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Grid(
+        *_axis(state.get_tensor_model_parallel_group()),
+        *_axis(state.get_pipeline_model_parallel_group()),
+        *_axis(state.get_data_parallel_group()),
+    )
+
+
+def _axis(group: Any) -> tuple[int, int, ProcessGroup]:
+    return group.rank(), group.size(), group
 
 
 def leave_grid() -> None:

@@ -53,7 +53,7 @@ def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, stages, use_gloo_process_groups=False)
+    optimizer: Any = get_megatron_optimizer(config, list(stages), use_gloo_process_groups=False)
     for chained in optimizer.chained_optimizers:
         if isinstance(chained.optimizer, torch.optim.AdamW):  # not where Apex or Transformer Engine brought their own
             _allocate(chained.optimizer)

@@ -1,5 +1,5 @@
-"""Hugging Face folder <-> this grid's shards. One table (`pieces`) says which run of rows or columns of which tensor is where; import reads it
-one way, export the other."""
+"""Hugging Face folder <-> this grid's shards. One table (`pieces`) says which run of rows or columns of which tensor is where;
+import reads it one way, export the other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import Llama, padded_vocab
 from engine.megatron.model import LogprobModel
+from engine.megatron.seat import Grid
 from engine.world import World
 
 SHARD_BYTES = 4 << 30  # of an exported safetensors file
@@ -58,9 +58,7 @@ def pieces(parameter: str, model: Llama, tp: int, rank: int) -> list[Piece]:
         case "self_attention.linear_proj.weight":
             return [Piece(prefix + "self_attn.o_proj.weight", 1, rank * heads, 0, heads)]
         case "mlp.linear_fc1.weight":  # gate then up, within each rank
-            return [
-                Piece(prefix + f"mlp.{branch}_proj.weight", 0, rank * ffn, i * ffn, ffn) for i, branch in enumerate(("gate", "up"))
-            ]
+            return [Piece(prefix + f"mlp.{branch}_proj.weight", 0, rank * ffn, i * ffn, ffn) for i, branch in enumerate(("gate", "up"))]
         case "mlp.linear_fc2.weight":
             return [Piece(prefix + "mlp.down_proj.weight", 1, rank * ffn, 0, ffn)]
     raise AssertionError(f"no row in the table for {parameter}")
@@ -182,64 +180,60 @@ def _open(path: Path) -> safe_open:
 def named_parameters(chunks: list[LogprobModel]) -> Iterator[tuple[str, Tensor]]:
     """This rank's parameters with layers counted over the whole model."""
     for chunk in chunks:
+        first = int(chunk.decoder.layers[0].layer_number) - 1 if len(chunk.decoder.layers) else 0  # type: ignore[arg-type]
         for name, parameter in chunk.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, local, part = name.split(".", 3)
-                name = f"decoder.layers.{chunk.decoder.layers[int(local)].layer_number - 1}.{part}"
+                name = f"decoder.layers.{first + int(local)}.{part}"
             yield name, parameter
 
 
 @torch.no_grad()
-def fill(chunks: list[LogprobModel], model: Llama, origin: Origin) -> None:
+def fill(chunks: list[LogprobModel], model: Llama, origin: Origin, grid: Grid) -> None:
     """Write every parameter of this rank from `origin`; padding rows of the vocabulary become zeros."""
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in named_parameters(chunks):
         parameter.zero_()
-        for piece in pieces(name, model, tp, rank):
+        for piece in pieces(name, model, grid.tp, grid.tp_rank):
             parameter.narrow(piece.dim, piece.here, piece.length).copy_(origin.read(piece))
 
 
 @torch.no_grad()
-def export(chunks: list[LogprobModel], model: Llama, folder: Path, dtype: torch.dtype, world: World) -> None:
-    """Write the safetensors of a Hugging Face folder. Each pipeline stage writes its own layers, a file of at most 4 GiB at a time."""
-    writer = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
-    written: dict[str, list[str]] = {}
-    batch: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if batch:
-            file = f"stage-{parallel_state.get_pipeline_model_parallel_rank():03d}-{len(written):05d}.safetensors"
+def export(chunks: list[LogprobModel], model: Llama, folder: Path, dtype: torch.dtype, grid: Grid, world: World) -> None:
+    """Write the safetensors of a Hugging Face folder. Each pipeline stage writes its own layers, a file of about 4 GiB at a time."""
+    files: dict[str, list[str]] = {}  # what this rank wrote
+    if grid.dp_rank == 0:
+        for batch in _batches(chunks, model, dtype, grid):
+            file = f"stage-{grid.pp_rank:03d}-{len(files):05d}.safetensors"
             save_file(batch, folder / file, metadata={"format": "pt"})
-            written[file] = sorted(batch)
-            batch.clear()
-
-    if parallel_state.get_data_parallel_rank() == 0:
-        for name, parameter in named_parameters(chunks):
-            if name == "output_layer.weight" and model.tied:
-                continue
-            batch |= _whole(name, parameter, model, dtype)
-            if sum(t.nbytes for t in batch.values()) >= SHARD_BYTES:
-                flush()
-        if writer:
-            flush()
-    everyone: list[dict[str, list[str]] | None] = [None] * world.size
-    dist.all_gather_object(everyone, written)
+            files[file] = sorted(batch)
+    everyone: list[dict[str, list[str]]] = [{} for _ in range(world.size)]
+    dist.all_gather_object(everyone, files)
     if world.rank == 0:
-        _name_files(folder, [file for files in everyone for file in (files or {}).items()])
+        _name_files(folder, [item for files in everyone for item in files.items()])
     dist.barrier()
 
 
-def _whole(name: str, parameter: Tensor, model: Llama, dtype: torch.dtype) -> dict[str, Tensor]:
+def _batches(chunks: list[LogprobModel], model: Llama, dtype: torch.dtype, grid: Grid) -> Iterator[dict[str, Tensor]]:
+    """This stage's tensors, a file's worth at a time, on its first tensor-parallel rank; the others only lend their shards."""
+    batch: dict[str, Tensor] = {}
+    for name, parameter in named_parameters(chunks):
+        if name == "output_layer.weight" and model.tied:
+            continue
+        batch |= _whole(name, parameter, model, dtype, grid)
+        if sum(tensor.nbytes for tensor in batch.values()) >= SHARD_BYTES:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
+
+
+def _whole(name: str, parameter: Tensor, model: Llama, dtype: torch.dtype, grid: Grid) -> dict[str, Tensor]:
     """On tensor-parallel rank 0, the whole Hugging Face tensors that `parameter` is a part of; empty on the others."""
-    group, tp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_world_size()
-    first = parallel_state.get_tensor_model_parallel_rank() == 0
-    parts = [torch.empty_like(parameter) for _ in range(tp)] if first else None
-    dist.gather(parameter.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
-    if parts is None:
-        return {}
+    parts = [torch.empty_like(parameter) for _ in range(grid.tp)] if grid.tp_rank == 0 else None
+    dist.gather(parameter.contiguous(), parts, dst=dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
     whole: dict[str, Tensor] = {}
-    for rank, part in enumerate(parts):
-        for piece in pieces(name, model, tp, rank):
+    for rank, part in enumerate(parts or []):
+        for piece in pieces(name, model, grid.tp, rank):
             tensor = whole.setdefault(piece.name, torch.empty(shapes(model)[piece.name], dtype=dtype))
             tensor.narrow(piece.dim, piece.there, piece.length).copy_(part.narrow(piece.dim, piece.here, piece.length))
     return whole
