@@ -18,26 +18,19 @@ from engine.config import Model, Run, override
 ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-node 2 -m engine ..."
 
 
-def main() -> int:
-    """Parse, run, and answer a user's mistake with one line on stderr and exit code 1."""
-    arguments = _parser().parse_args()
+def main(words: list[str] | None = None) -> int:
+    """Parse and run; a user's mistake becomes one line on stderr. Returns the exit code."""
+    arguments = _parser().parse_args(words)
     warnings.filterwarnings("ignore")  # of libraries, about their own future; ours are printed
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         arguments.command(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
-        _say(error)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # most mistakes meet every rank: the first speaks for all, and takes the others down with it
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def _say(error: Exception) -> None:
-    """Every rank may have met the same error: the first speaks at once, another only if that one has nothing to say."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    if "WORLD_SIZE" in os.environ:
-        os._exit(1)  # other ranks may wait in a collective for this one, and leaving in good order would wait for them
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,4 +104,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code and "WORLD_SIZE" in os.environ:
+        os._exit(code)  # other ranks may wait for this one, and leaving in good order would wait for them
+    sys.exit(code)

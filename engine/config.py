@@ -304,9 +304,10 @@ def override(config: Any, assignments: list[str]) -> Any:
 def _replaced(config: Any, path: list[str], text: str, whole: str) -> Any:
     names = [f.name for f in fields(config)]
     if path[0] not in names:
-        near = difflib.get_close_matches(path[0], names, n=3, cutoff=0.4) or names
+        near = difflib.get_close_matches(path[0], names, n=3, cutoff=0.4)
         prefix = whole[: len(whole) - len(".".join(path))]
-        raise ValueError(f"unknown setting {whole!r}; nearest: {', '.join(prefix + n for n in near)}")
+        nearest = f"; nearest: {', '.join(prefix + name for name in near)}" if near else ""
+        raise ValueError(f"unknown setting {whole!r}{nearest}; all there are: {', '.join(names)}")
     value = getattr(config, path[0])
     if len(path) > 1:
         if not dataclasses.is_dataclass(value):

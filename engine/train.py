@@ -29,6 +29,8 @@ class Algorithm(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast: ...
     @property
+    def notes(self) -> list[str]: ...
+    @property
     def loss(self) -> LossFunction: ...
     def collect(self, step: int) -> list[Sample]: ...
 
@@ -45,6 +47,8 @@ def train(run: Run, world: World) -> None:
         start, steps = policy.load_latest(out), run.steps or algorithm.steps
         world.first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
         with Report(run, out, is_writer=world.rank == 0, devices=world.size, start=start) as report:
+            for note in algorithm.notes:
+                report.note(note)
             if start:
                 report.note(f"resumed from step {start}")
             for step in range(start, steps):

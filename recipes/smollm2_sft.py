@@ -12,13 +12,13 @@ run = Run(
     model=Model("smollm2-135m-instruct"),
     algorithm=SFT(
         sources=(Source(generated(Path("cache/smollm2_sft/train.jsonl"), 1000, seed=0)),),
-        held_out=(Source(generated(Path("cache/smollm2_sft/held_out.jsonl"), 24, seed=1, held_out=True)),),
+        held_out=(Source(generated(Path("cache/smollm2_sft/held_out.jsonl"), 16, seed=1, held_out=True)),),
         batch_size=16,
         max_length=512,
     ),
     optim=Optim(lr=2e-4, warmup=0.1),
     tokens_per_microbatch=1024,
-    steps=20,
-    eval_every=10,
+    steps=16,
+    eval_every=4,
     out="runs/smollm2_sft",
 )

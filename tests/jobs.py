@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import io
+import resource
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch.distributed as dist
@@ -14,7 +18,7 @@ from torch import Tensor
 from engine.batching import batch, scatter
 from engine.config import Llama, Model, Optim, Parallel
 from engine.losses import nll
-from engine.types import Sample, Step
+from engine.types import Loss, Packed, Sample, Step
 from engine.world import World
 from triton_kernels import linear_logprob
 
@@ -113,3 +117,42 @@ def sharded_logprob(world: World, hidden: Tensor, weight: Tensor, target: Tensor
     assert hidden.grad is not None
     assert mine.grad is not None
     return logprob.detach(), hidden.grad, mine.grad
+
+
+def command(world: World, words: list[str], largest_file: int = 0) -> tuple[int, str, str]:
+    """`python -m engine words...` within this world: exit code, stdout, stderr. largest_file: bytes that a file may have here; 0: any."""
+    from engine.__main__ import main
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said, complained = io.StringIO(), io.StringIO()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(World, "start", return_value=world))
+        stack.enter_context(mock.patch.object(World, "close", return_value=None))
+        stack.enter_context(redirect_stdout(said))
+        stack.enter_context(redirect_stderr(complained))
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limit[1]))
+        return main(words), said.getvalue(), complained.getvalue()
+
+
+def bad_step(world: World, parallel: Parallel, model: Model) -> tuple[str, dict[str, float], dict[str, float]]:
+    """The complaint about a step with a NaN in one sequence's loss; the metrics of the next step; those without the bad step in between."""
+    from engine.megatron.policy import Policy
+
+    def spoiled(logprob_T: Tensor, packed: Packed) -> Loss:
+        found = nll(logprob_T, packed)
+        return replace(found, total=found.total * float("nan")) if 3 in packed.index_S else found
+
+    results = []
+    complaint = ""
+    for spoil in (True, False):
+        with closing(Policy(model, OPTIM, parallel, world)) as policy:
+            policy.update(batch(samples(0), 64, **policy.cut), nll, OPTIM.lr)
+            if spoil:
+                try:
+                    policy.update(batch(samples(1), 64, **policy.cut), spoiled, OPTIM.lr)
+                except FloatingPointError as error:
+                    complaint = str(error)
+            results.append(policy.update(batch(samples(2), 64, **policy.cut), nll, OPTIM.lr))
+    return complaint, results[0], results[1]

@@ -63,9 +63,22 @@ class SFT:
             cache = cache_folder() / "corpora"
             return policy.world.first(lambda: prepare(source, chat, max_length=self.max_length, too_long=self.too_long, cache=cache))
 
-        mixture = Mixture([prepared(s) for s in self.sources], [s.weight for s in self.sources], run.seed)
-        held_out = [corpus[i] for corpus in map(prepared, self.held_out) for i in range(len(corpus))]
-        return Started(mixture, self.batch_size, math.ceil(self.epochs * len(mixture) / self.batch_size), held_out, tokenizer)
+        corpora = [prepared(source) for source in (*self.sources, *self.held_out)]
+        trained, held_out = corpora[: len(self.sources)], corpora[len(self.sources) :]
+        mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
+        return Started(
+            mixture=mixture,
+            batch_size=self.batch_size,
+            steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
+            held_out=[corpus[i] for corpus in held_out for i in range(len(corpus))],
+            tokenizer=tokenizer,
+            notes=[_note(*pair) for pair in zip((*self.sources, *self.held_out), corpora, strict=True)],
+        )
+
+
+def _note(source: Source, corpus: Corpus) -> str:
+    c = corpus.counts
+    return f"{source.path}: {c.rows} rows, {c.truncated} truncated, {c.dropped} dropped; {c.tokens:,} tokens, {c.trained:,} of them trained"
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class Started:
     steps: int
     held_out: list[Sample]
     tokenizer: PreTrainedTokenizerFast
+    notes: list[str]
     loss: ClassVar[LossFunction] = staticmethod(nll)
 
     def collect(self, step: int) -> list[Sample]:

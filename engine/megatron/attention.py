@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,14 +78,13 @@ class PackedAttention(torch.nn.Module):
 
 
 def attend_for(on_gpu: bool) -> Attend:
-    """flash-attn's varlen kernel where installed, else torch's own, on GPUs; elsewhere scaled_dot_product_attention sequence by
-    sequence."""
+    """On GPUs flash-attn's varlen kernel where installed, else torch's own; elsewhere torch's attention sequence by sequence."""
     if not on_gpu:
         return attend_by_sequence
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
     except ImportError:
-        return attend_varlen
+        return _varlen()
 
     def attend_flash(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
         cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
@@ -93,12 +93,22 @@ def attend_for(on_gpu: bool) -> Attend:
     return attend_flash
 
 
-def attend_varlen(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
-    """torch's flash attention over cu_seqlens (bf16 or fp16)."""
-    from torch.nn.attention.varlen import varlen_attn
+def _varlen() -> Attend:
+    """torch's flash attention over cu_seqlens (bf16 or fp16), as this torch spells it: its arguments changed after 2.11."""
+    from torch.nn.attention import varlen
 
-    cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
-    return varlen_attn(query, key, value, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)  # type: ignore[return-value]
+    accepts = inspect.signature(varlen.varlen_attn).parameters
+    groups = "enable_gqa" in accepts
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in accepts else {"is_causal": True}
+    options = causal | ({"enable_gqa": True} if groups else {})
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
+        if not groups:
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
+        return varlen.varlen_attn(query, key, value, cu, cu, longest, longest, **options)  # type: ignore[return-value]
+
+    return attend
 
 
 def attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:

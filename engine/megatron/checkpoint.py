@@ -109,7 +109,8 @@ def save(state: State, model: Llama, out: Path, step: int, assets: Path | None, 
     if problem is not None:
         if world.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
-        raise OSError(f"{final}: could not be saved ({problem}); earlier checkpoints are untouched")
+        free = shutil.disk_usage(out).free / 2**30  # torch's writer hides a full disk behind "unexpected pos"
+        raise OSError(f"{final}: could not be saved ({problem}; {free:.1f} GiB are free there); earlier checkpoints are untouched")
     if world.rank == 0:
         _point_to(out, final)
         _prune(out, keep_last)

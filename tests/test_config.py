@@ -1,0 +1,133 @@
+"""A run as a value: overrides, schedules, shapes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from engine.config import Llama, Model, Optim, Parallel, RopeScaling, Run, override, padded_vocab, to_dict
+
+SHAPE = Llama(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, tied=True)
+RUN = Run(Model(init=SHAPE), None, Optim(1e-3))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path", "value"),
+    [
+        ("optim.lr=2e-6", "optim.lr", 2e-6),
+        ("optim.betas=[0.9, 0.95]", "optim.betas", (0.9, 0.95)),
+        ("optim.schedule=cosine", "optim.schedule", "cosine"),
+        ("parallel.tp=8", "parallel.tp", 8),
+        ("parallel.stages=[18,12]", "parallel.stages", (18, 12)),
+        ("parallel.distributed_optimizer=no", "parallel.distributed_optimizer", False),
+        ("model.init.tied=true", "model.init.tied", True),
+        ("out=runs/a=b", "out", "runs/a=b"),
+    ],
+)
+def test_override(assignment: str, path: str, value: Any) -> None:
+    found: Any = override(RUN, [assignment])
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("optim.learningrate=1", "unknown setting 'optim.learningrate'; nearest: optim.weight_decay; all there are: lr, schedule"),
+        ("seeed=1", "unknown setting 'seeed'; nearest: seed"),
+        ("parallel.recompute=all", "parallel.recompute=all cannot be read; it takes one of none, selective, full"),
+        ("parallel.distributed_optimizer=maybe", "takes true or false"),
+        ("seed", "override 'seed' is not of the form name=value"),
+        ("seed.x=1", "has no field 'x'"),
+        ("parallel.tp=0", "parallel.tp=0 must be at least 1"),
+        ("parallel.vpp=2", "parallel.vpp=2 needs parallel.pp of at least 2"),
+        ("optim.warmup=1.5", "warmup=1.5 is a share"),
+        ("tokens_per_microbatch=0", "tokens_per_microbatch=0 must be at least 1"),
+        ("model.init.kv_heads=2", "model.heads=9 must be a multiple of model.kv_heads=2"),
+        ("parallel=1", "parallel cannot be set from the command line; set it in the recipe"),
+    ],
+)
+def test_override_refuses(assignment: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        override(RUN, [assignment])
+    assert expected in str(caught.value)
+
+
+def test_schedules() -> None:
+    linear = Optim(lr=1.0, warmup=0.1)
+    assert [linear.lr_at(s, 20) for s in (0, 1, 2, 11, 19)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 1 / 18])
+    cosine = replace(linear, schedule="cosine")
+    assert [cosine.lr_at(s, 20) for s in (0, 2, 11)] == pytest.approx([0.5, 1.0, 0.5])
+    constant = replace(linear, schedule="constant")
+    assert [constant.lr_at(s, 20) for s in (0, 2, 19)] == pytest.approx([0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, tied=False, rope_scaling=RopeScaling(), head_dim=32, rope_theta=5e5)])
+def test_a_shape_goes_to_hugging_face_and_back(shape: Llama) -> None:
+    assert Llama.from_hf(shape.to_hf()) == shape
+    assert Llama.from_hf(LlamaConfig(**shape.to_hf()).to_dict()) == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model_type": "qwen2"}, "model_type='qwen2' is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn' is not supported"),
+    ],
+)
+def test_shapes_that_cannot_be_represented_are_refused(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Llama.from_hf(SHAPE.to_hf() | change)
+
+
+def test_parameters_are_those_of_the_known_models() -> None:
+    assert SHAPE.parameters == 134_515_008
+    assert Llama(32, 4096, 14336, 32, 8, 128256).parameters == 8_030_261_248
+    assert Llama(126, 16384, 53248, 128, 8, 128256).parameters == 405_853_388_800
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tp", "padded"), [(128256, 8, 128256), (49152, 3, 49152), (128264, 1, 128320), (128264, 8, 128320), (250, 3, 384)]
+)
+def test_padded_vocab(vocab: int, tp: int, padded: int) -> None:
+    assert padded_vocab(vocab, tp) == padded
+    assert padded % (8 * tp) == 0
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "expected"),
+    [
+        (Parallel(tp=2), 2, "parallel.tp=2 must divide model.heads=9, model.kv_heads=3 and model.ffn=1536; use 1 or 3"),
+        (Parallel(tp=3, pp=2), 4, "the world has 4 ranks, which parallel.tp=3 x parallel.pp=2 = 6 must divide; start a multiple"),
+        (
+            Parallel(pp=4),
+            4,
+            "pp=4 x vpp=1 must divide model.layers=30; with vpp=1 use pp=1, 2, 3, 5, 6, 10, 15 or 30, or set stages",
+        ),
+        (Parallel(pp=3, count_loss=True), 3, "model.layers=30 (31 slots with embedding and loss counted)"),
+        (
+            Parallel(pp=2, stages=(18, 13)),
+            2,
+            "stages=[18, 13] must give the layers of pp x vpp = 2 stages, in sum model.layers=30",
+        ),
+    ],
+)
+def test_a_grid_that_does_not_fit_names_one_that_does(parallel: Parallel, world: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        parallel.check(SHAPE, world)
+    assert expected in str(caught.value)
+
+
+def test_identity_is_what_is_computed_not_how() -> None:
+    assert override(RUN, ["parallel.pp=2", "tokens_per_microbatch=9", "out=elsewhere", "save_every=3"]).identity() == RUN.identity()
+    for change in ("optim.lr=1", "seed=3", "steps=7", "model.init.layers=6"):
+        assert override(RUN, [change]).identity() != RUN.identity()
+    assert json.loads(json.dumps(to_dict(RUN)))["optim"]["is"] == "Optim"

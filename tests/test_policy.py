@@ -1,0 +1,82 @@
+"""What the verbs promise beyond numbers: a bad gradient changes nothing, and attention asks each kernel rightly."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.attention.varlen
+from torch import Tensor
+
+from engine.config import Model, Parallel
+from tests import jobs
+from tests.pool import ranks
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(pp=2)), (2, Parallel(tp=2))], ids=str)
+def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Parallel) -> None:
+    """One sequence of the batch, on one rank, has a NaN: every rank refuses the step, and the next step is as if it had not been tried."""
+    for complaint, after, clean in ranks(size).run(jobs.bad_step, parallel=parallel, model=Model(init=jobs.TINY)):
+        assert "gradient norm is nan" in complaint
+        assert "the step was not taken" in complaint
+        assert after == clean
+
+
+def by_sequence(query: Tensor, key: Tensor, value: Tensor, cu: Tensor) -> Tensor:
+    from engine.megatron.attention import Flight, attend_by_sequence
+
+    return attend_by_sequence(query, key, value, Flight(lengths=tuple(cu.diff().tolist())))
+
+
+def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for both kernels, whose signatures are the real ones': what attention passes on means the same as ours."""
+    from engine.megatron import attention
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool = False) -> Tensor:
+        assert causal
+        assert cu_q is cu_k
+        assert max_q == max_k == int(cu_q.diff().max())
+        return by_sequence(q, k, v, cu_q)
+
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(12, 4, 8, generator=draw)
+    key, value = torch.randn(2, 12, 2, 8, generator=draw)
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
+    flight = attention.Flight(cu_seqlens_q=cu, max_seqlen_q=7, lengths=(5, 7))  # type: ignore[arg-type]
+    expected = attention.attend_for(on_gpu=False)(query, key, value, flight)
+
+    module: Any = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, flight), expected)
+
+    def new(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, window_size: Any, enable_gqa: bool
+    ) -> Tensor:
+        assert window_size == (-1, 0)
+        assert enable_gqa
+        return flash(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+
+    def old(*tensors: Any, is_causal: bool = False) -> Tensor:
+        assert tensors[0].shape == tensors[1].shape == tensors[2].shape
+        return flash(*tensors, causal=is_causal)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    for kernel in (new, old):
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+        assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, flight), expected)
+
+
+def test_packed_attention_does_not_leak() -> None:
+    """Changing one sequence of a pack leaves the others' outputs as they were, bit for bit."""
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(12, 4, 8, generator=draw)
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
+    before = by_sequence(query, query[:, :2], query[:, :2], cu)
+    query[7] += 1
+    after = by_sequence(query, query[:, :2], query[:, :2], cu)
+    assert torch.equal(before[:7], after[:7])
+    assert not torch.equal(before[7:], after[7:])
