@@ -156,3 +156,18 @@ def bad_step(world: World, parallel: Parallel, model: Model) -> tuple[str, dict[
                     complaint = str(error)
             results.append(policy.update(batch(samples(2), 64, **policy.cut), nll, OPTIM.lr))
     return complaint, results[0], results[1]
+
+
+def load_memory(world: World, parallel: Parallel, model: Model) -> float:
+    """The peak of resident memory while `model` is built and filled, over the bytes of this rank's parameters."""
+    from engine.megatron.policy import Policy
+
+    def resident(name: str) -> int:
+        return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+    with closing(Policy(Model(init=replace(TINY, heads=6, kv_heads=3, head_dim=8, ffn=96)), None, parallel, world)):
+        pass  # imports, groups and allocators are warm now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    with closing(Policy(model, None, parallel, world)) as policy:
+        return (resident("VmHWM") - before) / sum(p.nbytes for chunk in policy.chunks for p in chunk.parameters())

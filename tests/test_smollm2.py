@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.config import Model, Parallel
 from engine.data.wordproblems import problems
 from engine.hub import SMOLLM2, resolve
 from tests import jobs
@@ -62,3 +63,10 @@ def test_tp2_is_refused_with_what_works(rows: Path, tmp_path: Path) -> None:
     for code, _, stderr in found:
         assert code == 1
         assert "parallel.tp=2 must divide model.heads=9, model.kv_heads=3 and model.ffn=1536; use 1 or 3" in stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(pp=2)), (3, Parallel(tp=3))], ids=str)
+def test_loading_holds_less_than_twice_a_ranks_shard(size: int, parallel: Parallel) -> None:
+    for ratio in ranks(size).run(jobs.load_memory, parallel=parallel, model=Model(SMOLLM2)):
+        assert 0.9 < ratio < 2

@@ -143,16 +143,24 @@ class FolderOrigin:
             raise ValueError(f"{folder}: {len(missing)} tensors of the model are missing from its safetensors, such as {missing[0]}")
         if extra := sorted(self.files.keys() - wanted.keys()):
             raise ValueError(f"{folder}: {extra[0]} is no tensor of the Llama that config.json describes; {len(extra)} such tensors")
-        self.handles = {file: _open(folder / file) for file in sorted(set(self.files.values()))}
-        for name, shape in wanted.items():
-            found = tuple(self.handles[self.files[name]].get_slice(name).get_shape())
-            if found != shape:
-                raise ValueError(f"{folder / self.files[name]}: {name} has shape {found}, but config.json asks for {shape}")
+        for file in sorted(set(self.files.values())):
+            self._check_shapes(file, wanted)
+
+    def _check_shapes(self, file: str, wanted: dict[str, tuple[int, ...]]) -> None:
+        with _open(self.folder / file) as handle:
+            there = set(handle.keys())
+            for name in (name for name, place in self.files.items() if place == file):
+                if name not in there:
+                    raise ValueError(f"{self.folder / file}: the index says that {name} is in it, but it is not")
+                if (found := tuple(handle.get_slice(name).get_shape())) != wanted[name]:
+                    raise ValueError(f"{self.folder / file}: {name} has shape {found}, but config.json asks for {wanted[name]}")
 
     def read(self, piece: Piece) -> Tensor:
-        view = self.handles[self.files[piece.name]].get_slice(piece.name)
         run = slice(piece.there, piece.there + piece.length)
-        return view[run] if piece.dim == 0 else view[:, run]
+        # Opened anew for each piece: a file that stays open keeps every page that was read of it in memory.
+        with _open(self.folder / self.files[piece.name]) as handle:
+            view = handle.get_slice(piece.name)
+            return view[run] if piece.dim == 0 else view[:, run]
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -165,7 +173,8 @@ def _index(folder: Path) -> dict[str, str]:
     single = folder / "model.safetensors"
     if not single.exists():
         raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
-    return dict.fromkeys(_open(single).keys(), single.name)
+    with _open(single) as handle:
+        return dict.fromkeys(handle.keys(), single.name)
 
 
 def _open(path: Path) -> safe_open:
