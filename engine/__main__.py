@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write the newest checkpoint of a run as a Hugging Face folder")
     export.add_argument("run_dir", help="the folder of the run (its out=)")
     export.add_argument("out_dir", help="the folder to write; it must not exist yet")
-    _overrides(export, "tp=2 pp=4, to spread a large model over the processes of torchrun")
+    _overrides(export, "parallel.tp=2 parallel.pp=4, to spread a large model over the processes of torchrun")
     return parser
 
 
@@ -94,13 +94,12 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from engine.config import Parallel
-    from engine.export import export
+    from engine.export import Exporting, export
     from engine.world import World
 
-    parallel = override(Parallel(), arguments.overrides)
+    exporting = override(Exporting(), arguments.overrides)
     with closing(World.start()) as world:
-        export(Path(arguments.run_dir), Path(arguments.out_dir), parallel, world)
+        export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +16,14 @@ from engine.megatron.policy import Policy, shape_of
 from engine.world import World
 
 
-def export(run_dir: Path, out_dir: Path, parallel: Parallel, world: World) -> None:
+@dataclass(frozen=True)
+class Exporting:
+    """How the model is spread over the processes while it is exported."""
+
+    parallel: Parallel = field(default_factory=Parallel)
+
+
+def export(run_dir: Path, out_dir: Path, exporting: Exporting, world: World) -> None:
     """Write weights, config.json and tokenizer into `out_dir`, which appears when all is done. Weights keep the dtype that
     config.json names.
 
@@ -27,7 +35,7 @@ def export(run_dir: Path, out_dir: Path, parallel: Parallel, world: World) -> No
     if not assets.is_dir():
         raise ValueError(f"{run_dir} is not the folder of a run (it has no model/)")
     work = out_dir.with_name(out_dir.name + ".part")
-    with closing(Policy(shape_of(assets), None, parallel, world)) as policy:
+    with closing(Policy(shape_of(assets), None, exporting.parallel, world)) as policy:
         step = policy.load_latest(run_dir)
         if step == 0:
             raise ValueError(f"{run_dir} has no checkpoint yet; let the run save one first (save_every=)")

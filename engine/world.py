@@ -6,11 +6,14 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+
+TIMEOUT = timedelta(minutes=30)  # of a collective: long enough for rank 0 to tokenise a large data set while the others wait
 
 Seat = Literal["cuda", "cpu", "meta"]
 Result = TypeVar("Result")
@@ -45,7 +48,7 @@ class World:
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         backend = "nccl" if seat == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, device_id=device if seat == "cuda" else None)
+            dist.init_process_group(backend, device_id=device if seat == "cuda" else None, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return World(seat, rank, size, device)

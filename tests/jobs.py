@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import resource
 from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
@@ -166,7 +167,8 @@ def load_memory(world: World, parallel: Parallel, model: Model) -> float:
         return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
     with closing(Policy(Model(init=replace(TINY, heads=6, kv_heads=3, head_dim=8, ffn=96)), None, parallel, world)):
-        pass  # imports, groups and allocators are warm now
+        pass  # imports and groups are warm now
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier jobs freed must not hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     with closing(Policy(model, None, parallel, world)) as policy:

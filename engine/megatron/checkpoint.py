@@ -53,19 +53,23 @@ class State:
             return ""
         return f"distributed_optimizer={self.optimizer.chained_optimizers[0].config.use_distributed_optimizer}"
 
+    @property
+    def models(self) -> dict[str, LogprobModel]:
+        """The stages by the names that megatron's optimizers know them by."""
+        return {"model": self.chunks[0]} if len(self.chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(self.chunks)}
+
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """megatron's description of which part of which global tensor this rank has."""
-        names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
-        models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in zip(names, self.chunks, strict=True)}
+        models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in self.models.items()}
         if self.optimizer is None:
             return models
-        described = models["model"] if len(self.chunks) == 1 else models
+        described = models.get("model", models)
         return models | {"optimizer": self.optimizer.sharded_state_dict(described, is_loading=loading, metadata=dict(SHARDING))}
 
     def take(self, loaded: dict[str, Any]) -> None:
         """Copy what was loaded into the live stages and optimizer."""
-        for i, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{i}"])
+        for name, chunk in self.models.items():
+            chunk.load_state_dict(loaded[name])
         if self.optimizer is not None:
             for inner in self.optimizer.chained_optimizers:
                 _take_optimizer(inner, loaded["optimizer"])
