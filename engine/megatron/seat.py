@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from engine.config import Parallel
+from engine.megatron.products import in_onednn
 from engine.world import World
 
 TESTED_VERSION = "0.16.1"
@@ -110,6 +111,8 @@ def taken(world: World) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
             if hasattr(torch.cuda.random, name):
                 stack.enter_context(mock.patch.object(torch.cuda.random, name, stand_in))
+        if world.seat == "cpu":
+            stack.enter_context(in_onednn())
         stack.enter_context(_Redirect(world.device))
         yield
 
