@@ -12,10 +12,10 @@ from torch import Tensor
 
 @contextmanager
 def in_onednn() -> Iterator[None]:
-    """While it is open, aten::mm of this process, forward and backward, computes fp32 on CPU in oneDNN. Where torch has none nothing changes.
+    """While it is open, aten::mm of this process, forward and backward, computes fp32 on CPU in oneDNN. Where torch has none nothing
+    changes. Both libraries accumulate in fp32: results differ in rounding alone.
 
-    Both libraries accumulate in fp32: results differ in rounding alone. It is done at torch's dispatcher because the products that cost the most are
-    in autograd functions of megatron-core's own.
+    It is done at torch's dispatcher because the dearest products are in autograd functions of megatron-core's own.
     """
     if not torch.backends.mkldnn.is_available():
         yield
