@@ -8,6 +8,7 @@ Nothing but the input is kept for the backward pass.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,14 +63,16 @@ _forward.register_autograd(
 
 def _forward_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, -1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+    return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def _backward_reference(grad: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, -1)
-    share = torch.sigmoid(gate)
     grad = grad.float()
-    return torch.cat([grad * up * share * (1 + gate * (1 - share)), grad * gate * share], -1).to(gate_up.dtype)
+    out = torch.empty(gate_up.shape, dtype=torch.float32, device=gate_up.device)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=out[:, : gate.shape[1]])
+    torch.mul(grad, F.silu(gate), out=out[:, gate.shape[1] :])
+    return out.to(gate_up.dtype)
 
 
 @triton.jit
