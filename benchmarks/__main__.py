@@ -1,0 +1,24 @@
+"""python -m benchmarks {kernels} …"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import kernels
+
+COMMANDS = {"kernels": kernels}  # each a module with add_arguments and main
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure Trivet.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        described = (module.__doc__ or "").split(": ", 1)[1].split("\n", 1)[0]
+        module.add_arguments(commands.add_parser(name, help=described, description=described))
+    arguments = parser.parse_args()
+    return COMMANDS[arguments.command].main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The rmsnorm kernels, forward and backward, against float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.layers import EPS, check_rmsnorm, drawn, passes
+from triton_kernels import rmsnorm
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (17, 7), (3, 576), (2, 1000), (2, 4104)])
+def test_against_float64(rows: int, width: int, fused: bool) -> None:
+    check_rmsnorm(rows, width, torch.float32, fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    check_rmsnorm(5, 200, dtype, fused=True)
+
+
+def test_more_rows_than_programs() -> None:
+    """300 rows over 150 programs: each sums two rows of the weight's gradient; 257 leave the last program one."""
+    check_rmsnorm(300, 8, torch.float32, fused=False)
+    check_rmsnorm(257, 8, torch.float32, fused=False)
+
+
+def test_a_row_has_the_same_bits_in_any_batch() -> None:
+    x, weight = drawn(5, 96), drawn(96, seed=1)
+    whole = rmsnorm(x, weight, EPS)
+    for row in range(5):
+        assert torch.equal(rmsnorm(x[row], weight, EPS), whole[row])
+
+
+def test_two_runs_have_the_same_bits() -> None:
+    inputs = [drawn(40, 33), drawn(33, seed=1), drawn(40, 33, seed=2)]
+    first, second = (passes(lambda x, weight, residual: rmsnorm(x, weight, EPS, residual), inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_of_a_wider_tensor_need_no_copy() -> None:
+    wide, weight = drawn(6, 50), drawn(31, seed=1)
+    got = passes(lambda wide, weight: rmsnorm(wide[:, 3:34], weight, EPS), [wide, weight])
+    expected = passes(lambda wide, weight: rmsnorm(wide[:, 3:34].contiguous(), weight, EPS), [wide, weight])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_rows_beyond_2_31_elements(tmp_path: Path) -> None:
+    """Row 3 begins 3 * 2^30 elements in: its offset does not fit 32 bits. The file is sparse; only the rows take room."""
+    stored = torch.from_file(str(tmp_path / "rows"), shared=True, size=3 * 2**30 + 8, dtype=torch.bfloat16)
+    far = stored.as_strided((4, 8), (2**30, 1))
+    near = drawn(4, 8, dtype=torch.bfloat16)
+    far.copy_(near)
+    weight = drawn(8, seed=1)
+    assert torch.equal(rmsnorm(far, weight, EPS), rmsnorm(near, weight, EPS))

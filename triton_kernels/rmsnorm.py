@@ -1,0 +1,207 @@
+"""RMSNorm (arXiv 1910.07467), the residual addition in the same pass.
+
+    total = x + residual        rstd = 1 / sqrt(mean(total^2) + eps)        y = total * rstd * weight
+
+    d total = rstd * (g - n * mean(g * n)) + what reaches total from elsewhere        n = total * rstd        g = dy * weight
+    d weight = sum over rows of dy * n
+
+`total` is rounded to its dtype before it is normed, so the fused bits are those of the two steps apart. The sum over rows is
+taken in an order that depends on the number of rows alone: consecutive rows within a program, then the programs in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.aot import AotCase
+from triton_kernels.checks import check_device, check_float, check_like, check_shape
+from triton_kernels.launch import by_kernel
+from triton_kernels.tiles import contiguous_rows, launch, load_row, parts, power_of_2
+
+PARTS = 256  # programs of the backward pass: enough to fill a GPU, few enough that their partial sums are little traffic
+WIDEST = 32768  # bytes of a row, which is held in registers; wider ones, which no Llama has, are left to the reference
+
+
+@overload
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
+@overload
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """`x`, or x + residual, over the root of its mean square, times `weight`; differentiable in all three tensors.
+
+    x         [..., D], bfloat16, float16 or float32; the last dimension contiguous or it is copied
+    weight    [D], of any of these types
+    eps       added to the mean square
+    residual  as x
+
+    Returns the normed rows, of x's shape and dtype; with a residual also x + residual, the next one. Computed in float32.
+    ValueError for other shapes and dtypes.
+    """
+    _check(x, weight, residual)
+    width = x.shape[-1]
+    normed, total, _ = _forward(x.reshape(-1, width), None if residual is None else residual.reshape(-1, width), weight, eps)
+    return normed.view(x.shape) if residual is None else (normed.view(x.shape), total.view(x.shape))
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    check_float(x=x, weight=weight)
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"x has shape {list(x.shape)}; use [..., width] with a width of at least 1")
+    check_shape("weight", weight, (x.shape[-1],), "as wide as x")
+    check_device("weight", weight, "x", x)
+    if residual is not None:
+        check_like("residual", residual, "x", x)
+
+
+@torch.library.custom_op("trivet::rmsnorm", mutates_args=())
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed [N, D], total [N, D] or nothing where there is no residual, rstd [N])."""
+    compute = _forward_by_triton if _fits(x) else _forward_reference
+    return compute(contiguous_rows(x), None if residual is None else contiguous_rows(residual), weight.contiguous(), eps)
+
+
+@_forward.register_fake
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("trivet::rmsnorm_backward", mutates_args=())
+def _backward(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of total [N, D], of weight [D])."""
+    compute = _backward_by_triton if _fits(total) else _backward_reference
+    grad_total = None if grad_total is None else contiguous_rows(grad_total)
+    return compute(contiguous_rows(grad), grad_total, contiguous_rows(total), weight.contiguous(), rstd)
+
+
+@_backward.register_fake
+def _(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _ = inputs
+    _, total, rstd = output
+    ctx.fused = residual is not None
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(total if ctx.fused else x, weight, rstd)
+
+
+def _grads(ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    to_total, to_weight = _backward(grad, grad_total if ctx.fused else None, *ctx.saved_tensors)
+    return to_total, to_total if ctx.fused else None, to_weight, None
+
+
+_forward.register_autograd(_grads, setup_context=_save)
+
+
+def _forward_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    rows = total.float()
+    rstd = torch.rsqrt(rows.square().mean(-1) + eps)
+    normed = (rows * rstd[:, None] * weight.float()).to(x.dtype)
+    return normed, x.new_empty(0) if residual is None else total, rstd
+
+
+def _backward_reference(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    normed = total.float() * rstd[:, None]
+    to_weight = (grad.float() * normed).sum(0)
+    scaled = grad.float() * weight.float()
+    to_total = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd[:, None]
+    if grad_total is not None:
+        to_total += grad_total
+    return to_total.to(total.dtype), to_weight.to(weight.dtype)
+
+
+@triton.jit
+def _forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stride, width, eps, BLOCK: tl.constexpr):
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    x = load_row(X + row * x_stride, cols, width)
+    if RESIDUAL is not None:
+        total = (x + load_row(RESIDUAL + row * residual_stride, cols, width)).to(TOTAL.dtype.element_ty)
+        tl.store(TOTAL + row * width + cols, total, mask=cols < width)
+        x = total.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    tl.store(Y + row * width + cols, x * rstd * load_row(WEIGHT, cols, width), mask=cols < width)
+    tl.store(RSTD + row, rstd)
+
+
+@triton.jit
+def _backward_kernel(
+    GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`rows_each` consecutive rows a program; their part of the weight's gradient is a row of PARTIAL."""
+    part = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    to_weight = tl.zeros((BLOCK,), tl.float32)
+    for row in range(part * rows_each, tl.minimum(part * rows_each + rows_each, rows)):
+        rstd = tl.load(RSTD + row)
+        # Read twice, the second time from cache: a wide row would not fit the registers beside its part of the weight's gradient.
+        total = load_row(TOTAL + row * total_stride, cols, width, "evict_last")
+        scaled = load_row(GRAD + row * grad_stride, cols, width, "evict_last") * load_row(WEIGHT, cols, width, "evict_last")
+        along = tl.sum(scaled * total, 0) * rstd / width
+        normed = load_row(TOTAL + row * total_stride, cols, width, "evict_first") * rstd
+        grad = load_row(GRAD + row * grad_stride, cols, width, "evict_first")
+        to_weight += grad * normed
+        out = (grad * load_row(WEIGHT, cols, width) - normed * along) * rstd
+        if GRAD_TOTAL is not None:
+            out += load_row(GRAD_TOTAL + row * grad_total_stride, cols, width)
+        tl.store(OUT + row * width + cols, out, mask=cols < width)
+    tl.store(PARTIAL + part * width + cols, to_weight, mask=cols < width)
+
+
+def _forward_by_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = x.shape
+    normed, rstd = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
+    total = x.new_empty(0 if residual is None else (rows, width))
+    strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    launch(_forward_kernel, (rows,), x, residual, weight, normed, total, rstd, *strides, width, eps, **_tile(width))
+    return normed, total, rstd
+
+
+def _backward_by_triton(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    rows, width = total.shape
+    rows_each = max(1, parts(rows, PARTS))
+    programs = parts(rows, rows_each)
+    out = total.new_empty(rows, width)
+    partial = total.new_empty(programs, width, dtype=torch.float32)
+    strides = (grad.stride(0), 0 if grad_total is None else grad_total.stride(0), total.stride(0))
+    pointers = (grad, grad_total, total, weight, rstd, out, partial)
+    launch(_backward_kernel, (programs,), *pointers, *strides, rows, rows_each, width, **_tile(width))
+    return out, partial.sum(0).to(weight.dtype)
+
+
+def _fits(x: Tensor) -> bool:
+    return by_kernel(x) and x.shape[1] * x.element_size() <= WIDEST
+
+
+def _tile(width: int) -> dict[str, int]:
+    """The whole row, 16 elements a thread and 32 in the widest."""
+    block = power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(1, block // 512), 16)}
+
+
+def aot_cases() -> list[AotCase]:
+    """The hidden sizes of the 135M, 8B, 70B and 405B models in bfloat16, with the residual; without; and the widest in float32."""
+    shapes = [(width, "bf16", True) for width in (576, 4096, 8192, 16384)] + [(4096, "bf16", False), (8192, "fp32", True)]
+    return [_case(kernel, *shape) for shape in shapes for kernel in (_forward_kernel, _backward_kernel)]
+
+
+def _case(kernel: Any, width: int, dtype: str, fused: bool) -> AotCase:
+    absent = () if fused else ("RESIDUAL", "TOTAL") if kernel is _forward_kernel else ("GRAD_TOTAL",)
+    types = {"RSTD": "*fp32", "PARTIAL": "*fp32", "eps": "fp32"}
+    arguments = [name for name in kernel.arg_names if name not in (*absent, "BLOCK")]
+    signature = {name: types.get(name, f"*{dtype}" if name.isupper() else "i32") for name in arguments}
+    divisible = tuple(name for name in arguments if name not in ("rows", "rows_each", "eps"))
+    tile = _tile(width)
+    warps = tile.pop("num_warps")
+    direction = "forward" if kernel is _forward_kernel else "backward"
+    name = f"rmsnorm {direction} {'fused ' if fused else ''}{width} {dtype}"
+    return AotCase(name, kernel, signature, {**dict.fromkeys(absent), **tile}, divisible, warps)

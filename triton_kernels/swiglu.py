@@ -1,0 +1,138 @@
+"""SwiGLU (arXiv 2002.05202): silu(gate) * up, where silu(g) = g / (1 + exp(-g)), in one pass each way.
+
+    d gate = dy * up * s * (1 + gate * (1 - s))        d up = dy * gate * s        s = 1 / (1 + exp(-gate))
+
+Nothing but the input is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.aot import AotCase
+from triton_kernels.checks import check_float
+from triton_kernels.launch import by_kernel
+from triton_kernels.tiles import contiguous_rows, launch, load_row, parts
+
+BLOCK, WARPS = 2048, 4  # 16 elements a thread, in 128-bit loads
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of each row, gate being its first half and up its second.
+
+    gate_up  [T, 2F], bfloat16, float16 or float32; the last dimension contiguous or it is copied
+
+    Returns [T, F] of the same dtype, computed in float32. ValueError for other shapes and dtypes.
+    """
+    check_float(gate_up=gate_up)
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; use [tokens, 2 * width], the gates in front")
+    return _forward(gate_up)
+
+
+@torch.library.custom_op("trivet::swiglu", mutates_args=())
+def _forward(gate_up: Tensor) -> Tensor:
+    compute = _forward_by_triton if by_kernel(gate_up) else _forward_reference
+    return compute(contiguous_rows(gate_up))
+
+
+@_forward.register_fake
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@torch.library.custom_op("trivet::swiglu_backward", mutates_args=())
+def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    compute = _backward_by_triton if by_kernel(gate_up) else _backward_reference
+    return compute(contiguous_rows(grad), contiguous_rows(gate_up))
+
+
+@_backward.register_fake
+def _(grad: Tensor, gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+_forward.register_autograd(
+    lambda ctx, grad: _backward(grad, *ctx.saved_tensors), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+def _forward_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _backward_reference(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, -1)
+    grad = grad.float()
+    out = torch.empty(gate_up.shape, dtype=torch.float32, device=gate_up.device)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=out[:, : gate.shape[1]])
+    torch.mul(grad, F.silu(gate), out=out[:, gate.shape[1] :])
+    return out.to(gate_up.dtype)
+
+
+@triton.jit
+def _sigmoid(x):
+    small = tl.exp(-tl.abs(x))  # of a number that is not positive: it cannot overflow
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _forward_kernel(GATE_UP, Y, stride, width, BLOCK: tl.constexpr):
+    """One tile of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = load_row(GATE_UP + row * stride, cols, width)
+    up = load_row(GATE_UP + row * stride + width, cols, width)
+    tl.store(Y + row * width + cols, gate * _sigmoid(gate) * up, mask=cols < width)
+
+
+@triton.jit
+def _backward_kernel(GRAD, GATE_UP, OUT, grad_stride, stride, width, BLOCK: tl.constexpr):
+    """One tile of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = load_row(GATE_UP + row * stride, cols, width)
+    up = load_row(GATE_UP + row * stride + width, cols, width)
+    grad = load_row(GRAD + row * grad_stride, cols, width)
+    share = _sigmoid(gate)
+    out = OUT + row * 2 * width + cols
+    tl.store(out, grad * up * share * (1.0 + gate * (1.0 - share)), mask=cols < width)
+    tl.store(out + width, grad * gate * share, mask=cols < width)
+
+
+def _forward_by_triton(gate_up: Tensor) -> Tensor:
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(tokens, width)
+    launch(_forward_kernel, _grid(tokens, width), gate_up, y, gate_up.stride(0), width, BLOCK=BLOCK, num_warps=WARPS)
+    return y
+
+
+def _backward_by_triton(grad: Tensor, gate_up: Tensor) -> Tensor:
+    tokens, width = grad.shape
+    out = gate_up.new_empty(gate_up.shape)
+    strides = (grad.stride(0), gate_up.stride(0))
+    launch(_backward_kernel, _grid(tokens, width), grad, gate_up, out, *strides, width, BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+def _grid(tokens: int, width: int) -> tuple[int, int]:
+    return tokens, parts(width, BLOCK)
+
+
+def aot_cases() -> list[AotCase]:
+    """Both directions in bfloat16, and float32, whose tiles are twice as many bytes."""
+    forward, backward = ("GATE_UP", "Y", "stride", "width"), ("GRAD", "GATE_UP", "OUT", "grad_stride", "stride", "width")
+    return [
+        AotCase(f"swiglu {name} {dtype}", kernel, _signature(arguments, dtype), {"BLOCK": BLOCK}, arguments, WARPS)
+        for dtype in ("bf16", "fp32")
+        for name, kernel, arguments in (("forward", _forward_kernel, forward), ("backward", _backward_kernel, backward))
+    ]
+
+
+def _signature(arguments: tuple[str, ...], dtype: str) -> dict[str, str]:
+    return {name: f"*{dtype}" if name.isupper() else "i32" for name in arguments}

@@ -1,0 +1,36 @@
+"""How work is cut into tiles, loaded and launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def parts(count: int, size: int) -> int:
+    """How many parts of `size` hold `count`."""
+    return -(-count // size)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of 2 that is not below `least`: the shape of a tile."""
+    return 1 << max(0, least - 1).bit_length()
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`x`, copied where its last dimension is not contiguous; rows may be any stride apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` on `grid`; nothing runs where it is empty."""
+    if all(grid):
+        kernel[grid](*arguments, **constants)
+
+
+@triton.jit
+def load_row(ROW, cols, width, eviction_policy: tl.constexpr = ""):  # type: ignore[assignment]
+    """A row's columns as float32, 0 beyond its width. At once, for the interpreter cannot compute on bfloat16."""
+    return tl.load(ROW + cols, mask=cols < width, other=0.0, eviction_policy=eviction_policy).to(tl.float32)  # type: ignore[arg-type]
