@@ -1,0 +1,166 @@
+"""What ptxas makes of a kernel on chips that are not here: registers, spills, shared memory, load widths, matrix instructions.
+
+A kernel file states the configurations it ships as `aot_cases()`. Each is compiled to the cubin that a launch on that chip would
+load, with the facts (what is divisible by 16) that a launch would infer from its arguments, and held against the gate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import pkgutil
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from triton_kernels.launch import interpreted
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One shipped configuration of one kernel.
+
+    signature   Triton type of each argument ("*bf16", "i64", "fp32"); constexprs may be left out
+    constexprs  the value of each constexpr; an absent optional pointer is the constexpr None
+    divisible   names of arguments whose value or pointer is a multiple of 16. An integer among them (a row's stride or
+                width) says that rows are aligned: the gate then wants 128-bit loads
+    """
+
+    name: str
+    kernel: triton.JITFunction[Any]
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def rows_aligned(self) -> bool:
+        return any(not self.signature[name].startswith("*") for name in self.divisible)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one multiprocessor has, by the CUDA programming guide's table of compute capabilities. Shared memory in bytes."""
+
+    blocks: int
+    warps: int
+    registers: int
+    shared: int
+    shared_of_block: int
+
+
+CHIPS = {
+    80: Chip(blocks=32, warps=64, registers=65536, shared=164 << 10, shared_of_block=163 << 10),
+    90: Chip(blocks=32, warps=64, registers=65536, shared=228 << 10, shared_of_block=227 << 10),
+    100: Chip(blocks=32, warps=64, registers=65536, shared=228 << 10, shared_of_block=227 << 10),
+}
+
+
+@dataclass(frozen=True)
+class AotReport:
+    """What a case compiles to on one architecture. Registers are per thread; spills and shared memory in bytes, per thread and block."""
+
+    case: AotCase
+    arch: int
+    registers: int
+    spill_bytes: int
+    shared: int
+    vector_loads: int
+    matrix_instructions: tuple[str, ...]
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that can be resident at once; at most what registers, shared memory and warps admit."""
+        chip, warps = CHIPS[self.arch], self.case.num_warps
+        by_registers = chip.registers // (warps * _up(self.registers * 32, 256))  # a warp's are allotted in units of 256
+        by_shared = chip.shared // (self.shared + 1024)  # the driver keeps 1 KiB of each block
+        return min(chip.blocks, chip.warps // warps, by_registers, by_shared) * warps / chip.warps
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What the gate has against this; empty when it passes."""
+        limit = CHIPS[self.arch].shared_of_block
+        found = {
+            f"spills {self.spill_bytes} bytes": self.spill_bytes > 0,
+            f"wants {self.shared} bytes of shared memory where a block has {limit}": self.shared > limit,
+            "has no 128-bit load though its rows are aligned": self.case.rows_aligned and not self.vector_loads,
+        }
+        return tuple(f"{self.case.name} on sm_{self.arch} {fault}" for fault, present in found.items() if present)
+
+    @property
+    def passes(self) -> bool:
+        return not self.faults
+
+
+def compile_case(case: AotCase, arch: int) -> AotReport:
+    """Compiles `case` for compute capability `arch` (80, 90 or 100); no GPU is needed.
+
+    ValueError for an architecture that is not listed, for names that are not the kernel's, and in a process that interprets kernels.
+    """
+    _check(case, arch)
+    source = ASTSource(case.kernel, _signature(case), case.constexprs, _attributes(case))
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True  # a cached cubin comes without a log
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = str(compiled.asm["ptx"])
+    return AotReport(
+        case,
+        arch,
+        registers=max(_numbers(r"Used (\d+) registers", log.getvalue())),
+        spill_bytes=sum(_numbers(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())),
+        shared=compiled.metadata.shared,
+        vector_loads=_vector_loads(ptx),
+        matrix_instructions=tuple(sorted(set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)))),
+    )
+
+
+def all_cases() -> list[AotCase]:
+    """The cases of every file of this package that states some, in order of the files' names."""
+    package = importlib.import_module("triton_kernels")
+    files = [importlib.import_module(f"triton_kernels.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
+    return [case for file in files if hasattr(file, "aot_cases") for case in file.aot_cases()]
+
+
+def _check(case: AotCase, arch: int) -> None:
+    if interpreted():
+        raise ValueError("TRITON_INTERPRET=1 is set: this process interprets kernels and cannot compile them; unset it")
+    if arch not in CHIPS:
+        raise ValueError(f"arch={arch} is not known; use one of {', '.join(map(str, CHIPS))}")
+    names = set(case.kernel.arg_names)
+    stated = case.signature.keys() | case.constexprs.keys()
+    if names != stated or not names.issuperset(case.divisible):
+        wrong = sorted((names ^ stated) | (set(case.divisible) - names))
+        raise ValueError(f"case {case.name!r}: {', '.join(wrong)}: not an argument, or one without a type; mend its aot_cases()")
+
+
+def _signature(case: AotCase) -> dict[str, str]:
+    return {name: "constexpr" if name in case.constexprs else case.signature[name] for name in case.kernel.arg_names}
+
+
+def _attributes(case: AotCase) -> dict[tuple[int, ...], list[list[Any]]]:
+    return {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+
+
+def _vector_loads(ptx: str) -> int:
+    """Loads from global memory that bring 16 bytes or more to a thread, copies to shared memory and TMA among them."""
+    plain = re.findall(r"\bld\.global[\w.:]*\.v(\d)\.[a-z](\d+)", ptx)
+    copies = re.findall(r"\bcp\.async\.cg\.shared\.global|\bcp\.async\.bulk\.", ptx)
+    return sum(int(count) * int(bits) >= 128 for count, bits in plain) + len(copies)
+
+
+def _numbers(pattern: str, text: str) -> list[int]:
+    return [int(number) for number in re.findall(pattern, text)]
+
+
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
