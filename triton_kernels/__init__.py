@@ -1,5 +1,9 @@
 """Kernels of post-training, and nothing of the engine. Each file holds its torch reference, its kernel and its public function."""
 
+from triton_kernels.dpo import DpoMetrics, dpo_norm
+from triton_kernels.gae import gae, merge_partials
 from triton_kernels.linear_logprob import linear_logprob
+from triton_kernels.ppo import PpoStats, ppo_loss, value_loss
+from triton_kernels.seq_logps import seq_logps
 
-__all__ = ["linear_logprob"]
+__all__ = ["DpoMetrics", "PpoStats", "dpo_norm", "gae", "linear_logprob", "merge_partials", "ppo_loss", "seq_logps", "value_loss"]
