@@ -81,7 +81,7 @@ def ppo_loss(
                                 batch is judged by and the reference (None: no KL term)
     advantage                   [T], not whitened
     weight                      [T], float32, see above
-    mean, rstd                  of the advantages to whiten by, as `merge_partials` of gae gives them
+    mean, rstd                  to whiten advantages by; from the n, mean and M2 of `merge_partials`, rstd = 1 / sqrt(M2 / (n - 1) + 1e-8)
     clip_low, clip_high         the ratio is clipped to [1 - clip_low, 1 + clip_high]
     value, old_value, returns   [T], all three or none: the value model's, its values at rollout, what it should have said
     entropy                     [T], in nats, or None
@@ -219,10 +219,10 @@ def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tupl
     stats_7 = torch.stack([total, policy, value_term, kl_term, clipped, approx_kl, wide(entropy)]) @ weight.double()
     grads = (policy_slope + kl_coef * kl_slope, value_coef * value_slope, zero - entropy_coef)
     present = (logp, value, entropy)
-    grads = (weight.double() * grad if x is not None else zero[:0] for grad, x in zip(grads, present, strict=True))
+    grads = (weight.double() * grad if x is not None else zero.new_empty(0) for grad, x in zip(grads, present, strict=True))
     dtype = result_dtype(weight)
     logp, value, entropy = (grad.to(dtype) for grad in grads)
-    return stats_7[0].to(dtype), stats_7.to(dtype), logp, value, entropy
+    return stats_7[0].to(dtype, copy=True), stats_7.to(dtype), logp, value, entropy
 
 
 def _policy_reference(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -279,8 +279,7 @@ def _token_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program a block of tokens: gradients, and sum number i of block b at PARTIALS[i, b]."""
-    block = tl.program_id(0)
-    t = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = t < tokens
     weight = tl.load(WEIGHT + t, mask=inside, other=0.0)
     on = weight != 0
@@ -299,8 +298,7 @@ def _token_kernel(
             kl_sum = _sum(weight, kl)
         tl.store(GRAD_LOGP + t, weight * grad, mask=inside)
     if VALUE is not None:
-        old_value, returns = _read(OLD_VALUE, t, inside, on), _read(RETURNS, t, inside, on)
-        value, grad = _value(_read(VALUE, t, inside, on), old_value, returns, value_clip)
+        value, grad = _value(_read(VALUE, t, inside, on), _read(OLD_VALUE, t, inside, on), _read(RETURNS, t, inside, on), value_clip)
         loss += value_coef * value
         value_sum = _sum(weight, value)
         tl.store(GRAD_VALUE + t, weight * value_coef * grad, mask=inside)
@@ -311,7 +309,7 @@ def _token_kernel(
         tl.store(GRAD_ENTROPY + t, -entropy_coef * weight, mask=inside)
     sums = (_sum(weight, loss), policy_sum, value_sum, kl_sum, clipped_sum, approx_kl_sum, entropy_sum)
     for i in tl.static_range(7):
-        tl.store(PARTIALS + i * blocks + block, sums[i])
+        tl.store(PARTIALS + i * blocks + tl.program_id(0), sums[i])
 
 
 @jit
