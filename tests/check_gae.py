@@ -59,6 +59,16 @@ def check_sparse_reward() -> None:
     torch.testing.assert_close(returns, torch.tensor([first + 0.5, second + 1.0, 0.0, 10.0, 0.0, 0.0]))
 
 
+def check_a_long_gap() -> None:
+    """A tool's output longer than a block of the kernel's: what follows it reaches what precedes it unchanged."""
+    reward, value, mask, cu_seqlens = problem([1900])
+    mask[300:1500] = False
+    expected, _ = float64.gae(reward, value, mask, cu_seqlens, 1.0, 0.95)
+    advantage, _, partials = gae(reward, value, mask, cu_seqlens, 1.0, 0.95)
+    check_close(advantage, expected)
+    check_partials(partials, expected, mask, cu_seqlens)
+
+
 def check_a_sequence_does_not_know_its_batch() -> None:
     """Cut in two microbatches, one of them padded: the same bits a token, and merged the same statistics."""
     reward, value, mask, cu_seqlens = problem([100, 700, 30, 5])

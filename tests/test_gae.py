@@ -24,6 +24,10 @@ def test_sparse_reward() -> None:
     check_gae.check_sparse_reward()
 
 
+def test_a_long_gap() -> None:
+    check_gae.check_a_long_gap()
+
+
 def test_a_sequence_does_not_know_its_batch() -> None:
     check_gae.check_a_sequence_does_not_know_its_batch()
 
