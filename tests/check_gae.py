@@ -36,7 +36,8 @@ def check_partials(partials: Tensor, advantage: Tensor, mask: Tensor, cu_seqlens
     mean = float64.sums(advantage, mask, cu_seqlens) / n.clamp(min=1)
     spread = float64.sums(advantage**2, mask, cu_seqlens) - n * mean**2
     assert partials[0].tolist() == n.tolist()
-    check_close(partials[1], mean)
+    size = mean.abs() + (spread.clamp(min=0) / n.clamp(min=1)).sqrt()  # a mean of numbers that cancel is known no better
+    assert ((partials[1] - mean).abs() <= 2e-6 * size).all()
     check_close(partials[2], spread)
     got_n, got_mean, got_m2 = merge_partials(partials)
     counting = advantage[mask]
