@@ -1,8 +1,25 @@
 """Kernels of post-training, and nothing of the engine. Each file holds its torch reference, its kernel and its public function."""
 
+from triton_kernels.dpo import DpoMetrics, dpo_norm
+from triton_kernels.gae import gae, merge_partials
 from triton_kernels.linear_logprob import linear_logprob
+from triton_kernels.ppo import PpoStats, ppo_loss, value_loss
 from triton_kernels.rmsnorm import rmsnorm
 from triton_kernels.rope import rope
+from triton_kernels.seq_logps import seq_logps
 from triton_kernels.swiglu import swiglu
 
-__all__ = ["linear_logprob", "rmsnorm", "rope", "swiglu"]
+__all__ = [
+    "DpoMetrics",
+    "PpoStats",
+    "dpo_norm",
+    "gae",
+    "linear_logprob",
+    "merge_partials",
+    "ppo_loss",
+    "rmsnorm",
+    "rope",
+    "seq_logps",
+    "swiglu",
+    "value_loss",
+]

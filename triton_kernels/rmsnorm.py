@@ -20,8 +20,8 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_like, check_shape
-from triton_kernels.launch import by_kernel
-from triton_kernels.tiles import contiguous_rows, launch, load_row, parts, power_of_2
+from triton_kernels.launch import by_kernel, launch
+from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PARTS = 256  # programs of the backward pass: enough to fill a GPU, few enough that their partial sums are little traffic
 WIDEST = 32768  # bytes of a row, which is held in registers; wider ones, which no Llama has, are left to the reference

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_shape
-from triton_kernels.launch import by_kernel
-from triton_kernels.tiles import contiguous_rows, launch, load_row, parts, power_of_2
+from triton_kernels.launch import by_kernel, launch
+from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PAIRS = 2048  # of one program: 8 to 16 a thread, in 128-bit loads
 

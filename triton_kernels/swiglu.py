@@ -15,8 +15,8 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_float
-from triton_kernels.launch import by_kernel
-from triton_kernels.tiles import contiguous_rows, launch, load_row, parts
+from triton_kernels.launch import by_kernel, launch
+from triton_kernels.tiles import contiguous_rows, load_row, parts
 
 BLOCK, WARPS = 2048, 4  # 16 elements a thread, in 128-bit loads
 

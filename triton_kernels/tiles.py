@@ -1,8 +1,6 @@
-"""How work is cut into tiles, loaded and launched."""
+"""How work is cut into tiles, and a row loaded."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -22,12 +20,6 @@ def power_of_2(least: int) -> int:
 def contiguous_rows(x: Tensor) -> Tensor:
     """`x`, copied where its last dimension is not contiguous; rows may be any stride apart."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on `grid`; nothing runs where it is empty."""
-    if all(grid):
-        kernel[grid](*arguments, **constants)
 
 
 @triton.jit

@@ -1,0 +1,398 @@
+"""The clipped losses of PPO over tokens, their gradients and seven statistics in one pass.
+
+    r = exp(logp - old_logp)        A = (advantage - mean) * rstd
+    policy  = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+    value   = max((v - R)^2, (clip(v, v_old - value_clip, v_old + value_clip) - R)^2) / 2
+    loss    = sum_t weight_t * (policy + kl_coef * kl + value_coef * value - entropy_coef * entropy)
+
+Schulman et al., arXiv 1707.06347, equation 7; the two clips apart are DAPO's, arXiv 2503.14476; the value loss is that of Tülu 3's
+trainer. With x = ref_logp - logp the estimators of KL(policy, reference) are k1 = -x, k2 = x^2 / 2 and k3 = exp(x) - 1 - x
+(Schulman 2020, joschu.net/blog/kl-approx.html). Log-ratios are cut off at 20 before they are exponentiated, beyond which the
+gradient is 0: logp - old_logp on both sides, x of k3 above.
+
+One float32 weight a token is all that a way of averaging is, from counts of the WHOLE batch, over microbatches and ranks:
+
+    token mean           mask_t / number of tokens
+    sequence mean        mask_t / (tokens of t's sequence * number of sequences)
+    constant (Dr. GRPO)  mask_t / (longest response * number of sequences)
+
+A token of weight 0 is not computed with, whatever it holds. A block of tokens writes its partial sums and a second launch adds them in
+order: nothing atomic, the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.aot import AotCase
+from triton_kernels.launch import by_kernel, jit, launch
+from triton_kernels.packed import check_floats, result_dtype
+
+BLOCK = 1024  # tokens of a program, and partial sums the second launch reads at a time
+CUT = 20.0  # log-ratio beyond which exp says nothing but overflow
+
+Kl = Literal["k1", "k2", "k3"]
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # loss [], stats [7], and gradients of logp, value and entropy
+
+
+class PpoStats(NamedTuple):
+    """Sums over tokens of weight_t * (what is said here), so that they add over microbatches and ranks as the loss does.
+
+    Scalars in float32, without gradient; 0 for terms whose inputs were not given.
+    """
+
+    loss: Tensor  # all terms with their coefficients: what was returned
+    policy: Tensor  # the clipped policy loss
+    value: Tensor  # the clipped value loss, without its coefficient
+    kl: Tensor  # KL(policy, reference) by the chosen estimator, in nats, without its coefficient
+    clip_fraction: Tensor  # 1 where the clip decided the policy loss, so that the token has no gradient from it
+    approx_kl: Tensor  # KL(old policy, policy), r - 1 - log r, in nats: how far this update has moved
+    entropy: Tensor  # entropy, in nats
+
+
+def ppo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    *,
+    mean: float = 0.0,
+    rstd: float = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ref_logp: Tensor | None = None,
+    kl: Kl = "k3",
+    kl_coef: float = 0.0,
+    value: Tensor | None = None,
+    old_value: Tensor | None = None,
+    returns: Tensor | None = None,
+    value_clip: float = 0.2,
+    value_coef: float = 0.1,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, PpoStats]:
+    """Weighted sum over tokens of the losses above; differentiable in `logp`, `value` and `entropy`.
+
+    logp, old_logp, ref_logp    [T], float32 or bfloat16: natural-log probabilities of each token under the policy, the policy that the
+                                batch is judged by and the reference (None: no KL term)
+    advantage                   [T], not whitened
+    weight                      [T], float32, see above
+    mean, rstd                  to whiten advantages by; from the n, mean and M2 of `merge_partials`, rstd = 1 / sqrt(M2 / (n - 1) + 1e-8)
+    clip_low, clip_high         the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    value, old_value, returns   [T], all three or none: the value model's, its values at rollout, what it should have said
+    entropy                     [T], in nats, or None
+
+    Returns (loss [], PpoStats), float32. Raises ValueError for wrong dtypes and shapes, for a term of which an input is missing and for
+    negative clips.
+    """
+    if kl not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl={kl!r} must be 'k1', 'k2' or 'k3'")
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logp; pass it or set kl_coef=0")
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef={entropy_coef} needs entropy; pass it or set entropy_coef=0")
+    if len({value is None, old_value is None, returns is None}) > 1:
+        raise ValueError("value, old_value and returns make the value loss together; pass all three or none")
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high), ("value_clip", value_clip)):
+        if clip < 0:
+            raise ValueError(f"{name}={clip} must not be negative")
+    tokens = {"logp": logp, "old_logp": old_logp, "advantage": advantage, "ref_logp": ref_logp}
+    _check(weight, tokens | {"value": value, "old_value": old_value, "returns": returns, "entropy": entropy})
+    inputs = (logp, old_logp, advantage, ref_logp, value, old_value, returns, entropy)
+    settings = (mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef)
+    loss, stats_7, *_ = _ppo(weight, *inputs, *settings, kl)
+    return loss, PpoStats(*stats_7.unbind())
+
+
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, *, clip: float = 0.2) -> Tensor:
+    """The value term of `ppo_loss` alone, with coefficient 1, for a value model that is trained by itself; a float32 scalar."""
+    if clip < 0:
+        raise ValueError(f"clip={clip} must not be negative")
+    _check(weight, {"value": value, "old_value": old_value, "returns": returns})
+    policy = (None, None, None, None)
+    loss, *_ = _ppo(weight, *policy, value, old_value, returns, None, 0.0, 1.0, 0.0, 0.0, 0.0, clip, 1.0, 0.0, "k3")
+    return loss
+
+
+def _check(weight: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    check_floats("T", weight, weight.numel(), weight=weight, **given)
+    if weight.dtype == torch.bfloat16:
+        raise ValueError("weight is bfloat16, in which weights of tokens do not add up to 1; pass float32")
+
+
+@torch.library.custom_op("trivet::ppo", mutates_args=())
+def _ppo(
+    weight: Tensor,
+    logp: Tensor | None,
+    old_logp: Tensor | None,
+    advantage: Tensor | None,
+    ref_logp: Tensor | None,
+    value: Tensor | None,
+    old_value: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    mean: float,
+    rstd: float,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    value_clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    kl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], stats [7], d loss / d logp, d loss / d value, d loss / d entropy): gradients are [T], or [0] for an input of None."""
+    inputs = (logp, old_logp, advantage, ref_logp, value, old_value, returns, entropy)
+    settings = (mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef)
+    if not by_kernel(weight):
+        return _reference(weight, inputs, settings, kl)
+    loss, stats, *grads = results = _empty_results(weight, logp, value, entropy)
+    blocks = -(-len(weight) // BLOCK)
+    partials = weight.new_empty(len(stats), blocks)
+    launch(
+        _token_kernel,
+        (blocks,),
+        weight.contiguous(),
+        *(None if tensor is None else tensor.contiguous() for tensor in inputs),
+        *(grad if len(grad) else None for grad in grads),
+        partials,
+        len(weight),
+        blocks,
+        *settings,
+        KL=kl,
+        CUT=CUT,
+        BLOCK=BLOCK,
+    )
+    launch(_sum_kernel, (len(stats),), partials, loss, stats, blocks, BLOCK=BLOCK)
+    return results
+
+
+def _empty_results(weight: Tensor, logp: Tensor | None, value: Tensor | None, entropy: Tensor | None) -> Results:
+    dtype = result_dtype(weight)
+    logp, value, entropy = (weight.new_empty(0 if x is None else x.shape[0], dtype=dtype) for x in (logp, value, entropy))
+    return weight.new_empty((), dtype=dtype), weight.new_empty(7, dtype=dtype), logp, value, entropy
+
+
+@_ppo.register_fake
+def _(weight: Tensor, *inputs: Any) -> Results:
+    return _empty_results(weight, inputs[0], inputs[4], inputs[7])
+
+
+def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[1], inputs[5], inputs[8])]
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logp, value, entropy = (
+        None if dtype is None else (grad_loss * grad).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return None, logp, None, None, None, value, None, None, entropy, *[None] * 9
+
+
+_ppo.register_autograd(_backward, setup_context=_keep_grads)
+
+
+def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tuple[float, ...], kl: str) -> Results:
+    logp, old_logp, advantage, ref_logp, value, old_value, returns, entropy = inputs
+    mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef = settings
+
+    def wide(tensor: Tensor | None) -> Tensor:
+        return zero if tensor is None else torch.where(weight != 0, tensor.double(), 0.0)
+
+    zero = torch.zeros_like(weight, dtype=torch.float64)
+    policy = policy_slope = kl_term = kl_slope = value_term = value_slope = clipped = approx_kl = zero
+    if logp is not None:
+        whitened = (wide(advantage) - mean) * rstd
+        policy, policy_slope, clipped, approx_kl = _policy_reference(wide(logp) - wide(old_logp), whitened, clip_low, clip_high)
+    if ref_logp is not None:
+        kl_term, kl_slope = _kl_reference(wide(ref_logp) - wide(logp), kl)
+    if value is not None:
+        value_term, value_slope = _value_reference(wide(value), wide(old_value), wide(returns), value_clip)
+    total = policy + kl_coef * kl_term + value_coef * value_term - entropy_coef * wide(entropy)
+    stats_7 = torch.stack([total, policy, value_term, kl_term, clipped, approx_kl, wide(entropy)]) @ weight.double()
+    grads = (policy_slope + kl_coef * kl_slope, value_coef * value_slope, zero - entropy_coef)
+    present = (logp, value, entropy)
+    grads = (weight.double() * grad if x is not None else zero.new_empty(0) for grad, x in zip(grads, present, strict=True))
+    dtype = result_dtype(weight)
+    logp, value, entropy = (grad.to(dtype) for grad in grads)
+    return stats_7[0].to(dtype, copy=True), stats_7.to(dtype), logp, value, entropy
+
+
+def _policy_reference(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cut = log_ratio.clamp(-CUT, CUT)
+    ratio = cut.exp()
+    free, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    slope = torch.where((free >= clipped) & (cut == log_ratio), free, 0.0)
+    return torch.maximum(free, clipped), slope, (clipped > free).double(), torch.expm1(cut) - cut
+
+
+def _kl_reference(x: Tensor, kl: str) -> tuple[Tensor, Tensor]:
+    if kl == "k1":
+        return -x, torch.ones_like(x)
+    if kl == "k2":
+        return x * x / 2, -x
+    cut = x.clamp(max=CUT)
+    return torch.expm1(cut) - cut, torch.where(x <= CUT, -torch.expm1(cut), 0.0)
+
+
+def _value_reference(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    error = value - returns
+    clipped = old_value + (value - old_value).clamp(-clip, clip) - returns
+    free = (value - old_value).abs() <= clip
+    return torch.maximum(error**2, clipped**2) / 2, torch.where(free | (error**2 >= clipped**2), error, 0.0)
+
+
+@jit
+def _token_kernel(
+    WEIGHT,
+    LOGP,
+    OLD_LOGP,
+    ADVANTAGE,
+    REF_LOGP,
+    VALUE,
+    OLD_VALUE,
+    RETURNS,
+    ENTROPY,
+    GRAD_LOGP,
+    GRAD_VALUE,
+    GRAD_ENTROPY,
+    PARTIALS,
+    tokens,
+    blocks,
+    mean,
+    rstd,
+    clip_low,
+    clip_high,
+    kl_coef,
+    value_clip,
+    value_coef,
+    entropy_coef,
+    KL: tl.constexpr,
+    CUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a block of tokens: gradients, and sum number i of block b at PARTIALS[i, b]."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < tokens
+    weight = tl.load(WEIGHT + t, mask=inside, other=0.0)
+    on = weight != 0
+    loss = tl.zeros((BLOCK,), tl.float32)
+    policy_sum, value_sum, kl_sum, clipped_sum, approx_kl_sum, entropy_sum = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    if LOGP is not None:
+        logp = _read(LOGP, t, inside, on)
+        advantage = (_read(ADVANTAGE, t, inside, on) - mean) * rstd
+        policy, grad, clipped, approx_kl = _policy(logp - _read(OLD_LOGP, t, inside, on), advantage, clip_low, clip_high, CUT)
+        loss += policy
+        policy_sum, clipped_sum, approx_kl_sum = _sum(weight, policy), _sum(weight, clipped), _sum(weight, approx_kl)
+        if REF_LOGP is not None:
+            kl, slope = _kl(_read(REF_LOGP, t, inside, on) - logp, KL, CUT)
+            loss += kl_coef * kl
+            grad += kl_coef * slope
+            kl_sum = _sum(weight, kl)
+        tl.store(GRAD_LOGP + t, weight * grad, mask=inside)
+    if VALUE is not None:
+        value, grad = _value(_read(VALUE, t, inside, on), _read(OLD_VALUE, t, inside, on), _read(RETURNS, t, inside, on), value_clip)
+        loss += value_coef * value
+        value_sum = _sum(weight, value)
+        tl.store(GRAD_VALUE + t, weight * value_coef * grad, mask=inside)
+    if ENTROPY is not None:
+        entropy = _read(ENTROPY, t, inside, on)
+        loss -= entropy_coef * entropy
+        entropy_sum = _sum(weight, entropy)
+        tl.store(GRAD_ENTROPY + t, -entropy_coef * weight, mask=inside)
+    sums = (_sum(weight, loss), policy_sum, value_sum, kl_sum, clipped_sum, approx_kl_sum, entropy_sum)
+    for i in tl.static_range(7):
+        tl.store(PARTIALS + i * blocks + tl.program_id(0), sums[i])
+
+
+@jit
+def _read(POINTER, t, inside, on):
+    """Tokens in float32, 0 for those of weight 0. The mask is that of the block, so that aligned tokens come 128 bits at a time."""
+    return tl.where(on, tl.load(POINTER + t, mask=inside, other=0.0).to(tl.float32), 0.0)
+
+
+@jit
+def _sum(weight, term):
+    return tl.sum(weight * term, 0)
+
+
+@jit
+def _policy(log_ratio, advantage, clip_low, clip_high, CUT: tl.constexpr):
+    """(loss, its slope in logp, whether the clip decided, r - 1 - log r)."""
+    cut = tl.minimum(tl.maximum(log_ratio, -CUT), CUT)
+    ratio = tl.exp(cut)
+    free = -advantage * ratio
+    clipped = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+    slope = tl.where((free >= clipped) & (cut == log_ratio), free, 0.0)
+    return tl.maximum(free, clipped), slope, (clipped > free).to(tl.float32), _exp_less_line(cut)
+
+
+@jit
+def _kl(x, KL: tl.constexpr, CUT: tl.constexpr):
+    """(estimate, its slope in logp), where x = ref_logp - logp."""
+    if KL == "k1":
+        return -x, tl.zeros_like(x) + 1.0
+    elif KL == "k2":
+        return 0.5 * x * x, -x
+    else:
+        cut = tl.minimum(x, CUT)
+        k3 = _exp_less_line(cut)
+        return k3, tl.where(x <= CUT, -(cut + k3), 0.0)
+
+
+@jit
+def _value(value, old_value, returns, clip):
+    """(loss, its slope in value). Within the clip both branches are the same, and the free one has the slope."""
+    free = value - returns
+    clipped = tl.minimum(tl.maximum(value, old_value - clip), old_value + clip) - returns
+    return 0.5 * tl.maximum(free * free, clipped * clipped), tl.where(free * free >= clipped * clipped, free, 0.0)
+
+
+@jit
+def _exp_less_line(x):
+    """exp(x) - 1 - x. Below 1 by its series: the difference would keep no digit of x = 1e-4."""
+    series = 1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880 + x * (1.0 / 3628800 + x * (1.0 / 39916800))))
+    series = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * series))))
+    return tl.where(tl.abs(x) < 1.0, x * x * series, tl.exp(x) - 1.0 - x)
+
+
+@jit
+def _sum_kernel(PARTIALS, LOSS, STATS, blocks, BLOCK: tl.constexpr):
+    """One program a statistic: its partial sums added in the order of the blocks. The first statistic is the loss."""
+    i = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        total += tl.load(PARTIALS + i * blocks + block, mask=block < blocks, other=0.0)
+    total = tl.sum(total, 0)
+    tl.store(STATS + i, total)
+    if i == 0:
+        tl.store(LOSS, total)
+
+
+def aot_cases() -> list[AotCase]:
+    """What this file ships: all terms, the policy alone with and without a reference, the value alone."""
+    floats = ("mean", "rstd", "clip_low", "clip_high", "kl_coef", "value_clip", "value_coef", "entropy_coef")
+    scalars = dict.fromkeys(floats, "fp32") | {"tokens": "i32", "blocks": "i32"}
+    constants = {"KL": "k3", "CUT": CUT, "BLOCK": BLOCK}
+    policy = ("LOGP", "OLD_LOGP", "ADVANTAGE", "GRAD_LOGP")
+    value = ("VALUE", "OLD_VALUE", "RETURNS", "GRAD_VALUE")
+    every = (*policy, *value, "REF_LOGP", "ENTROPY", "GRAD_ENTROPY")
+    shipped = {"all": every, "policy": policy, "policy_kl": (*policy, "REF_LOGP"), "value": value}
+
+    def case(name: str, present: tuple[str, ...]) -> AotCase:
+        pointers = ("WEIGHT", "PARTIALS", *present)
+        absent = {name: None for name in every if name not in present}
+        types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys((*absent, *constants), "constexpr")
+        return AotCase(f"ppo_{name}", _token_kernel, types | scalars, constants | absent, (*pointers, "tokens"), num_warps=4)
+
+    sums = {"PARTIALS": "*fp32", "LOSS": "*fp32", "STATS": "*fp32", "blocks": "i32", "BLOCK": "constexpr"}
+    total = AotCase("ppo_sum", _sum_kernel, sums, {"BLOCK": BLOCK}, ("PARTIALS", "LOSS", "STATS"), num_warps=4)
+    return [*(case(name, present) for name, present in shipped.items()), total]
