@@ -1,5 +1,6 @@
 """Kernels of post-training, and nothing of the engine. Each file holds its torch reference, its kernel and its public function."""
 
 from triton_kernels.linear_logprob import linear_logprob
+from triton_kernels.logprob import logprob
 
-__all__ = ["linear_logprob"]
+__all__ = ["linear_logprob", "logprob"]
