@@ -60,7 +60,7 @@ def linear_logprob(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r} is not known; use save, recompute or nograd")
-    _check(hidden_ND, weight_VD, target_N, inv_temp, chunk, logits_dtype, weight_grad)
+    check_linear(hidden_ND, weight_VD, target_N, inv_temp, chunk, logits_dtype, weight_grad)
     if mode == "nograd":
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     keep = mode == "save" and torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
@@ -73,9 +73,10 @@ def linear_logprob(
     return stats[LOGP], stats[ENTROPY] if entropy else None, stats[LSE]
 
 
-def _check(
+def check_linear(
     hidden: Tensor, weight: Tensor, target: Tensor, inv_temp: float, chunk: int, logits_dtype: torch.dtype, weight_grad: Tensor | None
 ) -> None:
+    """ValueError unless these are hidden states, an output layer and targets that fit."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, D] and [V, D] of one D")
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -109,8 +110,8 @@ def _linear_logprob(
     shard.check(target)
     stats = hidden.new_empty((5, len(target)), dtype=torch.float32)
     kept = hidden.new_empty(_kept_shape(hidden, weight, chunk, keep), dtype=logits_dtype)
-    buffer = None if keep else _buffer(hidden, weight, chunk, logits_dtype)
-    for part in _parts(len(target), chunk):
+    buffer = None if keep else logits_buffer(hidden, weight, chunk, logits_dtype)
+    for part in chunks(len(target), chunk):
         logits = write_logits(kept[part.start : part.start + chunk] if buffer is None else buffer, hidden[part], weight)
         write_stats(stats[:, part], logits, target[part], shard, inv_temp, entropy)
     return stats, kept
@@ -147,8 +148,8 @@ def _linear_logprob_backward(
     shard = Shard.of(len(weight), group, vocab_start, vocab_valid)
     grad_stats = grad_stats.contiguous()
     gradients = Gradients(hidden, weight, weight_grad, needs_hidden, needs_weight)
-    buffer = _buffer(hidden, weight, chunk, logits_dtype) if kept is None else kept
-    for part in _parts(len(target), chunk):
+    buffer = logits_buffer(hidden, weight, chunk, logits_dtype) if kept is None else kept
+    for part in chunks(len(target), chunk):
         logits = write_logits(buffer, hidden[part], weight) if kept is None else kept[part]
         grad_logits = gradients.room_for(logits)
         write_grads(grad_logits, logits, target[part], stats[:, part], grad_stats[:, part], shard, inv_temp, entropy)
@@ -242,7 +243,8 @@ def write_logits(buffer: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     return out[:count]
 
 
-def _buffer(hidden: Tensor, weight: Tensor, chunk: int, logits_dtype: torch.dtype) -> Tensor:
+def logits_buffer(hidden: Tensor, weight: Tensor, chunk: int, logits_dtype: torch.dtype) -> Tensor:
+    """Memory for the logits of one chunk."""
     rows = chunk if by_kernel(hidden) else min(chunk, len(hidden))
     return hidden.new_empty((rows, len(weight)), dtype=logits_dtype)
 
@@ -254,5 +256,6 @@ def _kept_shape(hidden: Tensor, weight: Tensor, chunk: int, keep: bool) -> tuple
     return (rows if keep else 0), weight.shape[0]
 
 
-def _parts(count: int, chunk: int) -> list[slice]:
+def chunks(count: int, chunk: int) -> list[slice]:
+    """`count` rows, `chunk` at a time."""
     return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]

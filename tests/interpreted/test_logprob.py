@@ -7,6 +7,7 @@ import torch
 
 from tests import test_linear_logprob as linear
 from tests import test_logprob as checks
+from tests import test_policy_loss as policy_loss
 from triton_kernels import linear_logprob
 from triton_kernels.linear_logprob import Mode
 from triton_kernels.logprob import write_stats
@@ -92,3 +93,8 @@ def test_linear_row_alone_and_in_a_batch() -> None:
     for part in (slice(0, 1), slice(5, 8), slice(16, 17)):
         alone, _, _ = linear_logprob(hidden[part], weight, target[part], chunk=8)
         assert torch.equal(alone, together[part])
+
+
+@pytest.mark.parametrize("ppo", [False, True])
+def test_policy_loss(ppo: bool) -> None:
+    policy_loss.check_loss(ppo)
