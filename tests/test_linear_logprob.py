@@ -8,10 +8,11 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests import jobs_kernels_logprob as jobs
 from tests.pool import ranks
-from triton_kernels import linear_logprob, logprob
+from triton_kernels import linear_logprob, linear_policy_loss, logprob
 from triton_kernels.linear_logprob import Mode
 
 
@@ -209,6 +210,15 @@ def test_on_meta_tensors() -> None:
     got.sum().backward()
     assert weight.grad is not None
     assert weight.grad.shape == (50, 32)
+
+
+@pytest.mark.parametrize(("mode", "products"), [("save", 3), ("recompute", 4)])
+def test_flop_are_counted(mode: Mode, products: int) -> None:
+    hidden, weight, target = problem(6, 50)
+    with FlopCounterMode(display=False) as counter:
+        linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), target, mode=mode)[0].sum().backward()
+        linear_policy_loss(hidden, weight, target, torch.ones(6))[0].backward()
+    assert counter.get_total_flops() == (products + 3) * 2 * 6 * 50 * 32
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from triton_kernels.launch import by_kernel
 from triton_kernels.logprob import ENTROPY, LOGP, LSE, check_target, write_grads, write_stats
@@ -185,6 +186,17 @@ def _backward(ctx: Any, grad_stats: Tensor, _: Tensor) -> Any:
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.trivet.linear_logprob)
+def _flop(hidden: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.trivet.linear_logprob_backward)
+def _backward_flop(hidden: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **_: Any) -> int:
+    kept, _, needs_hidden, needs_weight = rest[3:7]
+    return _flop(hidden, weight) * ((kept is None) + needs_hidden + needs_weight)
 
 
 class Gradients:

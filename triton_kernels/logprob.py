@@ -345,33 +345,35 @@ def _grads_kernel(
 
 
 def aot_cases() -> list[AotCase]:
-    """fp32 and bf16 logits with aligned rows, with and without entropy; gradients as linear_logprob writes them, in bf16."""
+    """What logprob and linear_logprob launch for fp32 and bf16 logits, with and without entropy; rows aligned, and rows of odd width."""
+    kinds = [(entropy, aligned) for entropy in (False, True) for aligned in (True, False)]
     return [
-        case
-        for entropy in (False, True)
-        for case in (*(build(dtype, entropy) for dtype in ("fp32", "bf16") for build in (_parts_case, _grads_case)), _merge_case(entropy))
+        *(_parts_case(dtype, *kind) for kind in kinds for dtype in ("fp32", "bf16")),
+        *(_merge_case(entropy) for entropy in (False, True)),
+        *(_grads_case(*types, *kind) for kind in kinds for types in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"))),
     ]
 
 
-def _parts_case(dtype: str, entropy: bool) -> AotCase:
+def _parts_case(dtype: str, entropy: bool, aligned: bool) -> AotCase:
     pointers = {"PARTS": "*fp32", "LOGITS": f"*{dtype}", "TARGET": "*i64"}
-    constants = {"REST": 0, "SEGMENTS": SEGMENTS, "ENTROPY": entropy, "BLOCK": BLOCK}
-    return _case(f"logprob parts {dtype}", _parts_kernel, pointers, ("stride", "N", "size", "start", "real"), constants)
+    constants = {"REST": 0 if aligned else 1, "SEGMENTS": SEGMENTS, "ENTROPY": entropy, "BLOCK": BLOCK}
+    return _case(f"logprob parts {dtype}", _parts_kernel, pointers, ("stride", "N", "size", "start", "real"), constants, aligned)
 
 
 def _merge_case(entropy: bool) -> AotCase:
     pointers = {"STATS": "*fp32", "PARTS_IN": "*fp32", "TARGET": "*i64"}
     constants = {"PARTS": SEGMENTS, "ENTROPY": entropy, "BLOCK": MERGED}
-    return _case("logprob merge", _merge_kernel, pointers, ("stride", "N", "first", "end"), constants)
+    return _case("logprob merge", _merge_kernel, pointers, ("stride", "N", "first", "end"), constants, True)
 
 
-def _grads_case(dtype: str, entropy: bool) -> AotCase:
-    pointers = {"GRAD": "*bf16", "LOGITS": f"*{dtype}", "TARGET": "*i64", "STATS": "*fp32", "GRAD_STATS": "*fp32"}
+def _grads_case(dtype: str, grad_dtype: str, entropy: bool, aligned: bool) -> AotCase:
+    pointers = {"GRAD": f"*{grad_dtype}", "LOGITS": f"*{dtype}", "TARGET": "*i64", "STATS": "*fp32", "GRAD_STATS": "*fp32"}
     integers = ("grad_stride", "stride", "stats_stride", "grad_stats_stride", "size", "start", "real")
-    return _case(f"logprob grads {dtype}", _grads_kernel, pointers, integers, {"ENTROPY": entropy, "BLOCK": BLOCK})
+    name = f"logprob grads {dtype} to {grad_dtype}"
+    return _case(name, _grads_kernel, pointers, integers, {"ENTROPY": entropy, "BLOCK": BLOCK}, aligned)
 
 
-def _case(name: str, kernel: Any, pointers: dict[str, str], integers: tuple[str, ...], constants: dict[str, Any]) -> AotCase:
+def _case(name: str, kernel: Any, pointers: dict[str, str], integers: tuple[str, ...], constants: dict[str, Any], aligned: bool) -> AotCase:
     signature = {**pointers, **dict.fromkeys(integers, "i32"), "inv_temp": "fp32", **dict.fromkeys(constants, "constexpr")}
-    name += " entropy" * constants["ENTROPY"]
-    return AotCase(name, kernel, signature, constants, (*pointers, *integers), num_warps=WARPS)
+    name += " entropy" * constants["ENTROPY"] + " odd" * (not aligned)
+    return AotCase(name, kernel, signature, constants, (*pointers, *(integers if aligned else ())), num_warps=WARPS)

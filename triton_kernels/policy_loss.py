@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from triton_kernels.linear_logprob import Gradients, check_linear, chunks, logits_buffer, write_logits
 from triton_kernels.logprob import LOGP, write_grads, write_stats
@@ -157,3 +158,9 @@ def _backward(ctx: Any, grad_total: Tensor, *_: None) -> Any:
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.trivet.linear_policy_loss)
+def _policy_flop(hidden: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **_: Any) -> int:
+    needs_hidden, needs_weight = rest[-2:]
+    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + needs_hidden + needs_weight)
