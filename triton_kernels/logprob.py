@@ -328,7 +328,6 @@ def _grads_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(LOGITS + row * stride + columns, mask=columns < size, other=-float("inf")).to(tl.float32)
-    x = tl.where(columns < real, x, -float("inf"))
     STATS += row
     GRAD_STATS += row
     log_p = (x - tl.load(STATS + 3 * stats_stride)) * inv_temp - tl.load(STATS + 4 * stats_stride)
