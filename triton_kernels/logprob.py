@@ -32,6 +32,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of nothing: finite,
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK = 4096  # columns at a time: nothing spills, and 16032 (an eighth of Llama 3's vocabulary) is nearly a multiple
 WARPS = 4
+GRADS_WARPS = 8  # with 4, rows of odd width spill on sm_100
 MERGED = 256  # rows that one program merges
 IN_CACHE = 1 << 18  # logits that the reference works on at a time
 
@@ -173,9 +174,13 @@ def write_grads(
     _launch(_grads_kernel, (len(target), -(-shard.size // block)), *arguments, ENTROPY=entropy, BLOCK=block)
 
 
+def _warps(kernel: Any) -> int:
+    return GRADS_WARPS if kernel is _grads_kernel else WARPS
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     if grid[0]:  # a device refuses a grid of nothing
-        kernel[grid](*arguments, **constants, num_warps=WARPS)
+        kernel[grid](*arguments, **constants, num_warps=_warps(kernel))
 
 
 def _block(columns: int) -> int:
@@ -375,4 +380,4 @@ def _grads_case(dtype: str, grad_dtype: str, entropy: bool, aligned: bool) -> Ao
 def _case(name: str, kernel: Any, pointers: dict[str, str], integers: tuple[str, ...], constants: dict[str, Any], aligned: bool) -> AotCase:
     signature = {**pointers, **dict.fromkeys(integers, "i32"), "inv_temp": "fp32", **dict.fromkeys(constants, "constexpr")}
     name += " entropy" * constants["ENTROPY"] + " odd" * (not aligned)
-    return AotCase(name, kernel, signature, constants, (*pointers, *(integers if aligned else ())), num_warps=WARPS)
+    return AotCase(name, kernel, signature, constants, (*pointers, *(integers if aligned else ())), num_warps=_warps(kernel))
