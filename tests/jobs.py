@@ -12,8 +12,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batching import batch, scatter
@@ -21,7 +19,6 @@ from engine.config import Llama, Model, Optim, Parallel
 from engine.losses import nll
 from engine.types import Loss, Packed, Sample, Step
 from engine.world import World
-from triton_kernels import linear_logprob
 
 TINY = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # 250: padded to 256 in every layout
 OPTIM = Optim(lr=1e-3, weight_decay=0.1)
@@ -104,20 +101,6 @@ def export(world: World, parallel: Parallel, model: Model, folder: Path, *, step
         for step in range(steps):
             policy.update(batch(samples(step), 64, **policy.cut), nll, OPTIM.lr)
         policy.export(folder)
-
-
-def sharded_logprob(world: World, hidden: Tensor, weight: Tensor, target: Tensor, valid: int, padded: int) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprob with the vocabulary cut over the world: log-probs, this rank's part of hidden's gradient, its shard's gradient."""
-    shard = padded // world.size
-    mine = F.pad(weight, (0, 0, 0, padded - valid))[world.rank * shard :][:shard].clone().requires_grad_()
-    hidden = hidden.clone().requires_grad_()
-    group = dist.group.WORLD
-    assert group is not None
-    logprob = linear_logprob(hidden, mine, target, group=group.group_name, vocab_start=world.rank * shard, vocab_valid=valid, chunk=8)
-    logprob.sum().backward()
-    assert hidden.grad is not None
-    assert mine.grad is not None
-    return logprob.detach(), hidden.grad, mine.grad
 
 
 def command(world: World, words: list[str], largest_file: int = 0) -> tuple[int, str, str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any, get_args
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests import jobs
+from tests import jobs_kernels_logprob as jobs
 from tests.pool import ranks
-from triton_kernels import linear_logprob
+from triton_kernels import linear_logprob, linear_policy_loss, logprob
+from triton_kernels.linear_logprob import Mode
 
 
 def problem(rows: int, vocab: int, width: int = 32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,14 +39,11 @@ def check_close(got: Tensor, expected: Tensor) -> None:
     assert float((got.double() - expected).abs().max() if got.numel() else 0.0) <= 3e-6 * scale
 
 
-@pytest.mark.parametrize("mode", ["save", "recompute"])
-@pytest.mark.parametrize(("rows", "vocab", "chunk"), [(17, 1000, 4096), (17, 1000, 5), (1, 257, 4), (0, 64, 4), (64, 4104, 16)])
-def test_whole_vocabulary(rows: int, vocab: int, chunk: int, mode: str) -> None:
-    hidden, weight, target = problem(rows, vocab)
-    upstream = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+def check_gradients(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> None:
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, upstream)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    got = linear_logprob(hidden, weight, target, mode=mode, chunk=chunk)  # type: ignore[arg-type]
+    got, entropy, _ = linear_logprob(hidden, weight, target, **how)
+    assert entropy is None
     got.backward(upstream)
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -50,13 +52,34 @@ def test_whole_vocabulary(rows: int, vocab: int, chunk: int, mode: str) -> None:
     check_close(weight.grad, grad_weight)
 
 
+def check_low_precision(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    """Logits of 16-bit hidden states and weights stay in fp32; the gradients are rounded."""
+    logprob, grad_hidden, grad_weight = reference(hidden, weight, target, torch.ones(len(target)))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    got, _, _ = linear_logprob(hidden, weight, target, chunk=8)
+    got.sum().backward()
+    assert got.dtype == torch.float32
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    check_close(got.detach(), logprob)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=2e-2, atol=2e-2 * float(grad_hidden.abs().max()))
+    torch.testing.assert_close(weight.grad.double(), grad_weight, rtol=2e-2, atol=2e-2 * float(grad_weight.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize(("rows", "vocab", "chunk"), [(17, 1000, 4096), (17, 1000, 5), (1, 257, 4), (0, 64, 4), (64, 4104, 16)])
+def test_whole_vocabulary(rows: int, vocab: int, chunk: int, mode: str) -> None:
+    hidden, weight, target = problem(rows, vocab)
+    check_gradients(hidden, weight, target, torch.randn(rows, generator=torch.Generator().manual_seed(1)), mode=mode, chunk=chunk)
+
+
 def test_only_the_wanted_rows() -> None:
     hidden, weight, target = problem(12, 300)
     rows = torch.tensor([7, 2, 11])
     wanted = torch.zeros(12).index_fill(0, rows, 1.0)
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, wanted)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    got = linear_logprob(hidden, weight, target, rows_M=rows)
+    got, _, _ = linear_logprob(hidden, weight, target, rows=rows)
     got.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -71,7 +94,7 @@ def test_padding_of_the_vocabulary_has_no_probability_and_no_gradient() -> None:
     upstream = torch.ones(9)
     logprob, grad_hidden, _ = reference(hidden, weight, target, upstream)
     hidden, padded = hidden.requires_grad_(), padded.requires_grad_()
-    got = linear_logprob(hidden, padded, target, vocab_valid=250)
+    got, _, _ = linear_logprob(hidden, padded, target, vocab_valid=250)
     got.sum().backward()
     assert hidden.grad is not None
     assert padded.grad is not None
@@ -83,24 +106,138 @@ def test_padding_of_the_vocabulary_has_no_probability_and_no_gradient() -> None:
 def test_logits_far_apart() -> None:
     """A target 160 nats below the maximum: exp(logit - maximum) is 0 in fp32, its log-prob is not."""
     weight = torch.tensor([[80.0], [-80.0], [0.0]])
-    got = linear_logprob(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
+    got, _, _ = linear_logprob(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
     assert got.tolist() == [0.0, -160.0, -80.0]
 
 
 def test_bf16_keeps_logits_in_fp32() -> None:
     hidden, weight, target = problem(33, 500)
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    upstream = torch.ones(33)
-    logprob, grad_hidden, grad_weight = reference(hidden, weight, target, upstream)
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    got = linear_logprob(hidden, weight, target, chunk=8)
-    got.sum().backward()
-    assert got.dtype == torch.float32
+    check_low_precision(hidden.bfloat16(), weight.bfloat16(), target)
+
+
+def test_bf16_logits() -> None:
+    """Half the memory, a hundredth of a nat."""
+    hidden, weight, target = problem(33, 500)
+    hidden, weight = hidden.bfloat16() * 0.3, weight.bfloat16()
+    logprob, _, _ = reference(hidden, weight, target, torch.ones(33))
+    got, _, _ = linear_logprob(hidden, weight, target, logits_dtype=torch.bfloat16)
+    assert 1e-4 < float((got - logprob).abs().max()) < 3e-2
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([7, 2, 11])])
+def test_entropy_temperature_and_lse(rows: Tensor | None) -> None:
+    """All three outputs, with their gradients, are those of logprob on the whole logits."""
+    inputs = problem(12, 300)
+    upstream = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    wanted = torch.arange(12) if rows is None else rows
+    found = []
+    for fused in (True, False):
+        hidden, weight, target = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(), inputs[2]
+        if fused:
+            got = linear_logprob(hidden, weight, target, rows=rows, inv_temp=0.7, entropy=True, chunk=5)
+        else:
+            got = logprob(hidden @ weight.T, target, inv_temp=0.7, entropy=True)
+        assert got[1] is not None
+        values = torch.stack([got[0], got[1], got[2]])
+        if fused:
+            assert not values.detach()[:, ~torch.zeros(12, dtype=torch.bool).index_fill(0, wanted, True)].any()
+        values = values[:, wanted]
+        (values * upstream[:, wanted]).sum().backward()
+        found.append((values.detach(), hidden.grad, weight.grad))
+    for fused_part, whole_part in zip(*found, strict=True):
+        assert fused_part is not None
+        assert whole_part is not None
+        check_close(fused_part, whole_part.double())
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_weight_gradient_of_microbatches_in_fp32(mode: Mode) -> None:
+    """Two microbatches in flight at once, as pipelines have them: their sum is in the caller's accumulator, none in the weight."""
+    hidden, weight, target = problem(20, 300)
+    _, _, expected = reference(hidden, weight.bfloat16(), target, torch.ones(20))
+    weight = weight.bfloat16().requires_grad_()
+    total = torch.ones(300, 32)
+    losses = [
+        linear_logprob(hidden[part].bfloat16(), weight, target[part], mode=mode, weight_grad=total)[0].sum()
+        for part in (slice(0, 9), slice(9, 20))
+    ]
+    for loss in losses:
+        loss.backward()
+    assert weight.grad is None
+    torch.testing.assert_close(total.double() - 1, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_frozen_parts() -> None:
+    hidden, weight, target = problem(6, 50)
+    hidden.requires_grad_()
+    linear_logprob(hidden, weight, target)[0].sum().backward()
     assert hidden.grad is not None
+    assert weight.grad is None
+    alone = hidden.grad
+    weight.requires_grad_()
+    linear_logprob(hidden.detach(), weight, target)[0].sum().backward()
     assert weight.grad is not None
-    check_close(got.detach(), logprob)
-    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=2e-2, atol=2e-2 * float(grad_hidden.abs().max()))
-    torch.testing.assert_close(weight.grad.double(), grad_weight, rtol=2e-2, atol=2e-2 * float(grad_weight.abs().max()))
+    _, grad_hidden, grad_weight = reference(hidden.detach(), weight.detach(), target, torch.ones(6))
+    check_close(alone, grad_hidden)
+    check_close(weight.grad, grad_weight)
+
+
+def test_nograd_and_what_is_kept() -> None:
+    """Logits live until backward only where they are saved."""
+    hidden, weight, target = problem(6, 50)
+    weight.requires_grad_()
+    kept: dict[Mode, int] = {}
+    for mode in get_args(Mode):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t):
+            got, _, _ = linear_logprob(hidden, weight, target, mode=mode)
+        kept[mode] = sum(t.numel() for t in saved if t.shape == (6, 50))
+        assert got.requires_grad == (mode != "nograd")
+    assert kept == {"save": 300, "recompute": 0, "nograd": 0}
+
+
+def test_saved_logits_serve_once() -> None:
+    hidden, weight, target = problem(6, 50)
+    total = linear_logprob(hidden, weight.requires_grad_(), target)[0].sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_on_meta_tensors() -> None:
+    hidden, weight, target = (each.to("meta") for each in problem(6, 50))
+    got, _, _ = linear_logprob(hidden, weight.requires_grad_(), target)
+    got.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.shape == (50, 32)
+
+
+@pytest.mark.parametrize(("mode", "products"), [("save", 3), ("recompute", 4)])
+def test_flop_are_counted(mode: Mode, products: int) -> None:
+    hidden, weight, target = problem(6, 50)
+    with FlopCounterMode(display=False) as counter:
+        linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), target, mode=mode)[0].sum().backward()
+        linear_policy_loss(hidden, weight, target, torch.ones(6))[0].backward()
+    assert counter.get_total_flops() == (products + 3) * 2 * 6 * 50 * 32
+
+
+@pytest.mark.parametrize(
+    ("complaint", "change"),
+    [
+        ("hidden (6, 31) and weight (50, 32) must be", {"hidden": torch.zeros(6, 31)}),
+        ("hidden is torch.bfloat16, weight is torch.float32", {"hidden": torch.zeros(6, 32, dtype=torch.bfloat16)}),
+        ("logits_dtype=torch.bfloat16 must be torch.float32 or the weight's torch.float32", {"logits_dtype": torch.bfloat16}),
+        ("weight_grad is torch.bfloat16 (50, 32)", {"weight_grad": torch.zeros(50, 32, dtype=torch.bfloat16)}),
+        ("chunk=0 must be at least 1", {"chunk": 0}),
+        ("mode='keep' is not known; use save, recompute or nograd", {"mode": "keep"}),
+        ("target[1]=50 is outside the vocabulary 0 ... 49", {"target": torch.tensor([0, 50, 1, 1, 1, 1])}),
+        ("target is torch.int64 (3,); pass torch.int64 (6,)", {"target": torch.zeros(3, dtype=torch.int64)}),
+    ],
+)
+def test_complaints(complaint: str, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {**dict(zip(("hidden", "weight", "target"), problem(6, 50), strict=True)), **change}
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        linear_logprob(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("target"), **arguments)
 
 
 @pytest.mark.parametrize("size", [2, 4])

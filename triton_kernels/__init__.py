@@ -3,6 +3,8 @@
 from triton_kernels.dpo import DpoMetrics, dpo_norm
 from triton_kernels.gae import gae, merge_partials
 from triton_kernels.linear_logprob import linear_logprob
+from triton_kernels.logprob import logprob
+from triton_kernels.policy_loss import linear_policy_loss
 from triton_kernels.ppo import PpoStats, ppo_loss, value_loss
 from triton_kernels.rmsnorm import rmsnorm
 from triton_kernels.rope import rope
@@ -15,6 +17,8 @@ __all__ = [
     "dpo_norm",
     "gae",
     "linear_logprob",
+    "linear_policy_loss",
+    "logprob",
     "merge_partials",
     "ppo_loss",
     "rmsnorm",

@@ -1,22 +1,27 @@
 """log p(target) straight from hidden states: the output layer and the softmax in one, a chunk of rows at a time, in fp32.
 
-logits = hidden @ weight.T        logprob = logits[target] - logsumexp(logits)
+logits = hidden @ weight.T, then triton_kernels/logprob.py on a chunk of them; their gradient is turned into those of hidden and weight
+before the next chunk's is made. Rows whose log-probs nobody asked for are dropped before the product.
 
-Logits of a whole microbatch never exist: a chunk's are turned into exp(logits - max) in place, which is all that the backward
-pass needs. Rows whose log-probs nobody asked for are dropped before the product. With a vocabulary cut over a process group, one
-gather of (max, sum, target logit) a row makes the result whole, merged in rank order so that every rank has the same bits.
+On a device the last chunk is padded to a whole one, so that the product always has the same shape and a row's bits do not depend on
+how many others it came with. The weight's gradient is summed up in fp32 over the chunks, and over microbatches where the caller
+has an accumulator.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
+from torch.utils.flop_counter import register_flop_formula
 
-Mode = Literal["save", "recompute"]
+from triton_kernels.launch import by_kernel
+from triton_kernels.logprob import ENTROPY, LOGP, LSE, check_target, write_grads, write_stats
+from triton_kernels.shard import Shard
+
+Mode = Literal["save", "recompute", "nograd"]
 
 
 def linear_logprob(
@@ -24,130 +29,245 @@ def linear_logprob(
     weight_VD: Tensor,
     target_N: Tensor,
     *,
-    rows_M: Tensor | None = None,
+    rows: Tensor | None = None,
     group: str = "",
     vocab_start: int = 0,
     vocab_valid: int | None = None,
+    inv_temp: float = 1.0,
+    entropy: bool = False,
     mode: Mode = "save",
     chunk: int = 4096,
-) -> Tensor:
+    logits_dtype: torch.dtype = torch.float32,
+    weight_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Natural-log probability of each row's target, differentiable in `hidden_ND` and `weight_VD`.
 
-    hidden_ND   [N, D], float; the same on every rank of the group
-    weight_VD   [V, D], this rank's rows of the output layer, the vocabulary's ids vocab_start ... vocab_start + V
-    target_N    [N], int64 ids of the whole vocabulary
-    rows_M      [M], int64: the rows that are wanted; the others are 0 and cost nothing. None: all
-    group       name of the process group the vocabulary is cut over; "": it is whole
-    vocab_valid ids from here on are padding and have probability 0. None: no padding
-    mode        "save" keeps exp(logits) of the wanted rows for backward (three products in all), "recompute" makes them again (four)
-    chunk       rows at a time
+    hidden_ND    [N, D], float; the same on every rank of the group
+    weight_VD    [V, D], this rank's rows of the output layer, the vocabulary's ids vocab_start ... vocab_start + V
+    target_N     [N], int64 ids of the whole vocabulary
+    rows         [M], int64, each at most once: the rows that are wanted; the others are 0 and cost nothing. None: all
+    group        name of the process group the vocabulary is cut over, in the order of its ranks; "": it is whole
+    vocab_valid  ids from here on are padding and have probability 0. None: no padding
+    inv_temp     1 / temperature, > 0
+    mode         "save" keeps the logits of the wanted rows for backward (three products in all), "recompute" makes them again (four),
+                 "nograd" is cut off from autograd
+    chunk        rows at a time: at most so many rows of logits exist, but for those that "save" keeps
+    logits_dtype torch.float32, or the dtype of the weight: half the memory, and logits rounded to 8 bits (1e-2 nats)
+    weight_grad  [V, D], float32: backward adds the weight's gradient to it, and autograd gets none for the weight
 
-    Returns logprob_N [N], float32. The gradient of `hidden_ND` is this rank's part; its sum over the group is the whole one.
+    Returns (logp_N, entropy_N or None, lse_N), float32. The gradient of `hidden_ND` is this rank's part; its sum over the group is the
+    whole one. ValueError for wrong types and shapes, and in host memory for a target outside the vocabulary; on a device, where
+    looking would wait for it, that row's logp is NaN.
     """
-    rows_M = torch.arange(len(target_N), device=target_N.device) if rows_M is None else rows_M
-    logprob_M = _LinearLogprob.apply(
-        hidden_ND.index_select(0, rows_M), weight_VD, target_N.index_select(0, rows_M), group, vocab_start, vocab_valid, mode, chunk
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r} is not known; use save, recompute or nograd")
+    check_linear(hidden_ND, weight_VD, target_N, inv_temp, chunk, logits_dtype, weight_grad)
+    if mode == "nograd":
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+    keep = mode == "save" and torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    wanted = (hidden_ND, target_N) if rows is None else (hidden_ND.index_select(0, rows), target_N.index_select(0, rows))
+    stats, _ = _linear_logprob(
+        wanted[0], weight_VD, wanted[1], weight_grad, group, vocab_start, vocab_valid, inv_temp, entropy, keep, chunk, logits_dtype
     )
-    return torch.zeros(len(target_N), dtype=torch.float32, device=hidden_ND.device).index_copy(0, rows_M, logprob_M)
+    if rows is not None:
+        stats = stats.new_zeros((3, len(target_N))).index_copy(1, rows, stats[:3])
+    return stats[LOGP], stats[ENTROPY] if entropy else None, stats[LSE]
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, group: str, start: int, valid: int | None, mode: Mode, chunk: int
-    ) -> Tensor:
-        logprob = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
-        scale = torch.empty_like(logprob)
-        keep = mode == "save" and any(ctx.needs_input_grad)
-        kept: list[Tensor] = []
-        for part in _parts(len(target), chunk):
-            logits = _logits(hidden[part], weight, start, valid)
-            chosen, column = _local(target[part], start, len(weight))
-            logit = torch.where(chosen, logits.gather(1, column[:, None])[:, 0], 0.0)
-            top = _exp_in_place(logits)
-            lse, whole_logit = _merge(top, logits.sum(1), logit, group)
-            logprob[part] = whole_logit - lse
-            scale[part] = torch.exp(top - lse)
-            if keep:
-                kept.append(logits)
-        ctx.save_for_backward(hidden, weight, target, scale, *kept)
-        ctx.cut = (start, valid, chunk)
-        return logprob
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight, target, scale, *kept = ctx.saved_tensors
-        start, valid, chunk = ctx.cut
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for i, part in enumerate(_parts(len(target), chunk)):
-            if kept:
-                exps = kept[i]
-            else:
-                exps = _logits(hidden[part], weight, start, valid)
-                _exp_in_place(exps)
-            grad_logits = _grad_logits(exps, scale[part], grads[0][part], target[part], start).to(weight.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            _add_product(grad_weight, grad_logits.T, hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
+def check_linear(
+    hidden: Tensor, weight: Tensor, target: Tensor, inv_temp: float, chunk: int, logits_dtype: torch.dtype, weight_grad: Tensor | None
+) -> None:
+    """ValueError unless these are hidden states, an output layer and targets that fit."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, D] and [V, D] of one D")
+    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}; both must be float32, bfloat16 or float16")
+    if logits_dtype not in (torch.float32, weight.dtype):
+        raise ValueError(f"logits_dtype={logits_dtype} must be torch.float32 or the weight's {weight.dtype}")
+    if weight_grad is not None and (weight_grad.dtype != torch.float32 or weight_grad.shape != weight.shape):
+        raise ValueError(f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)}; pass torch.float32 {tuple(weight.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 row")
+    check_target(target, len(hidden), inv_temp)
 
 
-def _parts(count: int, chunk: int) -> list[slice]:
-    return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
+@torch.library.custom_op("trivet::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    weight_grad: Tensor | None,
+    group: str,
+    vocab_start: int,
+    vocab_valid: int | None,
+    inv_temp: float,
+    entropy: bool,
+    keep: bool,
+    chunk: int,
+    logits_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(stats [5, N], the logits of all rows where `keep`). `weight_grad` waits for the backward pass."""
+    shard = Shard.of(len(weight), group, vocab_start, vocab_valid)
+    shard.check(target)
+    stats = hidden.new_empty((5, len(target)), dtype=torch.float32)
+    kept = hidden.new_empty(_kept_shape(hidden, weight, chunk, keep), dtype=logits_dtype)
+    buffer = None if keep else logits_buffer(hidden, weight, chunk, logits_dtype)
+    for part in chunks(len(target), chunk):
+        logits = write_logits(kept[part.start : part.start + chunk] if buffer is None else buffer, hidden[part], weight)
+        write_stats(stats[:, part], logits, target[part], shard, inv_temp, entropy)
+    return stats, kept
 
 
-def _logits(hidden: Tensor, weight: Tensor, start: int, valid: int | None) -> Tensor:
-    """hidden @ weight.T in fp32 [n, V]; columns of padding ids are -inf."""
-    logits = _product(hidden, weight.T)
-    if valid is not None and start + len(weight) > valid:
-        logits[:, max(0, valid - start) :] = -torch.inf
-    return logits
+@_linear_logprob.register_fake
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    *_, keep, chunk, logits_dtype = how
+    stats = hidden.new_empty((5, target.shape[0]), dtype=torch.float32)
+    return stats, hidden.new_empty(_kept_shape(hidden, weight, chunk, keep), dtype=logits_dtype)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cpu":  # no mixed-precision product there
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+@torch.library.custom_op("trivet::linear_logprob_backward", mutates_args=("kept", "weight_grad"))
+def _linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    grad_stats: Tensor,
+    kept: Tensor | None,
+    weight_grad: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    group: str,
+    vocab_start: int,
+    vocab_valid: int | None,
+    inv_temp: float,
+    entropy: bool,
+    chunk: int,
+    logits_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight, each empty where it is not needed (or was added to weight_grad). Spoils `kept`; None: the logits
+    are made again."""
+    shard = Shard.of(len(weight), group, vocab_start, vocab_valid)
+    grad_stats = grad_stats.contiguous()
+    gradients = Gradients(hidden, weight, weight_grad, needs_hidden, needs_weight)
+    buffer = logits_buffer(hidden, weight, chunk, logits_dtype) if kept is None else kept
+    for part in chunks(len(target), chunk):
+        logits = write_logits(buffer, hidden[part], weight) if kept is None else kept[part]
+        grad_logits = gradients.room_for(logits)
+        write_grads(grad_logits, logits, target[part], stats[:, part], grad_stats[:, part], shard, inv_temp, entropy)
+        gradients.add(part, grad_logits)
+    return gradients.hidden_grad, gradients.new_weight_grad()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
+@_linear_logprob_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    weight_grad, needs_hidden, needs_weight = rest[4:7]
+    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
+    return grad_hidden, weight.new_empty(weight.shape if needs_weight and weight_grad is None else (0,))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, target, ctx.weight_grad, *how = inputs  # not saved: other microbatches may add to weight_grad before our turn
+    *how, keep, chunk, logits_dtype = how
+    stats, kept = output
+    ctx.how = *how, chunk, logits_dtype
+    ctx.save_for_backward(hidden, weight, target, stats, kept if keep else None)
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)  # zeros of the size of the logits
+
+
+def _backward(ctx: Any, grad_stats: Tensor, _: Tensor) -> Any:
+    hidden, weight, target, stats, kept = ctx.saved_tensors
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = _linear_logprob_backward(
+        hidden, weight, target, stats, grad_stats, kept, ctx.weight_grad, needs_hidden, needs_weight, *ctx.how
+    )
+    given = needs_weight and ctx.weight_grad is None
+    return grad_hidden if needs_hidden else None, grad_weight if given else None, *[None] * 10
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.trivet.linear_logprob)
+def _flop(hidden: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.trivet.linear_logprob_backward)
+def _backward_flop(hidden: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **_: Any) -> int:
+    kept, _, needs_hidden, needs_weight = rest[3:7]
+    return _flop(hidden, weight) * ((kept is None) + needs_hidden + needs_weight)
+
+
+class Gradients:
+    """The gradients of hidden [N, D] and weight [V, D], summed up chunk by chunk from those of the logits."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, weight_grad: Tensor | None, needs_hidden: bool, needs_weight: bool):
+        self.hidden, self.weight = hidden, weight
+        self.needs_hidden, self.needs_weight = needs_hidden, needs_weight
+        self.added = weight_grad is not None
+        self.hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else (0,))
+        if weight_grad is None:
+            weight_grad = weight.new_zeros(weight.shape if needs_weight else (0,), dtype=torch.float32)
+        self.weight_grad = weight_grad
+        self.room: Tensor | None = None
+
+    def room_for(self, logits: Tensor) -> Tensor:
+        """Memory for the gradient of a chunk's logits, in the weight's type: that of the logits if they fit, one buffer if not."""
+        if logits.dtype == self.weight.dtype:
+            return logits
+        if self.room is None:
+            self.room = torch.empty_like(logits, dtype=self.weight.dtype)
+        return self.room[: len(logits)]
+
+    def add(self, part: slice, grad_logits: Tensor) -> None:
+        """Account for the rows `part`."""
+        if self.needs_hidden:
+            torch.mm(grad_logits, self.weight, out=self.hidden_grad[part])
+        if not self.needs_weight:
+            return
+        a, b, total = grad_logits.T, self.hidden[part], self.weight_grad
+        if b.dtype == torch.float32:
+            total.addmm_(a, b)
+        elif b.device.type == "cpu":  # no mixed-precision product there
+            total.addmm_(a.float(), b.float())
+        else:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+    def new_weight_grad(self) -> Tensor:
+        """The weight's gradient in its type; empty where it was not needed or was added to the caller's."""
+        return self.weight.new_empty(0) if self.added else self.weight_grad.to(self.weight.dtype)
+
+
+def write_logits(buffer: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Write hidden @ weight.T into the first rows of `buffer`, accumulated in fp32; returns those rows. All of `buffer` is multiplied
+    where kernels run: the product has one shape for every chunk."""
+    count = len(hidden)
+    if by_kernel(hidden) and count < len(buffer):
+        hidden = F.pad(hidden, (0, 0, 0, len(buffer) - count))
+    out = buffer[: len(hidden)]
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    elif hidden.device.type == "cpu":  # no mixed-precision product there
+        torch.mm(hidden.float(), weight.T.float(), out=out)
     else:
-        total += _product(a, b)
+        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    return out[:count]
 
 
-def _exp_in_place(logits: Tensor) -> Tensor:
-    """logits -> exp(logits - row maximum), in place; returns the maxima [n]. A row that is all padding becomes zeros."""
-    top = logits.amax(1).clamp_min(torch.finfo(torch.float32).min)
-    logits.sub_(top[:, None]).exp_()
-    return top
+def logits_buffer(hidden: Tensor, weight: Tensor, chunk: int, logits_dtype: torch.dtype) -> Tensor:
+    """Memory for the logits of one chunk."""
+    rows = chunk if by_kernel(hidden) else min(chunk, len(hidden))
+    return hidden.new_empty((rows, len(weight)), dtype=logits_dtype)
 
 
-def _local(target: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Which targets are among this rank's columns, and the column of each (0 for the others)."""
-    inside = (target >= start) & (target < start + size)
-    return inside, torch.where(inside, target - start, 0)
+def _kept_shape(hidden: Tensor, weight: Tensor, chunk: int, keep: bool) -> tuple[int, int]:
+    rows = hidden.shape[0]
+    if by_kernel(hidden):
+        rows = (rows + chunk - 1) // chunk * chunk
+    return (rows if keep else 0), weight.shape[0]
 
 
-def _merge(top: Tensor, total: Tensor, logit: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Each rank's (maximum, sum of exp, target logit) [n] -> (logsumexp, target logit) of the whole vocabulary, equal on all ranks."""
-    if not group:
-        return top + total.log(), logit
-    process_group = _resolve_process_group(group)  # type: ignore[arg-type]
-    mine = torch.stack([top, total, logit])
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(parts, mine, group=process_group)
-    tops, totals, logits = torch.stack(parts, 1)
-    whole_top = tops.amax(0)
-    return whole_top + (totals * torch.exp(tops - whole_top)).sum(0).log(), logits.sum(0)
-
-
-def _grad_logits(exps: Tensor, scale: Tensor, grad: Tensor, target: Tensor, start: int) -> Tensor:
-    """d loss / d logits = grad * (onehot(target) - softmax), written over `exps`."""
-    inside, column = _local(target, start, exps.shape[1])
-    exps.mul_((-grad * scale)[:, None])
-    return exps.scatter_add_(1, column[:, None], torch.where(inside, grad, 0.0)[:, None])
+def chunks(count: int, chunk: int) -> list[slice]:
+    """`count` rows, `chunk` at a time."""
+    return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]

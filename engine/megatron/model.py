@@ -132,12 +132,12 @@ class LogprobModel(GPTModel):
             hidden_states[:, 0],
             weight,
             target_T,
-            rows_M=flight.rows_M,
+            rows=flight.rows_M,
             group=tp.group_name if tp.size() > 1 else "",
             vocab_start=tp.rank() * len(weight),
             vocab_valid=self.vocab_valid,
             mode="save" if len(flight.rows_M) * len(weight) * 4 <= SAVED_LOGITS_BYTES else "recompute",
-        )
+        )[0]
 
 
 def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype) -> list[LogprobModel]:
