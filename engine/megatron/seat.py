@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from engine.config import Parallel
+from engine.megatron.products import use_onednn
 from engine.world import World
 
 TESTED_VERSION = "0.16.1"
@@ -98,6 +99,8 @@ def taken(world: World) -> Iterator[None]:
     if world.seat == "cuda":
         yield
         return
+    if world.seat == "cpu":
+        use_onednn()
     stand_ins = _stand_ins(world.device)
     rng = {name: stand_ins[name] for name in ("get_rng_state", "set_rng_state")}
     with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.multiple(torch.cuda.random, **rng), _Redirect(world.device):
