@@ -72,11 +72,12 @@ def _compare(rows: int, rounds: int, keep: bool) -> None:
     tokens, worst = sum(reading.amount for reading in readings["ours-1x2"]), _agree(readings)
     notes = [
         "SmolLM2-135M-Instruct, fp32, rows of GSM8K through its chat template, loss on the assistant's tokens. Tokens are real",
-        f"predicted ones; padding counts for nothing. {rows} rows ({tokens:.0f} tokens) in {rounds} rounds, each row in one round. A pass is timed",
-        "in fresh processes after a warm-up on two rows, with model and tokens in memory, from batching to the last gradient (ours and",
-        "TRL: to the end of the optimizer step, which is against us). Idle threads sleep in all contenders (OMP_WAIT_POLICY=PASSIVE). On",
-        "CPU this engine computes fp32 products in oneDNN; the others leave them to torch's default, MKL, and on AMD's processors much",
-        f"of the ratio is that. Largest relative difference of a loss from ours-1x2's, TRL aside: {worst:.1e}; above {AGREEMENT:g} there is no page.",
+        f"predicted ones; padding counts for nothing. {rows} rows ({tokens:.0f} tokens) in {rounds} rounds, each row in one round.",
+        "A pass is timed in fresh processes after a warm-up on two rows, with model and tokens in memory, from batching to the last",
+        "gradient (ours and TRL: to the end of the optimizer step, which is against us). Idle threads sleep in all contenders",
+        "(OMP_WAIT_POLICY=PASSIVE). On CPU this engine computes fp32 products in oneDNN; the others leave them to torch's default,",
+        "MKL, and on AMD's processors much of the ratio is that.",
+        f"Largest relative difference of a loss from ours-1x2's, TRL aside: {worst:.1e}; above {AGREEMENT:g} there is no page.",
     ]
     if "trl" not in by_name:
         notes.append("TRL is not installed, and was not measured.")

@@ -23,6 +23,11 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "megatron-core", "transformers", "trl")
 MARK = "reading: "  # begins the line by which a process tells what it measured
 
+NUMBERS = (
+    "Numbers are median (min..max) over rounds, ratios taken within a round. Core seconds are those that threads of the contender ran:",
+    "unlike seconds they hardly change when others use the machine, but waiting of processes for each other does not show in them.",
+)
+
 T = TypeVar("T")
 
 
@@ -38,16 +43,23 @@ class Contender:
 
 @dataclass(frozen=True)
 class Reading:
-    """One contender in one round: `amount` of work done in `seconds`, and the peak resident memory of each of its processes, MiB."""
+    """One contender in one round: `amount` of work done in `seconds`, the seconds that its threads held a core, summed, and the peak
+    resident memory of each of its processes, MiB."""
 
     amount: float
     seconds: float
+    core_seconds: float
     peak_mb: tuple[float, ...]
     checks: Mapping[str, float] = field(default_factory=dict)  # sums that should be equal whoever computed them
 
     @property
     def rate(self) -> float:
         return self.amount / self.seconds
+
+    @property
+    def core_rate(self) -> float:
+        """Work per second on a core: other users of the machine hardly change it, and waiting is free."""
+        return self.amount / self.core_seconds
 
 
 @dataclass(frozen=True)
@@ -105,29 +117,48 @@ def read_processes(contender: Contender, *arguments: str) -> Reading:
     return merged(parts)
 
 
-def report(amount: float, seconds: float, checks: Mapping[str, float]) -> None:
-    """Called once by each process that is measured: its share of the work and of the checks, and how long the common pass took."""
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    # In one write, or lines of two ranks could interleave.
-    os.write(1, f"{MARK}{json.dumps({'amount': amount, 'seconds': seconds, 'peak_mb': peak_mb, 'checks': dict(checks)})}\n".encode())
+def report(amount: float, seconds: float, core_seconds: float, checks: Mapping[str, float]) -> None:
+    """Called once by each process that is measured: its share of work, core time and checks, and how long the common pass took."""
+    part = {"amount": amount, "seconds": seconds, "core_seconds": core_seconds, "peak_mb": peak_resident_mb(), "checks": dict(checks)}
+    os.write(1, f"{MARK}{json.dumps(part)}\n".encode())  # in one write, or lines of two processes could interleave
+
+
+def peak_resident_mb() -> float:
+    """The most memory this process has held, MiB. Linux lets ru_maxrss begin at the parent's size, so it is asked only elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def merged(parts: Sequence[Mapping[str, Any]]) -> Reading:
-    """Work and checks add up over processes, the slowest sets the time."""
+    """Work, core time and checks add up over processes; the slowest sets the time."""
     checks: dict[str, float] = {}
     for part in parts:
         for name, value in part["checks"].items():
             checks[name] = checks.get(name, 0.0) + value
-    return Reading(sum(p["amount"] for p in parts), max(p["seconds"] for p in parts), tuple(p["peak_mb"] for p in parts), checks)
+    amount, core_seconds = sum(part["amount"] for part in parts), sum(part["core_seconds"] for part in parts)
+    return Reading(amount, max(part["seconds"] for part in parts), core_seconds, tuple(part["peak_mb"] for part in parts), checks)
 
 
 def rate(readings: Sequence[Reading]) -> Spread:
     return Spread.of([reading.rate for reading in readings])
 
 
-def ratio(readings: Readings, who: str, against: str) -> Spread:
+def core_rate(readings: Sequence[Reading]) -> Spread:
+    return Spread.of([reading.core_rate for reading in readings])
+
+
+def ratio(readings: Readings, who: str, against: str, speed: Callable[[Reading], float] = lambda reading: reading.rate) -> Spread:
     """How many times as fast as `against` `who` was, round by round."""
-    return Spread.of([ours.rate / theirs.rate for ours, theirs in zip(readings[who], readings[against], strict=True)])
+    return Spread.of([speed(ours) / speed(theirs) for ours, theirs in zip(readings[who], readings[against], strict=True)])
+
+
+def core_ratio(readings: Readings, who: str, against: str) -> Spread:
+    """The same, in work per second on a core."""
+    return ratio(readings, who, against, lambda reading: reading.core_rate)
 
 
 def strongest(readings: Readings, names: Sequence[str]) -> str:
@@ -157,12 +188,12 @@ def page(
 ) -> str:
     """The Markdown page: every contender, every target as it came out, and where."""
     base = contenders[0].name
-    head = f"| contender | what | tokens/s: median (min..max) | {base} / it | peak MiB, all (largest) |\n|---|---|---|---|---|"
+    head = f"| contender | what | tokens/s | {base} / it | tokens/core second | {base} / it | peak MiB, all (largest) |\n{'|---' * 7}|"
     rows = [_row(c, readings, base) for c in contenders]
     verdicts = [verdict(readings, target) for target in targets]
     facts_ = [f"- {name}: {value}" for name, value in facts.items()]
-    parts = [f"# {title}", "\n".join(notes), "\n".join([head, *rows]), "## Targets", "\n".join(verdicts), "## Where", "\n".join(facts_)]
-    return "\n\n".join(parts) + "\n"
+    blocks = [[f"# {title}"], [*notes, *NUMBERS], [head, *rows], ["## Targets"], verdicts, ["## Where"], facts_]
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
 def verdict(readings: Readings, target: Target) -> str:
@@ -173,7 +204,8 @@ def verdict(readings: Readings, target: Target) -> str:
     peer = strongest(readings, present)
     found = ratio(readings, target.who, peer)
     outcome = "met" if found.median >= target.ratio else "MISSED"
-    return f"- {target.who} against {peer}: {found.text(2)}x, target {target.ratio:g}x: {outcome}"
+    on_cores = core_ratio(readings, target.who, peer).text(2)
+    return f"- {target.who} against {peer}: {found.text(2)}x, target {target.ratio:g}x: {outcome} (per core second {on_cores}x)"
 
 
 def write(folder: Path, name: str, text: str, readings: Readings, facts: Mapping[str, Any]) -> list[Path]:
@@ -187,9 +219,9 @@ def write(folder: Path, name: str, text: str, readings: Readings, facts: Mapping
 
 
 def _row(contender: Contender, readings: Readings, base: str) -> str:
-    found = readings[contender.name]
-    faster = ratio(readings, base, contender.name)
-    return f"| {contender.name} | {contender.what} | {rate(found).text(1)} | {faster.text(2)} | {_memory(found)} |"
+    found, compared = readings[contender.name], (readings, base, contender.name)
+    speeds = [rate(found).text(1), ratio(*compared).text(2), core_rate(found).text(1), core_ratio(*compared).text(2)]
+    return f"| {' | '.join([contender.name, contender.what, *speeds, _memory(found)])} |"
 
 
 def _memory(readings: Sequence[Reading]) -> str:

@@ -94,13 +94,11 @@ def trl(given: list[Row]) -> None:
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
     class Clock(TrainerCallback):
-        began = seconds = 0.0
-
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = now()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            self.seconds = time.perf_counter() - self.began
+            self.spent = since(self.began)
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model, tokenizer, clock = _hf_model(), load_tokenizer(str(resolve(SMOLLM2))), Clock()
@@ -110,7 +108,7 @@ def trl(given: list[Row]) -> None:
             "runs/bench_trl", use_cpu=True, bf16=False, num_train_epochs=1, save_strategy="no", report_to="none", disable_tqdm=True
         )
         SFTTrainer(model, config, train_dataset=Dataset.from_list(part), processing_class=tokenizer, callbacks=[clock]).train()
-    report(sum(sample.length for sample in encode(given)), clock.seconds, {})
+    report(sum(sample.length for sample in encode(given)), *clock.spent, {})
 
 
 def _forward_backward(model: Any, samples: Sequence[Sample], total: int, keep_all_logits: bool) -> float:
@@ -133,11 +131,21 @@ def _time(whole_pass: Pass, samples: list[Sample], warm: list[Sample], counted: 
     """Warm up, then time one pass between barriers; this process answers for the tokens of `counted`."""
     whole_pass(warm)
     _barrier()
-    began = time.perf_counter()
+    began = now()
     loss = whole_pass(samples)
     _barrier()
-    seconds = time.perf_counter() - began
-    report(sum(sample.length for sample in counted), seconds, {"loss_sum": loss, "trained": _trained(counted)})
+    report(sum(sample.length for sample in counted), *since(began), {"loss_sum": loss, "trained": _trained(counted)})
+
+
+def now() -> tuple[float, float]:
+    """Seconds of the clock, and of this process on cores."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: tuple[float, float]) -> tuple[float, float]:
+    """What has passed of both."""
+    clock, cores = now()
+    return clock - began[0], cores - began[1]
 
 
 def _trained(samples: Sequence[Sample]) -> int:
