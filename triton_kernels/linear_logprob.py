@@ -88,7 +88,7 @@ class _LinearLogprob(torch.autograd.Function):
                 _exp_in_place(exps)
             grad_logits = _grad_logits(exps, scale[part], grads[0][part], target[part], start).to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
-            _add_product(grad_weight, grad_logits.T, hidden[part])
+            grad_weight += _product(grad_logits.T, hidden[part])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
@@ -111,13 +111,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu":  # no mixed-precision product there
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        total += _product(a, b)
 
 
 def _exp_in_place(logits: Tensor) -> Tensor:
