@@ -227,10 +227,10 @@ class Gradients:
         if not self.needs_weight:
             return
         a, b, total = grad_logits.T, self.hidden[part], self.weight_grad
-        if b.dtype == torch.float32:
+        if b.device.type == "cpu":  # no mixed-precision product there
+            total += a.float() @ b.float()
+        elif b.dtype == torch.float32:
             total.addmm_(a, b)
-        elif b.device.type == "cpu":  # no mixed-precision product there
-            total.addmm_(a.float(), b.float())
         else:
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 

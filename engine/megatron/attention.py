@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.config import Llama
 from engine.types import Packed
+from triton_kernels import rope
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Flight"], Tensor]  # q [T, H, K], k and v [T, KV, K] -> [T, H, K]
 
@@ -24,15 +25,15 @@ class Flight(PackedSeqParams):
     """One microbatch on its way through the model. It rides in megatron's own `packed_seq_params` argument, from embedding to log-probs."""
 
     lengths: tuple[int, ...] = ()  # tokens of each sequence, on the host
-    cos_TK: Tensor = None  # type: ignore[assignment]  # [T, 1, K/2], made once for all layers
+    cos_TK: Tensor = None  # type: ignore[assignment]  # float32 [T, K/2], made once for all layers
     sin_TK: Tensor = None  # type: ignore[assignment]
     rows_M: Tensor = None  # type: ignore[assignment]  # tokens whose log-probs are wanted
 
     @staticmethod
-    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device, dtype: torch.dtype) -> Flight:
+    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device) -> Flight:
         """`packed` is on the host; what the model needs of it goes to `device`."""
         lengths = packed.cu_seqlens.diff().tolist()
-        angles = packed.positions_T.float()[:, None, None] * rope_frequencies(model)
+        angles = packed.positions_T.float()[:, None] * rope_frequencies(model)
         cu_seqlens = packed.cu_seqlens.to(device)
         longest = max(lengths)
         return Flight(
@@ -42,8 +43,8 @@ class Flight(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=tuple(lengths),
-            cos_TK=angles.cos().to(device, dtype),
-            sin_TK=angles.sin().to(device, dtype),
+            cos_TK=angles.cos().to(device),
+            sin_TK=angles.sin().to(device),
             rows_M=rows_M.to(device),
         )
 
@@ -58,12 +59,6 @@ def rope_frequencies(model: Llama) -> Tensor:
     return frequency.float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + K/2) of each head: x [T, H, K], cos and sin [T, 1, K/2]."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 class PackedAttention(torch.nn.Module):
     """Stands where megatron's core_attention stood. Rotary embedding by the flight's positions, then attention within each sequence."""
 
@@ -73,7 +68,7 @@ class PackedAttention(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Flight, **__: Any) -> Tensor:
         flight = packed_seq_params
-        query, key = rotate(query, flight.cos_TK, flight.sin_TK), rotate(key, flight.cos_TK, flight.sin_TK)
+        query, key = rope(query, flight.cos_TK, flight.sin_TK), rope(key, flight.cos_TK, flight.sin_TK)
         return self.attend(query, key, value, flight).flatten(1)
 
 

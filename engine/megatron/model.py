@@ -18,7 +18,7 @@ from engine.config import Llama, Parallel, padded_vocab
 from engine.megatron.attention import Flight, PackedAttention, attend_for
 from engine.megatron.seat import Grid
 from engine.world import World
-from triton_kernels import linear_logprob
+from triton_kernels import linear_logprob, rmsnorm, swiglu
 
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
 
@@ -54,7 +54,8 @@ def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: to
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=world.seat != "cpu",  # gloo may still be sending them
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=world.on_gpu,
+        bias_activation_fusion=False,
+        use_te_activation_func=True,  # that is: the activation of the layer's spec, which is ours
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -101,7 +102,17 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rmsnorm(x, self.weight, self.eps)
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) * up, of the rows that linear_fc1 leaves: each rank's gates, then its ups."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return swiglu(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
 
 
 class LogprobModel(GPTModel):
@@ -166,6 +177,7 @@ def _layers(config: TransformerConfig, world: World, vp_stage: int | None) -> Tr
     layer: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     norm = ModuleSpec(module=RMSNorm, params={"device": world.device})
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention, params={"attend": attend_for(world.on_gpu)}
     )

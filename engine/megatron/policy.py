@@ -147,7 +147,7 @@ class Policy:
         from engine.megatron.attention import Flight
 
         rows_M = torch.arange(len(packed.tokens_T)) if every else packed.mask_T.nonzero()[:, 0]
-        return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device, self.dtype)
+        return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device)
 
     def _reduced(self, metrics: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
         """Each metric's sum over its count, over the microbatches of all replicas; told to every stage."""

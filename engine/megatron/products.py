@@ -12,8 +12,8 @@ from torch import Tensor
 
 @contextmanager
 def in_onednn() -> Iterator[None]:
-    """While it is open, aten::mm of this process, forward and backward, computes fp32 on CPU in oneDNN. Where torch has none nothing
-    changes. Both libraries accumulate in fp32: results differ in rounding alone.
+    """While it is open, aten::mm and mm.out of this process, forward and backward, compute fp32 on CPU in oneDNN. Where torch has none
+    nothing changes. Both libraries accumulate in fp32: results differ in rounding alone.
 
     It is done at torch's dispatcher because the dearest products are in autograd functions of megatron-core's own.
     """
@@ -24,6 +24,7 @@ def in_onednn() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # overriding is the purpose
         library.impl("mm", _mm, "CPU", allow_override=True)
+        library.impl("mm.out", _mm_out, "CPU", allow_override=True)
     try:
         yield
     finally:
@@ -31,6 +32,16 @@ def in_onednn() -> Iterator[None]:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == b.dtype == torch.float32 and a.shape[1] == b.shape[0] > 0:
+    if _fits(a, b):
         return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))  # another entry of the dispatcher, which is not ours
+    return torch.addmm(a.new_zeros(()), a, b, beta=0)  # another entry of the dispatcher, which is not ours
+
+
+def _mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    if _fits(a, b):
+        return out.copy_(_mm(a, b))
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, out=out)
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype == torch.float32 and a.shape[1] == b.shape[0] > 0

@@ -34,6 +34,7 @@ SITES: tuple[Site, ...] = (
     ("models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec", ("normalization",), "the layer whose norms and attention we swap"),
     ("transformer.attention", "SelfAttentionSubmodules", ("core_attention",), "our packed attention"),
     ("transformer.attention", "SelfAttention.forward", ("packed_seq_params",), "the flight reaches attention"),
+    ("transformer.mlp", "MLPSubmodules", ("activation_func",), "our SwiGLU"),
     ("transformer.transformer_block", "TransformerBlockSubmodules", ("layer_specs", "layer_norm"), "our norms"),
     ("transformer.transformer_block", "get_num_layers_to_build", ("config", "vp_stage"), "layers of a stage"),
     ("pipeline_parallel", "get_forward_backward_func", (), "the schedules"),
