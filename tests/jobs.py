@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import resource
 from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
@@ -156,3 +157,16 @@ def load_memory(world: World, parallel: Parallel, model: Model) -> float:
     before = resident("VmRSS")
     with closing(Policy(model, None, parallel, world)) as policy:
         return (resident("VmHWM") - before) / sum(p.nbytes for chunk in policy.chunks for p in chunk.parameters())
+
+
+def threads_after(world: World, parallel: Parallel, model: Model, policies: int) -> list[int]:
+    """How many threads this process has after each of `policies` policies came and went."""
+    from engine.megatron.policy import Policy
+
+    found = []
+    for _ in range(policies):
+        with closing(Policy(model, OPTIM, parallel, world)) as policy:
+            policy.update(batch(samples(0), 64, **policy.cut), nll, OPTIM.lr)
+        gc.collect()
+        found.append(len(list(Path("/proc/self/task").iterdir())))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Para
         assert "gradient norm is nan" in complaint
         assert "the step was not taken" in complaint
         assert after == clean
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(pp=2))], ids=str)
+def test_a_policy_takes_its_process_groups_along(size: int, parallel: Parallel) -> None:
+    """Every group has threads: a process that makes one policy after another must not gather them."""
+    for threads in ranks(size).run(jobs.threads_after, parallel=parallel, model=Model(init=jobs.TINY), policies=4):
+        assert threads[-1] <= threads[0] + 3
 
 
 def by_sequence(query: Tensor, key: Tensor, value: Tensor, cu: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Policy:
 
     def close(self) -> None:
         """Give the seat and the grid back; the policy is of no use afterwards."""
-        seat.leave_grid()
+        seat.leave_grid(self.grid)
         self.seat.close()
 
     @property

@@ -131,6 +131,7 @@ class Grid:
     dp_rank: int
     dp: int
     dp_group: ProcessGroup
+    owned: tuple[ProcessGroup, ...] = ()  # every group that making this grid made; none for a policy that found it there
 
     @property
     def last_stage(self) -> int:
@@ -149,6 +150,7 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
 
     if megatron.core.__version__ != TESTED_VERSION and (moved := moved_sites()):
         raise RuntimeError(f"megatron-core {megatron.core.__version__} (tested: {TESTED_VERSION}): " + "; ".join(moved))
+    before = _groups()
     if not state.model_parallel_is_initialized():
         virtual = parallel.vpp if parallel.vpp > 1 else None
         state.initialize_model_parallel(
@@ -164,6 +166,7 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
         *_axis(state.get_tensor_model_parallel_group()),
         *_axis(state.get_pipeline_model_parallel_group()),
         *_axis(state.get_data_parallel_group()),
+        owned=tuple(_groups() - before),
     )
 
 
@@ -171,8 +174,15 @@ def _axis(group: Any) -> tuple[int, int, ProcessGroup]:
     return group.rank(), group.size(), group
 
 
-def leave_grid() -> None:
-    """Forget the grid, so that another can be made in this process."""
+def _groups() -> set[ProcessGroup]:
+    return set(dist.distributed_c10d._world.pg_map)
+
+
+def leave_grid(grid: Grid) -> None:
+    """Forget a grid, so that another can be made in this process. megatron would leave its groups behind, each with threads of its own."""
     from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    if grid.owned:
+        parallel_state.destroy_model_parallel()
+        for group in grid.owned:
+            dist.destroy_process_group(group)
