@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that join one world, and run functions of tests/jobs.py until the session ends.
+"""Ranks for tests: processes that join one world, and run functions of tests/jobs.py until the test run ends.
 
 Starting processes is dear (each imports torch and megatron-core), so all tests share one world of each size.
 """
@@ -65,7 +65,7 @@ class Pool:
 
 @lru_cache
 def ranks(size: int) -> Pool:
-    """The session's world of `size` processes."""
+    """The test run's world of `size` processes."""
     return Pool(size)
 
 
