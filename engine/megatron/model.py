@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
@@ -105,11 +105,8 @@ class RMSNorm(torch.nn.Module):
         return rmsnorm(x, self.weight, self.eps)
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """silu(gate) * up, of the rows that linear_fc1 leaves: each rank's gates, then its ups."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
 
     def forward(self, gate_up: Tensor) -> Tensor:
         return swiglu(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
