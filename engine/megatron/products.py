@@ -1,4 +1,4 @@
-"""fp32 matrix products on CPU by oneDNN instead of MKL. torch brings both; on AMD processors oneDNN is nearly twice as fast."""
+"""fp32 matrix products on CPU by oneDNN instead of MKL. torch brings both; on AMD processors oneDNN is the faster."""
 
 from __future__ import annotations
 
