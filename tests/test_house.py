@@ -23,6 +23,7 @@ FLOORS = {
     "engine.data": 1,
     "engine.batching": 1,
     "engine.losses": 1,
+    "engine.verify": 1,
     "engine.megatron": 2,
     "engine.rollout": 3,
     "engine.algorithms": 4,

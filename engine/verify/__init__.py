@@ -1,0 +1,1 @@
+"""Verifiers: (response, truth) -> Verdict. Pure, fast; they cannot hang and cannot be escaped."""
