@@ -1,6 +1,7 @@
 """Kernels of post-training, and nothing of the engine. Each file holds its torch reference, its kernel and its public function."""
 
 from triton_kernels.dpo import DpoMetrics, dpo_norm
+from triton_kernels.draw import draw
 from triton_kernels.gae import gae, merge_partials
 from triton_kernels.linear_logprob import linear_logprob
 from triton_kernels.logprob import logprob
@@ -15,6 +16,7 @@ __all__ = [
     "DpoMetrics",
     "PpoStats",
     "dpo_norm",
+    "draw",
     "gae",
     "linear_logprob",
     "linear_policy_loss",

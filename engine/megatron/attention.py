@@ -28,12 +28,14 @@ class Flight(PackedSeqParams):
     cos_TK: Tensor = None  # type: ignore[assignment]  # float32 [T, K/2], made once for all layers
     sin_TK: Tensor = None  # type: ignore[assignment]
     rows_M: Tensor = None  # type: ignore[assignment]  # tokens whose log-probs are wanted
+    inv_temp: float = 1.0  # 1 / the temperature that log-probs are taken at
+    landing: Any = None  # generation only: the caches it writes and how it draws (decode.py)
 
     @staticmethod
-    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device) -> Flight:
+    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device, inv_temp: float = 1.0) -> Flight:
         """`packed` is on the host; what the model needs of it goes to `device`."""
         lengths = packed.cu_seqlens.diff().tolist()
-        angles = packed.positions_T.float()[:, None] * rope_frequencies(model)
+        cos, sin = rope_angles(packed.positions_T, model)
         cu_seqlens = packed.cu_seqlens.to(device)
         longest = max(lengths)
         return Flight(
@@ -43,10 +45,17 @@ class Flight(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=tuple(lengths),
-            cos_TK=angles.cos().to(device),
-            sin_TK=angles.sin().to(device),
+            cos_TK=cos.to(device),
+            sin_TK=sin.to(device),
             rows_M=rows_M.to(device),
+            inv_temp=inv_temp,
         )
+
+
+def rope_angles(positions_T: Tensor, model: Llama) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, float32 [T, K/2], where the positions are."""
+    angles = positions_T.float()[:, None] * rope_frequencies(model).to(positions_T.device)
+    return angles.cos(), angles.sin()
 
 
 def rope_frequencies(model: Llama) -> Tensor:
@@ -64,11 +73,13 @@ class PackedAttention(torch.nn.Module):
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, attend: Attend, **_: Any):
         super().__init__()
-        self.attend = attend
+        self.layer, self.attend = layer_number, attend
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Flight, **__: Any) -> Tensor:
         flight = packed_seq_params
         query, key = rope(query, flight.cos_TK, flight.sin_TK), rope(key, flight.cos_TK, flight.sin_TK)
+        if flight.landing is not None:
+            return flight.landing.attend(self.layer, query, key, value, flight, self.attend).flatten(1)
         return self.attend(query, key, value, flight).flatten(1)
 
 

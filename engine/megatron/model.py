@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from engine.config import Llama, Parallel, padded_vocab
 from engine.megatron.attention import Flight, PackedAttention, attend_for
 from engine.megatron.seat import Grid
 from engine.world import World
-from triton_kernels import linear_logprob, rmsnorm, swiglu
+from triton_kernels import draw, linear_logprob, logprob, rmsnorm, swiglu
+from triton_kernels.linear_logprob import write_logits
 
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
 
@@ -120,32 +122,52 @@ class LogprobModel(GPTModel):
         self.vocab_valid = vocab_valid
         if self.post_process:
             # Still called as a module: megatron gathers a layer's weight just before the layer runs.
-            self.output_layer.forward = self._logprobs  # type: ignore[method-assign,assignment]
+            self.output_layer.forward = self._head  # type: ignore[method-assign,assignment]
 
     def _postprocess(
-        self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *_: Any, **kwargs: Any
+        self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None, *_: Any, **kwargs: Any
     ) -> Tensor:
         if not self.post_process:
             return hidden_states
-        return self.output_layer(hidden_states, labels[0], kwargs["packed_seq_params"])
+        return self.output_layer(hidden_states, labels, kwargs["packed_seq_params"])
 
-    def _logprobs(self, hidden_states: Tensor, target_T: Tensor, flight: Flight) -> Tensor:
+    def _head(self, hidden_states: Tensor, labels: Tensor | None, flight: Flight) -> Tensor:
+        """logprob_T of the labels [1, T]; without labels, what each of the flight's rows draws and its log-prob, float64 [2, R]."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
+        vocabulary = Vocabulary(tp.group_name if tp.size() > 1 else "", tp.rank() * len(weight), self.vocab_valid)
+        if labels is None:
+            return _drawn(hidden_states[:, 0], weight, flight, vocabulary)
         return linear_logprob(
             hidden_states[:, 0],
             weight,
-            target_T,
+            labels[0],
             rows=flight.rows_M,
-            group=tp.group_name if tp.size() > 1 else "",
-            vocab_start=tp.rank() * len(weight),
-            vocab_valid=self.vocab_valid,
+            **vocabulary._asdict(),
+            inv_temp=flight.inv_temp,
             mode="save" if len(flight.rows_M) * len(weight) * 4 <= SAVED_LOGITS_BYTES else "recompute",
         )[0]
+
+
+class Vocabulary(NamedTuple):
+    """This rank's share of the vocabulary, as the kernels are told of it."""
+
+    group: str
+    vocab_start: int
+    vocab_valid: int
+
+
+def _drawn(hidden_TD: Tensor, weight: Tensor, flight: Flight, vocabulary: Vocabulary) -> Tensor:
+    hidden_RD = hidden_TD[flight.rows_M]
+    logits_RV = write_logits(weight.new_empty((len(hidden_RD), len(weight)), dtype=torch.float32), hidden_RD, weight)
+    how, keys_R2 = flight.landing.drawing, flight.landing.keys_R2
+    token_R = draw(logits_RV, keys_R2, **asdict(how), **vocabulary._asdict())
+    logp_R = logprob(logits_RV, token_R, **vocabulary._asdict(), inv_temp=1 / (how.temperature or 1.0))[0]
+    return torch.stack([token_R.double(), logp_R.double()])
 
 
 def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype) -> list[LogprobModel]:

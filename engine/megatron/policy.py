@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from engine.hub import resolve
 from engine.megatron import seat
 from engine.types import LossFunction, Packed, Step
 from engine.world import World
+
+if TYPE_CHECKING:
+    from engine.megatron.decode import Drawing, Group
 
 Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # what megatron wants of a loss: (sum, count, anything)
 
@@ -118,6 +121,26 @@ class Policy:
         )
         dist.broadcast(flat, src=self.grid.last_stage, group=self.grid.pp_group)
         return list(flat.cpu().split(sizes))
+
+    def generate(self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing) -> None:
+        """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens.
+
+        All ranks of a replica call it with equal groups; replicas do not wait for each other.
+        """
+        from engine.megatron import decode
+
+        self._settle()
+        for stage in self.stages:
+            stage.eval()
+        layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
+        heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
+        caches = [decode.Cache(layers, slots, heads, positions, size, like) for _ in groups]
+        decode.Ring(self.chunks, self.model, self.grid, drawing, self.world.device).run(groups, caches)
+
+    def slot_bytes(self, positions: int) -> int:
+        """Bytes of keys and values of one sequence of `positions` tokens on this rank."""
+        layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
+        return 2 * layers * (self.model.kv_heads // self.grid.tp) * positions * self.model.head_dim * self.dtype.itemsize
 
     def _run(self, step: Step, finish: Finish, *, forward_only: bool, every: bool = False) -> list[dict[str, Any]]:
         """Every microbatch through the pipeline; what `finish` said of each, on the last stage (empty on the others)."""

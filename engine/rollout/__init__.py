@@ -1,0 +1,1 @@
+"""Generation: prompts in, responses out, on the weights that are being trained."""

@@ -1,0 +1,127 @@
+"""The sampler: continuous batching on the policy's own weights. No second copy of the model, nothing to keep in step with it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+
+from engine.megatron.decode import Drawing
+from engine.megatron.policy import Policy
+from engine.rollout.slots import Request, Slots, stream
+from engine.types import Prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. temperature 0 takes the likeliest token; a response ends with a stop token, which it contains."""
+
+    max_tokens: int
+    stop: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature={self.temperature}, top_k={self.top_k} must not be negative, top_p={self.top_p} be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Slotting:
+    """Memory and pace of generation; no response depends on it."""
+
+    slots: int = 64  # sequences under way at once on each replica; fewer where cache_gb does not hold them
+    cache_gb: float = 16.0  # keys and values of one rank, in 2**30 bytes
+    prefill: int = 8192  # prompt tokens that one forward takes in at most, but for a single longer prompt
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.cache_gb <= 0 or self.prefill < 1:
+            raise ValueError(f"slots={self.slots}, cache_gb={self.cache_gb} and prefill={self.prefill} must be positive")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What followed a prompt."""
+
+    tokens: np.ndarray  # int32 [n], a stop token at the end where `stopped`
+    logprobs: np.ndarray  # float32 [n], of the tempered distribution the token was drawn from (at temperature 0: of temperature 1's)
+    stopped: bool
+
+
+def generate(
+    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, slotting: Slotting, *, samples: int = 1, seed: tuple[int, ...] = (0,)
+) -> list[list[Response]]:
+    """`samples` responses to each prompt, in order, on every rank.
+
+    A response is a function of the weights, the prompt, its id, `seed` and its place among the samples: not of slots, replicas or of what
+    else is asked. Raises ValueError for a prompt that is empty, or that leaves no room in the model's context for max_tokens.
+    """
+    _check(policy, prompts, sampling)
+    positions = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_tokens
+    requests = [
+        Request(prompt.tokens.tolist(), sampling.max_tokens, stream(*seed, prompt.id, sample), (index, sample))
+        for index, prompt in enumerate(prompts)
+        for sample in range(samples)
+    ]
+    mine = _share(requests, policy.grid.dp, policy.grid.dp_rank, whole_prompts=len(prompts) >= policy.grid.dp)
+    # As many groups as there are stages, so that each stage always has one to compute.
+    count = _slots(policy, slotting, positions, most=len(mine), groups=policy.grid.pp)
+    queue = deque(mine)
+    groups = [Slots(count, queue, frozenset(sampling.stop), slotting.prefill) for _ in range(policy.grid.pp)]
+    policy.generate(groups, count, positions, Drawing(sampling.temperature, sampling.top_k, sampling.top_p))
+    return _together(policy, mine, len(prompts), samples)
+
+
+def _check(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    context = policy.model.max_length
+    for index, prompt in enumerate(prompts):
+        if not len(prompt.tokens):
+            raise ValueError(f"prompt {index} is empty; give it at least one token")
+        if len(prompt.tokens) + sampling.max_tokens > context:
+            raise ValueError(
+                f"prompt {index} has {len(prompt.tokens)} tokens; with max_tokens={sampling.max_tokens} that is over the model's context"
+                f" of {context}; shorten it or lower max_tokens"
+            )
+
+
+def _share(requests: list[Request], ranks: int, rank: int, *, whole_prompts: bool) -> list[Request]:
+    """This replica's requests: the largest first to the replica with least to do, all samples of a prompt together."""
+    units: dict[tuple[int, ...], list[Request]] = {}
+    for request in requests:
+        units.setdefault(request.index[:1] if whole_prompts else request.index, []).append(request)
+    work = {unit: sum(len(r.prompt) + r.limit for r in members) for unit, members in units.items()}
+    loads, mine = [0] * ranks, []
+    for unit in sorted(units, key=lambda unit: (-work[unit], unit)):
+        least = loads.index(min(loads))
+        loads[least] += work[unit]
+        if least == rank:
+            mine += units[unit]
+    return mine
+
+
+def _slots(policy: Policy, slotting: Slotting, positions: int, most: int, groups: int) -> int:
+    """Slots of each group: those asked for, as far as the requests need them and the memory holds them."""
+    held = int(slotting.cache_gb * 2**30) // max(1, policy.slot_bytes(positions))
+    if held < groups:
+        raise ValueError(
+            f"cache_gb={slotting.cache_gb} holds {held} sequences of {positions} tokens, and {groups} pipeline stages need one each;"
+            " raise it, or lower max_tokens"
+        )
+    return max(1, min(slotting.slots, held, most) // groups)
+
+
+def _together(policy: Policy, mine: list[Request], prompts: int, samples: int) -> list[list[Response]]:
+    """Every replica's responses on every rank, in order of the prompts."""
+    done = {r.index: Response(np.array(r.tokens, np.int32), np.array(r.logprobs, np.float32), r.stopped) for r in mine}
+    parts = [done]
+    if policy.grid.dp > 1:
+        parts = [{} for _ in range(policy.grid.dp)]
+        dist.all_gather_object(parts, done, group=policy.grid.dp_group)
+    whole = {index: response for part in parts for index, response in part.items()}
+    return [[whole[prompt, sample] for sample in range(samples)] for prompt in range(prompts)]

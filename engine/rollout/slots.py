@@ -1,0 +1,106 @@
+"""Continuous batching: which sequence holds which slot, and what is computed next. Pure: a function of the requests and of the tokens drawn."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.megatron.decode import Wave
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence to be continued, and what has come of it."""
+
+    prompt: list[int]
+    limit: int  # tokens to draw at most
+    noise: np.uint64  # its random stream; see `streams`
+    index: tuple[int, int]  # (prompt, sample)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False  # by a stop token, which is the last of its tokens
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+
+class Slots:
+    """A group of slots that takes requests from a queue. Rows 0 ... len(live) - 1 are live: decoding reads them as a view."""
+
+    def __init__(self, count: int, queue: deque[Request], stop: frozenset[int], prefill: int):
+        self.count, self.queue, self.stop, self.prefill = count, queue, stop, prefill
+        self.live: list[Request] = []
+
+    def plan(self) -> Wave | None:
+        """A token of each live sequence, and as many waiting prompts as slots and the budget of prompt tokens admit (one in any case)."""
+        decode = len(self.live)
+        tokens = [request.tokens[-1] for request in self.live]
+        positions = [request.length - 1 for request in self.live]
+        wanted, prompts, rows = list(range(decode)), [], []
+        while self.queue and len(self.live) < self.count and (not prompts or sum(prompts) + len(self.queue[0].prompt) <= self.prefill):
+            mates = self._admit()
+            rows.append(list(range(len(self.live), len(self.live) + len(mates))))
+            self.live += mates
+            prompt = mates[0].prompt
+            prompts.append(len(prompt))
+            tokens += prompt
+            positions += range(len(prompt))
+            wanted += [len(tokens) - 1] * len(mates)
+        if not tokens:
+            return None
+        keys_R2 = keys([request.noise for request in self.live], [len(request.tokens) for request in self.live])
+        return Wave(tokens, positions, decode, max(positions[:decode], default=0) + 1, prompts, rows, wanted, keys_R2)
+
+    def _admit(self) -> list[Request]:
+        """The next request, and those behind it that continue the same prompt: it is computed once."""
+        mates = [self.queue.popleft()]
+        while self.queue and self.queue[0].index[0] == mates[0].index[0] and len(self.live) + len(mates) < self.count:
+            mates.append(self.queue.popleft())
+        return mates
+
+    def absorb(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
+        """Give each live sequence its token, and free the slots of those that are done. Returns (from, to, positions) of the rows that move."""
+        for request, token, logprob in zip(self.live, tokens_R, logprobs_R, strict=True):
+            request.tokens.append(token)
+            request.logprobs.append(logprob)
+            request.stopped = token in self.stop
+        moves, row = [], 0
+        while row < len(self.live):
+            if not self._done(self.live[row]):
+                row += 1
+                continue
+            last = self.live.pop()
+            if row < len(self.live):
+                self.live[row] = last
+                if not self._done(last):
+                    moves.append((len(self.live), row, last.length))
+        return moves
+
+    def _done(self, request: Request) -> bool:
+        return request.stopped or len(request.tokens) >= request.limit
+
+
+MULTIPLIER, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def stream(*names: int) -> np.uint64:
+    """A random stream for (seed, step, prompt, sample): 64 bits in which every one of them counts, their order too (SplitMix64)."""
+    state = 0
+    for name in names:
+        state = (state ^ (name & MASK)) + MULTIPLIER & MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
+        state ^= state >> 31
+    return np.uint64(state)
+
+
+def keys(noises: list[np.uint64], drawn: list[int]) -> np.ndarray:
+    """The key of each stream's next draw, int32 [R, 2]: SplitMix64's output at that position."""
+    with np.errstate(over="ignore"):
+        state = np.array(noises, dtype=np.uint64) + np.uint64(MULTIPLIER) * (np.array(drawn, dtype=np.uint64) + np.uint64(1))
+        state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return (state ^ state >> np.uint64(31)).view(np.int32).reshape(-1, 2)
