@@ -30,6 +30,7 @@ FLOORS = {
     "engine.train": 5,
     "engine.report": 5,
     "engine.score": 5,
+    "engine.generate": 5,
     "engine.export": 5,
     "engine.__main__": 6,
     "recipes": 6,

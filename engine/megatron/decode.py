@@ -62,7 +62,9 @@ class Cache:
 
     def __init__(self, layers: Sequence[int], slots: int, heads: int, positions: int, size: int, like: Tensor):
         self.slots, self.positions = slots, positions
-        self.layers = {layer: (like.new_zeros(slots, heads, positions, size), like.new_zeros(slots, heads, positions, size)) for layer in layers}
+        self.layers = {
+            layer: (like.new_zeros(slots, heads, positions, size), like.new_zeros(slots, heads, positions, size)) for layer in layers
+        }
 
     def move(self, source: int, target: int, positions: int) -> None:
         for pair in self.layers.values():
@@ -183,9 +185,7 @@ class Ring:
         grid, chunk = self.grid, self.chunks[stage]
         first, last = grid.pp_rank == 0 and stage == 0, grid.pp_rank == grid.pp - 1 and stage == len(self.chunks) - 1
         if not first:
-            hidden = torch.empty(
-                len(tokens_T) // grid.tp, 1, self.model.hidden, dtype=chunk.config.pipeline_dtype, device=self.device
-            )
+            hidden = torch.empty(len(tokens_T) // grid.tp, 1, self.model.hidden, dtype=chunk.config.pipeline_dtype, device=self.device)
             dist.recv(hidden, self._peer(-1), group=grid.pp_group)
             chunk.set_input_tensor(hidden)
         out = chunk(tokens_T[None], None, None, packed_seq_params=flight)

@@ -76,8 +76,9 @@ class Policy:
         """True on one rank of each replica: the rank that writes down what the replica computed."""
         return self.grid.pp_rank == self.grid.pp - 1 and self.grid.tp_rank == 0
 
-    def update(self, step: Step, loss: LossFunction, lr: float) -> dict[str, float]:
-        """One optimizer step on the gradient of sum of totals / sum of counts, over all microbatches of all ranks.
+    def update(self, step: Step, loss: LossFunction, lr: float, temperature: float = 1.0) -> dict[str, float]:
+        """One optimizer step on the gradient of sum of totals / sum of counts, over all microbatches of all ranks. The loss is given
+        log-probs at `temperature`.
 
         Returns the loss function's metrics (each its global sum / global count) and `grad_norm` before clipping, equal on every rank.
         Raises FloatingPointError on all ranks, with weights and optimizer as they were, when the gradient is not finite.
@@ -89,7 +90,7 @@ class Policy:
             stage.train()
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(step, partial(_finish_loss, loss), forward_only=False)
+        outputs = self._run(step, partial(_finish_loss, loss), forward_only=False, temperature=temperature)
         metrics = self._reduced([out["metrics"] for out in outputs])
         grad_norm = training.step(self.optimizer, self.optim, lr)
         if not math.isfinite(grad_norm):
@@ -106,11 +107,11 @@ class Policy:
         return self._reduced([out["metrics"] for out in self._run(step, partial(_finish_loss, loss), forward_only=True)])
 
     @torch.no_grad()
-    def logprobs(self, step: Step) -> list[Tensor]:
+    def logprobs(self, step: Step, temperature: float = 1.0) -> list[Tensor]:
         """logprob_T of every token of each microbatch, masked or not, float32 on the host; the same on every rank of a replica."""
         for stage in self.stages:
             stage.eval()
-        outputs = self._run(step, _finish_logprobs, forward_only=True, every=True)
+        outputs = self._run(step, _finish_logprobs, forward_only=True, every=True, temperature=temperature)
         sizes = [len(packed.tokens_T) for packed in step]
         if not sizes:
             return []
@@ -142,14 +143,16 @@ class Policy:
         layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
         return 2 * layers * (self.model.kv_heads // self.grid.tp) * positions * self.model.head_dim * self.dtype.itemsize
 
-    def _run(self, step: Step, finish: Finish, *, forward_only: bool, every: bool = False) -> list[dict[str, Any]]:
+    def _run(
+        self, step: Step, finish: Finish, *, forward_only: bool, every: bool = False, temperature: float = 1.0
+    ) -> list[dict[str, Any]]:
         """Every microbatch through the pipeline; what `finish` said of each, on the last stage (empty on the others)."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         # Interleaved stages exchange hidden states without telling shapes first: there, all microbatches are made as long as the longest.
         longest = max((len(packed.tokens_T) for packed in step), default=0)
         equal = [packed.padded(longest) for packed in step] if self.parallel.vpp > 1 else step
-        flights = [self._flight(packed, every) for packed in equal]
+        flights = [self._flight(packed, every, temperature) for packed in equal]
 
         def forward(flights: Any, model: Any) -> tuple[Tensor, Any]:
             packed, flight = next(flights)
@@ -166,11 +169,11 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _flight(self, packed: Packed, every: bool) -> tuple[Packed, Any]:
+    def _flight(self, packed: Packed, every: bool, temperature: float) -> tuple[Packed, Any]:
         from engine.megatron.attention import Flight
 
         rows_M = torch.arange(len(packed.tokens_T)) if every else packed.mask_T.nonzero()[:, 0]
-        return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device)
+        return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature)
 
     def _reduced(self, metrics: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
         """Each metric's sum over its count, over the microbatches of all replicas; told to every stage."""

@@ -1,0 +1,99 @@
+"""What the tests of generation run on ranks."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batching import batch, scatter
+from engine.config import Model, Optim, Parallel
+from engine.losses import nll
+from engine.types import Prompt, Sample
+from engine.world import World
+from tests.jobs import OPTIM, samples
+from tests.jobs_kernels_logprob import group_name
+from triton_kernels import draw
+
+STOP = tuple(range(12))  # of 250 ids: responses of a random model end at ragged lengths
+
+
+def drawn(world: World, logits: Tensor, keys: Tensor, **how: Any) -> list[int]:
+    """draw, the vocabulary cut over the world."""
+    width = logits.shape[1] // world.size
+    start = world.rank * width
+    return draw(logits[:, start : start + width], keys, group=group_name(), vocab_start=start, **how).tolist()
+
+
+def prompts(count: int = 12, longest: int = 20) -> list[Prompt]:
+    """Random prompts of ragged length."""
+    draw_ = np.random.default_rng(7)
+    return [Prompt(draw_.integers(12, 250, n, dtype=np.int32), id=100 + i) for i, n in enumerate(draw_.integers(1, longest, count))]
+
+
+def responses(
+    world: World,
+    parallel: Parallel,
+    model: Model,
+    *,
+    slots: int = 16,
+    samples_each: int = 2,
+    trained: bool = False,
+    cache_gb: float = 1.0,
+    prefill: int = 64,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Tokens and log-probs of every response, and the largest difference to the trainer's log-probs of the same tokens.
+
+    `trained`: after an optimizer step between two generations, of which the second is returned.
+    """
+    from engine.megatron.policy import Policy
+    from engine.rollout.sampler import Sampling, Slotting, generate
+
+    how = Sampling(max_tokens=24, stop=STOP, **sampling)
+    slotting = Slotting(slots, cache_gb, prefill)
+    optim: Optim | None = OPTIM if trained else None
+    with closing(Policy(model, optim, parallel, world)) as policy:
+        found = generate(policy, prompts(), how, slotting, samples=samples_each, seed=(3,))
+        if trained:
+            policy.update(batch(samples(0), 64, **policy.cut), nll, 0.01)
+            found = generate(policy, prompts(), how, slotting, samples=samples_each, seed=(3,))
+        flat = [(prompt, response) for prompt, answers in zip(prompts(), found, strict=True) for response in answers]
+        whole = [
+            Sample(np.concatenate([prompt.tokens, response.tokens]), _mask(len(prompt.tokens), len(response.tokens)))
+            for prompt, response in flat
+        ]
+        step = batch(whole, 64, **policy.cut)
+        worst = 0.0
+        for (prompt, response), values in zip(flat, scatter(policy.logprobs(step, how.temperature or 1.0), step, len(whole)), strict=True):
+            if values is not None:
+                trainer = values[len(prompt.tokens) - 1 :]
+                worst = max(worst, float((trainer - torch.from_numpy(response.logprobs)).abs().max()))
+        return {
+            "tokens": [response.tokens.tolist() for _, response in flat],
+            "logprobs": [response.logprobs.tolist() for _, response in flat],
+            "stopped": [response.stopped for _, response in flat],
+            "from_trainer": worst,
+        }
+
+
+def _mask(prompt: int, response: int) -> np.ndarray:
+    return np.array([0] * (prompt - 1) + [1] * response, np.uint8)
+
+
+def refused(world: World, parallel: Parallel, model: Model, **how: Any) -> str:
+    """What is said to a generation that cannot be."""
+    from engine.megatron.policy import Policy
+    from engine.rollout.sampler import Sampling, Slotting, generate
+
+    arguments = {"tokens": [1, 2], "max_tokens": 4, "cache_gb": 1.0} | how
+    with closing(Policy(model, None, parallel, world)) as policy:
+        try:
+            prompt = Prompt(np.array(arguments["tokens"], np.int32))
+            generate(policy, [prompt], Sampling(arguments["max_tokens"], (0,)), Slotting(cache_gb=arguments["cache_gb"]))
+        except ValueError as error:
+            return str(error)
+    return ""

@@ -1,0 +1,94 @@
+"""The sampler says what the trainer would: the same tokens for any slots and any layout, with the trainer's log-probs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from engine.config import Model, Parallel
+from tests import jobs, jobs_rollout
+from tests.pool import ranks
+
+MODEL = Model(init=jobs.TINY)
+
+
+@lru_cache
+def one_rank(**how: Any) -> dict[str, Any]:
+    return ranks(1).run(jobs_rollout.responses, parallel=Parallel(), model=MODEL, **how)[0]
+
+
+def check_same(size: int, parallel: Parallel, expected: dict[str, Any], **how: Any) -> None:
+    for found in ranks(size).run(jobs_rollout.responses, parallel=parallel, model=MODEL, **how):
+        assert found["tokens"] == expected["tokens"]
+        assert found["stopped"] == expected["stopped"]
+        for got, wanted in zip(found["logprobs"], expected["logprobs"], strict=True):
+            assert got == pytest.approx(wanted, abs=1e-5)
+        assert found["from_trainer"] <= 1e-5
+
+
+def test_responses_are_ragged_and_the_trainers() -> None:
+    found = one_rank(temperature=1.0)
+    lengths = [len(tokens) for tokens in found["tokens"]]
+    assert len(set(lengths)) > 5
+    assert any(found["stopped"])
+    assert not all(found["stopped"])
+    assert all(tokens[-1] in jobs_rollout.STOP or len(tokens) == 24 for tokens in found["tokens"])
+    assert found["from_trainer"] <= 1e-5
+    assert found["tokens"][0] != found["tokens"][1]  # two samples of one prompt
+
+
+@pytest.mark.parametrize("slots", [1, 4, 64])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_slots_and_prefill_change_nothing(slots: int, temperature: float) -> None:
+    check_same(1, Parallel(), one_rank(temperature=temperature), temperature=temperature, slots=slots, prefill=slots * 10)
+
+
+LAYOUTS = [
+    (2, Parallel()),
+    (2, Parallel(tp=2)),
+    (2, Parallel(pp=2)),
+    (2, Parallel(pp=2, vpp=2)),
+    (2, Parallel(pp=2, stages=(4, 0))),
+    (4, Parallel(tp=2, pp=2)),
+    (4, Parallel(pp=4)),
+    (8, Parallel(tp=2, pp=2)),
+]
+
+
+@pytest.mark.parametrize(("size", "parallel"), LAYOUTS, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_layouts_change_nothing(size: int, parallel: Parallel, temperature: float) -> None:
+    check_same(size, parallel, one_rank(temperature=temperature), temperature=temperature)
+
+
+def test_fewer_prompts_than_replicas() -> None:
+    found = ranks(2).run(jobs_rollout.responses, parallel=Parallel(), model=MODEL, temperature=1.0, samples_each=1)
+    assert found[0]["tokens"] == one_rank(temperature=1.0)["tokens"][::2]
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(pp=2)), (2, Parallel(tp=2))], ids=str)
+def test_a_step_in_between_is_seen(size: int, parallel: Parallel) -> None:
+    expected = one_rank(temperature=1.0, trained=True)
+    assert expected["tokens"] != one_rank(temperature=1.0)["tokens"]
+    check_same(size, parallel, expected, temperature=1.0, trained=True)
+
+
+def test_tied_weights() -> None:
+    tied = Model(init=replace(jobs.TINY, tied=True))
+    found = [ranks(size).run(jobs_rollout.responses, parallel=Parallel(pp=size), model=tied, temperature=0.0)[0] for size in (1, 2)]
+    assert found[0]["tokens"] == found[1]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"tokens": []}, "prompt 0 is empty"),
+        ({"tokens": [1] * 8190}, "over the model's context of 8192"),
+        ({"cache_gb": 1e-6}, "cache_gb=1e-06 holds 0 sequences"),
+    ],
+)
+def test_what_cannot_be_is_refused(how: dict[str, Any], says: str) -> None:
+    assert says in ranks(1).run(jobs_rollout.refused, parallel=Parallel(), model=MODEL, **how)[0]
