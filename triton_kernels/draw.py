@@ -157,7 +157,7 @@ def _best_kernel(
         if not GREEDY:
             score = score * inv_temp - tl.log(_exponential(columns + start, key_0, key_1))
         score = tl.where((columns < last) & (columns < real), score, -float("inf"))
-        top, place = tl.max(score, 0, return_indices=True)  # the first of equals
+        top, place = tl.max(score, 0, return_indices=True)  # type: ignore[misc]  # the first of equals
         if top > best:
             best = top
             best_id = column + place + start

@@ -1,4 +1,4 @@
-"""Continuous batching: which sequence holds which slot, and what is computed next. Pure: a function of the requests and of the tokens drawn."""
+"""Continuous batching: which sequence holds which slot, and what is computed next. A function of requests and drawn tokens alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Slots:
         return mates
 
     def absorb(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
-        """Give each live sequence its token, and free the slots of those that are done. Returns (from, to, positions) of the rows that move."""
+        """Give each live sequence its token, and free the slots of those that are done. Returns (from, to, positions) of rows that move."""
         for request, token, logprob in zip(self.live, tokens_R, logprobs_R, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
