@@ -72,13 +72,8 @@ class SFT:
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=[corpus[i] for corpus in held_out for i in range(len(corpus))],
             tokenizer=tokenizer,
-            notes=[_note(*pair) for pair in zip((*self.sources, *self.held_out), corpora, strict=True)],
+            notes=[corpus.counts.note(source.path) for source, corpus in zip((*self.sources, *self.held_out), corpora, strict=True)],
         )
-
-
-def _note(source: Source, corpus: Corpus) -> str:
-    c = corpus.counts
-    return f"{source.path}: {c.rows} rows, {c.truncated} truncated, {c.dropped} dropped; {c.tokens:,} tokens, {c.trained:,} of them trained"
 
 
 @dataclass(frozen=True)

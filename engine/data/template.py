@@ -65,15 +65,15 @@ class ChatTemplate:
         for probe in probes if self.text else []:
             self._verify(probe)
 
-    def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, messages: Messages, given: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [L + 1] and mask uint8 [L] of a conversation; mask[t] speaks of tokens[t + 1].
 
-        The loss is on every assistant turn: its content and its end-of-turn token, or, where the template writes none, all it renders for
-        the turn. A token that begins in the prompt is never trained. Raises ValueError for a bad conversation, and for a template that
-        rewrites earlier turns as later ones arrive.
+        The loss is on every assistant turn after the first `given` messages: its content and its end-of-turn token, or, where the template
+        writes none, all it renders for the turn. A token that begins in the prompt is never trained. Raises ValueError for a bad
+        conversation, and for a template that rewrites earlier turns as later ones arrive.
         """
         turns, mark = self._protect(messages)
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given]
         if not answers or answers[0] == 0:
             raise ValueError("messages needs an assistant turn, and a turn before it; otherwise there is no answer to train on")
         text = self._render(turns)
