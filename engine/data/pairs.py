@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.data.corpus import BadRows, Corpus, Counts, Reader, Sequences, TooLong, prepare
 from engine.data.rows import Source
-from engine.data.template import ChatTemplate
+from engine.data.template import ChatTemplate, read_whole
 from engine.types import Sample
 
 Pair = tuple[Sample, Sample]  # (chosen, rejected)
@@ -160,3 +160,7 @@ def _distinct(sequences: Sequences) -> Sequences:
 
 
 PAIR = Reader("pair", 2, encode_pair)
+# For a model that judges what is written, and so reads the last token, which one that predicts need not.
+WHOLE_PAIR = Reader(
+    "whole pair", 2, lambda chat, row: [read_whole(*half) for half in encode_pair(chat, row)]
+)
