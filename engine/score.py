@@ -1,10 +1,10 @@
-"""Log-probabilities of given text: rows in, rows out, in the same order."""
+"""Log-probabilities, or rewards, of given text: rows in, rows out, in the same order."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.batching import batch, scatter
 from engine.config import Model, Parallel
 from engine.data.rows import Source, read_rows
-from engine.data.template import ChatTemplate, given
+from engine.data.template import ChatTemplate, given, read_whole
 from engine.data.tokenizer import load_tokenizer
 from engine.megatron.policy import Policy
-from engine.types import Sample
+from engine.types import Sample, Step
 from engine.world import World
 
 BLOCK = 512  # rows that are planned together, and held in memory
@@ -37,23 +38,26 @@ class Scoring:
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
 
 
-def score(scoring: Scoring, data: str, out: Path, world: World) -> int:
+def score(scoring: Scoring, data: str, out: Path, world: World, *, reward: bool = False) -> int:
     """Write {"tokens", "logprobs", "mask"} for every row of the .jsonl file `data`, and return how many; `out` appears when all are done.
 
     logprobs[t] is the natural-log probability of tokens[t + 1] given those before it; mask[t] whether training would count it.
-    Raises ValueError, naming the line, for a row that cannot be read or is longer than a microbatch.
+    With `reward`: {"reward", "tokens"}, what a reward model says of the row after its last token.
+    Raises ValueError, naming the line, for a row that cannot be read or is longer than a microbatch, and for a model of the other kind.
     """
     with closing(Policy(scoring.model, None, scoring.parallel, world)) as policy:
-        rows = _samples(data, _Encoder(scoring, policy), scoring.tokens_per_microbatch)
+        policy.expect_head("scalar" if reward else "lm")
+        verb, line = (policy.values, _reward_line) if reward else (policy.logprobs, _line)
+        rows = _samples(data, _Encoder(scoring, policy, reward), scoring.tokens_per_microbatch)
         part = out.with_name(out.name + ".part")
         count = 0
         try:
             while block := list(islice(rows, BLOCK)):
-                logprobs = _logprobs(policy, block, scoring.tokens_per_microbatch)
+                values = _per_token(policy, verb, block, scoring.tokens_per_microbatch)
                 count += len(block)
                 if world.rank == 0:
                     with part.open("w" if count == len(block) else "a") as file:
-                        file.writelines(_line(sample, values) for sample, values in zip(block, logprobs, strict=True))
+                        file.writelines(line(*scored) for scored in zip(block, values, strict=True))
             if world.rank == 0:
                 os.replace(part, out)
         finally:
@@ -63,10 +67,10 @@ def score(scoring: Scoring, data: str, out: Path, world: World) -> int:
 
 
 class _Encoder:
-    """Rows of ids need no tokenizer; the first row of text fetches it."""
+    """Rows of ids need no tokenizer; the first row of text fetches it. `whole`: the model is to read the last token too."""
 
-    def __init__(self, scoring: Scoring, policy: Policy):
-        self.scoring, self.policy = scoring, policy
+    def __init__(self, scoring: Scoring, policy: Policy, whole: bool):
+        self.scoring, self.policy, self.whole = scoring, policy, whole
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -74,9 +78,9 @@ class _Encoder:
         return ChatTemplate(tokenizer, self.scoring.chat_template or None)
 
     def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        if "tokens" in row:
-            return given(row["tokens"], row.get("mask"), self.policy.model.vocab)
-        return self.chat.encode_row(row)
+        ids = "tokens" in row
+        encoded = given(row["tokens"], row.get("mask"), self.policy.model.vocab) if ids else self.chat.encode_row(row)
+        return read_whole(*encoded) if self.whole else encoded
 
 
 def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
@@ -90,10 +94,10 @@ def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
         yield Sample(tokens, mask)
 
 
-def _logprobs(policy: Policy, samples: list[Sample], budget: int) -> list[list[float]]:
-    """Each sample's log-probs, on rank 0; the others get an empty list."""
+def _per_token(policy: Policy, verb: Callable[[Step], list[Tensor]], samples: list[Sample], budget: int) -> list[list[float]]:
+    """What a verb of the policy says of each sample's tokens, on rank 0; the others get an empty list."""
     step = batch(samples, budget, **policy.cut)
-    mine = dict(enumerate(scatter(policy.logprobs(step), step, len(samples)))) if step else {}
+    mine = dict(enumerate(scatter(verb(step), step, len(samples)))) if step else {}
     found = {i: values.tolist() for i, values in mine.items() if values is not None and policy.speaks}
     parts: list[dict[int, list[float]]] = [{}] * policy.world.size
     dist.gather_object(found, parts if policy.world.rank == 0 else None)
@@ -103,3 +107,7 @@ def _logprobs(policy: Policy, samples: list[Sample], budget: int) -> list[list[f
 
 def _line(sample: Sample, logprobs: list[float]) -> str:
     return json.dumps({"tokens": sample.tokens.tolist(), "logprobs": logprobs, "mask": sample.mask.tolist()}) + "\n"
+
+
+def _reward_line(sample: Sample, values: list[float]) -> str:
+    return json.dumps({"reward": values[-1], "tokens": sample.tokens[:-1].tolist()}) + "\n"

@@ -99,4 +99,4 @@ class Loss:
     metrics: dict[str, tuple[torch.Tensor | float, int]]  # name -> (sum, count)
 
 
-LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, microbatch) -> Loss
+LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, or value_T of a scalar head; microbatch) -> Loss

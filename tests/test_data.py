@@ -205,7 +205,10 @@ def test_too_long_is_an_error_unless_told_otherwise(tmp_path):
         {"tokens": [1, 2, 3, 4, 5], "mask": [0, 0, 1, 1]},
     ]
     source = jsonl(tmp_path / "rows.jsonl", rows)
-    message = "rows.jsonl:2 has 4 tokens, over max_length=3 (policy too_long=error); set too_long=truncate or drop, or raise max_length"
+    message = (
+        "rows.jsonl:2 has 4 tokens, the first 4 of them prompt, over max_length=3 (policy too_long=error); "
+        "set too_long=truncate or drop, or raise max_length"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare(source, counting(), max_length=3, cache=tmp_path / "cache")
     cut = prepare(source, counting(), max_length=3, too_long="truncate", cache=tmp_path / "cache")

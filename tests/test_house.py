@@ -25,6 +25,7 @@ FLOORS = {
     "engine.losses": 1,
     "engine.verify": 1,
     "engine.megatron": 2,
+    "engine.texts": 3,
     "engine.rollout": 3,
     "engine.algorithms": 4,
     "engine.train": 5,

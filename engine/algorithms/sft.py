@@ -10,14 +10,12 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerFast
 
 from engine.config import Run
-from engine.data.corpus import Corpus, TooLong, prepare
+from engine.data.corpus import TooLong, prepare
 from engine.data.mixture import Mixture
 from engine.data.rows import Source
-from engine.data.template import ChatTemplate
-from engine.data.tokenizer import load_tokenizer
-from engine.hub import cache_folder
 from engine.losses import nll
 from engine.megatron.policy import Policy
+from engine.texts import open_chat, prepare_all
 from engine.types import LossFunction, Sample
 
 
@@ -43,27 +41,11 @@ class SFT:
 
     def start(self, policy: Policy, run: Run) -> Started:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
-        longest = run.tokens_per_microbatch // policy.parallel.tp * policy.parallel.tp
-        if self.max_length > longest:
-            raise ValueError(
-                f"algorithm.max_length={self.max_length} is over tokens_per_microbatch={longest}; raise the latter or lower the former"
-            )
-        if self.max_length > policy.model.max_length:
-            raise ValueError(
-                f"algorithm.max_length={self.max_length} is over the model's context of {policy.model.max_length} tokens; lower it"
-            )
-        tokenizer = load_tokenizer(run.model.tokenizer or str(policy.folder))
-        if len(tokenizer) > policy.model.vocab:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {policy.model.vocab}; choose a tokenizer of this model"
-            )
-        chat = ChatTemplate(tokenizer, self.chat_template or None)
-
-        def prepared(source: Source) -> Corpus:
-            cache = cache_folder() / "corpora"
-            return policy.world.first(lambda: prepare(source, chat, max_length=self.max_length, too_long=self.too_long, cache=cache))
-
-        corpora = [prepared(source) for source in (*self.sources, *self.held_out)]
+        chat = open_chat(policy, run, self.chat_template, self.max_length)
+        sources = (*self.sources, *self.held_out)
+        corpora = prepare_all(
+            policy, sources, lambda source, cache: prepare(source, chat, max_length=self.max_length, too_long=self.too_long, cache=cache)
+        )
         trained, held_out = corpora[: len(self.sources)], corpora[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         return Started(
@@ -71,21 +53,16 @@ class SFT:
             batch_size=self.batch_size,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=[corpus[i] for corpus in held_out for i in range(len(corpus))],
-            tokenizer=tokenizer,
-            notes=[_note(*pair) for pair in zip((*self.sources, *self.held_out), corpora, strict=True)],
+            tokenizer=chat.tokenizer,
+            notes=[corpus.counts.note(source.path) for source, corpus in zip(sources, corpora, strict=True)],
         )
-
-
-def _note(source: Source, corpus: Corpus) -> str:
-    c = corpus.counts
-    return f"{source.path}: {c.rows} rows, {c.truncated} truncated, {c.dropped} dropped; {c.tokens:,} tokens, {c.trained:,} of them trained"
 
 
 @dataclass(frozen=True)
 class Started:
     """SFT under way."""
 
-    mixture: Mixture
+    mixture: Mixture[Sample]
     batch_size: int
     steps: int
     held_out: list[Sample]

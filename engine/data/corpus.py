@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -21,14 +21,17 @@ from engine.data.tokenizer import tokenizer_hash
 from engine.types import Sample
 
 TooLong = Literal["error", "truncate", "drop"]
+BadRows = Literal["error", "drop"]
+Sequences = list[tuple[np.ndarray, np.ndarray]]  # of one row: (tokens int32 [L + 1], mask uint8 [L]) of each
 
-_FORMAT = 1  # of the files below; part of the cache's key
+COMPLAINTS = 10  # about bad rows, that are kept word by word
+_FORMAT = 2  # of the files below; part of the cache's key
 _FILES = {"tokens": np.int32, "trained": np.uint8, "offsets": np.int64}
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of a source. rows = kept + dropped; the truncated ones are among the kept."""
+    """What became of a source. rows = kept + dropped + bad; the truncated ones are among the kept."""
 
     rows: int = 0
     kept: int = 0
@@ -36,22 +39,46 @@ class Counts:
     dropped: int = 0
     tokens: int = 0  # predicted ones, the sum of L
     trained: int = 0  # those that the mask counts
+    bad: int = 0
+    complaints: tuple[str, ...] = ()  # why, for the first of them
+
+    def note(self, path: str) -> str:
+        """All of it in a line."""
+        bad = f", {self.bad} bad ({'; '.join(self.complaints)}{' ...' if self.bad > len(self.complaints) else ''})" if self.bad else ""
+        fates = f"{self.rows} rows, {self.truncated} truncated, {self.dropped} dropped{bad}"
+        return f"{path}: {fates}; {self.tokens:,} tokens, {self.trained:,} of them trained"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What makes sequences of a row: `encode(chat, row)` gives always `sequences` of them, or raises ValueError for a bad row."""
+
+    name: str  # part of the cache's key
+    sequences: int
+    encode: Callable[[ChatTemplate, Mapping[str, Any]], Sequences]
+
+
+ONE = Reader("one", 1, lambda chat, row: [chat.encode_row(row)])
 
 
 class Corpus:
     """The samples of a prepared source, in its order. Lazy: a sample's tokens and mask are read-only views of memory-mapped files.
 
-    `trained` on disk speaks of the token at its own place (0 for a sequence's first), so that one set of offsets serves both files.
+    `key` is what it was prepared from, as plain JSON values: equal keys, equal samples. `trained` on disk speaks of the token at its own
+    place (0 for a sequence's first), so that one set of offsets serves both files.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.counts = Counts(**json.loads((folder / "counts.json").read_text()))
-        sizes = {"tokens": self.counts.tokens + self.counts.kept, "offsets": self.counts.kept + 1}
+        said = json.loads((folder / "counts.json").read_text())
+        self.counts = Counts(**said | {"complaints": tuple(said["complaints"])})
+        self.key: dict[str, Any] = json.loads((folder / "key.json").read_text())
+        self._samples = self.counts.kept * self.key["sequences"]
+        sizes = {"tokens": self.counts.tokens + self._samples, "offsets": self._samples + 1}
         sizes["trained"] = sizes["tokens"]
-        self._tokens, self._trained, self._offsets = (_mapped(folder / f"{name}.bin", _FILES[name], sizes[name]) for name in _FILES)
+        self._tokens, self._trained, self._offsets = (mapped(folder / f"{name}.bin", _FILES[name], sizes[name]) for name in _FILES)
 
     def __len__(self) -> int:
-        return self.counts.kept
+        return self._samples
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
@@ -65,18 +92,39 @@ class Corpus:
         return np.diff(self._offsets) - 1
 
 
-def prepare(source: Source, chat: ChatTemplate, *, max_length: int, too_long: TooLong = "error", cache: Path) -> Corpus:
+def prepare(
+    source: Source,
+    chat: ChatTemplate,
+    *,
+    max_length: int,
+    too_long: TooLong = "error",
+    bad_rows: BadRows = "error",
+    cache: Path,
+    reader: Reader = ONE,
+) -> Corpus:
     """Tokenise `source` into a folder below `cache`, or open the one that an equal call has left there.
 
-    `max_length` bounds L, a row's predicted tokens; `too_long` says what becomes of a longer row. Truncation cuts on the right, and drops
-    the row when nothing trained is left. Rows are streamed; the folder appears whole or not at all, so processes may prepare side by side.
-    Raises ValueError for a bad row, naming its line, and for a source of which no row is left.
+    `max_length` bounds L, the predicted tokens of a sequence; `too_long` says what becomes of a row with a longer one. Truncation cuts on
+    the right, and drops the row when nothing trained is left of a sequence, or no difference between its sequences. Rows are streamed; the
+    folder appears whole or not at all, so processes may prepare side by side.
+    Raises ValueError for a bad row, naming its line, unless `bad_rows` says to drop it, and for a source of which no row is left.
     """
     if max_length < 1:
         raise ValueError(f"max_length={max_length} must be at least 1")
-    if too_long not in get_args(TooLong):
-        raise ValueError(f"too_long={too_long!r} must be one of {', '.join(get_args(TooLong))}")
-    key = [_FORMAT, identity(source), tokenizer_hash(chat.tokenizer), chat.text, max_length, too_long]
+    for name, value, options in (("too_long", too_long, get_args(TooLong)), ("bad_rows", bad_rows, get_args(BadRows))):
+        if value not in options:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(options)}")
+    key = {
+        "format": _FORMAT,
+        "reader": reader.name,
+        "sequences": reader.sequences,
+        "data": identity(source),
+        "tokenizer": tokenizer_hash(chat.tokenizer),
+        "template": chat.text,
+        "max_length": max_length,
+        "too_long": too_long,
+        "bad_rows": bad_rows,
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = Path(cache) / f"{Path(source.path).stem}-{digest[:32]}"
     if not folder.is_dir():
@@ -84,47 +132,64 @@ def prepare(source: Source, chat: ChatTemplate, *, max_length: int, too_long: To
         with TemporaryDirectory(prefix=".preparing-", dir=folder.parent) as scratch:
             work = Path(scratch) / "corpus"
             work.mkdir()
-            _write(work, _fitting(source, chat, max_length, too_long), source.path)
+            (work / "key.json").write_text(json.dumps(key))
+            _write(work, _fitting(source, chat, reader, max_length, too_long, bad_rows), source.path)
             _publish(work, folder)
     return Corpus(folder)
 
 
-def _fitting(source: Source, chat: ChatTemplate, max_length: int, too_long: TooLong) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
-    """(tokens, mask, "kept" | "truncated" | "dropped") of every row."""
+def _fitting(
+    source: Source, chat: ChatTemplate, reader: Reader, max_length: int, too_long: TooLong, bad_rows: BadRows
+) -> Iterator[tuple[Sequences, str, str]]:
+    """(sequences, "kept" | "truncated" | "dropped" | "bad", complaint about a bad one) of every row."""
     for where, row in read_rows(source):
         try:
-            tokens, mask = chat.encode_row(row)
+            sequences = reader.encode(chat, row)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            if bad_rows == "error":
+                raise ValueError(f"{where}: {error}") from error
+            yield [], "bad", f"{where}: {error}"
+            continue
+        mask = max((mask for _, mask in sequences), key=len)
         if len(mask) <= max_length:
-            yield tokens, mask, "kept"
+            yield sequences, "kept", ""
         elif too_long == "error":
+            prompt = int(mask.argmax()) + 1
+            alone = f", the first {prompt} of them prompt" if prompt > max_length else ""
             raise ValueError(
-                f"{where} has {len(mask)} tokens, over max_length={max_length} (policy too_long=error); "
+                f"{where} has {len(mask)} tokens{alone}, over max_length={max_length} (policy too_long=error); "
                 "set too_long=truncate or drop, or raise max_length"
             )
         else:
-            tokens, mask = tokens[: max_length + 1], mask[:max_length]
-            yield tokens, mask, "truncated" if too_long == "truncate" and mask.any() else "dropped"
+            cut = [(tokens[: max_length + 1], mask[:max_length]) for tokens, mask in sequences]
+            distinct = {tokens.tobytes() for tokens, _ in cut}
+            usable = all(mask.any() for _, mask in cut) and len(distinct) == len(cut)
+            yield cut, "truncated" if too_long == "truncate" and usable else "dropped", ""
 
 
-def _write(work: Path, rows: Iterator[tuple[np.ndarray, np.ndarray, str]], path: str) -> None:
-    count, end = Counter[str](), 0
+def _write(work: Path, rows: Iterator[tuple[Sequences, str, str]], path: str) -> None:
+    count, end, complaints = Counter[str](), 0, list[str]()
     with ExitStack() as stack:
         tokens_file, trained_file, offsets_file = (stack.enter_context((work / f"{name}.bin").open("wb")) for name in _FILES)
         offsets_file.write(np.int64(0).tobytes())
-        for tokens, mask, fate in rows:
-            count.update(rows=1, truncated=fate == "truncated", dropped=fate == "dropped")
-            if fate == "dropped":
+        for sequences, fate, complaint in rows:
+            count.update(rows=1, truncated=fate == "truncated", dropped=fate == "dropped", bad=fate == "bad")
+            if complaint and len(complaints) < COMPLAINTS:
+                complaints.append(complaint)
+            if fate in ("dropped", "bad"):
                 continue
-            end += len(tokens)
-            tokens_file.write(tokens.tobytes())
-            trained_file.write(b"\0" + mask.tobytes())
-            offsets_file.write(np.int64(end).tobytes())
-            count.update(kept=1, tokens=len(mask), trained=int(mask.sum()))
+            count.update(kept=1)
+            for tokens, mask in sequences:
+                end += len(tokens)
+                tokens_file.write(tokens.tobytes())
+                trained_file.write(b"\0" + mask.tobytes())
+                offsets_file.write(np.int64(end).tobytes())
+                count.update(tokens=len(mask), trained=int(mask.sum()))
     if not count["kept"]:
+        if complaints:
+            raise ValueError(f"{path}: none of {count['rows']} rows is usable; {complaints[0]}")
         raise ValueError(f"{path}: all {count['rows']} rows are too long and were dropped; raise max_length")
-    (work / "counts.json").write_text(json.dumps(asdict(Counts(**count))))
+    (work / "counts.json").write_text(json.dumps(asdict(Counts(**count, complaints=tuple(complaints)))))
 
 
 def _publish(work: Path, folder: Path) -> None:
@@ -138,7 +203,8 @@ def _publish(work: Path, folder: Path) -> None:
             raise
 
 
-def _mapped(path: Path, dtype: type, size: int) -> np.ndarray:
+def mapped(path: Path, dtype: type, size: int) -> np.ndarray:
+    """The `size` values of a file, read-only and memory-mapped. Raises ValueError when it is of another size."""
     if path.stat().st_size != size * np.dtype(dtype).itemsize:
         raise ValueError(f"{path} is damaged: {path.stat().st_size} bytes for {size} values; delete {path.parent} to prepare it again")
     return np.memmap(path, dtype, mode="r", shape=(size,)).view(np.ndarray)

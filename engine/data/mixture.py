@@ -6,21 +6,28 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from engine.data.corpus import Corpus
-from engine.types import Sample
+T = TypeVar("T", covariant=True)  # a sample, or a pair of them
 
 
-class Mixture:
+class Rows(Protocol[T]):
+    """What is mixed: a Corpus, or Pairs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> T: ...
+
+
+class Mixture(Generic[T]):
     """Corpora mixed by weight. An epoch takes round(weight * rows) samples of each and shuffles them together.
 
     Each corpus is its own endless stream of shuffled passes, and an epoch takes the next samples of it: weight 2 is two passes an epoch,
     weight 0.25 a different quarter each time, so that four epochs see every row once. Raises ValueError for weights that give no samples.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], seed: int) -> None:
+    def __init__(self, corpora: Sequence[Rows[T]], weights: Sequence[float], seed: int) -> None:
         if not corpora or len(corpora) != len(weights):
             raise ValueError(f"a mixture of {len(corpora)} corpora needs as many weights and at least one, not {len(weights)}")
         if seed < 0:
@@ -37,13 +44,13 @@ class Mixture:
         """Samples of one epoch."""
         return sum(self._shares)
 
-    def batch(self, step: int, size: int) -> list[Sample]:
+    def batch(self, step: int, size: int) -> list[T]:
         """Samples step * size up to (step + 1) * size of the endless order."""
         if step < 0 or size < 1:
             raise ValueError(f"step={step} must not be negative, and size={size} must be at least 1")
         return [self._sample(*divmod(index, len(self))) for index in range(step * size, (step + 1) * size)]
 
-    def _sample(self, epoch: int, place: int) -> Sample:
+    def _sample(self, epoch: int, place: int) -> T:
         row = int(self._epoch(epoch)[place])
         corpus = bisect_right(self._firsts, row) - 1
         return self._corpora[corpus][row - self._firsts[corpus]]

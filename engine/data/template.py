@@ -65,15 +65,15 @@ class ChatTemplate:
         for probe in probes if self.text else []:
             self._verify(probe)
 
-    def encode(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, messages: Messages, given: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [L + 1] and mask uint8 [L] of a conversation; mask[t] speaks of tokens[t + 1].
 
-        The loss is on every assistant turn: its content and its end-of-turn token, or, where the template writes none, all it renders for
-        the turn. A token that begins in the prompt is never trained. Raises ValueError for a bad conversation, and for a template that
-        rewrites earlier turns as later ones arrive.
+        The loss is on every assistant turn after the first `given` messages: its content and its end-of-turn token, or, where the template
+        writes none, all it renders for the turn. A token that begins in the prompt is never trained. Raises ValueError for a bad
+        conversation, and for a template that rewrites earlier turns as later ones arrive.
         """
         turns, mark = self._protect(messages)
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given]
         if not answers or answers[0] == 0:
             raise ValueError("messages needs an assistant turn, and a turn before it; otherwise there is no answer to train on")
         text = self._render(turns)
@@ -246,6 +246,11 @@ def given(tokens: Any, mask: Any, vocab: int) -> tuple[np.ndarray, np.ndarray]:
     if len(trained) != len(ids) - 1:
         raise ValueError(f"mask has {len(trained)} values for {len(ids)} tokens; it needs one less than tokens, mask[t] for tokens[t + 1]")
     return ids.astype(np.int32), trained
+
+
+def read_whole(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same sequence, L + 1 long, with its last token among those the model reads: what is predicted after it is not asked for."""
+    return np.append(tokens, tokens[-1]), np.append(mask, np.uint8(0))
 
 
 def _integers(values: Any, name: str, below: int) -> np.ndarray:

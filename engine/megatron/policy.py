@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from engine.world import World
 
 if TYPE_CHECKING:
     from engine.megatron.decode import Drawing, Group
+    from engine.megatron.weights import Origin
 
 Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # what megatron wants of a loss: (sum, count, anything)
 
@@ -36,7 +37,9 @@ class Policy:
     def __init__(self, model: Model | Llama, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
         start = model if isinstance(model, Model) else Model(init=model)
         self.folder = world.first(lambda: resolve(start.path)) if start.path else None
-        self.model = start.init or shape_of(self.folder)
+        own = start.init or shape_of(self.folder)
+        self.model = own.with_scalar_head() if start.head == "scalar" else own
+        self.has_fresh_head = self.folder is not None and self.model.head != own.head
         self.optim, self.parallel, self.world = optim, parallel, world
         self.dtype = _dtype(start, world)
         parallel.check(self.model, world.size)
@@ -50,8 +53,7 @@ class Policy:
 
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype)
         if fill:
-            origin = weights.FolderOrigin(self.folder, self.model) if self.folder else weights.RandomOrigin(self.model, seed)
-            weights.fill(self.chunks, self.model, origin, self.grid)
+            weights.fill(self.chunks, self.model, self._origin(seed), self.grid)
         self.stages: list[Any] = list(self.chunks)
         self.optimizer: Any = None
         if self.optim is not None:
@@ -59,6 +61,15 @@ class Policy:
 
             self.stages = training.wrap(self.chunks, self.parallel)
             self.optimizer = training.make_optimizer(self.stages, self.optim, self.parallel, self.dtype)
+
+    def _origin(self, seed: int) -> Origin:
+        from engine.megatron import weights
+
+        drawn = weights.RandomOrigin(self.model, seed)
+        if self.folder is None:
+            return drawn
+        stored = weights.FolderOrigin(self.folder, shape_of(self.folder))
+        return weights.FreshHead(stored, drawn) if self.has_fresh_head else stored
 
     def close(self) -> None:
         """Give the seat and the grid back; the policy is of no use afterwards."""
@@ -106,17 +117,37 @@ class Policy:
             stage.eval()
         return self._reduced([out["metrics"] for out in self._run(step, partial(_finish_loss, loss), forward_only=True)])
 
+    def logprobs(self, step: Step, temperature: float = 1.0, *, masked: bool = False) -> list[Tensor]:
+        """logprob_T of every token of each microbatch, float32 on the host; the same on every rank of a replica. `masked`: only of those
+        that the mask counts, which is cheaper; the others are 0.
+
+        Raises ValueError for a model with a scalar head.
+        """
+        self.expect_head("lm")
+        return self._per_token(step, every=not masked, temperature=temperature)
+
+    def values(self, step: Step) -> list[Tensor]:
+        """value_T, what the scalar head says after each token of each microbatch, otherwise as `logprobs`: value_T[t] has seen tokens_T[t],
+        but not the target. Raises ValueError for a model without a scalar head."""
+        self.expect_head("scalar")
+        return self._per_token(step)
+
+    def expect_head(self, head: Literal["lm", "scalar"]) -> None:
+        """Raise ValueError when this model has another head than `head`."""
+        if self.model.head != head:
+            wanted = "a language model, not a reward model" if head == "lm" else "a reward model, or training with model.head=scalar"
+            raise ValueError(f"model.head={self.model.head!r} of {self.folder or 'model.init'} does not do here; this needs {wanted}")
+
     @torch.no_grad()
-    def logprobs(self, step: Step, temperature: float = 1.0) -> list[Tensor]:
-        """logprob_T of every token of each microbatch, masked or not, float32 on the host; the same on every rank of a replica."""
+    def _per_token(self, step: Step, **how: Any) -> list[Tensor]:
         for stage in self.stages:
             stage.eval()
-        outputs = self._run(step, _finish_logprobs, forward_only=True, every=True, temperature=temperature)
+        outputs = self._run(step, _finish_per_token, forward_only=True, **how)
         sizes = [len(packed.tokens_T) for packed in step]
         if not sizes:
             return []
         flat = (
-            torch.cat([out["logprob"][:size] for out, size in zip(outputs, sizes, strict=True)])
+            torch.cat([out["output"][:size] for out, size in zip(outputs, sizes, strict=True)])
             if outputs
             else torch.empty(sum(sizes), device=self.world.device)
         )
@@ -234,10 +265,10 @@ def _dtype(model: Model, world: World) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
 
 
-def _finish_loss(loss: LossFunction, packed: Packed, logprob_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    found = loss(logprob_T, packed)
+def _finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    found = loss(output_T, packed)
     return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics}
 
 
-def _finish_logprobs(packed: Packed, logprob_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    return logprob_T.sum(), torch.tensor(0, dtype=torch.int), {"logprob": logprob_T.detach()}
+def _finish_per_token(packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return output_T.sum(), torch.tensor(0, dtype=torch.int), {"output": output_T.detach()}

@@ -1,0 +1,164 @@
+"""Preferences: rows of a prompt with a chosen and a rejected answer, in the shapes the field writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data.corpus import BadRows, Corpus, Counts, Reader, Sequences, TooLong, prepare
+from engine.data.rows import Source
+from engine.data.template import ChatTemplate, read_whole
+from engine.types import Sample
+
+Pair = tuple[Sample, Sample]  # (chosen, rejected)
+
+
+class Pairs:
+    """The pairs of a prepared source, in its order, over a memory-mapped corpus: chosen is its sample 2 i, rejected 2 i + 1."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus) // 2
+
+    def __getitem__(self, i: int) -> Pair:
+        return self.corpus[2 * i], self.corpus[2 * i + 1]
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the source's rows; `kept` of them are pairs here, `tokens` are those of both halves."""
+        return self.corpus.counts
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """L of the chosen and the rejected half of every pair, int64 [len(self), 2]."""
+        return self.corpus.lengths.reshape(-1, 2)
+
+    def check_fit(self, path: str, budget: int) -> None:
+        """Raise ValueError when a pair is longer than `budget`, the tokens of a microbatch, which it must share."""
+        both = self.lengths.sum(1)
+        if over := int((both > budget).sum()):
+            raise ValueError(
+                f"{path}: {over} of {len(self)} pairs do not fit a microbatch, the longest with {both.max()} tokens in its two halves, "
+                f"over tokens_per_microbatch={budget}; raise it, or lower algorithm.max_length with too_long=truncate or drop"
+            )
+
+
+def prepare_pairs(
+    source: Source, chat: ChatTemplate, *, max_length: int, too_long: TooLong = "error", bad_rows: BadRows = "error", cache: Path
+) -> Pairs:
+    """Tokenise the preferences of `source`, or open what an equal call has left; arguments and errors are those of corpus.prepare.
+
+    `max_length` bounds each half, the prompt included. A pair is cut or dropped as one.
+    """
+    return Pairs(prepare(source, chat, max_length=max_length, too_long=too_long, bad_rows=bad_rows, cache=cache, reader=PAIR))
+
+
+def grouped(pairs: Sequence[Pair]) -> list[Sample]:
+    """The pairs as one batch: chosen is sample 2 p, rejected 2 p + 1, and both are of group p, so that they share a microbatch."""
+    return [replace(half, group=p) for p, pair in enumerate(pairs) for half in pair]
+
+
+def encode_pair(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
+    """Tokens int32 [L + 1] and mask uint8 [L] of the chosen and of the rejected conversation of a row, in this order.
+
+    chosen and rejected are either the answers alone, as text or as messages that begin with the assistant's: then `prompt` is the question
+    (text) or the conversation so far, and `messages` is another name for the latter; where both are there, prompt (say, a system turn)
+    comes before messages. Or they are whole conversations with a shared beginning: then prompt and messages repeat what they hold, as in
+    the Tülu mixtures, and are not read. The mask counts the assistant's turns that the two do not share.
+
+    Raises ValueError for a row of another shape, an empty answer, answers that are equal, and conversations that part before an answer.
+    """
+    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    if missing:
+        raise ValueError(f"a pair needs chosen and rejected; this row has no {' and no '.join(missing)}")
+    if not chat.text:
+        return _plain(chat, row)
+    halves = [_messages(row[name], name) for name in ("chosen", "rejected")]
+    whole = [half[0].get("role") != "assistant" for half in halves]
+    if whole[0] != whole[1]:
+        raise ValueError("one of chosen and rejected is a whole conversation, the other an answer alone; write both in the same way")
+    if not whole[0]:
+        before = _before(row)
+        halves = [[*before, *half] for half in halves]
+    shared = _shared(*halves)
+    return _distinct([chat.encode(half, given=shared) for half in halves])
+
+
+def _plain(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
+    for name in ("chosen", "rejected"):
+        _answered(row[name], name)
+    if row.get("prompt") is None:
+        raise ValueError("a tokenizer without a chat template needs prompt, chosen and rejected as text; this row has no prompt")
+    return _distinct([chat.encode_row({"prompt": row["prompt"], "response": row[name]}) for name in ("chosen", "rejected")])
+
+
+def _messages(value: Any, name: str) -> list[Mapping[str, Any]]:
+    """An answer as messages; they end in an assistant's that is not empty."""
+    turns = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    if isinstance(turns, Mapping) or not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError(f"{name} must be text or a list of messages, not {value!r:.40}")
+    if turns[-1].get("role") != "assistant":
+        raise ValueError(f"{name} must end in an assistant's message, not in one of role={turns[-1].get('role')!r}")
+    _answered(turns[-1].get("content"), name)
+    return list(turns)
+
+
+def _answered(content: Any, name: str) -> None:
+    if not isinstance(content, str):
+        raise ValueError(f"{name} must be text, not {type(content).__name__}")
+    if not content.strip():
+        raise ValueError(f"{name} is empty; a preference needs two answers")
+
+
+def _before(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The conversation that chosen and rejected answer."""
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if prompt is None and messages is None:
+        raise ValueError("chosen and rejected are answers alone, so the row needs prompt or messages too")
+    turns: list[Mapping[str, Any]] = []
+    for name, value in (("prompt", prompt), ("messages", messages)):
+        if isinstance(value, str):
+            turns.append({"role": "user", "content": value})
+        elif isinstance(value, Sequence):
+            turns += value
+        elif value is not None:
+            raise ValueError(f"{name} must be text or a list of messages, not {value!r:.40}")
+    return turns
+
+
+def _shared(chosen: list[Mapping[str, Any]], rejected: list[Mapping[str, Any]]) -> int:
+    """How many messages the two have in common before their answers part."""
+    same = 0
+    for ours, theirs in zip(chosen, rejected, strict=False):
+        if any(ours.get(name) != theirs.get(name) for name in ("role", "content")):
+            break
+        same += 1
+    if same == len(chosen) == len(rejected):
+        raise ValueError("chosen and rejected are equal; a preference needs two answers")
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if same == len(turns):
+            raise ValueError(f"{name} is the beginning of the other conversation; the two must part at an assistant's message")
+        if turns[same].get("role") != "assistant":
+            raise ValueError(
+                f"chosen and rejected part at message {same}, where {name} has role={turns[same].get('role')!r}; "
+                "they must share everything before an assistant's message"
+            )
+    return same
+
+
+def _distinct(sequences: Sequences) -> Sequences:
+    (chosen, _), (rejected, _) = sequences
+    if np.array_equal(chosen, rejected):
+        raise ValueError("chosen and rejected are equal as tokens; a preference needs two answers")
+    return sequences
+
+
+PAIR = Reader("pair", 2, encode_pair)
+# For a model that judges what is written, and so reads the last token, which one that predicts need not.
+WHOLE_PAIR = Reader("whole pair", 2, lambda chat, row: [read_whole(*half) for half in encode_pair(chat, row)])
