@@ -15,6 +15,7 @@ __all__ = ["VERIFIERS", "Unjudged", "Verdict", "Verifier", "verifier"]
 VERIFIERS = {
     "exact": "engine.verify.exact:EXACT",
     "gsm8k": "engine.verify.gsm8k:GSM8K",
+    "math": "engine.verify.math:MATH",
 }
 
 
