@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from engine import _C
 from engine.types import Packed, Sample, Step
 
-OPTIONAL_FIELDS = ("advantage", "old_logprob", "ref_logprob", "value")  # a Sample's [L], a Packed's <name>_T
+OPTIONAL_FIELDS = ("advantage", "old_logprob", "ref_logprob", "value", "returns")  # a Sample's [L], a Packed's <name>_T
 MAX_TOKENS = 2**31 - 1  # cu_seqlens is int32
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.batching import batch
 from engine.config import Run, to_dict
-from engine.megatron.policy import Policy
+from engine.megatron.policy import Learner, Policy
 from engine.report import Report
-from engine.types import LossFunction, Sample
+from engine.types import Sample
 from engine.world import World
 
 
@@ -25,14 +26,15 @@ class Algorithm(Protocol):
     @property
     def steps(self) -> int: ...
     @property
-    def held_out(self) -> list[Sample]: ...
-    @property
     def tokenizer(self) -> PreTrainedTokenizerFast: ...
     @property
     def notes(self) -> list[str]: ...
     @property
-    def loss(self) -> LossFunction: ...
-    def collect(self, step: int) -> list[Sample]: ...
+    def learners(self) -> Sequence[Learner]: ...  # the run's policy first
+    def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]: ...
+    def minibatches(self, step: int, samples: list[Sample]) -> Iterable[list[Sample]]: ...
+    def evaluate(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
 
 
 def train(run: Run, world: World) -> None:
@@ -42,9 +44,10 @@ def train(run: Run, world: World) -> None:
     """
     out = Path(run.out)
     check_folder(out, run)
-    with closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)) as policy:
-        algorithm: Algorithm = run.algorithm.start(policy, run)
-        start, steps = policy.load_latest(out), run.steps or algorithm.steps
+    with ExitStack() as stack:
+        policy = stack.enter_context(closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)))
+        algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
+        start, steps = load(algorithm.learners, out), run.steps or algorithm.steps
         world.first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
         with Report(run, out, is_writer=world.rank == 0, devices=world.size, start=start) as report:
             for note in algorithm.notes:
@@ -53,16 +56,45 @@ def train(run: Run, world: World) -> None:
                 report.note(f"resumed from step {start}")
             for step in range(start, steps):
                 if due(step, run.eval_every) or step == 0:
-                    evaluate(policy, algorithm, run, report, step)
+                    evaluate(algorithm, report, step)
                 began = time.perf_counter()
-                samples = algorithm.collect(step)
-                lr = run.optim.lr_at(step, steps)
-                metrics = policy.update(batch(samples, run.tokens_per_microbatch, **policy.cut), algorithm.loss, lr)
+                samples, found = algorithm.collect(step)
+                metrics = found | learn(algorithm, step, steps, samples, run.tokens_per_microbatch)
                 tokens, seconds = sum(s.length for s in samples), time.perf_counter() - began
-                report.step(step, steps, metrics | {"lr": lr}, tokens=tokens, seconds=seconds, memory_gb=world.peak_memory_gb())
+                report.step(step, steps, metrics, tokens=tokens, seconds=seconds, memory_gb=world.peak_memory_gb())
                 if due(step + 1, run.save_every) or step + 1 == steps:
-                    policy.save(out, step + 1, out / "model", run.keep_last)
-            evaluate(policy, algorithm, run, report, steps)
+                    save(algorithm.learners, out, step + 1, run.keep_last)
+            evaluate(algorithm, report, steps)
+
+
+def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], budget: int) -> dict[str, float]:
+    """Every learner's updates on every minibatch; the mean over them of what each said."""
+    said: dict[str, list[float]] = {}
+    for minibatch in algorithm.minibatches(step, samples):
+        for name, policy, loss, temperature in algorithm.learners:
+            assert policy.optim is not None
+            lr = policy.optim.lr_at(step, steps)
+            metrics = policy.update(batch(minibatch, budget, **policy.cut), loss, lr, temperature) | {"lr": lr}
+            for key, value in metrics.items():
+                said.setdefault(f"{name}/{key}" if name else key, []).append(value)
+    return {key: sum(values) / len(values) for key, values in said.items()}
+
+
+def load(learners: Sequence[Learner], out: Path) -> int:
+    """Take up the newest whole checkpoint of the run's policy, and that of the same step of the others; returns the step."""
+    run, *others = learners
+    start = run.policy.load_latest(out)
+    for learner in others if start else ():
+        learner.policy.load_latest(out / learner.name, start)
+    return start
+
+
+def save(learners: Sequence[Learner], out: Path, step: int, keep_last: int) -> None:
+    """Save them all, the run's policy last: with its checkpoint the step is complete."""
+    run, *others = learners
+    for learner in others:
+        learner.policy.save(out / learner.name, step, None, keep_last)
+    run.policy.save(out, step, out / "model", keep_last)
 
 
 def due(step: int, every: int) -> bool:
@@ -70,10 +102,10 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def evaluate(policy: Policy, algorithm: Algorithm, run: Run, report: Report, step: int) -> None:
-    """Report the loss on held-out data, where there is any."""
-    if algorithm.held_out:
-        report.evaluation(step, policy.evaluate(batch(algorithm.held_out, run.tokens_per_microbatch, **policy.cut), algorithm.loss))
+def evaluate(algorithm: Algorithm, report: Report, step: int) -> None:
+    """Report how the model does on held-out data, where there is any."""
+    if found := algorithm.evaluate():
+        report.evaluation(step, found)
 
 
 def check_folder(out: Path, run: Run) -> None:

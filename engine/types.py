@@ -40,6 +40,7 @@ class Sample:
     old_logprob: np.ndarray | None = None
     ref_logprob: np.ndarray | None = None
     value: np.ndarray | None = None
+    returns: np.ndarray | None = None
     version: int = 0  # the optimizer step whose weights sampled it
 
     @property
@@ -62,6 +63,7 @@ class Packed:
     old_logprob_T: torch.Tensor | None = None
     ref_logprob_T: torch.Tensor | None = None
     value_T: torch.Tensor | None = None
+    returns_T: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Packed:
         """The same microbatch with its token tensors on `device`; cu_seqlens stays on the host."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from transformers import PreTrainedTokenizerFast
 
 from engine.config import Run
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
-from engine.data.pairs import WHOLE_PAIR, Pair, Pairs, grouped
+from engine.data.pairs import WHOLE_PAIR, Pairs, grouped
 from engine.data.rows import Source
 from engine.losses import reward_bt
 from engine.megatron.policy import Policy
+from engine.supervised import Supervised
 from engine.texts import microbatch_tokens, open_chat, prepare_all
-from engine.types import LossFunction, Sample
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Reward:
                 f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive"
             )
 
-    def start(self, policy: Policy, run: Run) -> Started:
+    def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for a model without a scalar head, and for data that cannot be read or
         does not fit."""
         policy.expect_head("scalar")
@@ -55,9 +54,11 @@ class Reward:
         trained, held_out = pairs[: len(self.sources)], pairs[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         head = [f"{policy.folder} is a language model: its scalar head starts anew, N(0, 1 / sqrt({policy.model.hidden + 1}))"]
-        return Started(
-            mixture=mixture,
-            batch_size=self.batch_size,
+        return Supervised(
+            policy=policy,
+            loss=reward_bt,
+            batches=lambda step: grouped(mixture.batch(step, self.batch_size)),
+            budget=run.tokens_per_microbatch,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=grouped([found[i] for found in held_out for i in range(len(found))]),
             tokenizer=_padded_apart(chat.tokenizer),
@@ -75,20 +76,3 @@ def _padded_apart(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
             )
         tokenizer.pad_token = others[0]
     return tokenizer
-
-
-@dataclass(frozen=True)
-class Started:
-    """Reward modelling under way."""
-
-    mixture: Mixture[Pair]
-    batch_size: int
-    steps: int
-    held_out: list[Sample]
-    tokenizer: PreTrainedTokenizerFast
-    notes: list[str]
-    loss: ClassVar[LossFunction] = staticmethod(reward_bt)
-
-    def collect(self, step: int) -> list[Sample]:
-        """The pairs of `step`, a function of (seed, step): chosen and rejected in turns."""
-        return grouped(self.mixture.batch(step, self.batch_size))

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-from transformers import PreTrainedTokenizerFast
+from functools import partial
 
 from engine.config import Run
 from engine.data.corpus import TooLong, prepare
@@ -15,8 +13,8 @@ from engine.data.mixture import Mixture
 from engine.data.rows import Source
 from engine.losses import nll
 from engine.megatron.policy import Policy
+from engine.supervised import Supervised
 from engine.texts import open_chat, prepare_all
-from engine.types import LossFunction, Sample
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class SFT:
                 f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive"
             )
 
-    def start(self, policy: Policy, run: Run) -> Started:
+    def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
         chat = open_chat(policy, run, self.chat_template, self.max_length)
         sources = (*self.sources, *self.held_out)
@@ -48,28 +46,13 @@ class SFT:
         )
         trained, held_out = corpora[: len(self.sources)], corpora[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
-        return Started(
-            mixture=mixture,
-            batch_size=self.batch_size,
+        return Supervised(
+            policy=policy,
+            loss=nll,
+            batches=partial(mixture.batch, size=self.batch_size),
+            budget=run.tokens_per_microbatch,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=[corpus[i] for corpus in held_out for i in range(len(corpus))],
             tokenizer=chat.tokenizer,
             notes=[corpus.counts.note(source.path) for source, corpus in zip(sources, corpora, strict=True)],
         )
-
-
-@dataclass(frozen=True)
-class Started:
-    """SFT under way."""
-
-    mixture: Mixture[Sample]
-    batch_size: int
-    steps: int
-    held_out: list[Sample]
-    tokenizer: PreTrainedTokenizerFast
-    notes: list[str]
-    loss: ClassVar[LossFunction] = staticmethod(nll)
-
-    def collect(self, step: int) -> list[Sample]:
-        """The batch of `step`, a function of (seed, step)."""
-        return self.mixture.batch(step, self.batch_size)

@@ -204,20 +204,25 @@ def found(out: Path) -> list[Path]:
     return sorted(named, reverse=True)
 
 
-def load_latest(state: State, model: Llama, out: Path, world: World) -> int:
-    """Load the newest whole checkpoint under `out`; returns its step, or 0 where there is none.
+def load_latest(state: State, model: Llama, out: Path, world: World, step: int | None = None) -> int:
+    """Load the newest whole checkpoint under `out`, or that of `step` and no other; returns its step, or 0 where there is none.
 
-    Says on stderr which damaged ones it passed over. Raises ValueError when all are damaged, or when the newest whole one is of
-    another model.
+    Says on stderr which damaged ones it passed over. Raises ValueError when all are damaged, when the newest whole one is of another model,
+    or when that of `step` is missing.
     """
-    candidates = found(out) if world.rank == 0 else []
-    box = [candidates]
+    box = [found(out) if world.rank == 0 else []]
+    if world.rank == 0 and step is not None:
+        box = [[folder for folder in box[0] if folder == step_folder(out, step)]]
     dist.broadcast_object_list(box, src=0)
     for folder in box[0]:
         if (damage := world.agree(damage_of(folder, world.rank, world.size))) is None:
             return _load(state, model, folder)
         if world.rank == 0:
             print(f"WARNING: {folder} is damaged and is passed over: {damage}", file=sys.stderr, flush=True)
+    if step is not None and not box[0]:
+        raise ValueError(
+            f"{step_folder(out, step)} is missing; move the run's own {step_folder(out, step).name} away to resume from an earlier one"
+        )
     if box[0]:
         raise ValueError(f"{out}: none of its {len(box[0])} checkpoints is whole; move them away to start over, or choose another out=")
     return 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -174,6 +174,27 @@ class Policy:
         layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
         return 2 * layers * (self.model.kv_heads // self.grid.tp) * positions * self.model.head_dim * self.dtype.itemsize
 
+    def weights_on_host(self) -> list[Tensor]:
+        """A copy of this rank's weights in host memory."""
+        self._settle()
+        return [parameter.detach().to("cpu", copy=True) for chunk in self.chunks for parameter in chunk.parameters()]
+
+    @contextmanager
+    def holding(self, weights: list[Tensor]) -> Iterator[None]:
+        """Speak with other weights, as weights_on_host gave them, until the context is left."""
+        own = self.weights_on_host()
+        self._fill(weights)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, weights: list[Tensor]) -> None:
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)
+
     def _run(
         self, step: Step, finish: Finish, *, forward_only: bool, every: bool = False, temperature: float = 1.0
     ) -> list[dict[str, Any]]:
@@ -228,12 +249,12 @@ class Policy:
         self._settle()
         checkpoint.save(checkpoint.State(self.chunks, self.optimizer), self.model, out, step, assets, keep_last, self.world)
 
-    def load_latest(self, out: Path) -> int:
-        """Take up the newest whole checkpoint under `out`; returns the step to go on with, 0 where there is none; see
+    def load_latest(self, out: Path, step: int | None = None) -> int:
+        """Take up the newest whole checkpoint under `out`, or that of `step`; returns the step to go on with, 0 where there is none; see
         checkpoint.load_latest."""
         from engine.megatron import checkpoint
 
-        return checkpoint.load_latest(checkpoint.State(self.chunks, self.optimizer), self.model, out, self.world)
+        return checkpoint.load_latest(checkpoint.State(self.chunks, self.optimizer), self.model, out, self.world, step)
 
     def export(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the weights into `folder` as safetensors that transformers loads beside a config.json."""
@@ -247,6 +268,15 @@ class Policy:
             from engine.megatron import training
 
             training.settle(self.stages)
+
+
+class Learner(NamedTuple):
+    """A policy and what it learns by. The run's own has no name; others are saved and reported under theirs."""
+
+    name: str
+    policy: Policy
+    loss: LossFunction
+    temperature: float = 1.0  # that log-probs are taken at
 
 
 def shape_of(folder: Path | None) -> Llama:

@@ -1,0 +1,340 @@
+"""Reinforcement learning with verifiable rewards: PPO against 10 or 0 (arXiv 2411.15124, section 6).
+
+A step draws responses from the policy, has them verified, recomputes their log-probs with the trainer, takes those of the reference and
+the critic's values, and turns all that into advantages. K epochs of clipped updates of policy and critic follow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from engine.advantages import Kl, Whiten, by_critic, by_group, explained_variance, kl_estimate
+from engine.config import Model, Optim, Parallel, Run
+from engine.data.mixture import Mixture
+from engine.data.rows import Source
+from engine.data.tasks import Tasks, read_tasks
+from engine.data.template import ChatTemplate
+from engine.losses import Average, ppo_clip, value_clip
+from engine.megatron.policy import Learner, Policy
+from engine.rollout.judging import Rollout, judge
+from engine.rollout.reading import per_token
+from engine.rollout.reference import Offloaded, Reference, Resident
+from engine.rollout.sampler import Response, Sampling, Slotting, generate
+from engine.texts import open_chat
+from engine.types import Prompt, Sample
+from engine.verify import verifier
+from engine.verify.pool import Pool
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The model that says what reward to expect: of its own size, on the policy's grid, with an optimizer of its own."""
+
+    model: Model  # a reward model, or a language model with head="scalar"
+    optim: Optim
+    clip: float = 0.2  # of a value, around what it was when the batch was drawn
+    coef: float = 0.1
+
+
+@dataclass(frozen=True)
+class RLVR:
+    """PPO against verifiers. One step: `prompts_per_step` prompts, `samples_per_prompt` responses to each, over all ranks."""
+
+    sources: tuple[Source, ...]
+    held_out: tuple[Source, ...] = ()  # never trained on; the share solved is reported
+    verifier: str = ""  # of rows that name none
+    critic: Critic | None = None  # for advantage="critic"
+    advantage: Literal["critic", "group"] = "critic"  # group: against the prompt's other samples (GRPO, RLOO); no critic
+    group_scale: Literal["std", "none"] = "std"
+    prompts_per_step: int = 224
+    samples_per_prompt: int = 1
+    minibatches: int = 1  # optimizer steps an epoch
+    epochs: int = 4  # passes over the responses of a step: K
+    max_prompt: int = 2048  # tokens
+    max_response: int = 2048
+    too_long: Literal["error", "drop"] = "error"  # what to do with a longer prompt
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()  # tokens that end a response, besides the tokenizer's eos
+    correct: float = 10.0  # the score of a verified response; any other's is 0
+    no_stop: float = -10.0  # the score of a response without a stop token, whatever it says
+    kl: Kl = "k1"
+    kl_coef: float = 0.05  # times KL(policy, reference) off the reward of each token; with advantage="group" in the loss; 0: no reference
+    reference: Literal["resident", "offloaded"] = "resident"  # offloaded: its weights wait in host memory and take the policy's place
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: Whiten = "batch"  # rank: each replica's share for itself, as Tülu 3's trainer
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    loss_average: Average = "token"  # sequence: Tülu 3's
+    rollout: Slotting = field(default_factory=Slotting)
+    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("algorithm.sources is empty; give at least one Source")
+        for name in ("prompts_per_step", "samples_per_prompt", "minibatches", "epochs", "max_prompt", "max_response"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"algorithm.temperature={self.temperature} must be positive: a policy that does not vary cannot learn")
+        if self.kl_coef < 0:
+            raise ValueError(f"algorithm.kl_coef={self.kl_coef} must not be negative")
+        if (self.advantage == "critic") != (self.critic is not None):
+            raise ValueError(
+                f"algorithm.advantage={self.advantage!r} with critic={self.critic}; give a critic for 'critic' and none for 'group'"
+            )
+        if self.advantage == "group" and self.samples_per_prompt < 2:
+            raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'")
+        if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
+            raise ValueError(f"algorithm.minibatches={self.minibatches} is more than the responses of a step")
+
+    def start(self, policy: Policy, run: Run) -> Started:
+        """Read the prompts, and build critic and reference. Raises ValueError for what does not fit."""
+        policy.expect_head("lm")
+        chat = open_chat(policy, run, self.chat_template, self.max_prompt + self.max_response - 1)
+        tasks = self._tasks(chat)
+        trained, held_out = tasks[: len(self.sources)], tasks[len(self.sources) :]
+        mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
+        resources = ExitStack()
+        return Started(
+            config=self,
+            run=run,
+            policy=policy,
+            critic=self._critic(policy, run, resources),
+            reference=self._reference(policy, run, resources),
+            pool=resources.enter_context(Pool()),
+            mixture=mixture,
+            tasks=[prompt for task in held_out for prompt in task.prompts],
+            tokenizer=chat.tokenizer,
+            stop=_stop(chat.tokenizer, self.stop),
+            steps=math.ceil(len(mixture) / self.prompts_per_step),
+            notes=[task.note for task in tasks],
+            resources=resources,
+        )
+
+    def _tasks(self, chat: ChatTemplate) -> list[Tasks]:
+        if self.verifier:
+            verifier(self.verifier)
+        tasks: list[Tasks] = []
+        for source in (*self.sources, *self.held_out):
+            first = sum(map(len, tasks))
+            tasks.append(read_tasks(source, chat, name=self.verifier, max_length=self.max_prompt, too_long=self.too_long, first=first))
+        return tasks
+
+    def _critic(self, policy: Policy, run: Run, resources: ExitStack) -> Policy | None:
+        if self.critic is None:
+            return None
+        critic = Policy(self.critic.model, self.critic.optim, _grid(run.parallel), policy.world, seed=run.seed)
+        resources.callback(critic.close)
+        critic.expect_head("scalar")
+        if critic.model.vocab != policy.model.vocab:
+            raise ValueError(
+                f"algorithm.critic.model has a vocabulary of {critic.model.vocab}, the policy of {policy.model.vocab};"
+                " both must read the same ids"
+            )
+        return critic
+
+    def _reference(self, policy: Policy, run: Run, resources: ExitStack) -> Reference | None:
+        if not self.kl_coef:
+            return None
+        if self.reference == "offloaded":
+            return Offloaded(policy)
+        resident = Policy(run.model, None, run.parallel, policy.world, seed=run.seed)
+        resources.callback(resident.close)
+        return Resident(resident)
+
+
+def _grid(parallel: Parallel) -> Parallel:
+    """The policy's grid for another model: its layers are dealt evenly."""
+    return replace(parallel, stages=(), count_embedding=False, count_loss=False)
+
+
+def _stop(tokenizer: PreTrainedTokenizerFast, more: Sequence[str]) -> tuple[int, ...]:
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # type: ignore[list-item]
+    for token in more:
+        found = tokenizer.convert_tokens_to_ids(token)
+        if not isinstance(found, int) or found == tokenizer.unk_token_id:
+            raise ValueError(f"algorithm.stop: {token!r} is no token of the tokenizer; name single tokens, such as <|im_end|>")
+        ids.append(found)
+    if not ids:
+        raise ValueError("the tokenizer has no eos token; name the tokens that end a response in algorithm.stop")
+    return tuple(ids)
+
+
+@dataclass(frozen=True)
+class Started:
+    """RLVR under way."""
+
+    config: RLVR
+    run: Run
+    policy: Policy
+    critic: Policy | None
+    reference: Reference | None
+    pool: Pool
+    mixture: Mixture[Prompt]
+    tasks: list[Prompt]  # held out
+    tokenizer: PreTrainedTokenizerFast
+    stop: tuple[int, ...]
+    steps: int
+    notes: list[str]
+    resources: ExitStack
+
+    def close(self) -> None:
+        """Let go of critic, reference and verifiers."""
+        self.resources.close()
+
+    @property
+    def learners(self) -> list[Learner]:
+        """The policy, and the critic where there is one."""
+        c = self.config
+        kl_coef = c.kl_coef if c.advantage == "group" else 0.0
+        clipped = partial(ppo_clip, average=c.loss_average, clip_low=c.clip_low, clip_high=c.clip_high, kl=c.kl, kl_coef=kl_coef)
+        learners = [Learner("", self.policy, clipped, c.temperature)]
+        if self.critic is not None and c.critic is not None:
+            learners.append(
+                Learner("critic", self.critic, partial(value_clip, average=c.loss_average, clip=c.critic.clip, coef=c.critic.coef))
+            )
+        return learners
+
+    def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]:
+        """The responses of `step`, ready to be learned from, and what there is to say of them; equal on every rank."""
+        c, clock = self.config, Clock()
+        prompts = self.mixture.batch(step, c.prompts_per_step)
+        responses = self._generate(prompts, c.temperature, c.samples_per_prompt, step)
+        clock.lap("generate")
+        rollouts, dropped = judge(prompts, responses, self.tokenizer, self.pool, self.policy.world)
+        self._keep(step, rollouts)
+        clock.lap("verify")
+        samples = self._read([self._sample(rollout, step) for rollout in rollouts])
+        clock.lap("read")
+        learnable = self._advantages(samples, rollouts)
+        found = described(rollouts, learnable) | {"dropped": float(dropped)}
+        drawn = sum(len(rollout.response.tokens) for rollout in rollouts)
+        return learnable, found | clock.laps | {"generated_tokens_per_second": drawn / clock.laps["seconds_generate"]}
+
+    def _generate(self, prompts: Sequence[Prompt], temperature: float, samples: int, step: int) -> list[list[Response]]:
+        sampling = Sampling(self.config.max_response, self.stop, temperature)
+        return generate(self.policy, prompts, sampling, self.config.rollout, samples=samples, seed=(self.run.seed, step))
+
+    def _sample(self, rollout: Rollout, step: int) -> Sample:
+        prompt, response = rollout.prompt.tokens, rollout.response.tokens
+        mask = np.zeros(len(prompt) + len(response) - 1, np.uint8)
+        mask[len(prompt) - 1 :] = 1
+        return Sample(np.concatenate([prompt, response]), mask, reward=self._score(rollout), version=step)
+
+    def _score(self, rollout: Rollout) -> float:
+        if not rollout.response.stopped:
+            return self.config.no_stop
+        return self.config.correct if rollout.verdict.correct else 0.0
+
+    def _read(self, samples: list[Sample]) -> list[Sample]:
+        """With the log-probs of policy and reference, at the sampling temperature, and the critic's values."""
+        budget, temperature = self.run.tokens_per_microbatch, self.config.temperature
+
+        def logprobs(policy: Policy) -> list[np.ndarray]:
+            return per_token(policy, samples, budget, partial(policy.logprobs, temperature=temperature, masked=True))
+
+        samples = [replace(s, old_logprob=x) for s, x in zip(samples, logprobs(self.policy), strict=True)]
+        if self.reference is not None:
+            with self.reference.speaking() as speaker:
+                samples = [replace(s, ref_logprob=x) for s, x in zip(samples, logprobs(speaker), strict=True)]
+        if self.critic is not None:
+            values = per_token(self.critic, samples, budget, self.critic.values)
+            samples = [replace(s, value=x) for s, x in zip(samples, values, strict=True)]
+        return samples
+
+    def _advantages(self, samples: list[Sample], rollouts: list[Rollout]) -> list[Sample]:
+        c = self.config
+        if c.advantage == "group":
+            return by_group(samples, [rollout.prompt.id for rollout in rollouts], c.group_scale)
+        device, ranks = self.policy.world.device, self.policy.grid.dp
+        return by_critic(samples, kl_coef=c.kl_coef, kl=c.kl, gamma=c.gamma, lam=c.lam, whiten=c.whiten, ranks=ranks, device=device)
+
+    def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
+        """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts."""
+        for epoch in range(self.config.epochs):
+            order = np.random.default_rng((self.run.seed, step, epoch)).permutation(len(samples))
+            for part in np.array_split(order, self.config.minibatches):
+                yield [samples[i] for i in part]
+
+    def evaluate(self) -> dict[str, float]:
+        """The share of held-out tasks that are solved, at the sampling temperature and greedily, with its standard error."""
+        found: dict[str, float] = {}
+        for name, temperature in (("", self.config.temperature), ("_greedy", 0.0)) if self.tasks else ():
+            responses = self._generate(self.tasks, temperature, 1, 0)
+            rollouts, _ = judge(self.tasks, responses, self.tokenizer, self.pool, self.policy.world)
+            solved = float(np.mean([self._score(rollout) == self.config.correct for rollout in rollouts]))
+            found |= {f"solve_rate{name}": solved, f"solve_rate_se{name}": math.sqrt(solved * (1 - solved) / len(rollouts))}
+            found[f"length{name}"] = float(np.mean([len(rollout.response.tokens) for rollout in rollouts]))
+        return found
+
+    def _keep(self, step: int, rollouts: list[Rollout]) -> None:
+        """Write what was said and how it was judged, one line a response."""
+        if self.policy.world.rank == 0:
+            path = Path(self.run.out) / "samples" / f"step-{step:08d}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                file.writelines(json.dumps(self._line(rollout), ensure_ascii=False) + "\n" for rollout in rollouts)
+
+    def _line(self, rollout: Rollout) -> dict[str, Any]:
+        prompt, response, verdict = rollout.prompt, rollout.response, rollout.verdict
+        asked = {"id": prompt.id, "prompt": self.tokenizer.decode(prompt.tokens.tolist()), "response": rollout.text}
+        judged = {"truth": prompt.truth, "correct": verdict.correct, "reason": verdict.reason, "reward": self._score(rollout)}
+        return asked | judged | {"finish_reason": "stop" if response.stopped else "length", "tokens": len(response.tokens)}
+
+
+class Clock:
+    """Seconds of each phase of a step, on this rank."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap was `name`."""
+        now = time.perf_counter()
+        self.laps[f"seconds_{name}"] = now - self.since
+        self.since = now
+
+
+def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[str, float]:
+    """The field's numbers for a step's responses.
+
+    kl          mean over responses of the sum over tokens of log(policy / reference), in nats (k1); kl3: mean over tokens of k3
+    entropy     mean over tokens of -log p of the drawn token, in nats: an unbiased estimate at the sampling temperature
+    sampler_gap |log-prob of the sampler - log-prob of the trainer| of the drawn tokens
+    agreeing    share of prompts whose samples all have the same score: they teach nothing to advantage="group"
+    """
+    drawn = [s.old_logprob[s.mask > 0] for s in samples if s.old_logprob is not None]
+    gap = np.abs(np.concatenate(drawn) - np.concatenate([r.response.logprobs for r in rollouts]))
+    scores: dict[int, set[float]] = {}
+    for rollout, sample in zip(rollouts, samples, strict=True):
+        scores.setdefault(rollout.prompt.id, set()).add(sample.reward or 0.0)
+    found = {
+        "reward": np.mean([s.reward or 0.0 for s in samples]),
+        "solve_rate": np.mean([r.verdict.correct and r.response.stopped for r in rollouts]),
+        "length": np.mean([len(r.response.tokens) for r in rollouts]),
+        "no_stop": np.mean([not r.response.stopped for r in rollouts]),
+        "entropy": -np.concatenate(drawn).mean(),
+        "sampler_gap": gap.mean(),
+        "sampler_gap_max": gap.max(),
+        "agreeing": np.mean([len(found) == 1 for found in scores.values()]),
+    }
+    if samples[0].ref_logprob is not None:
+        pairs = [(s.old_logprob[s.mask > 0], s.ref_logprob[s.mask > 0]) for s in samples]  # type: ignore[index]
+        found["kl"] = np.mean([kl_estimate(old, ref, "k1").sum() for old, ref in pairs])
+        found["kl3"] = np.concatenate([kl_estimate(old, ref, "k3") for old, ref in pairs]).mean()
+    if samples[0].value is not None:
+        found["explained_variance"] = explained_variance(samples)
+    return {name: float(value) for name, value in found.items()}
