@@ -58,7 +58,7 @@ def sft_steps(
 
 
 def pairs(seed: int, count: int = 10) -> list[Sample]:
-    """`count` random pairs of ragged length as one batch."""
+    """`count` random pairs of ragged length as one batch: chosen and rejected in turns."""
     return [replace(sample, group=i // 2) for i, sample in enumerate(samples(seed, 2 * count))]
 
 
@@ -77,6 +77,18 @@ def reward_steps(
             # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
             found.append(policy.update(batch(halves, budget, **policy.cut), reward_bt, OPTIM.lr_at(step, 10) / 10))
         return [*found, policy.evaluate(batch(pairs(99), budget, **policy.cut), reward_bt)]
+
+
+def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
+    """Metrics of three steps of regression of the values of all counted tokens on 1."""
+    from engine.megatron.policy import Policy
+
+    def squares(value_T: Tensor, packed: Packed) -> Loss:
+        total, count = (0.5 * (value_T - 1) ** 2 * packed.mask_T).sum(), int(packed.mask_T.sum())
+        return Loss(total, count, {"loss": (total.detach(), count)})
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        return [policy.update(batch(samples(step), 64, **policy.cut), squares, OPTIM.lr / 10) for step in range(3)]
 
 
 def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
