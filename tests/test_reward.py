@@ -172,25 +172,36 @@ def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, p
             assert found[i] == pytest.approx(model.score(hidden)[0, :, 0].tolist(), abs=1e-4)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    """A recipe of three steps on generated pairs, into tmp_path/out."""
-    write(tmp_path / "data.jsonl", pairs(40, 0))
-    write(tmp_path / "held_out.jsonl", pairs(4, 1, held_out=True))
-    path = tmp_path / "recipe.py"
+RANDOM = "Model(init=Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512), head='scalar', tokenizer='bytes')"
+
+
+def make_recipe(folder: Path, model: str) -> Path:
+    """A recipe of three steps on generated pairs, into folder/out."""
+    write(folder / "data.jsonl", pairs(40, 0))
+    write(folder / "held_out.jsonl", pairs(4, 1, held_out=True))
+    path = folder / "recipe.py"
     path.write_text(f"""
 from engine.algorithms.reward import Reward
 from engine.config import Llama, Logging, Model, Optim, Run
 from engine.data.rows import Source
 
 run = Run(
-    model=Model(init=Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512), head="scalar", tokenizer="bytes"),
-    algorithm=Reward(sources=(Source({str(tmp_path / "data.jsonl")!r}),), held_out=(Source({str(tmp_path / "held_out.jsonl")!r}),),
+    model={model},
+    algorithm=Reward(sources=(Source({str(folder / "data.jsonl")!r}),), held_out=(Source({str(folder / "held_out.jsonl")!r}),),
                      batch_size=8, max_length=256),
-    optim=Optim(lr=1e-3), tokens_per_microbatch=1024, steps=3, out={str(tmp_path / "out")!r}, logging=Logging(tensorboard=False),
+    optim=Optim(lr=1e-3), tokens_per_microbatch=1024, steps=3, out={str(folder / "out")!r}, logging=Logging(tensorboard=False),
 )
 """)
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return make_recipe(tmp_path, RANDOM)
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
@@ -209,10 +220,7 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
         out = tmp_path / f"{layout}.jsonl"
         words = ["score", "--reward", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--out", str(out)]
         assert all(found[0] == 0 for found in ranks(size).run(jobs.command, words=[*words, f"parallel.{layout}"]))
-    scores = {
-        layout: [json.loads(line) for line in (tmp_path / f"{layout}.jsonl").read_text().splitlines()]
-        for layout in ("tp=1", "tp=2", "pp=2")
-    }
+    scores = {layout: lines(tmp_path / f"{layout}.jsonl") for layout in ("tp=1", "tp=2", "pp=2")}
     messages = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in texts]
     whole = [tokenizer.apply_chat_template(turns, return_dict=False) for turns in [*messages, problem["messages"]]]
     assert [score["tokens"] for score in scores["tp=1"]] == [*whole, *(row["tokens"] for row in rows[4:])]
@@ -236,15 +244,13 @@ def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, ba
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_a_fresh_head_is_told_of_in_one_line(recipe: Path, tmp_path: Path) -> None:
-    """And padding must not be what sequences end in, or transformers would score the token before."""
+def test_a_fresh_head_is_told_of_in_one_line(tmp_path: Path) -> None:
+    """And config.json says what transformers needs to know: one label, and a padding that ends no sequence."""
     base = make_folder(tmp_path / "base", replace(jobs.TINY, vocab=260, max_length=512))
-    recipe.write_text(recipe.read_text().replace("Model(init=", f"Model({str(base)!r}) if True else Model(init="))
-    code, told, complained = engine("run", recipe, "model.tokenizer=bytes", "model.head=scalar", "steps=1")
+    code, told, complained = engine("run", make_recipe(tmp_path, f"Model({str(base)!r}, head='scalar', tokenizer='bytes')"), "steps=1")
     assert code == 0, complained
-    assert [line for line in told.splitlines() if "anew" in line] == [
-        f"{base} is a language model: its scalar head starts anew, N(0, 1 / sqrt(65))"
-    ]
+    told_of = f"{base} is a language model: its scalar head starts anew, N(0, 1 / sqrt(65))"
+    assert [line for line in told.splitlines() if "anew" in line] == [told_of]
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["pad_token_id"], len(config["id2label"]), config["tie_word_embeddings"]) == (256, 1, False)
 
