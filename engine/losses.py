@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from engine.types import Loss, Packed
+from engine.types import Loss, Moments, Packed
+from triton_kernels import dpo_norm, seq_logps
 
 
 def nll(logprob_T: Tensor, packed: Packed) -> Loss:
@@ -12,3 +14,54 @@ def nll(logprob_T: Tensor, packed: Packed) -> Loss:
     count = int(packed.mask_T.sum())
     total = -(logprob_T * packed.mask_T).sum()
     return Loss(total, count, {"loss": (total.detach(), count)})
+
+
+def dpo(
+    logprob_T: Tensor, packed: Packed, *, beta: float, label_smoothing: float = 0.0, normalize: bool = True, nll_weight: float = 0.0
+) -> Loss:
+    """Direct preference optimisation of the pairs of a microbatch: total = sum of their losses, count = how many they are.
+
+    A pair is the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch; ref_logprob_T is the reference's. See triton_kernels.dpo_norm
+    for the loss, `normalize` and `label_smoothing`. `nll_weight` adds that many times the chosen answer's negative log-likelihood per
+    token: a mean over each answer of its own (Pang et al., arXiv 2404.19733, equation 2), so that it is a sum over pairs too. TRL's
+    loss_type "sft" averages over all tokens of a microbatch instead, which is the same for pairs one by one and depends on the cut else.
+
+    Metrics with a mean over pairs: rewards and their margin in nats (times beta), accuracy (margin above 0), sums of log-probs and numbers
+    of counted tokens of both halves. length_bias is the correlation over pairs of the margin with how much longer the chosen half is.
+    While the policy still is the reference, margins are rounding errors, and so are accuracy and length_bias.
+    """
+    assert packed.ref_logprob_T is not None, "DPO needs ref_logprob of every sample"
+    pairs_P2 = _pairs(packed)
+    count, where = len(pairs_P2), (packed.mask_T, packed.cu_seqlens)
+    loss_P, reward = dpo_norm(logprob_T, packed.ref_logprob_T, *where, pairs_P2, beta, label_smoothing, normalize)
+    total_S, tokens_S = seq_logps(logprob_T, *where)
+    on_device = pairs_P2.to(total_S.device)
+    logps, lengths = total_S[on_device], tokens_S[on_device]
+    total = loss_P.sum()
+    means = {
+        "loss": loss_P,
+        "accuracy": reward.accuracy,
+        "margin": reward.margin,
+        "rewards/chosen": reward.chosen,
+        "rewards/rejected": reward.rejected,
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+        "length/chosen": lengths[:, 0],
+        "length/rejected": lengths[:, 1],
+    }
+    if nll_weight:
+        nll_P = -logps[:, 0] / lengths[:, 0].clamp(min=1.0)
+        total = total + nll_weight * nll_P.sum()
+        means |= {"loss": loss_P + nll_weight * nll_P, "nll": nll_P}
+    metrics: dict[str, tuple[Tensor | float, int] | Moments] = {
+        name: (value_P.detach().double().sum(), count) for name, value_P in means.items()
+    }
+    return Loss(total, count, metrics | {"length_bias": Moments.of(reward.margin, lengths[:, 0] - lengths[:, 1])})
+
+
+def _pairs(packed: Packed) -> Tensor:
+    """(chosen, rejected) of every pair of the microbatch, as places among its sequences, int64 [P, 2]."""
+    place = {index: s for s, index in enumerate(packed.index_S)}
+    pairs = [(place[index], place[index + 1]) for index in packed.index_S if index >= 0 and index % 2 == 0]
+    assert 2 * len(pairs) == sum(index >= 0 for index in packed.index_S), "a pair is split over microbatches: give both halves one group"
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)

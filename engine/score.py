@@ -8,23 +8,19 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from engine.batching import batch, scatter
 from engine.config import Model, Parallel
 from engine.data.rows import Source, read_rows
 from engine.data.template import ChatTemplate, given
 from engine.data.tokenizer import load_tokenizer
+from engine.logprobs import logprobs
 from engine.megatron.policy import Policy
 from engine.types import Sample
 from engine.world import World
-
-BLOCK = 512  # rows that are planned together, and held in memory
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,11 @@ def score(scoring: Scoring, data: str, out: Path, world: World) -> int:
         part = out.with_name(out.name + ".part")
         count = 0
         try:
-            while block := list(islice(rows, BLOCK)):
-                logprobs = _logprobs(policy, block, scoring.tokens_per_microbatch)
+            for block, values in logprobs(policy, rows, scoring.tokens_per_microbatch):
                 count += len(block)
                 if world.rank == 0:
                     with part.open("w" if count == len(block) else "a") as file:
-                        file.writelines(_line(sample, values) for sample, values in zip(block, logprobs, strict=True))
+                        file.writelines(map(_line, block, values))
             if world.rank == 0:
                 os.replace(part, out)
         finally:
@@ -90,16 +85,5 @@ def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
         yield Sample(tokens, mask)
 
 
-def _logprobs(policy: Policy, samples: list[Sample], budget: int) -> list[list[float]]:
-    """Each sample's log-probs, on rank 0; the others get an empty list."""
-    step = batch(samples, budget, **policy.cut)
-    mine = dict(enumerate(scatter(policy.logprobs(step), step, len(samples)))) if step else {}
-    found = {i: values.tolist() for i, values in mine.items() if values is not None and policy.speaks}
-    parts: list[dict[int, list[float]]] = [{}] * policy.world.size
-    dist.gather_object(found, parts if policy.world.rank == 0 else None)
-    whole = {i: values for part in parts for i, values in part.items()}
-    return [whole[i] for i in range(len(samples))] if policy.world.rank == 0 else []
-
-
-def _line(sample: Sample, logprobs: list[float]) -> str:
-    return json.dumps({"tokens": sample.tokens.tolist(), "logprobs": logprobs, "mask": sample.mask.tolist()}) + "\n"
+def _line(sample: Sample, logprobs: np.ndarray) -> str:
+    return json.dumps({"tokens": sample.tokens.tolist(), "logprobs": logprobs.tolist(), "mask": sample.mask.tolist()}) + "\n"
