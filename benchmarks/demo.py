@@ -1,5 +1,5 @@
 """The demo: SmolLM2-135M learns to work word problems on two CPU processes, and another one to judge the work. Each stage is measured on
-problems that nobody trained on.
+problems that nobody trained on."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.types import Loss, Packed
+from engine.types import Loss, Moments, Packed
+from triton_kernels import dpo_norm, seq_logps
 
 
 def nll(logprob_T: Tensor, packed: Packed) -> Loss:
@@ -17,15 +18,48 @@ def nll(logprob_T: Tensor, packed: Packed) -> Loss:
     return Loss(total, count, {"loss": (total.detach(), count)})
 
 
+def dpo(
+    logprob_T: Tensor, packed: Packed, *, beta: float, label_smoothing: float = 0.0, normalize: bool = True, nll_weight: float = 0.0
+) -> Loss:
+    """Direct preference optimisation of the pairs of a microbatch: total = sum of their losses, count = how many they are.
+
+    A pair is the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch; ref_logprob_T is the reference's. See triton_kernels.dpo_norm
+    for the loss, `normalize` and `label_smoothing`. `nll_weight` adds that many times the chosen answer's negative log-likelihood per
+    token: a mean over each answer of its own (Pang et al., arXiv 2404.19733, equation 2), so that it is a sum over pairs too. TRL's
+    loss_type "sft" averages over all tokens of a microbatch instead, which is the same for pairs one by one and depends on the cut else.
+
+    Metrics with a mean over pairs: rewards and their margin in nats (times beta), accuracy (margin above 0), sums of log-probs and numbers
+    of counted tokens of both halves. length_bias is the correlation over pairs of the margin with how much longer the chosen half is.
+    While the policy still is the reference, margins are rounding errors, and so are accuracy and length_bias.
+    """
+    assert packed.ref_logprob_T is not None, "DPO needs ref_logprob of every sample"
+    pairs_P2 = _pairs(packed)
+    where = (packed.mask_T, packed.cu_seqlens)
+    loss_P, reward = dpo_norm(logprob_T, packed.ref_logprob_T, *where, pairs_P2, beta, label_smoothing, normalize)
+    total_S, tokens_S = seq_logps(logprob_T, *where)
+    on_device = pairs_P2.to(total_S.device)
+    logps, lengths = total_S[on_device], tokens_S[on_device]
+    total = loss_P.sum()
+    means = {
+        "loss": loss_P,
+        "accuracy": reward.accuracy,
+        "margin": reward.margin,
+        "rewards/chosen": reward.chosen,
+        "rewards/rejected": reward.rejected,
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+    }
+    if nll_weight:
+        nll_P = -logps[:, 0] / lengths[:, 0].clamp(min=1.0)
+        total = total + nll_weight * nll_P.sum()
+        means |= {"loss": loss_P + nll_weight * nll_P, "nll": nll_P}
+    return _of_pairs(total, means, lengths)
+
+
 def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
     """Bradley-Terry (arXiv 2411.15124, section 6.2): total = sum over pairs of -log sigmoid(reward of chosen - reward of rejected), where
-    a sequence's reward is the value of its last token; count = pairs.
-
-    A pair is the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch. Metrics with a mean over pairs: rewards and their margin,
-    accuracy (margin above 0), numbers of counted tokens of both halves.
-    """
-    pairs_P2 = _pairs(packed).to(value_T.device)
-    cu_seqlens = packed.cu_seqlens.to(value_T.device)
+    a sequence's reward is the value of its last token; count = pairs. Pairs and metrics are those of `dpo`, without log-probs."""
+    pairs_P2, cu_seqlens = _pairs(packed).to(value_T.device), packed.cu_seqlens.to(value_T.device)
     reward_P2 = value_T[cu_seqlens[1:] - 1][pairs_P2]
     length_P2 = F.pad(packed.mask_T.cumsum(0), (1, 0))[cu_seqlens].diff()[pairs_P2]
     margin_P = reward_P2[:, 0] - reward_P2[:, 1]
@@ -36,11 +70,18 @@ def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
         "margin": margin_P,
         "rewards/chosen": reward_P2[:, 0],
         "rewards/rejected": reward_P2[:, 1],
-        "length/chosen": length_P2[:, 0],
-        "length/rejected": length_P2[:, 1],
     }
-    count = len(pairs_P2)
-    return Loss(loss_P.sum(), count, {name: (value_P.detach().double().sum(), count) for name, value_P in means.items()})
+    return _of_pairs(loss_P.sum(), means, length_P2)
+
+
+def _of_pairs(total: Tensor, means: dict[str, Tensor], length_P2: Tensor) -> Loss:
+    """`means` [P] each become a mean over pairs; with them go the halves' lengths, and how far the margin follows them."""
+    count = len(length_P2)
+    means = means | {"length/chosen": length_P2[:, 0], "length/rejected": length_P2[:, 1]}
+    metrics: dict[str, tuple[Tensor | float, int] | Moments] = {
+        name: (value_P.detach().double().sum(), count) for name, value_P in means.items()
+    }
+    return Loss(total, count, metrics | {"length_bias": Moments.of(means["margin"].detach(), length_P2[:, 0] - length_P2[:, 1])})
 
 
 def _pairs(packed: Packed) -> Tensor:

@@ -26,6 +26,7 @@ FLOORS = {
     "engine.verify": 1,
     "engine.megatron": 2,
     "engine.texts": 3,
+    "engine.logprobs": 3,
     "engine.rollout": 3,
     "engine.algorithms": 4,
     "engine.train": 5,

@@ -20,14 +20,19 @@ Pair = tuple[Sample, Sample]  # (chosen, rejected)
 class Pairs:
     """The pairs of a prepared source, in its order, over a memory-mapped corpus: chosen is its sample 2 i, rejected 2 i + 1."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, ref_logprob: np.ndarray | None = None) -> None:
+        """ref_logprob: of every predicted token of the corpus, float32 [sum of L]; samples get theirs."""
+        self.corpus, self._ref_logprob = corpus, ref_logprob
 
     def __len__(self) -> int:
         return len(self.corpus) // 2
 
     def __getitem__(self, i: int) -> Pair:
-        return self.corpus[2 * i], self.corpus[2 * i + 1]
+        return self._half(2 * i), self._half(2 * i + 1)
+
+    def _half(self, i: int) -> Sample:
+        sample = self.corpus[i]
+        return sample if self._ref_logprob is None else replace(sample, ref_logprob=self._ref_logprob[self.corpus.predicted(i)])
 
     @property
     def counts(self) -> Counts:
