@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.types import Loss, Packed
-from triton_kernels import ppo_loss, value_loss
+from engine.types import Loss, Moments, Packed
+from triton_kernels import dpo_norm, ppo_loss, seq_logps, value_loss
 
 Average = Literal["token", "sequence"]
-HALVES = ("chosen", "rejected")  # of a pair, in this order
 
 
 def nll(logprob_T: Tensor, packed: Packed) -> Loss:
@@ -23,30 +22,78 @@ def nll(logprob_T: Tensor, packed: Packed) -> Loss:
     return Loss(total, count, {"loss": (total.detach(), count)})
 
 
+def dpo(
+    logprob_T: Tensor, packed: Packed, *, beta: float, label_smoothing: float = 0.0, normalize: bool = True, nll_weight: float = 0.0
+) -> Loss:
+    """Direct preference optimisation of the pairs of a microbatch: total = sum of their losses, count = how many they are.
+
+    A pair is the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch; ref_logprob_T is the reference's. See triton_kernels.dpo_norm
+    for the loss, `normalize` and `label_smoothing`. `nll_weight` adds that many times the chosen answer's negative log-likelihood per
+    token: a mean over each answer of its own (Pang et al., arXiv 2404.19733, equation 2), so that it is a sum over pairs too. TRL's
+    loss_type "sft" averages over all tokens of a microbatch instead, which is the same for pairs one by one and depends on the cut else.
+
+    Metrics with a mean over pairs: rewards and their margin in nats (times beta), accuracy (margin above 0), sums of log-probs and numbers
+    of counted tokens of both halves. length_bias is the correlation over pairs of the margin with how much longer the chosen half is.
+    While the policy still is the reference, margins are rounding errors, and so are accuracy and length_bias.
+    """
+    assert packed.ref_logprob_T is not None, "DPO needs ref_logprob of every sample"
+    pairs_P2 = _pairs(packed)
+    where = (packed.mask_T, packed.cu_seqlens)
+    loss_P, reward = dpo_norm(logprob_T, packed.ref_logprob_T, *where, pairs_P2, beta, label_smoothing, normalize)
+    total_S, tokens_S = seq_logps(logprob_T, *where)
+    on_device = pairs_P2.to(total_S.device)
+    logps, lengths = total_S[on_device], tokens_S[on_device]
+    total = loss_P.sum()
+    means = {
+        "loss": loss_P,
+        "accuracy": reward.accuracy,
+        "margin": reward.margin,
+        "rewards/chosen": reward.chosen,
+        "rewards/rejected": reward.rejected,
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+    }
+    if nll_weight:
+        nll_P = -logps[:, 0] / lengths[:, 0].clamp(min=1.0)
+        total = total + nll_weight * nll_P.sum()
+        means |= {"loss": loss_P + nll_weight * nll_P, "nll": nll_P}
+    return _of_pairs(total, means, lengths)
+
+
 def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
     """Bradley-Terry (arXiv 2411.15124, section 6.2): total = sum over pairs of -log sigmoid(reward of chosen - reward of rejected), where
-    a sequence's reward is the value of its last token; count = pairs, paired as `pairs` says."""
-    pairs_P2 = pairs(packed)
-    cu_seqlens = packed.cu_seqlens.to(value_T.device)
+    a sequence's reward is the value of its last token; count = pairs. Pairs and metrics are those of `dpo`, without log-probs."""
+    pairs_P2, cu_seqlens = _pairs(packed).to(value_T.device), packed.cu_seqlens.to(value_T.device)
     reward_P2 = value_T[cu_seqlens[1:] - 1][pairs_P2]
-    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
-    total = -F.logsigmoid(margin_P).sum()
     length_P2 = F.pad(packed.mask_T.cumsum(0), (1, 0))[cu_seqlens].diff()[pairs_P2]
-    sums = {
-        "loss": total.detach(),
-        "accuracy": (margin_P > 0).sum(),
-        "margin": margin_P.detach().sum(),
-        **{f"reward_{half}": reward_P2[:, i].detach().sum() for i, half in enumerate(HALVES)},
-        **{f"length_{half}": length_P2[:, i].sum() for i, half in enumerate(HALVES)},
+    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
+    loss_P = -F.logsigmoid(margin_P)
+    means = {
+        "loss": loss_P,
+        "accuracy": margin_P > 0,
+        "margin": margin_P,
+        "rewards/chosen": reward_P2[:, 0],
+        "rewards/rejected": reward_P2[:, 1],
     }
-    return Loss(total, len(pairs_P2), {name: (value, len(pairs_P2)) for name, value in sums.items()})
+    return _of_pairs(loss_P.sum(), means, length_P2)
 
 
-def pairs(packed: Packed) -> Tensor:
-    """Which sequences of the microbatch are the (chosen, rejected) of each pair, int64 [P, 2]: samples 2p and 2p + 1 of the batch."""
+def _of_pairs(total: Tensor, means: dict[str, Tensor], length_P2: Tensor) -> Loss:
+    """`means` [P] each become a mean over pairs; with them go the halves' lengths, and how far the margin follows them."""
+    count = len(length_P2)
+    means = means | {"length/chosen": length_P2[:, 0], "length/rejected": length_P2[:, 1]}
+    metrics: dict[str, tuple[Tensor | float, int] | Moments] = {
+        name: (value_P.detach().double().sum(), count) for name, value_P in means.items()
+    }
+    return Loss(total, count, metrics | {"length_bias": Moments.of(means["margin"].detach(), length_P2[:, 0] - length_P2[:, 1])})
+
+
+def _pairs(packed: Packed) -> Tensor:
+    """(chosen, rejected) of every pair of the microbatch, as places among its sequences, int64 [P, 2]."""
     place = {index: s for s, index in enumerate(packed.index_S)}
-    found = [(place[index], place[index + 1]) for index in place if index >= 0 and index % 2 == 0]
-    return torch.tensor(found, dtype=torch.int64).view(-1, 2)
+    pairs = [(place[index], place[index + 1]) for index in packed.index_S if index >= 0 and index % 2 == 0]
+    assert 2 * len(pairs) == sum(index >= 0 for index in packed.index_S), "a pair is split over microbatches: give both halves one group"
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
 def ppo_clip(

@@ -60,7 +60,10 @@ class Report:
         self._open.close()
 
     def step(self, step: int, steps: int, metrics: dict[str, float], *, tokens: int, seconds: float, memory_gb: float) -> None:
-        """Tell of update `step` of `steps`: `tokens` of all devices in `seconds`, with a peak of `memory_gb` on this one."""
+        """Tell of update `step` of `steps`: `tokens` of all devices in `seconds`, with a peak of `memory_gb` on this one.
+
+        Metrics with a slash in their names, such as rewards/chosen, are details: recorded, but not printed.
+        """
         if not self._is_writer:
             return
         self._seconds.append(seconds)
@@ -70,7 +73,7 @@ class Report:
         left = timedelta(seconds=round((steps - step - 1) * statistics.median(self._seconds)))
         columns = [
             f"step {step + 1:>{len(str(steps))}}/{steps}",
-            *(f"{_label(name)} {_number(value):<9}" for name, value in metrics.items()),
+            *(f"{_label(name)} {_number(value):<9}" for name, value in metrics.items() if "/" not in name),
             f"{rate:>9,.0f} tok/s",
             f"{seconds:>7.2f} s",
             f"{memory_gb:>6.1f} GB",
@@ -85,7 +88,8 @@ class Report:
         if not self._is_writer:
             return
         self._record("evaluation", step, metrics, {})
-        self._print("  ".join([f"after step {step}", *(f"held-out {_label(name)} {_number(value)}" for name, value in metrics.items())]))
+        columns = (f"held-out {_label(name)} {_number(value)}" for name, value in metrics.items() if "/" not in name)
+        self._print("  ".join([f"after step {step}", *columns]))
 
     def note(self, text: str) -> None:
         """Tell one line that is no measurement, such as "resumed from step 20"."""

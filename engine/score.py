@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
-from torch import Tensor
 
-from engine.batching import batch, scatter
 from engine.config import Model, Parallel
 from engine.data.rows import Source, read_rows
 from engine.data.template import ChatTemplate, given, read_whole
 from engine.data.tokenizer import load_tokenizer
+from engine.logprobs import per_token
 from engine.megatron.policy import Policy
-from engine.types import Sample, Step
+from engine.types import Sample
 from engine.world import World
-
-BLOCK = 512  # rows that are planned together, and held in memory
 
 
 @dataclass(frozen=True)
@@ -52,12 +47,11 @@ def score(scoring: Scoring, data: str, out: Path, world: World, *, reward: bool 
         part = out.with_name(out.name + ".part")
         count = 0
         try:
-            while block := list(islice(rows, BLOCK)):
-                values = _per_token(policy, verb, block, scoring.tokens_per_microbatch)
+            for block, values in per_token(policy, verb, rows, scoring.tokens_per_microbatch):
                 count += len(block)
                 if world.rank == 0:
                     with part.open("w" if count == len(block) else "a") as file:
-                        file.writelines(line(*scored) for scored in zip(block, values, strict=True))
+                        file.writelines(map(line, block, values))
             if world.rank == 0:
                 os.replace(part, out)
         finally:
@@ -94,20 +88,9 @@ def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
         yield Sample(tokens, mask)
 
 
-def _per_token(policy: Policy, verb: Callable[[Step], list[Tensor]], samples: list[Sample], budget: int) -> list[list[float]]:
-    """What a verb of the policy says of each sample's tokens, on rank 0; the others get an empty list."""
-    step = batch(samples, budget, **policy.cut)
-    mine = dict(enumerate(scatter(verb(step), step, len(samples)))) if step else {}
-    found = {i: values.tolist() for i, values in mine.items() if values is not None and policy.speaks}
-    parts: list[dict[int, list[float]]] = [{}] * policy.world.size
-    dist.gather_object(found, parts if policy.world.rank == 0 else None)
-    whole = {i: values for part in parts for i, values in part.items()}
-    return [whole[i] for i in range(len(samples))] if policy.world.rank == 0 else []
+def _line(sample: Sample, logprobs: np.ndarray) -> str:
+    return json.dumps({"tokens": sample.tokens.tolist(), "logprobs": logprobs.tolist(), "mask": sample.mask.tolist()}) + "\n"
 
 
-def _line(sample: Sample, logprobs: list[float]) -> str:
-    return json.dumps({"tokens": sample.tokens.tolist(), "logprobs": logprobs, "mask": sample.mask.tolist()}) + "\n"
-
-
-def _reward_line(sample: Sample, values: list[float]) -> str:
-    return json.dumps({"reward": values[-1], "tokens": sample.tokens[:-1].tolist()}) + "\n"
+def _reward_line(sample: Sample, values: np.ndarray) -> str:
+    return json.dumps({"reward": float(values[-1]), "tokens": sample.tokens[:-1].tolist()}) + "\n"

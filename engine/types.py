@@ -10,9 +10,10 @@ Prompt -> Sample (one sequence, host memory) -> Packed (one microbatch, device m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -92,13 +93,36 @@ class Packed:
 Step = list[Packed]  # the microbatches of one rank for one optimizer step; every data-parallel rank has equally many
 
 
+class Moments(NamedTuple):
+    """Sums over n points (x, y): what a correlation is made of, and what can be added over microbatches and ranks."""
+
+    n: torch.Tensor | float
+    x: torch.Tensor | float
+    y: torch.Tensor | float
+    xx: torch.Tensor | float
+    yy: torch.Tensor | float
+    xy: torch.Tensor | float
+
+    @staticmethod
+    def of(x: torch.Tensor, y: torch.Tensor) -> Moments:
+        """Of two vectors, in float64."""
+        x, y = x.double(), y.double()
+        return Moments(len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y)
+
+    def correlation(self) -> float:
+        """Pearson's, in [-1, 1]; 0 where x or y does not vary. For moments that are plain numbers."""
+        n, x, y, xx, yy, xy = (float(value) for value in self)
+        spread = max(n * xx - x * x, 0.0) * max(n * yy - y * y, 0.0)
+        return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Loss:
     """What a loss function says of one microbatch: sums and counts, so that no number depends on how a batch was cut."""
 
     total: torch.Tensor  # scalar, differentiable: a SUM
     count: int  # what the total of the whole step is divided by, summed over microbatches and ranks
-    metrics: dict[str, tuple[torch.Tensor | float, int]]  # name -> (sum, count)
+    metrics: dict[str, tuple[torch.Tensor | float, int] | Moments]  # name -> (sum, count), told as a mean; moments, as a correlation
 
 
 LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, or value_T of a scalar head; microbatch) -> Loss

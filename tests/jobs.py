@@ -8,6 +8,7 @@ import io
 import resource
 from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,8 +16,10 @@ from unittest import mock
 import numpy as np
 from torch import Tensor
 
+from engine import losses
 from engine.batching import batch, scatter
 from engine.config import Llama, Model, Optim, Parallel
+from engine.data.pairs import Pair, grouped
 from engine.losses import nll, reward_bt
 from engine.types import Loss, LossFunction, Packed, Sample, Step
 from engine.world import World
@@ -30,6 +33,39 @@ def samples(seed: int, count: int = 16, longest: int = 24, vocab: int = 250) -> 
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, longest + 1, count)
     return [Sample(draw.integers(0, vocab, n + 1, dtype=np.int32), (draw.random(n) < 0.7).astype(np.uint8)) for n in lengths]
+
+
+def pairs(seed: int, count: int = 8) -> list[Pair]:
+    """Random pairs with a prompt in common and the log-probs of an imagined reference, a function of the arguments."""
+    draw = np.random.default_rng(seed)
+
+    def half(prompt: np.ndarray) -> Sample:
+        answer = draw.integers(0, 250, draw.integers(1, 13), dtype=np.int32)
+        mask = np.repeat(np.array([0, 1], np.uint8), [len(prompt) - 1, len(answer)])
+        return Sample(np.concatenate([prompt, answer]), mask, ref_logprob=draw.normal(-5.5, 0.3, len(mask)).astype(np.float32))
+
+    prompts = [draw.integers(0, 250, draw.integers(1, 13), dtype=np.int32) for _ in range(count)]
+    return [(half(prompt), half(prompt)) for prompt in prompts]
+
+
+DPO_LOSSES = (
+    partial(losses.dpo, beta=5.0, label_smoothing=0.1, nll_weight=0.2),
+    partial(losses.dpo, beta=0.1, normalize=False),
+)
+
+
+def dpo_steps(world: World, parallel: Parallel, model: Model, *, budget: int = 64, order: int = 0) -> list[dict[str, float]]:
+    """Metrics of two steps with each of DPO_LOSSES, and of held-out pairs after them."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        found = []
+        for step in range(4):
+            shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
+            batch_ = pairs(step)
+            samples_ = grouped([batch_[i] for i in shuffled])
+            found.append(policy.update(batch(samples_, budget, **policy.cut), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
+        return [*found, policy.evaluate(batch(grouped(pairs(99)), budget, **policy.cut), DPO_LOSSES[0])]
 
 
 def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
@@ -57,11 +93,6 @@ def sft_steps(
         return [*found, policy.evaluate(held_out, nll)]
 
 
-def pairs(seed: int, count: int = 10) -> list[Sample]:
-    """`count` random pairs of ragged length as one batch."""
-    return [replace(sample, group=i // 2) for i, sample in enumerate(samples(seed, 2 * count))]
-
-
 def reward_steps(
     world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, order: int = 0
 ) -> list[dict[str, float]]:
@@ -72,15 +103,27 @@ def reward_steps(
         found = []
         for step in range(steps):
             batch_ = pairs(step)
-            shuffled = np.random.default_rng(order).permutation(10) if order else range(10)
-            halves = [batch_[2 * p + half] for p in shuffled for half in (0, 1)]
+            shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
+            halves = grouped([batch_[i] for i in shuffled])
             # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
             found.append(policy.update(batch(halves, budget, **policy.cut), reward_bt, OPTIM.lr_at(step, 10) / 10))
-        return [*found, policy.evaluate(batch(pairs(99), budget, **policy.cut), reward_bt)]
+        return [*found, policy.evaluate(batch(grouped(pairs(99)), budget, **policy.cut), reward_bt)]
+
+
+def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
+    """Metrics of three steps of regression of the values of all counted tokens on 1."""
+    from engine.megatron.policy import Policy
+
+    def squares(value_T: Tensor, packed: Packed) -> Loss:
+        total, count = (0.5 * (value_T - 1) ** 2 * packed.mask_T).sum(), int(packed.mask_T.sum())
+        return Loss(total, count, {"loss": (total.detach(), count)})
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        return [policy.update(batch(samples(step), 64, **policy.cut), squares, OPTIM.lr / 10) for step in range(3)]
 
 
 def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
-    return (pairs(step), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
+    return (grouped(pairs(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
 
 
 def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, alone: bool = False) -> dict[int, list[float]]:

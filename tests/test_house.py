@@ -27,6 +27,7 @@ FLOORS = {
     "engine.verify": 1,
     "engine.megatron": 2,
     "engine.texts": 3,
+    "engine.logprobs": 3,
     "engine.rollout": 3,
     "engine.supervised": 3,
     "engine.algorithms": 4,

@@ -82,6 +82,33 @@ def test_more_ranks_than_sequences_fill_up_with_dummies() -> None:
     check_same(4, Parallel(pp=2), budget=1000)
 
 
+@lru_cache
+def dpo_on_one_rank() -> list[dict[str, float]]:
+    return ranks(1).run(jobs.dpo_steps, parallel=Parallel(), model=UNTIED)[0]
+
+
+DPO_CUTS = [
+    (1, Parallel(), {"budget": 1000}),
+    (1, Parallel(), {"order": 5}),
+    (2, Parallel(), {}),
+    (2, Parallel(), {"budget": 48, "order": 3}),
+    (2, Parallel(tp=2), {}),
+    (2, Parallel(tp=2), {"budget": 48}),
+    (2, Parallel(pp=2), {}),
+    (2, Parallel(pp=2, vpp=2), {"budget": 100, "order": 7}),
+    (4, Parallel(), {"budget": 1000}),  # replicas without a pair
+    (8, Parallel(tp=2, pp=2), {}),
+]
+
+
+@pytest.mark.parametrize(("size", "parallel", "cut"), DPO_CUTS, ids=str)
+def test_dpo(size: int, parallel: Parallel, cut: dict[str, int]) -> None:
+    """Every metric, correlation and gradient norm, with NLL term and without: counts are of pairs, and no pair is split."""
+    for found in ranks(size).run(jobs.dpo_steps, parallel=parallel, model=UNTIED, **cut):
+        for got, expected in zip(found, dpo_on_one_rank(), strict=True):
+            assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2, vpp=2))], ids=str)
 def test_logprobs(size: int, parallel: Parallel) -> None:
     whole = ranks(1).run(jobs.logprobs, parallel=Parallel(), model=UNTIED, budget=24)[0]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.config import Run
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
-from engine.data.pairs import WHOLE_PAIR, Pairs, grouped
+from engine.data.pairs import grouped, prepare_pairs
 from engine.data.rows import Source
 from engine.losses import reward_bt
 from engine.megatron.policy import Policy
@@ -45,10 +45,8 @@ class Reward:
         policy.expect_head("scalar")
         chat = open_chat(policy, run, self.chat_template, self.max_length)
         sources = (*self.sources, *self.held_out)
-        corpora = prepare_all(
-            policy, sources, chat, max_length=self.max_length, too_long=self.too_long, bad_rows=self.bad_rows, reader=WHOLE_PAIR
-        )
-        pairs = [Pairs(corpus) for corpus in corpora]
+        options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
+        pairs = prepare_all(policy, sources, lambda source, cache: prepare_pairs(source, chat, **options, whole=True, cache=cache))
         for source, found in zip(sources, pairs, strict=True):
             found.check_fit(source.path, microbatch_tokens(policy, run))
         trained, held_out = pairs[: len(self.sources)], pairs[len(self.sources) :]
@@ -72,7 +70,7 @@ def _padded_apart(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
         others = [token for token in (tokenizer.unk_token, tokenizer.bos_token) if token not in (None, tokenizer.eos_token)]
         if not others:
             raise ValueError(
-                f"the tokenizer pads with {tokenizer.pad_token!r}; a reward model needs padding that ends no sequence: give it another pad_token"
+                f"the tokenizer pads with {tokenizer.pad_token!r}; a reward model needs another pad_token, which ends no sequence"
             )
         tokenizer.pad_token = others[0]
     return tokenizer

@@ -86,6 +86,10 @@ class Corpus:
         start, end = self._offsets[i], self._offsets[i + 1]
         return Sample(tokens=self._tokens[start:end], mask=self._trained[start + 1 : end])
 
+    def predicted(self, i: int) -> slice:
+        """Where sample i lies in an array over all predicted tokens of the corpus, [sum of L]."""
+        return slice(int(self._offsets[i]) - i, int(self._offsets[i + 1]) - i - 1)
+
     @property
     def lengths(self) -> np.ndarray:
         """L of every sample, int64 [len(self)]."""

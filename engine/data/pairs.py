@@ -20,14 +20,19 @@ Pair = tuple[Sample, Sample]  # (chosen, rejected)
 class Pairs:
     """The pairs of a prepared source, in its order, over a memory-mapped corpus: chosen is its sample 2 i, rejected 2 i + 1."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, ref_logprob: np.ndarray | None = None) -> None:
+        """ref_logprob: of every predicted token of the corpus, float32 [sum of L]; samples get theirs."""
+        self.corpus, self._ref_logprob = corpus, ref_logprob
 
     def __len__(self) -> int:
         return len(self.corpus) // 2
 
     def __getitem__(self, i: int) -> Pair:
-        return self.corpus[2 * i], self.corpus[2 * i + 1]
+        return self._half(2 * i), self._half(2 * i + 1)
+
+    def _half(self, i: int) -> Sample:
+        sample = self.corpus[i]
+        return sample if self._ref_logprob is None else replace(sample, ref_logprob=self._ref_logprob[self.corpus.predicted(i)])
 
     @property
     def counts(self) -> Counts:
@@ -50,13 +55,22 @@ class Pairs:
 
 
 def prepare_pairs(
-    source: Source, chat: ChatTemplate, *, max_length: int, too_long: TooLong = "error", bad_rows: BadRows = "error", cache: Path
+    source: Source,
+    chat: ChatTemplate,
+    *,
+    max_length: int,
+    too_long: TooLong = "error",
+    bad_rows: BadRows = "error",
+    whole: bool = False,
+    cache: Path,
 ) -> Pairs:
     """Tokenise the preferences of `source`, or open what an equal call has left; arguments and errors are those of corpus.prepare.
 
-    `max_length` bounds each half, the prompt included. A pair is cut or dropped as one.
+    `max_length` bounds each half, the prompt included. A pair is cut or dropped as one. `whole` is for a model that judges what is
+    written: it reads the last token too, which one that predicts need not.
     """
-    return Pairs(prepare(source, chat, max_length=max_length, too_long=too_long, bad_rows=bad_rows, cache=cache, reader=PAIR))
+    reader = WHOLE_PAIR if whole else PAIR
+    return Pairs(prepare(source, chat, max_length=max_length, too_long=too_long, bad_rows=bad_rows, cache=cache, reader=reader))
 
 
 def grouped(pairs: Sequence[Pair]) -> list[Sample]:
@@ -160,5 +174,4 @@ def _distinct(sequences: Sequences) -> Sequences:
 
 
 PAIR = Reader("pair", 2, encode_pair)
-# For a model that judges what is written, and so reads the last token, which one that predicts need not.
 WHOLE_PAIR = Reader("whole pair", 2, lambda chat, row: [read_whole(*half) for half in encode_pair(chat, row)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from engine.config import Llama, Model, Optim, Parallel
 from engine.hub import resolve
 from engine.megatron import seat
-from engine.types import LossFunction, Packed, Step
+from engine.types import LossFunction, Moments, Packed, Step
 from engine.world import World
 
 if TYPE_CHECKING:
@@ -52,8 +54,10 @@ class Policy:
         from engine.megatron import model, weights
 
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype)
+        self.origin: Origin | None = None
         if fill:
-            weights.fill(self.chunks, self.model, self._origin(seed), self.grid)
+            self.origin = self._origin(seed)
+            weights.fill(self.chunks, self.model, self.origin, self.grid)
         self.stages: list[Any] = list(self.chunks)
         self.optimizer: Any = None
         if self.optim is not None:
@@ -86,6 +90,17 @@ class Policy:
     def speaks(self) -> bool:
         """True on one rank of each replica: the rank that writes down what the replica computed."""
         return self.grid.pp_rank == self.grid.pp - 1 and self.grid.tp_rank == 0
+
+    def origin_hash(self) -> str:
+        """SHA-256 of the weights that this policy started from and the precision it computes in: equal on every rank and layout.
+
+        All ranks must call it: each reads its share of the files.
+        """
+        assert self.origin is not None, "this policy was built without weights"
+        parts: list[dict[str, str]] = [{} for _ in range(self.world.size)]
+        dist.all_gather_object(parts, self.origin.digests(self.world.rank, self.world.size))
+        whole = {name: digest for part in parts for name, digest in part.items()}
+        return hashlib.sha256(json.dumps([str(self.dtype), sorted(whole.items())]).encode()).hexdigest()
 
     def update(self, step: Step, loss: LossFunction, lr: float, temperature: float = 1.0) -> dict[str, float]:
         """One optimizer step on the gradient of sum of totals / sum of counts, over all microbatches of all ranks. The loss is given
@@ -227,15 +242,16 @@ class Policy:
         rows_M = torch.arange(len(packed.tokens_T)) if every else packed.mask_T.nonzero()[:, 0]
         return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature)
 
-    def _reduced(self, metrics: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
-        """Each metric's sum over its count, over the microbatches of all replicas; told to every stage."""
+    def _reduced(self, metrics: list[dict[str, tuple[Any, ...]]]) -> dict[str, float]:
+        """Each metric over the microbatches of all replicas: its sum over its count, or its correlation; told to every stage."""
         found: dict[str, float] = {}
         if metrics:
             names = sorted(metrics[0])
-            rows = [[torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for x in m[name]] for m in metrics for name in names]
-            sums = torch.stack([torch.stack(row) for row in rows]).view(len(metrics), len(names), 2).sum(0)
+            rows = [[torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for name in names for x in m[name]] for m in metrics]
+            sums = torch.stack([torch.stack(row) for row in rows]).sum(0)
             dist.all_reduce(sums, group=self.grid.dp_group)
-            found = {name: total / count if count else 0.0 for name, (total, count) in zip(names, sums.tolist(), strict=True)}
+            left = iter(sums.tolist())
+            found = {name: _told(metrics[0][name], list(islice(left, len(metrics[0][name])))) for name in names}
         if self.parallel.pp > 1:
             box = [found]
             dist.broadcast_object_list(box, src=self.grid.last_stage, group=self.grid.pp_group)
@@ -293,6 +309,13 @@ def _dtype(model: Model, world: World) -> torch.dtype:
     if model.dtype == "auto":
         return torch.float32 if world.seat == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
+
+
+def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
+    if isinstance(kind, Moments):
+        return Moments(*sums).correlation()
+    total, count = sums
+    return total / count if count else 0.0
 
 
 def _finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

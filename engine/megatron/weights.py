@@ -108,9 +108,11 @@ def shapes(model: Llama) -> dict[str, tuple[int, ...]]:
 
 
 class Origin(Protocol):
-    """Where weights come from: anything that can read a run of rows or columns of a named tensor."""
+    """Where weights come from: anything that can read a run of rows or columns of a named tensor, and say what it is in digests, of
+    which each of `size` ranks takes a share."""
 
     def read(self, piece: Piece) -> Tensor: ...
+    def digests(self, rank: int, size: int) -> dict[str, str]: ...
 
 
 class RandomOrigin:
@@ -123,6 +125,9 @@ class RandomOrigin:
 
     def read(self, piece: Piece) -> Tensor:
         return self.draw(piece.name).narrow(piece.dim, piece.there, piece.length)
+
+    def digests(self, rank: int, size: int) -> dict[str, str]:
+        return {"random": f"{self.seed} {sorted(self.shapes.items())}"} if rank == 0 else {}
 
     def _draw(self, name: str) -> Tensor:
         shape = self.shapes[name]
@@ -169,6 +174,13 @@ class FolderOrigin:
             view = handle.get_slice(piece.name)
             return view[run] if piece.dim == 0 else view[:, run]
 
+    def digests(self, rank: int, size: int) -> dict[str, str]:
+        found = {}
+        for name in sorted(set(self.files.values()))[rank::size]:
+            with (self.folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
 
 @dataclass(frozen=True)
 class FreshHead:
@@ -179,6 +191,9 @@ class FreshHead:
 
     def read(self, piece: Piece) -> Tensor:
         return (self.drawn if piece.name == SCALAR_HEAD else self.folder).read(piece)
+
+    def digests(self, rank: int, size: int) -> dict[str, str]:
+        return self.folder.digests(rank, size) | self.drawn.digests(rank, size)
 
 
 def _index(folder: Path) -> dict[str, str]:

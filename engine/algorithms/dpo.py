@@ -1,0 +1,84 @@
+"""Direct preference optimisation (arXiv 2305.18290), by default length-normalised as in Tülu 3 (arXiv 2411.15124, section 5): no
+reference model is held, its log-probs are computed once, by the policy before its first step, and kept beside the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from engine import losses
+from engine.config import Run
+from engine.data.corpus import BadRows, TooLong
+from engine.data.mixture import Mixture
+from engine.data.pairs import Pairs, grouped, prepare_pairs
+from engine.data.rows import Source
+from engine.logprobs import keep
+from engine.megatron.policy import Policy
+from engine.supervised import Supervised
+from engine.texts import microbatch_tokens, open_chat, prepare_all
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Learn preferences. `batch_size` pairs make one optimizer step, over all ranks."""
+
+    sources: tuple[Source, ...]
+    held_out: tuple[Source, ...] = ()  # never trained on; its loss, accuracy and margin are reported
+    batch_size: int = 128
+    beta: float = 5.0  # of a mean over tokens; a sum (normalize=False) wants about 0.1
+    normalize: bool = True  # rewards are means over an answer's tokens; False: sums, plain DPO
+    label_smoothing: float = 0.0  # the share of pairs thought to be the wrong way round
+    nll_weight: float = 0.0  # of the chosen answer's negative log-likelihood a token, added to the loss
+    epochs: float = 1.0
+    max_length: int = 2048  # predicted tokens of one half, its prompt included
+    too_long: TooLong = "error"  # what to do beyond it; truncate cuts both halves on the right; all are counted
+    bad_rows: BadRows = "error"  # what to do with a row that is no pair; those dropped are counted
+    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("algorithm.sources is empty; give at least one Source")
+        for name in ("batch_size", "beta", "epochs", "max_length"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive")
+        if not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
+            raise ValueError(
+                f"algorithm: label_smoothing={self.label_smoothing} must be in [0, 0.5), nll_weight={self.nll_weight} not negative"
+            )
+
+    def start(self, policy: Policy, run: Run) -> Supervised:
+        """Tokenise the pairs and compute the reference's log-probs, as far as earlier starts have not. Raises ValueError for data that
+        cannot be read or does not fit, and for log-probs beside the run that are of other weights or data."""
+        chat = open_chat(policy, run, self.chat_template, self.max_length)
+        sources = (*self.sources, *self.held_out)
+        options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
+        read = prepare_all(policy, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
+        for source, pairs in zip(sources, read, strict=True):
+            pairs.check_fit(source.path, microbatch_tokens(policy, run))
+        corpora = [pairs.corpus for pairs in read]
+        say = partial(print, flush=True) if policy.world.rank == 0 else lambda _: None
+        kept = keep(Path(run.out) / "reference", policy, corpora, run.tokens_per_microbatch, say)
+        trained, held_out = _split(list(map(Pairs, corpora, kept)), len(self.sources))
+        mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
+        return Supervised(
+            policy=policy,
+            batches=lambda step: grouped(mixture.batch(step, self.batch_size)),
+            budget=run.tokens_per_microbatch,
+            steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
+            held_out=grouped([pairs[i] for pairs in held_out for i in range(len(pairs))]),
+            tokenizer=chat.tokenizer,
+            notes=[pairs.counts.note(source.path) for source, pairs in zip(sources, read, strict=True)],
+            loss=partial(
+                losses.dpo,
+                beta=self.beta,
+                label_smoothing=self.label_smoothing,
+                normalize=self.normalize,
+                nll_weight=self.nll_weight,
+            ),
+        )
+
+
+def _split(pairs: list[Pairs], at: int) -> tuple[list[Pairs], list[Pairs]]:
+    return pairs[:at], pairs[at:]
