@@ -177,6 +177,7 @@ def _rational(form: str) -> Fraction | None:
 
 
 def _short(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
