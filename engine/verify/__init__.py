@@ -15,7 +15,10 @@ __all__ = ["VERIFIERS", "Unjudged", "Verdict", "Verifier", "verifier"]
 VERIFIERS = {
     "exact": "engine.verify.exact:EXACT",
     "gsm8k": "engine.verify.gsm8k:GSM8K",
+    "ifeval": "engine.verify.ifeval:IFEVAL",
+    "ifeval_loose": "engine.verify.ifeval:IFEVAL_LOOSE",
     "math": "engine.verify.math:MATH",
+    "regex": "engine.verify.regex:REGEX",
 }
 
 
