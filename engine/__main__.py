@@ -1,10 +1,11 @@
-"""The command line: python -m engine {run,score,export,verify} …, alone or under torchrun."""
+"""The command line: python -m engine {run,score,export,generate,verify} …, alone or under torchrun."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import re
 import runpy
 import sys
 import time
@@ -16,6 +17,15 @@ from pathlib import Path
 from engine.config import Model, Run, override
 from engine.verify import VERIFIERS, Unjudged
 
+SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+SAMPLING = (
+    ("n", int, "responses to each prompt (default: 1)"),
+    ("temperature", float, "0 takes the likeliest token (default: 1)"),
+    ("top-p", float, "only the likeliest tokens that together reach this probability (default: 1, all)"),
+    ("top-k", int, "only the k likeliest tokens (default: 0, all)"),
+    ("max-tokens", int, "tokens of a response at most (default: 256)"),
+    ("seed", int, "equal seeds, equal responses, on any layout (default: 0)"),
+)
 ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-node 2 -m engine ..."
 
 
@@ -52,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", help="the folder of the run (its out=)")
     export.add_argument("out_dir", help="the folder to write; it must not exist yet")
     _overrides(export, "parallel.tp=2 parallel.pp=4, to spread a large model over the processes of torchrun")
+    generate = _command(commands, "generate", _generate, "answer a question, or every prompt of a file")
+    generate.add_argument("model", help="a Hugging Face folder or id, or smollm2-135m-instruct")
+    generate.add_argument("words", nargs="*", metavar="question | name=value", help="a question in one word; settings: parallel.pp=2")
+    generate.add_argument("--prompts", help='a .jsonl file; a row has "tokens", "messages" or "prompt"')
+    generate.add_argument("--out", help='the .jsonl file to write: {"tokens", "prompt_length", "logprobs", "finish_reason", "text"}')
+    for name, kind, text in SAMPLING:
+        generate.add_argument(f"--{name}", type=kind, help=text)
     verify = _command(commands, "verify", _verify, "judge responses: jsonl from stdin to stdout")
     verify.add_argument("--verifier", required=True, help=f"one of {', '.join(sorted(VERIFIERS))}")
     verify.add_argument("--workers", type=int, help="processes that judge (default: one for each core)")
@@ -105,6 +122,26 @@ def _export(arguments: argparse.Namespace) -> None:
     exporting = override(Exporting(), arguments.overrides)
     with closing(World.start()) as world:
         export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from engine.generate import Generating, answer, answer_all
+    from engine.world import World
+
+    questions = [] if arguments.prompts else [word for word in arguments.words if not SETTING.match(word)]
+    if bool(arguments.prompts) != bool(arguments.out) or (not arguments.prompts and len(questions) != 1):
+        raise ValueError('generate takes one question in quotes, or --prompts and --out; for example: generate MODEL "What is 2 + 3?"')
+    asked = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name, *_ in SAMPLING}
+    generating = Generating(Model(arguments.model), **{name: value for name, value in asked.items() if value is not None})
+    generating = override(generating, [word for word in arguments.words if word not in questions])
+    with closing(World.start()) as world:
+        if arguments.prompts:
+            count = answer_all(generating, arguments.prompts, Path(arguments.out), world)
+            said = [f"{count} responses -> {arguments.out}"]
+        else:
+            said = answer(generating, questions[0], world)
+        if world.rank == 0:
+            print("\n\n".join(said))
 
 
 def _verify(arguments: argparse.Namespace) -> None:

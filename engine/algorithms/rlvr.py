@@ -30,7 +30,7 @@ from engine.megatron.policy import Learner, Policy
 from engine.rollout.judging import Rollout, judge
 from engine.rollout.reading import per_token
 from engine.rollout.reference import Offloaded, Reference, Resident
-from engine.rollout.sampler import Response, Sampling, Slotting, generate
+from engine.rollout.sampler import Response, Sampling, Slotting, generate, stop_tokens
 from engine.texts import open_chat
 from engine.types import Prompt, Sample
 from engine.verify import verifier
@@ -117,7 +117,7 @@ class RLVR:
             mixture=mixture,
             tasks=[prompt for task in held_out for prompt in task.prompts],
             tokenizer=chat.tokenizer,
-            stop=_stop(chat.tokenizer, self.stop),
+            stop=stop_tokens(chat.tokenizer, self.stop),
             steps=math.ceil(len(mixture) / self.prompts_per_step),
             notes=[task.note for task in tasks],
             resources=resources,
@@ -158,18 +158,6 @@ class RLVR:
 def _grid(parallel: Parallel) -> Parallel:
     """The policy's grid for another model: its layers are dealt evenly."""
     return replace(parallel, stages=(), count_embedding=False, count_loss=False)
-
-
-def _stop(tokenizer: PreTrainedTokenizerFast, more: Sequence[str]) -> tuple[int, ...]:
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # type: ignore[list-item]
-    for token in more:
-        found = tokenizer.convert_tokens_to_ids(token)
-        if not isinstance(found, int) or found == tokenizer.unk_token_id:
-            raise ValueError(f"algorithm.stop: {token!r} is no token of the tokenizer; name single tokens, such as <|im_end|>")
-        ids.append(found)
-    if not ids:
-        raise ValueError("the tokenizer has no eos token; name the tokens that end a response in algorithm.stop")
-    return tuple(ids)
 
 
 @dataclass(frozen=True)

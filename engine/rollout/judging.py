@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from engine.rollout.sampler import Response
+from engine.rollout.sampler import Response, text_of
 from engine.types import Prompt
 from engine.verify import Unjudged, Verdict, verifier
 from engine.verify.pool import Case, Pool
@@ -48,9 +48,3 @@ def judge(
     judged = zip(flat, texts, box[0], strict=True)
     rollouts = [Rollout(*asked, text, verdict) for asked, text, verdict in judged if isinstance(verdict, Verdict)]
     return rollouts, len(flat) - len(rollouts)
-
-
-def text_of(response: Response, tokenizer: PreTrainedTokenizerFast) -> str:
-    """What a response says: its tokens but for the stop token."""
-    tokens = response.tokens[:-1] if response.stopped else response.tokens
-    return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
 from engine.megatron.decode import Drawing
 from engine.megatron.policy import Policy
@@ -52,6 +53,19 @@ class Response:
     tokens: np.ndarray  # int32 [n], a stop token at the end where `stopped`
     logprobs: np.ndarray  # float32 [n], of the tempered distribution the token was drawn from (at temperature 0: of temperature 1's)
     stopped: bool
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerFast, more: Sequence[str]) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's eos, and `more` tokens by name. Raises ValueError for a name that is no token."""
+    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # type: ignore[list-item]
+    for token in more:
+        found = tokenizer.convert_tokens_to_ids(token)
+        if not isinstance(found, int) or found == tokenizer.unk_token_id:
+            raise ValueError(f"stop={token!r} is no token of the tokenizer; name single tokens, such as <|im_end|>")
+        ids.append(found)
+    if not ids:
+        raise ValueError("the tokenizer has no eos token; name the tokens that end a response in stop")
+    return tuple(ids)
 
 
 def generate(
@@ -125,3 +139,9 @@ def _together(policy: Policy, mine: list[Request], prompts: int, samples: int) -
         dist.all_gather_object(parts, done, group=policy.grid.dp_group)
     whole = {index: response for part in parts for index, response in part.items()}
     return [[whole[prompt, sample] for sample in range(samples)] for prompt in range(prompts)]
+
+
+def text_of(response: Response, tokenizer: PreTrainedTokenizerFast) -> str:
+    """What a response says: its tokens but for the stop token."""
+    tokens = response.tokens[:-1] if response.stopped else response.tokens
+    return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))

@@ -1,0 +1,103 @@
+"""What the tests of RLVR run on ranks: a tiny random model, rewarded for brevity."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.algorithms.rlvr import RLVR, Critic
+from engine.config import Llama, Logging, Model, Optim, Parallel, Run
+from engine.data.rows import Source
+from engine.rollout.sampler import Slotting
+from engine.types import Sample
+from engine.world import World
+
+SHAPE = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=128)
+SMALLER = Llama(layers=4, hidden=32, ffn=64, heads=4, kv_heads=4, vocab=260, max_length=128, head="scalar")
+
+
+def tasks(path: Path, count: int = 12) -> Source:
+    """Prompts of ragged length; a response is right when it is short."""
+    draw = np.random.default_rng(5)
+    rows = [{"tokens": draw.integers(97, 123, n).tolist(), "truth": r"(?s)\A.{1,8}\Z"} for n in draw.integers(2, 9, count).tolist()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(str(path))
+
+
+def run(folder: Path, parallel: Parallel, **changes: Any) -> Run:
+    """Two steps of 8 prompts; `changes` are fields of RLVR, or of the run."""
+    ours = {name: changes.pop(name) for name in ("tokens_per_microbatch", "steps", "save_every", "seed") if name in changes}
+    critic = Critic(Model(init=SMALLER), Optim(lr=1e-3, weight_decay=0.01), coef=0.5)
+    settings = {
+        "sources": (tasks(folder / "tasks.jsonl"),),
+        "verifier": "regex",
+        "critic": critic,
+        "prompts_per_step": 8,
+        "samples_per_prompt": 2,
+        "epochs": 2,
+        "minibatches": 2,
+        "max_prompt": 16,
+        "max_response": 24,
+        # A random model ends a response once in 260 tokens: let it end at more.
+        "stop": tuple(f"<0x{byte:02X}>" for byte in range(16)),
+        "rollout": Slotting(slots=6, cache_gb=1.0, prefill=24),
+    } | changes
+    defaults = {"tokens_per_microbatch": 96, "steps": 2} | ours
+    return Run(
+        model=Model(init=SHAPE, tokenizer="bytes"),
+        algorithm=RLVR(**settings),
+        optim=Optim(lr=1e-3, weight_decay=0.01),
+        parallel=parallel,
+        out=str(folder / "run"),
+        logging=Logging(tensorboard=False),
+        **defaults,
+    )
+
+
+def plain(samples: list[Sample]) -> list[dict[str, Any]]:
+    """Samples as lists, to be compared."""
+    fields = ("tokens", "mask", "reward", "advantage", "old_logprob", "ref_logprob", "value", "returns")
+    return [{f: x.tolist() if isinstance(x := getattr(sample, f), np.ndarray) else x for f in fields} for sample in samples]
+
+
+def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> list[dict[str, Any]]:
+    """Of each step: its samples, what was said of them, and what the learners said."""
+    from engine.megatron.policy import Policy
+    from engine.train import learn
+
+    asked = run(folder, parallel, **changes)
+    asked = replace(asked, out=f"{asked.out}-{world.size}-{world.rank}")
+    found = []
+    with (
+        closing(Policy(asked.model, asked.optim, parallel, world, seed=asked.seed)) as policy,
+        closing(asked.algorithm.start(policy, asked)) as algorithm,
+    ):
+        for step in range(asked.steps):
+            samples, said = algorithm.collect(step)
+            learned = learn(algorithm, step, 10, samples, asked.tokens_per_microbatch)
+            said = {name: value for name, value in said.items() if "second" not in name}
+            found.append({"samples": plain(samples), "said": said, "learned": learned})
+    return found
+
+
+def whole_run(world: World, folder: Path, parallel: Parallel, **changes: Any) -> None:
+    """Through the loop, checkpoints and all."""
+    from engine.train import train
+
+    train(run(folder, parallel, **changes), world)
+
+
+def refused(world: World, folder: Path, **changes: Any) -> str:
+    """What is said to a run that cannot be."""
+    from engine.train import train
+
+    try:
+        train(run(folder, Parallel(), **changes), world)
+    except ValueError as error:
+        return str(error)
+    return ""
