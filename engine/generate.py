@@ -49,8 +49,7 @@ class Generating:
 def answer(generating: Generating, question: str, world: World) -> list[str]:
     """The texts of the responses to one question."""
     with closing(Answering(generating, world)) as answering:
-        (_, responses), *_ = answering([{"prompt": question}])
-        return [answering.text(response) for response in responses]
+        return [answering.text(response) for _, response in answering([{"prompt": question}])]
 
 
 def answer_all(generating: Generating, prompts: str, out: Path, world: World) -> int:

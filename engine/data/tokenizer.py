@@ -6,24 +6,30 @@ import hashlib
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.data.template import TULU
+from engine.data.wordproblems import words
 
 _SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+_UNKNOWN = "<|unknown|>"
+_WORD = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s")  # a number is its digits
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """The tokenizer in a local folder, or "bytes": ids 0-255 are the bytes of UTF-8, then <|pad|>, <|user|>, <|assistant|>, <|end|>.
+    """The tokenizer in a local folder, or a built-in one. "bytes": ids 0-255 are the bytes of UTF-8, then <|pad|>, <|user|>, <|assistant|>,
+    <|end|>. "words": the words and digits of engine/data/wordproblems.py, in 111 ids; any other word is <|unknown|>.
 
     Raises ValueError for anything else, and for a folder without a tokenizer.json.
     """
     if name_or_folder == "bytes":
         return _bytes()
+    if name_or_folder == "words":
+        return _words()
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        raise ValueError(f"tokenizer={name_or_folder!r} is neither 'bytes' nor a folder")
+        raise ValueError(f"tokenizer={name_or_folder!r} is neither 'bytes', 'words' nor a folder")
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"tokenizer={name_or_folder!r} has no tokenizer.json; write one with tokenizer.save_pretrained")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -41,10 +47,23 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def _words() -> PreTrainedTokenizerFast:
+    known = ["\n", " ", *(space + word for word in words() for space in ("", " "))]
+    vocabulary = {token: id for id, token in enumerate([*_SPECIAL, _UNKNOWN, *known])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(_WORD, "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _wrapped(tokenizer, unk_token=_UNKNOWN)
+
+
 def _bytes() -> PreTrainedTokenizerFast:
     bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}  # the names that byte fallback looks up
     tokenizer = Tokenizer(models.BPE(vocab=bytes_, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return _wrapped(tokenizer)
+
+
+def _wrapped(tokenizer: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(_SPECIAL)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -52,4 +71,5 @@ def _bytes() -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         chat_template=TULU,
         clean_up_tokenization_spaces=False,
+        **tokens,
     )

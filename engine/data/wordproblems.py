@@ -48,6 +48,42 @@ def pairs(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]
     return rows
 
 
+def demonstrations(count: int, seed: int, held_out: bool = False, *, terse: float = 0.55, careless: float = 0.1) -> list[dict[str, Any]]:
+    """As `problems`, by three annotators: a share of `terse` answers that show no work, a share of `careless` ones in which a step went
+    wrong, and careful ones. Imitation copies all three; only a verifier knows which to follow."""
+    draw, rows = random.Random(seed), []
+    for skeleton in islice(_skeletons(draw, held_out), count):
+        question, right, who = _question(draw, skeleton), _values(skeleton), draw.random()
+        if who < terse:
+            answer = f"Answer: {right[-1]}"
+        else:
+            answer = _wrong(draw, skeleton) if who < terse + careless else _answer(skeleton, right)
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def tasks(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
+    """`count` rows {"prompt", "truth"} on such problems, a function of the arguments; the truth is a number, for the verifier gsm8k."""
+    draw, rows = random.Random(seed), []
+    for skeleton in islice(_skeletons(draw, held_out), count):
+        rows.append({"prompt": _question(draw, skeleton), "truth": str(_values(skeleton)[-1])})
+    return rows
+
+
+def words() -> list[str]:
+    """Every word, digit and sign that problems and answers are made of."""
+    phrases = " ".join(text.format("") for texts in _PHRASES.values() for text in texts)
+    known = {
+        *_NAMES,
+        *_ITEMS,
+        *phrases.split(),
+        *["has", "and", "How", "many", "does", "have", "now", "Answer"],
+        *"0123456789",
+        *".,?:=+-*",
+    }
+    return sorted(known)
+
+
 def write(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as a .jsonl file."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:

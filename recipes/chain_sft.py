@@ -1,0 +1,23 @@
+"""The chain in small, first stage: a Llama of 0.4M parameters learns word problems from three annotators, most of whom show no work."""
+
+from functools import partial
+from pathlib import Path
+
+from engine.algorithms.sft import SFT
+from engine.config import Llama, Model, Optim, Run
+from engine.data.rows import Source
+from engine.data.wordproblems import demonstrations, generated
+
+SHAPE = Llama(layers=2, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=111, max_length=128)
+
+run = Run(
+    model=Model(init=SHAPE, tokenizer="words"),
+    algorithm=SFT(
+        sources=(Source(generated(Path("cache/chain/train.jsonl"), 76800, seed=0, make=partial(demonstrations, terse=0.55))),),
+        batch_size=32,
+        max_length=96,
+    ),
+    optim=Optim(lr=5e-3, warmup=0.05, betas=(0.9, 0.99)),
+    tokens_per_microbatch=1024,
+    out="runs/chain_sft",
+)
