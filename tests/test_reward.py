@@ -236,13 +236,14 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, base: Path, tmp_path: Path) -> None:
-    assert "model.head='lm' of model.init does not do here; this needs a reward model" in complaint("run", recipe, "model.head=auto")
+    needed = "is a language model, but a reward model is needed; to make one of it, train with model.head=scalar"
+    assert f"model init {needed}" in complaint("run", recipe, "model.head=auto")
     (tmp_path / "rows.jsonl").write_text('{"tokens": [1, 2]}\n')
     words = ["score", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "--model"]
-    assert f"model.head='lm' of {base} does not do here; this needs a reward model" in complaint(*words, base, "--reward")
+    assert f"model {base} {needed}" in complaint(*words, base, "--reward")
     assert engine("run", recipe, "steps=1")[0] == 0
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
-    assert "does not do here; this needs a language model, not a reward model" in complaint(*words, tmp_path / "model")
+    assert f"model {tmp_path / 'model'} is a reward model, but a language model is needed" in complaint(*words, tmp_path / "model")
     assert not (tmp_path / "o.jsonl").exists()
 
 
@@ -251,8 +252,8 @@ def test_a_fresh_head_is_told_of_in_one_line(tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base", replace(jobs.TINY, vocab=260, max_length=512))
     code, told, complained = engine("run", make_recipe(tmp_path, f"Model({str(base)!r}, head='scalar', tokenizer='bytes')"), "steps=1")
     assert code == 0, complained
-    told_of = f"{base} is a language model: its scalar head starts anew, N(0, 1 / sqrt(65))"
-    assert [line for line in told.splitlines() if "anew" in line] == [told_of]
+    told_of = f"{base} is a language model: its scalar head is drawn from N(0, 1 / sqrt(65))"
+    assert [line for line in told.splitlines() if "drawn" in line] == [told_of]
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["pad_token_id"], len(config["id2label"]), config["tie_word_embeddings"]) == (256, 1, False)
 
