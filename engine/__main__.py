@@ -41,10 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "train: run a recipe, or go on with it where it stopped")
     run.add_argument("recipe", help="a Python file that defines run = Run(...), such as recipes/smollm2_sft.py")
     _overrides(run, "optim.lr=2e-6 parallel.tp=2 out=runs/mine")
-    score = _command(commands, "score", _score, "write the log-probability of every token of given rows")
+    score = _command(commands, "score", _score, "write the log-probability of every token of given rows, or their rewards")
     score.add_argument("--model", required=True, help="a Hugging Face folder or id, or smollm2-135m-instruct")
     score.add_argument("--data", required=True, help='a .jsonl file; a row has "tokens", or "messages", or "prompt" and "response"')
     score.add_argument("--out", required=True, help='the .jsonl file to write: {"tokens", "logprobs", "mask"} for each row, in order')
+    score.add_argument("--reward", action="store_true", help='the model is a reward model: write {"reward", "tokens"} for each row instead')
     _overrides(score, "parallel.tp=2 tokens_per_microbatch=16384")
     export = _command(commands, "export", _export, "write the newest checkpoint of a run as a Hugging Face folder")
     export.add_argument("run_dir", help="the folder of the run (its out=)")
@@ -88,7 +89,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
     scoring = override(Scoring(Model(arguments.model)), arguments.overrides)
     with closing(World.start()) as world:
-        count = score(scoring, arguments.data, Path(arguments.out), world)
+        count = score(scoring, arguments.data, Path(arguments.out), world, reward=arguments.reward)
         if world.rank == 0:
             print(f"{count} rows -> {arguments.out}")
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+CLASSIFIER = "LlamaForSequenceClassification"
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -40,6 +42,7 @@ class Llama:
     norm_eps: float = 1e-5
     tied: bool = False
     max_length: int = 8192
+    head: Literal["lm", "scalar"] = "lm"  # scalar: no vocabulary at the end but one value a token, of a reward model or a critic
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab"):
@@ -51,13 +54,20 @@ class Llama:
             if self.hidden % self.heads:
                 raise ValueError(f"model.hidden={self.hidden} must be a multiple of model.heads={self.heads}, or set model.head_dim")
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
+        if self.tied and self.head == "scalar":
+            raise ValueError("model.tied=True ties the vocabulary's output layer, which model.head='scalar' has none of; set tied=False")
 
     @property
     def parameters(self) -> int:
         """Parameters of one replica, without padding."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
-        return self.layers * layer + self.hidden * self.vocab * (1 if self.tied else 2) + self.hidden
+        head_rows = 1 if self.head == "scalar" else 0 if self.tied else self.vocab
+        return self.layers * layer + self.hidden * (self.vocab + head_rows) + self.hidden
+
+    def with_scalar_head(self) -> Llama:
+        """The same layers under a scalar head."""
+        return replace(self, head="scalar", tied=False)
 
     @staticmethod
     def from_hf(config: dict[str, Any]) -> Llama:
@@ -68,6 +78,7 @@ class Llama:
         for name, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if config.get(name, wanted) != wanted:
                 raise ValueError(f"config.json: {name}={config[name]!r} is not supported; this engine needs {wanted!r}")
+        head = _head(config)
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
         return Llama(
@@ -81,12 +92,20 @@ class Llama:
             rope_theta=theta,
             rope_scaling=_rope_scaling(rope),
             norm_eps=config.get("rms_norm_eps", 1e-6),
-            tied=config.get("tie_word_embeddings", False),
+            tied=head == "lm" and config.get("tie_word_embeddings", False),
             max_length=config.get("max_position_embeddings", 8192),
+            head=head,
         )
 
+    def head_to_hf(self) -> dict[str, Any]:
+        """What config.json says of the head: LlamaForCausalLM, or LlamaForSequenceClassification of one label."""
+        if self.head == "lm":
+            return {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": self.tied}
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        return {"architectures": [CLASSIFIER], "tie_word_embeddings": False} | labels
+
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that transformers reads as LlamaForCausalLM."""
+        """The config.json that transformers reads."""
         scaling = self.rope_scaling
         rope = None if scaling is None else {
             "rope_type": "llama3",
@@ -96,7 +115,6 @@ class Llama:
             "original_max_position_embeddings": scaling.original_length,
         }  # fmt: skip
         return {
-            "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
             "attention_bias": False,
@@ -112,9 +130,18 @@ class Llama:
             "rope_theta": self.rope_theta,
             "rope_scaling": rope,
             "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied,
             "max_position_embeddings": self.max_length,
+            **self.head_to_hf(),
         }
+
+
+def _head(config: dict[str, Any]) -> Literal["lm", "scalar"]:
+    if CLASSIFIER not in (config.get("architectures") or ()):
+        return "lm"
+    labels = len(config.get("id2label") or (0, 1))  # two are transformers' default, which it does not write down
+    if labels != 1:
+        raise ValueError(f"config.json: {labels} labels (id2label) are not supported; this engine needs one, the reward")
+    return "scalar"
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
@@ -134,6 +161,7 @@ class Model:
     init: Llama | None = None
     tokenizer: str = ""  # default: the model's own; "bytes" is the built-in byte-level one
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    head: Literal["auto", "scalar"] = "auto"  # scalar: a language model's output layer gives way to a fresh scalar head; auto: its own
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.init):

@@ -13,23 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.batching import batch, scatter
 from engine.data.corpus import Corpus, mapped
 from engine.megatron.policy import Policy
-from engine.types import Sample
+from engine.types import Sample, Step
 
 BLOCK = 16  # microbatches of each replica and pipeline stage that are planned together; what an interruption can cost
 
 
-def logprobs(policy: Policy, samples: Iterable[Sample], budget: int) -> Iterator[tuple[list[Sample], list[np.ndarray]]]:
-    """`samples` in order, in blocks, with the log-probs of every predicted token of each, float32 [L]; on rank 0. Others get no values.
+def per_token(
+    policy: Policy, verb: Callable[[Step], list[Tensor]], samples: Iterable[Sample], budget: int
+) -> Iterator[tuple[list[Sample], list[np.ndarray]]]:
+    """`samples` in order, in blocks, with what a verb of the policy (logprobs, values) says of every predicted token of each, float32 [L].
 
-    All ranks must iterate, over the same samples. `budget` is the tokens of a microbatch; no sample may be longer.
+    Only rank 0 is told the values. All ranks must iterate, over the same samples. `budget` is the tokens of a microbatch; no sample may
+    be longer.
     """
     for block in _blocks(samples, BLOCK * policy.parallel.pp * policy.grid.dp * budget):
         step = batch(block, budget, **policy.cut)
-        mine = enumerate(scatter(policy.logprobs(step), step, len(block)) if step else [])
+        mine = enumerate(scatter(verb(step), step, len(block)) if step else [])
         found = {i: values.numpy() for i, values in mine if values is not None and policy.speaks}
         parts: list[dict[int, np.ndarray]] = [{}] * policy.world.size
         dist.gather_object(found, parts if policy.world.rank == 0 else None)
@@ -67,7 +71,7 @@ def keep(
     count = sum(map(len, corpora))
     if done < count:
         kept = _Kept(folder, done, corpora) if policy.world.rank == 0 else None
-        for block, values in logprobs(policy, _samples(corpora, done), budget):
+        for block, values in per_token(policy, policy.logprobs, _samples(corpora, done), budget):
             done += len(block)
             if kept:
                 kept.append(values, done)

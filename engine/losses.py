@@ -1,8 +1,10 @@
-"""Losses: pure functions of (logprob_T, microbatch) that return sums and counts. Only the policy divides, once, over the whole step."""
+"""Losses: pure functions of (logprob_T or value_T, microbatch) that return sums and counts. Only the policy divides, once, over the whole
+step."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.types import Loss, Moments, Packed
@@ -14,6 +16,31 @@ def nll(logprob_T: Tensor, packed: Packed) -> Loss:
     count = int(packed.mask_T.sum())
     total = -(logprob_T * packed.mask_T).sum()
     return Loss(total, count, {"loss": (total.detach(), count)})
+
+
+def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
+    """Bradley-Terry (arXiv 2411.15124, section 6.2): total = sum over pairs of -log sigmoid(reward of chosen - reward of rejected), where
+    a sequence's reward is the value of its last token; count = pairs.
+
+    A pair is the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch. Metrics with a mean over pairs: rewards and their margin,
+    accuracy (margin above 0), numbers of counted tokens of both halves.
+    """
+    pairs_P2 = _pairs(packed).to(value_T.device)
+    cu_seqlens = packed.cu_seqlens.to(value_T.device)
+    reward_P2 = value_T[cu_seqlens[1:] - 1][pairs_P2]
+    length_P2 = F.pad(packed.mask_T.cumsum(0), (1, 0))[cu_seqlens].diff()[pairs_P2]
+    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
+    loss_P = -F.logsigmoid(margin_P)
+    means = {
+        "loss": loss_P,
+        "accuracy": margin_P > 0,
+        "margin": margin_P,
+        "rewards/chosen": reward_P2[:, 0],
+        "rewards/rejected": reward_P2[:, 1],
+        "length/chosen": length_P2[:, 0],
+        "length/rejected": length_P2[:, 1],
+    }
+    return Loss(loss_P.sum(), len(pairs_P2), _sums(means))
 
 
 def dpo(
@@ -53,10 +80,12 @@ def dpo(
         nll_P = -logps[:, 0] / lengths[:, 0].clamp(min=1.0)
         total = total + nll_weight * nll_P.sum()
         means |= {"loss": loss_P + nll_weight * nll_P, "nll": nll_P}
-    metrics: dict[str, tuple[Tensor | float, int] | Moments] = {
-        name: (value_P.detach().double().sum(), count) for name, value_P in means.items()
-    }
-    return Loss(total, count, metrics | {"length_bias": Moments.of(reward.margin, lengths[:, 0] - lengths[:, 1])})
+    bias = Moments.of(reward.margin, lengths[:, 0] - lengths[:, 1])
+    return Loss(total, count, _sums(means), {"length_bias": bias})
+
+
+def _sums(values: dict[str, Tensor]) -> dict[str, tuple[Tensor | float, int]]:
+    return {name: (value_P.detach().double().sum(), len(value_P)) for name, value_P in values.items()}
 
 
 def _pairs(packed: Packed) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given text: rows in, rows out, in the same order."""
+"""Log-probabilities, or rewards, of given text: rows in, rows out, in the same order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from engine.config import Model, Parallel
 from engine.data.rows import Source, read_rows
-from engine.data.template import ChatTemplate, given
+from engine.data.template import ChatTemplate, given, read_whole
 from engine.data.tokenizer import load_tokenizer
-from engine.logprobs import logprobs
+from engine.logprobs import per_token
 from engine.megatron.policy import Policy
 from engine.types import Sample
 from engine.world import World
@@ -33,22 +33,25 @@ class Scoring:
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
 
 
-def score(scoring: Scoring, data: str, out: Path, world: World) -> int:
+def score(scoring: Scoring, data: str, out: Path, world: World, *, reward: bool = False) -> int:
     """Write {"tokens", "logprobs", "mask"} for every row of the .jsonl file `data`, and return how many; `out` appears when all are done.
 
     logprobs[t] is the natural-log probability of tokens[t + 1] given those before it; mask[t] whether training would count it.
-    Raises ValueError, naming the line, for a row that cannot be read or is longer than a microbatch.
+    With `reward`: {"reward", "tokens"}, what a reward model says of the row after its last token.
+    Raises ValueError, naming the line, for a row that cannot be read or is longer than a microbatch, and for a model of the other kind.
     """
     with closing(Policy(scoring.model, None, scoring.parallel, world)) as policy:
-        rows = _samples(data, _Encoder(scoring, policy), scoring.tokens_per_microbatch)
+        policy.expect_head("scalar" if reward else "lm")
+        verb, line = (policy.values, _reward_line) if reward else (policy.logprobs, _line)
+        rows = _samples(data, _Encoder(scoring, policy, reward), scoring.tokens_per_microbatch)
         part = out.with_name(out.name + ".part")
         count = 0
         try:
-            for block, values in logprobs(policy, rows, scoring.tokens_per_microbatch):
+            for block, values in per_token(policy, verb, rows, scoring.tokens_per_microbatch):
                 count += len(block)
                 if world.rank == 0:
                     with part.open("w" if count == len(block) else "a") as file:
-                        file.writelines(map(_line, block, values))
+                        file.writelines(map(line, block, values))
             if world.rank == 0:
                 os.replace(part, out)
         finally:
@@ -58,10 +61,10 @@ def score(scoring: Scoring, data: str, out: Path, world: World) -> int:
 
 
 class _Encoder:
-    """Rows of ids need no tokenizer; the first row of text fetches it."""
+    """Rows of ids need no tokenizer; the first row of text fetches it. `whole`: the model is to read the last token too."""
 
-    def __init__(self, scoring: Scoring, policy: Policy):
-        self.scoring, self.policy = scoring, policy
+    def __init__(self, scoring: Scoring, policy: Policy, whole: bool):
+        self.scoring, self.policy, self.whole = scoring, policy, whole
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -69,9 +72,9 @@ class _Encoder:
         return ChatTemplate(tokenizer, self.scoring.chat_template or None)
 
     def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        if "tokens" in row:
-            return given(row["tokens"], row.get("mask"), self.policy.model.vocab)
-        return self.chat.encode_row(row)
+        ids = "tokens" in row
+        encoded = given(row["tokens"], row.get("mask"), self.policy.model.vocab) if ids else self.chat.encode_row(row)
+        return read_whole(*encoded) if self.whole else encoded
 
 
 def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
@@ -87,3 +90,7 @@ def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
 
 def _line(sample: Sample, logprobs: np.ndarray) -> str:
     return json.dumps({"tokens": sample.tokens.tolist(), "logprobs": logprobs.tolist(), "mask": sample.mask.tolist()}) + "\n"
+
+
+def _reward_line(sample: Sample, values: np.ndarray) -> str:
+    return json.dumps({"reward": float(values[-1]), "tokens": sample.tokens[:-1].tolist()}) + "\n"

@@ -98,10 +98,9 @@ def claim_folder(out: Path, run: Run, policy: Policy, tokenizer: PreTrainedToken
     assets = out / "model"
     shutil.rmtree(assets, ignore_errors=True)
     tokenizer.save_pretrained(assets)
-    config = assets / "config.json"
-    if policy.folder is None:
-        config.write_text(json.dumps(policy.model.to_hf(), indent=1) + "\n")
-    else:
-        shutil.copy(policy.folder / "config.json", config)
+    config = policy.model.to_hf() if policy.folder is None else json.loads((policy.folder / "config.json").read_text())
+    if policy.model.head == "scalar":  # transformers scores the last token that is not padding
+        config |= policy.model.head_to_hf() | {"pad_token_id": tokenizer.pad_token_id}
+    (assets / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     # Last: with it the claim is complete.
     (out / "run.json").write_text(json.dumps({"identity": run.identity(), "run": to_dict(run)}, indent=1) + "\n")

@@ -20,8 +20,8 @@ from engine import losses
 from engine.batching import batch, scatter
 from engine.config import Llama, Model, Optim, Parallel
 from engine.data.pairs import Pair, grouped
-from engine.losses import nll
-from engine.types import Loss, Packed, Sample, Step
+from engine.losses import nll, reward_bt
+from engine.types import Loss, LossFunction, Packed, Sample, Step
 from engine.world import World
 
 TINY = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # 250: padded to 256 in every layout
@@ -35,7 +35,7 @@ def samples(seed: int, count: int = 16, longest: int = 24, vocab: int = 250) -> 
     return [Sample(draw.integers(0, vocab, n + 1, dtype=np.int32), (draw.random(n) < 0.7).astype(np.uint8)) for n in lengths]
 
 
-def pairs(seed: int, count: int = 8) -> list[Pair]:
+def pairs_with_reference(seed: int, count: int = 8) -> list[Pair]:
     """Random pairs with a prompt in common and the log-probs of an imagined reference, a function of the arguments."""
     draw = np.random.default_rng(seed)
 
@@ -62,10 +62,10 @@ def dpo_steps(world: World, parallel: Parallel, model: Model, *, budget: int = 6
         found = []
         for step in range(4):
             shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
-            batch_ = pairs(step)
+            batch_ = pairs_with_reference(step)
             samples_ = grouped([batch_[i] for i in shuffled])
             found.append(policy.update(batch(samples_, budget, **policy.cut), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
-        return [*found, policy.evaluate(batch(grouped(pairs(99)), budget, **policy.cut), DPO_LOSSES[0])]
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), DPO_LOSSES[0])]
 
 
 def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
@@ -93,14 +93,53 @@ def sft_steps(
         return [*found, policy.evaluate(held_out, nll)]
 
 
+def pairs(seed: int, count: int = 10) -> list[Sample]:
+    """`count` random pairs of ragged length as one batch: chosen and rejected in turns."""
+    return [replace(sample, group=i // 2) for i, sample in enumerate(samples(seed, 2 * count))]
+
+
+def reward_steps(
+    world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, order: int = 0
+) -> list[dict[str, float]]:
+    """Metrics of `steps` steps on pairs, and on held-out pairs after them."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        found = []
+        for step in range(steps):
+            batch_ = pairs(step)
+            shuffled = np.random.default_rng(order).permutation(10) if order else range(10)
+            halves = [batch_[2 * p + half] for p in shuffled for half in (0, 1)]
+            # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
+            found.append(policy.update(batch(halves, budget, **policy.cut), reward_bt, OPTIM.lr_at(step, 10) / 10))
+        return [*found, policy.evaluate(batch(pairs(99), budget, **policy.cut), reward_bt)]
+
+
+def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
+    """Metrics of three steps of regression of the values of all counted tokens on 1."""
+    from engine.megatron.policy import Policy
+
+    def squares(value_T: Tensor, packed: Packed) -> Loss:
+        total, count = (0.5 * (value_T - 1) ** 2 * packed.mask_T).sum(), int(packed.mask_T.sum())
+        return Loss(total, count, {"loss": (total.detach(), count)})
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        return [policy.update(batch(samples(step), 64, **policy.cut), squares, OPTIM.lr / 10) for step in range(3)]
+
+
+def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
+    return (pairs(step), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
+
+
 def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, alone: bool = False) -> dict[int, list[float]]:
-    """The log-probs of samples(7) that this rank's replica computed."""
+    """The log-probs, or values, of samples(7) that this rank's replica computed."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, None, parallel, world)) as policy:
         batch_ = samples(7)
         step = batch(batch_, budget, **policy.cut)
-        values = scatter(policy.logprobs(step), step, len(batch_))
+        per_token = policy.values(step) if policy.model.head == "scalar" else policy.logprobs(step)
+        values = scatter(per_token, step, len(batch_))
         return {i: v.tolist() for i, v in enumerate(values) if v is not None}
 
 
@@ -116,7 +155,8 @@ def train_and_save(
         assert start == first, (start, first)
         found = []
         for step in range(start, last):
-            found.append(policy.update(batch(samples(step), 64, **policy.cut), nll, OPTIM.lr_at(step, 10)))
+            batch_, loss = _lesson(policy, step)
+            found.append(policy.update(batch(batch_, 64, **policy.cut), loss, OPTIM.lr_at(step, 10)))
             if step + 1 == save_at:
                 policy.save(out, save_at)
         return found
@@ -136,7 +176,8 @@ def export(world: World, parallel: Parallel, model: Model, folder: Path, *, step
 
     with closing(Policy(model, OPTIM if steps else None, parallel, world)) as policy:
         for step in range(steps):
-            policy.update(batch(samples(step), 64, **policy.cut), nll, OPTIM.lr)
+            batch_, loss = _lesson(policy, step)
+            policy.update(batch(batch_, 64, **policy.cut), loss, OPTIM.lr)
         policy.export(folder)
 
 

@@ -41,6 +41,7 @@ class SFT:
 
     def start(self, policy: Policy, run: Run) -> Started:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
+        policy.expect_head("lm")
         chat = open_chat(policy, run, self.chat_template, self.max_length)
         sources = (*self.sources, *self.held_out)
         corpora = prepare_all(

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.data.corpus import BadRows, Corpus, Counts, Reader, Sequences, TooLong, prepare
 from engine.data.rows import Source
-from engine.data.template import ChatTemplate
+from engine.data.template import ChatTemplate, read_whole
 from engine.types import Sample
 
 Pair = tuple[Sample, Sample]  # (chosen, rejected)
@@ -55,13 +55,22 @@ class Pairs:
 
 
 def prepare_pairs(
-    source: Source, chat: ChatTemplate, *, max_length: int, too_long: TooLong = "error", bad_rows: BadRows = "error", cache: Path
+    source: Source,
+    chat: ChatTemplate,
+    *,
+    max_length: int,
+    too_long: TooLong = "error",
+    bad_rows: BadRows = "error",
+    whole: bool = False,
+    cache: Path,
 ) -> Pairs:
     """Tokenise the preferences of `source`, or open what an equal call has left; arguments and errors are those of corpus.prepare.
 
-    `max_length` bounds each half, the prompt included. A pair is cut or dropped as one.
+    `max_length` bounds each half, the prompt included. A pair is cut or dropped as one. `whole` is for a model that judges what is
+    written: it reads the last token too, which one that predicts need not.
     """
-    return Pairs(prepare(source, chat, max_length=max_length, too_long=too_long, bad_rows=bad_rows, cache=cache, reader=PAIR))
+    reader = WHOLE_PAIR if whole else PAIR
+    return Pairs(prepare(source, chat, max_length=max_length, too_long=too_long, bad_rows=bad_rows, cache=cache, reader=reader))
 
 
 def grouped(pairs: Sequence[Pair]) -> list[Sample]:
@@ -165,3 +174,4 @@ def _distinct(sequences: Sequences) -> Sequences:
 
 
 PAIR = Reader("pair", 2, encode_pair)
+WHOLE_PAIR = Reader("whole pair", 2, lambda chat, row: [read_whole(*half) for half in encode_pair(chat, row)])

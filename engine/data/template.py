@@ -248,6 +248,11 @@ def given(tokens: Any, mask: Any, vocab: int) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int32), trained
 
 
+def read_whole(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same sequence, L + 1 long, with its last token among those the model reads: what is predicted after it is not asked for."""
+    return np.append(tokens, tokens[-1]), np.append(mask, np.uint8(0))
+
+
 def _integers(values: Any, name: str, below: int) -> np.ndarray:
     try:
         array = np.asarray(values)

@@ -7,7 +7,8 @@ import os
 import random
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _PHRASES = {
 _LARGEST = 39  # every value on the way lies in 1..39
 
 Skeleton = tuple[int, tuple[tuple[str, int], ...]]  # start, and (operator, operand) of each step
+Rows = Callable[[int, int, bool], list[dict[str, Any]]]  # (count, seed, held_out) -> rows
 
 
 def problems(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
@@ -28,13 +30,21 @@ def problems(count: int, seed: int, held_out: bool = False) -> list[dict[str, An
 
     Held-out problems share no arithmetic with the others: a tenth of all skeletons (start, operators, operands) is kept for them.
     """
-    draw = random.Random(seed)
-    rows = []
-    while len(rows) < count:
-        skeleton = _skeleton(draw)
-        if _is_held_out(skeleton) == held_out:
-            question, answer = _question(draw, skeleton), _answer(skeleton)
-            rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    draw, rows = random.Random(seed), []
+    for skeleton in islice(_skeletons(draw, held_out), count):
+        question, answer = _question(draw, skeleton), _answer(skeleton, _values(skeleton))
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def pairs(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
+    """`count` rows {"prompt", "chosen", "rejected"} on such problems, a function of the arguments: a right worked answer, and one in which
+    a step went wrong, and all that follows from it."""
+    draw, rows = random.Random(seed), []
+    for skeleton in islice(_skeletons(draw, held_out), count):
+        question = _question(draw, skeleton)
+        right, wrong = (_answer(skeleton, values) for values in (_values(skeleton), _slipped(draw, skeleton)))
+        rows.append({"prompt": question, "chosen": right, "rejected": wrong})
     return rows
 
 
@@ -44,14 +54,21 @@ def write(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def generated(path: Path, count: int, seed: int, held_out: bool = False) -> str:
-    """The path of a .jsonl file with `problems(count, seed, held_out)`, written if it is not there yet."""
+def generated(path: Path, count: int, seed: int, held_out: bool = False, make: Rows = problems) -> str:
+    """The path of a .jsonl file with `make(count, seed, held_out)`, written if it is not there yet."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as work:
-            write(work.name, problems(count, seed, held_out))
+            write(work.name, make(count, seed, held_out))
         os.replace(work.name, path)  # ranks may race to write the same rows
     return str(path)
+
+
+def _skeletons(draw: random.Random, held_out: bool) -> Iterator[Skeleton]:
+    while True:
+        skeleton = _skeleton(draw)
+        if _is_held_out(skeleton) == held_out:
+            yield skeleton
 
 
 def _skeleton(draw: random.Random) -> Skeleton:
@@ -63,13 +80,21 @@ def _skeleton(draw: random.Random) -> Skeleton:
             return start, steps
 
 
-def _values(skeleton: Skeleton) -> list[int]:
-    """The start, and the result of every step."""
+def _values(skeleton: Skeleton, slip: tuple[int, int] = (-1, 0)) -> list[int]:
+    """The start, and the result of every step; the step of index slip[0] is wrong by slip[1]."""
     values = [skeleton[0]]
-    for operator, operand in skeleton[1]:
+    for i, (operator, operand) in enumerate(skeleton[1]):
         value = values[-1]
-        values.append(value + operand if operator == "+" else value - operand if operator == "-" else value * operand)
+        result = value + operand if operator == "+" else value - operand if operator == "-" else value * operand
+        values.append(result + (slip[1] if i == slip[0] else 0))
     return values
+
+
+def _slipped(draw: random.Random, skeleton: Skeleton) -> list[int]:
+    while True:
+        values = _values(skeleton, (draw.randrange(len(skeleton[1])), draw.choice((-10, -2, -1, 1, 2, 10))))
+        if min(values) >= 1:
+            return values
 
 
 def _is_held_out(skeleton: Skeleton) -> bool:
@@ -85,7 +110,6 @@ def _question(draw: random.Random, skeleton: Skeleton) -> str:
     return f"{name} {', '.join(events[:-1])} and {events[-1]}. How many {items} does {name} have now?"
 
 
-def _answer(skeleton: Skeleton) -> str:
-    values = _values(skeleton)
+def _answer(skeleton: Skeleton, values: list[int]) -> str:
     steps = [f"{values[i]} {operator} {operand} = {values[i + 1]}." for i, (operator, operand) in enumerate(skeleton[1])]
     return f"{' '.join(steps)} Answer: {values[-1]}"

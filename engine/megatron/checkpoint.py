@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from engine.config import Llama, step_folder
-from engine.megatron.model import LogprobModel
+from engine.megatron.model import PackedModel
 from engine.world import World
 
 # Optimizer state in the shape of the parameters, so that any grid can take it up again. (megatron writes into the dict that it is given.)
@@ -43,7 +43,7 @@ MANIFEST, SEAL, MODEL, TENSORS = "manifest.json", "manifest.sha256", "model", "t
 class State:
     """What a checkpoint holds of this rank: its stages and, where there is one, their optimizer."""
 
-    chunks: list[LogprobModel]
+    chunks: list[PackedModel]
     optimizer: Any
 
     @property
@@ -54,7 +54,7 @@ class State:
         return f"distributed_optimizer={self.optimizer.chained_optimizers[0].config.use_distributed_optimizer}"
 
     @property
-    def models(self) -> dict[str, LogprobModel]:
+    def models(self) -> dict[str, PackedModel]:
         """The stages by the names that megatron's optimizers know them by."""
         return {"model": self.chunks[0]} if len(self.chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(self.chunks)}
 

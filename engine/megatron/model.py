@@ -1,8 +1,10 @@
-"""A Llama as megatron-core's GPTModel, with two swaps: our packed attention, and a last stage that returns log-probs instead of logits."""
+"""A Llama as megatron-core's GPTModel, with two swaps: our packed attention, and a last stage that returns log-probs or values instead of
+logits."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from engine.config import Llama, Parallel, padded_vocab
 from engine.megatron.attention import Flight, PackedAttention, attend_for
@@ -112,15 +115,8 @@ class SwiGLU(MegatronModule):
         return swiglu(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
 
 
-class LogprobModel(GPTModel):
-    """GPTModel whose last stage returns logprob_T: hidden states go straight to the log-probs of the flight's rows."""
-
-    def __init__(self, vocab_valid: int, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.vocab_valid = vocab_valid
-        if self.post_process:
-            # Still called as a module: megatron gathers a layer's weight just before the layer runs.
-            self.output_layer.forward = self._logprobs  # type: ignore[method-assign,assignment]
+class PackedModel(GPTModel):
+    """GPTModel whose last stage returns what its output layer says of each token: a number, not logits."""
 
     def _postprocess(
         self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *_: Any, **kwargs: Any
@@ -128,6 +124,17 @@ class LogprobModel(GPTModel):
         if not self.post_process:
             return hidden_states
         return self.output_layer(hidden_states, labels[0], kwargs["packed_seq_params"])
+
+
+class LogprobModel(PackedModel):
+    """Its last stage returns logprob_T: hidden states go straight to the log-probs of the flight's rows."""
+
+    def __init__(self, vocab_valid: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.vocab_valid = vocab_valid
+        if self.post_process:
+            # Still called as a module: megatron gathers a layer's weight just before the layer runs.
+            self.output_layer.forward = self._logprobs  # type: ignore[method-assign,assignment]
 
     def _logprobs(self, hidden_states: Tensor, target_T: Tensor, flight: Flight) -> Tensor:
         tied = self.share_embeddings_and_output_weights
@@ -148,16 +155,44 @@ class LogprobModel(GPTModel):
         )[0]
 
 
-def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype) -> list[LogprobModel]:
+class ScalarHead(MegatronModule):
+    """value_T = hidden_TD @ weight_D in fp32, with the same weight on every tensor-parallel rank. With sequence parallel each does its
+    share of the tokens, and what is gathered is one number a token."""
+
+    def __init__(self, config: TransformerConfig, device: torch.device, tp: ProcessGroup):
+        super().__init__(config)
+        self.tp = tp
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        # As with the norms, each rank sees its tokens only, and megatron sums the gradients over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor, target_T: Tensor, flight: Flight) -> Tensor:
+        value_T = F.linear(hidden_states[:, 0].float(), self.weight.float())[:, 0]
+        if not self.config.sequence_parallel:
+            return value_T
+        # Every rank computes the whole loss: its gradient is cut, not summed, on the way back.
+        return gather_from_sequence_parallel_region(value_T, tensor_parallel_output_grad=False, group=self.tp)
+
+
+class ValueModel(PackedModel):
+    """Its last stage returns value_T, fp32: a scalar head where the vocabulary's output layer was."""
+
+    def __init__(self, device: torch.device, **kwargs: Any):
+        super().__init__(**kwargs)
+        if self.post_process:
+            self.output_layer = ScalarHead(self.config, device, self.pg_collection.tp)
+
+
+def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype) -> list[PackedModel]:
     """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made."""
     config = transformer_config(model, parallel, world, dtype)
     return [_build_stage(model, parallel, grid, world, config, stage) for stage in range(parallel.vpp)]
 
 
-def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> LogprobModel:
+def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> PackedModel:
     vp_stage = stage if parallel.vpp > 1 else None
-    return LogprobModel(
-        vocab_valid=model.vocab,
+    headed: Any = partial(LogprobModel, model.vocab) if model.head == "lm" else partial(ValueModel, world.device)
+    return headed(
         config=config,
         transformer_layer_spec=_layers(config, world, vp_stage),
         vocab_size=padded_vocab(model.vocab, parallel.tp),

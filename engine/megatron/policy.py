@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from engine.hub import resolve
 from engine.megatron import seat
 from engine.types import LossFunction, Moments, Packed, Step
 from engine.world import World
+
+if TYPE_CHECKING:
+    from engine.megatron.weights import Origin
 
 Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # what megatron wants of a loss: (sum, count, anything)
 
@@ -35,7 +38,9 @@ class Policy:
     def __init__(self, model: Model | Llama, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
         start = model if isinstance(model, Model) else Model(init=model)
         self.folder = world.first(lambda: resolve(start.path)) if start.path else None
-        self.model = start.init or shape_of(self.folder)
+        own = start.init or shape_of(self.folder)
+        self.model = own.with_scalar_head() if start.head == "scalar" else own
+        self.has_fresh_head = self.folder is not None and self.model.head != own.head
         self.optim, self.parallel, self.world = optim, parallel, world
         self.dtype = _dtype(start, world)
         parallel.check(self.model, world.size)
@@ -50,7 +55,7 @@ class Policy:
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype)
         self.origin: weights.Origin | None = None
         if fill:
-            self.origin = weights.FolderOrigin(self.folder, self.model) if self.folder else weights.RandomOrigin(self.model, seed)
+            self.origin = self._origin(seed)
             weights.fill(self.chunks, self.model, self.origin, self.grid)
         self.stages: list[Any] = list(self.chunks)
         self.optimizer: Any = None
@@ -59,6 +64,15 @@ class Policy:
 
             self.stages = training.wrap(self.chunks, self.parallel)
             self.optimizer = training.make_optimizer(self.stages, self.optim, self.parallel, self.dtype)
+
+    def _origin(self, seed: int) -> Origin:
+        from engine.megatron import weights
+
+        drawn = weights.RandomOrigin(self.model, seed)
+        if self.folder is None:
+            return drawn
+        stored = weights.FolderOrigin(self.folder, shape_of(self.folder))
+        return weights.FreshHead(stored, drawn) if self.has_fresh_head else stored
 
     def close(self) -> None:
         """Give the seat and the grid back; the policy is of no use afterwards."""
@@ -116,17 +130,36 @@ class Policy:
             stage.eval()
         return self._reduced([out["metrics"] for out in self._run(step, partial(_finish_loss, loss), forward_only=True)])
 
-    @torch.no_grad()
     def logprobs(self, step: Step) -> list[Tensor]:
-        """logprob_T of every token of each microbatch, masked or not, float32 on the host; the same on every rank of a replica."""
+        """logprob_T of every token of each microbatch, masked or not, float32 on the host; the same on every rank of a replica.
+
+        Raises ValueError for a model with a scalar head.
+        """
+        self.expect_head("lm")
+        return self._per_token(step)
+
+    def values(self, step: Step) -> list[Tensor]:
+        """value_T, what the scalar head says after each token of each microbatch, otherwise as `logprobs`: value_T[t] has seen tokens_T[t],
+        but not the target. Raises ValueError for a model without a scalar head."""
+        self.expect_head("scalar")
+        return self._per_token(step)
+
+    def expect_head(self, head: Literal["lm", "scalar"]) -> None:
+        """Raise ValueError when this model has another head than `head`."""
+        if self.model.head != head:
+            wanted = "a language model, not a reward model" if head == "lm" else "a reward model, or training with model.head=scalar"
+            raise ValueError(f"model.head={self.model.head!r} of {self.folder or 'model.init'} does not do here; this needs {wanted}")
+
+    @torch.no_grad()
+    def _per_token(self, step: Step) -> list[Tensor]:
         for stage in self.stages:
             stage.eval()
-        outputs = self._run(step, _finish_logprobs, forward_only=True, every=True)
+        outputs = self._run(step, _finish_per_token, forward_only=True, every=True)
         sizes = [len(packed.tokens_T) for packed in step]
         if not sizes:
             return []
         flat = (
-            torch.cat([out["logprob"][:size] for out, size in zip(outputs, sizes, strict=True)])
+            torch.cat([out["output"][:size] for out, size in zip(outputs, sizes, strict=True)])
             if outputs
             else torch.empty(sum(sizes), device=self.world.device)
         )
@@ -230,10 +263,10 @@ def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
     return total / count if count else 0.0
 
 
-def _finish_loss(loss: LossFunction, packed: Packed, logprob_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    found = loss(logprob_T, packed)
-    return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics}
+def _finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    found = loss(output_T, packed)
+    return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics | found.correlations}
 
 
-def _finish_logprobs(packed: Packed, logprob_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    return logprob_T.sum(), torch.tensor(0, dtype=torch.int), {"logprob": logprob_T.detach()}
+def _finish_per_token(packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return output_T.sum(), torch.tensor(0, dtype=torch.int), {"output": output_T.detach()}

@@ -11,10 +11,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from engine.config import Optim, Parallel
-from engine.megatron.model import LogprobModel
+from engine.megatron.model import PackedModel
 
 
-def wrap(chunks: list[LogprobModel], parallel: Parallel) -> list[DistributedDataParallel]:
+def wrap(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataParallel]:
     """Each stage inside megatron's DDP: fp32 gradient buffers, reduced over replicas while backward still runs; a sharded optimizer's
     parameters are gathered while the next forward does."""
     config = DistributedDataParallelConfig(

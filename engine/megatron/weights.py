@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import Llama, padded_vocab
-from engine.megatron.model import LogprobModel
+from engine.megatron.model import PackedModel
 from engine.megatron.seat import Grid
 from engine.world import World
 
+SCALAR_HEAD = "score.weight"  # as LlamaForSequenceClassification calls it
 SHARD_BYTES = 4 << 30  # of an exported safetensors file
 
 
@@ -41,6 +42,8 @@ def pieces(parameter: str, model: Llama, tp: int, rank: int) -> list[Piece]:
     """The table: what tensor-parallel rank `rank` of `tp` holds in `parameter` (megatron's name, layers counted over the whole model)."""
     if parameter == "embedding.word_embeddings.weight":
         return _vocab("model.embed_tokens.weight", model, tp, rank)
+    if parameter == "output_layer.weight" and model.head == "scalar":
+        return [Piece(SCALAR_HEAD, 0, 0, 0, 1)]
     if parameter == "output_layer.weight":
         return _vocab("model.embed_tokens.weight" if model.tied else "lm_head.weight", model, tp, rank)
     if parameter == "decoder.final_layernorm.weight":
@@ -97,7 +100,9 @@ def shapes(model: Llama) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj.weight": (model.hidden, model.ffn),
     }
     named = {"model.embed_tokens.weight": (model.vocab, model.hidden), "model.norm.weight": (model.hidden,)}
-    if not model.tied:
+    if model.head == "scalar":
+        named[SCALAR_HEAD] = (1, model.hidden)
+    elif not model.tied:
         named["lm_head.weight"] = (model.vocab, model.hidden)
     return named | {f"model.layers.{i}.{name}": shape for i in range(model.layers) for name, shape in layer.items()}
 
@@ -111,7 +116,8 @@ class Origin(Protocol):
 
 
 class RandomOrigin:
-    """N(0, 0.02) weights and norms of one, a function of (seed, tensor name) alone: every layout starts from the same model."""
+    """N(0, 0.02) weights, a scalar head of N(0, 1 / sqrt(d + 1)) (arXiv 2411.15124), and norms of one: a function of (seed, tensor name)
+    alone, so that every layout starts from the same model."""
 
     def __init__(self, model: Llama, seed: int):
         self.shapes, self.seed = shapes(model), seed
@@ -128,7 +134,8 @@ class RandomOrigin:
         if len(shape) == 1:
             return torch.ones(shape)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))) * 0.02
+        deviation = (shape[1] + 1) ** -0.5 if name == SCALAR_HEAD else 0.02
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))) * deviation
 
 
 class FolderOrigin:
@@ -175,6 +182,20 @@ class FolderOrigin:
         return found
 
 
+@dataclass(frozen=True)
+class FreshHead:
+    """A language model's folder for all but the scalar head, which is drawn."""
+
+    folder: FolderOrigin
+    drawn: RandomOrigin
+
+    def read(self, piece: Piece) -> Tensor:
+        return (self.drawn if piece.name == SCALAR_HEAD else self.folder).read(piece)
+
+    def digests(self, rank: int, size: int) -> dict[str, str]:
+        return self.folder.digests(rank, size) | self.drawn.digests(rank, size)
+
+
 def _index(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -198,7 +219,7 @@ def _open(path: Path) -> safe_open:
         raise ValueError(f"{path}: cut short or corrupt ({error}); fetch it again") from None
 
 
-def named_parameters(chunks: list[LogprobModel]) -> Iterator[tuple[str, Tensor]]:
+def named_parameters(chunks: list[PackedModel]) -> Iterator[tuple[str, Tensor]]:
     """This rank's parameters with layers counted over the whole model."""
     for chunk in chunks:
         first = int(chunk.decoder.layers[0].layer_number) - 1 if len(chunk.decoder.layers) else 0  # type: ignore[arg-type]
@@ -210,7 +231,7 @@ def named_parameters(chunks: list[LogprobModel]) -> Iterator[tuple[str, Tensor]]
 
 
 @torch.no_grad()
-def fill(chunks: list[LogprobModel], model: Llama, origin: Origin, grid: Grid) -> None:
+def fill(chunks: list[PackedModel], model: Llama, origin: Origin, grid: Grid) -> None:
     """Write every parameter of this rank from `origin`; padding rows of the vocabulary become zeros."""
     for name, parameter in named_parameters(chunks):
         parameter.zero_()
@@ -219,7 +240,7 @@ def fill(chunks: list[LogprobModel], model: Llama, origin: Origin, grid: Grid) -
 
 
 @torch.no_grad()
-def export(chunks: list[LogprobModel], model: Llama, folder: Path, dtype: torch.dtype, grid: Grid, world: World) -> None:
+def export(chunks: list[PackedModel], model: Llama, folder: Path, dtype: torch.dtype, grid: Grid, world: World) -> None:
     """Write the safetensors of a Hugging Face folder. Each pipeline stage writes its own layers, a file of about 4 GiB at a time."""
     files: dict[str, list[str]] = {}  # what this rank wrote
     if grid.dp_rank == 0:
@@ -234,7 +255,7 @@ def export(chunks: list[LogprobModel], model: Llama, folder: Path, dtype: torch.
     dist.barrier()
 
 
-def _batches(chunks: list[LogprobModel], model: Llama, dtype: torch.dtype, grid: Grid) -> Iterator[dict[str, Tensor]]:
+def _batches(chunks: list[PackedModel], model: Llama, dtype: torch.dtype, grid: Grid) -> Iterator[dict[str, Tensor]]:
     """This stage's tensors, a file's worth at a time, on its first tensor-parallel rank; the others only lend their shards."""
     batch: dict[str, Tensor] = {}
     for name, parameter in named_parameters(chunks):

@@ -1,0 +1,92 @@
+"""The reward model: Bradley-Terry on preferences, by a scalar head at the end of each answer (arXiv 2411.15124, section 6.2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import PreTrainedTokenizerFast
+
+from engine.config import Run
+from engine.data.corpus import BadRows, TooLong
+from engine.data.mixture import Mixture
+from engine.data.pairs import Pair, grouped, prepare_pairs
+from engine.data.rows import Source
+from engine.losses import reward_bt
+from engine.megatron.policy import Policy
+from engine.texts import microbatch_tokens, open_chat, prepare_all
+from engine.types import LossFunction, Sample
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Learn to tell chosen from rejected. `batch_size` pairs make one optimizer step, over all ranks."""
+
+    sources: tuple[Source, ...]
+    held_out: tuple[Source, ...] = ()  # never trained on; its accuracy is reported
+    batch_size: int = 256  # pairs
+    epochs: float = 1.0
+    max_length: int = 2048  # tokens of one half, the prompt included
+    too_long: TooLong = "error"  # what to do beyond it; a half that is truncated on the right is scored at its last token
+    bad_rows: BadRows = "error"  # what to do with a row that is no preference; dropped ones are counted
+    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("algorithm.sources is empty; give at least one Source")
+        if self.batch_size < 1 or self.epochs <= 0 or self.max_length < 1:
+            raise ValueError(
+                f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive"
+            )
+
+    def start(self, policy: Policy, run: Run) -> Started:
+        """Tokenise what is not in the cache yet. Raises ValueError for a model without a scalar head, and for data that cannot be read or
+        does not fit."""
+        policy.expect_head("scalar")
+        chat = open_chat(policy, run, self.chat_template, self.max_length)
+        sources = (*self.sources, *self.held_out)
+        options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
+        pairs = prepare_all(policy, sources, lambda source, cache: prepare_pairs(source, chat, **options, whole=True, cache=cache))
+        for source, found in zip(sources, pairs, strict=True):
+            found.check_fit(source.path, microbatch_tokens(policy, run))
+        trained, held_out = pairs[: len(self.sources)], pairs[len(self.sources) :]
+        mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
+        head = [f"{policy.folder} is a language model: its scalar head starts anew, N(0, 1 / sqrt({policy.model.hidden + 1}))"]
+        return Started(
+            mixture=mixture,
+            batch_size=self.batch_size,
+            steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
+            held_out=grouped([found[i] for found in held_out for i in range(len(found))]),
+            tokenizer=_padded_apart(chat.tokenizer),
+            notes=head * policy.has_fresh_head + [found.counts.note(source.path) for source, found in zip(sources, pairs, strict=True)],
+        )
+
+
+def _padded_apart(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With padding that ends no sequence: transformers scores the last token that is not padding."""
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = [token for token in (tokenizer.unk_token, tokenizer.bos_token) if token not in (None, tokenizer.eos_token)]
+        if not others:
+            raise ValueError(
+                f"the tokenizer pads with {tokenizer.pad_token!r}; a reward model needs another pad_token, which ends no sequence"
+            )
+        tokenizer.pad_token = others[0]
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Started:
+    """Reward modelling under way."""
+
+    mixture: Mixture[Pair]
+    batch_size: int
+    steps: int
+    held_out: list[Sample]
+    tokenizer: PreTrainedTokenizerFast
+    notes: list[str]
+    loss: ClassVar[LossFunction] = staticmethod(reward_bt)
+
+    def collect(self, step: int) -> list[Sample]:
+        """The pairs of `step`, a function of (seed, step): chosen and rejected in turns."""
+        return grouped(self.mixture.batch(step, self.batch_size))

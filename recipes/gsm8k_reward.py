@@ -1,0 +1,22 @@
+"""SmolLM2-135M as a reward model of real solutions of grade-school problems, right against wrong, split by problem. First: python -m
+benchmarks.preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
+processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_reward.py parallel.pp=2"""
+
+from engine.algorithms.reward import Reward
+from engine.config import Model, Optim, Run
+from engine.data.rows import Source
+
+run = Run(
+    model=Model("smollm2-135m-instruct", head="scalar"),
+    algorithm=Reward(
+        sources=(Source("cache/gsm8k_pairs/train.jsonl"),),
+        held_out=(Source("cache/gsm8k_pairs/held_out.jsonl"),),
+        batch_size=16,
+        epochs=1,
+        max_length=512,
+    ),
+    optim=Optim(lr=5e-5, warmup=0.1),
+    tokens_per_microbatch=1024,
+    eval_every=8,
+    out="runs/gsm8k_reward",
+)

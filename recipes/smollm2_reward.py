@@ -1,0 +1,23 @@
+"""SmolLM2-135M as a reward model of generated word problems: right worked answers against wrong ones. On two CPU processes: torchrun
+--nproc-per-node 2 -m engine run recipes/smollm2_reward.py parallel.pp=2; from a model of your own: model.path=DIR."""
+
+from pathlib import Path
+
+from engine.algorithms.reward import Reward
+from engine.config import Model, Optim, Run
+from engine.data.rows import Source
+from engine.data.wordproblems import generated, pairs
+
+run = Run(
+    model=Model("smollm2-135m-instruct", head="scalar"),
+    algorithm=Reward(
+        sources=(Source(generated(Path("cache/smollm2_reward/train.jsonl"), 1000, seed=2, make=pairs)),),
+        held_out=(Source(generated(Path("cache/smollm2_reward/held_out.jsonl"), 32, seed=3, held_out=True, make=pairs)),),
+        batch_size=16,
+        max_length=512,
+    ),
+    optim=Optim(lr=1e-4, warmup=0.1),
+    tokens_per_microbatch=1024,
+    steps=12,
+    out="runs/smollm2_reward",
+)
