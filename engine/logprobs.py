@@ -26,10 +26,10 @@ BLOCK = 16  # microbatches of each replica and pipeline stage that are planned t
 def per_token(
     policy: Policy, verb: Callable[[Step], list[Tensor]], samples: Iterable[Sample], budget: int
 ) -> Iterator[tuple[list[Sample], list[np.ndarray]]]:
-    """`samples` in order, in blocks, with what policy.logprobs or policy.values, the `verb`, says of each, float32 [L]; on rank 0. Others
-    get no values.
+    """`samples` in order, in blocks, with what a verb of the policy (logprobs, values) says of every predicted token of each, float32 [L].
 
-    All ranks must iterate, over the same samples. `budget` is the tokens of a microbatch; no sample may be longer.
+    Only rank 0 is told the values. All ranks must iterate, over the same samples. `budget` is the tokens of a microbatch; no sample may
+    be longer.
     """
     for block in _blocks(samples, BLOCK * policy.parallel.pp * policy.grid.dp * budget):
         step = batch(block, budget, **policy.cut)

@@ -30,7 +30,7 @@ LAYOUTS = [(2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2)), (2, Parall
 
 def test_loss_and_gradient_are_those_of_the_definition() -> None:
     """In float64, a pair at a time; with padding behind, which is no sequence of the batch."""
-    (packed,) = batch(grouped(jobs.pairs(0)), 1000, total_multiple=64)
+    (packed,) = batch(grouped(jobs.pairs_with_reference(0)), 1000, total_multiple=64)
     assert packed.index_S[-1] == -1
     draw = torch.Generator().manual_seed(0)
     value_T = (3 * torch.randn(len(packed.tokens_T), generator=draw)).requires_grad_()
@@ -56,12 +56,12 @@ def test_loss_and_gradient_are_those_of_the_definition() -> None:
     assert means["margin"] == pytest.approx(np.mean(margins), rel=1e-6)
     assert means["margin"] == pytest.approx(means["rewards/chosen"] - means["rewards/rejected"], rel=1e-6)
     assert means["accuracy"] == np.mean([margin > 0 for margin in margins])
-    assert means["length/chosen"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs(0))[::2]])
-    assert means["length/rejected"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs(0))[1::2]])
+    assert means["length/chosen"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[::2]])
+    assert means["length/rejected"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[1::2]])
 
 
 def test_far_margins_and_no_pairs() -> None:
-    (packed,) = batch(grouped(jobs.pairs(0, count=1)), 1000)
+    (packed,) = batch(grouped(jobs.pairs_with_reference(0, count=1)), 1000)
     value_T = torch.zeros(len(packed.tokens_T))
     value_T[packed.cu_seqlens[packed.index_S.index(1) + 1] - 1] = 200.0
     value_T.requires_grad_()

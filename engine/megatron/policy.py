@@ -266,7 +266,7 @@ def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
 
 def _finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     found = loss(output_T, packed)
-    return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics}
+    return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics | found.correlations}
 
 
 def _finish_per_token(packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
