@@ -1,7 +1,9 @@
-"""The demo: SmolLM2-135M learns to work word problems on two CPU processes; its held-out loss falls, and it answers before and after."""
+"""The demo: SmolLM2-135M learns to work word problems on two CPU processes, and another one to judge the work. Each stage is measured on
+problems that nobody trained on."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,42 +14,67 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.data.wordproblems import problems
+from engine.data.wordproblems import problems, write
 from engine.hub import SMOLLM2, resolve
 from engine.report import read_metrics
 
 OUT = Path("runs/demo")
-ENGINE = ["-m", "engine"]
+ENGINE = [sys.executable, "-m", "engine"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "engine"]
 
 
 def main() -> None:
-    """Train, export, ask; a few minutes on two cores. Exits with an error when the held-out loss did not fall."""
+    """Fine-tune, learn rewards, ask; some minutes on two cores. Exits with an error when held-out data says that a stage did not learn."""
     began = time.monotonic()
     torch.set_num_threads(2)
     shutil.rmtree(OUT, ignore_errors=True)
-    question = problems(1, seed=7, held_out=True)[0]["messages"]
-    before = answer(resolve(SMOLLM2), question[:1])
-    train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *ENGINE, "run", "recipes/smollm2_sft.py"]
+    question, right = problems(1, seed=7, held_out=True)[0]["messages"]
     # 9 heads and 3 key-value heads admit no tp=2: the layers are dealt to two stages, fewer where the output layer's work is.
-    subprocess.run([*train, "parallel.pp=2", "parallel.stages=[17,13]", f"out={OUT}"], check=True)
-    subprocess.run([sys.executable, *ENGINE, "export", OUT, OUT / "export"], check=True)
-    after = answer(OUT / "export", question[:1])
-    losses = [(record["step"], record["loss"]) for record in read_metrics(OUT) if record["kind"] == "evaluation"]
-    print(f"\nHeld-out loss: {', '.join(f'{loss:.3f} after step {step}' for step, loss in losses)}")
-    print(f"\nQuestion   {question[0]['content']}\nBefore     {before}\nAfter      {after}\nRight      {question[1]['content']}")
-    print(f"\nThe fine-tuned model is in {OUT / 'export'}, a folder that transformers loads. {time.monotonic() - began:.0f} s in all.")
-    if losses[-1][1] >= losses[0][1]:
-        sys.exit("the held-out loss did not fall")
+    tuned = stage("sft", "parallel.stages=[17,13]")
+    judge = stage("reward", "parallel.stages=[15,15]", f"model.path={tuned}")
+    answers = {"Before": answer(resolve(SMOLLM2), question), "SFT": answer(tuned, question), "Right": right["content"]}
+    rewards = judged(judge, question["content"], list(answers.values()))
+    print(f"\nQuestion   {question['content']}")
+    for (who, text), reward in zip(answers.items(), rewards, strict=True):
+        print(f"{who:<10} {text}   (reward {reward:+.2f})")
+    print(f"\nThe models are {tuned} and {judge}, folders that transformers loads. {time.monotonic() - began:.0f} s in all.")
+    check("sft", "loss", falls=True)
+    check("reward", "accuracy", falls=False)
 
 
-def answer(folder: Path, messages: list[dict[str, str]]) -> str:
+def stage(name: str, *overrides: str) -> Path:
+    """Train recipes/smollm2_<name>.py on two processes; the folder of what it learned."""
+    out = OUT / name
+    subprocess.run([*TORCHRUN, "run", f"recipes/smollm2_{name}.py", "parallel.pp=2", f"out={out}", *overrides], check=True)
+    subprocess.run([*ENGINE, "export", out, out / "export"], check=True)
+    return out / "export"
+
+
+def check(name: str, metric: str, *, falls: bool) -> None:
+    """Print what held-out data said of a stage. Exits with an error when `metric` did not go the right way."""
+    told = [(record["step"], record[metric]) for record in read_metrics(OUT / name) if record["kind"] == "evaluation"]
+    print(f"{name}: held-out {metric} {', '.join(f'{value:.3f} after step {step}' for step, value in told)}")
+    first, last = told[0][1], told[-1][1]
+    if not (last < first if falls else last > first):
+        sys.exit(f"{name}: held-out {metric} went from {first:.3f} to {last:.3f}")
+
+
+def answer(folder: Path, question: dict[str, str]) -> str:
     """The model's greedy answer, at most 60 tokens, on one line."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         tokens = model.generate(**prompt, max_new_tokens=60, do_sample=False)
     return " ".join(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
+
+
+def judged(judge: Path, question: str, answers: list[str]) -> list[float]:
+    """The reward of each answer."""
+    data, out = OUT / "answers.jsonl", OUT / "rewards.jsonl"
+    write(data, [{"prompt": question, "response": text} for text in answers])
+    subprocess.run([*ENGINE, "score", "--reward", "--model", judge, "--data", data, "--out", out], check=True)
+    return [json.loads(line)["reward"] for line in out.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Log-probabilities of many samples: computed a block at a time, and kept on disk for a run that needs them again and again."""
+"""What a model says of the tokens of many samples: computed a block at a time, and kept on disk for a run that needs it again and again."""
 
 from __future__ import annotations
 

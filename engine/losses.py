@@ -18,31 +18,6 @@ def nll(logprob_T: Tensor, packed: Packed) -> Loss:
     return Loss(total, count, {"loss": (total.detach(), count)})
 
 
-def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
-    """Bradley-Terry (arXiv 2411.15124, section 6.2): total = sum over pairs of -log sigmoid(reward of chosen - reward of rejected), where
-    a sequence's reward is the value of its last token; count = pairs.
-
-    A pair is the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch. Metrics with a mean over pairs: rewards and their margin,
-    accuracy (margin above 0), numbers of counted tokens of both halves.
-    """
-    pairs_P2 = _pairs(packed).to(value_T.device)
-    cu_seqlens = packed.cu_seqlens.to(value_T.device)
-    reward_P2 = value_T[cu_seqlens[1:] - 1][pairs_P2]
-    length_P2 = F.pad(packed.mask_T.cumsum(0), (1, 0))[cu_seqlens].diff()[pairs_P2]
-    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
-    loss_P = -F.logsigmoid(margin_P)
-    means = {
-        "loss": loss_P,
-        "accuracy": margin_P > 0,
-        "margin": margin_P,
-        "rewards/chosen": reward_P2[:, 0],
-        "rewards/rejected": reward_P2[:, 1],
-        "length/chosen": length_P2[:, 0],
-        "length/rejected": length_P2[:, 1],
-    }
-    return Loss(loss_P.sum(), len(pairs_P2), _sums(means))
-
-
 def dpo(
     logprob_T: Tensor, packed: Packed, *, beta: float, label_smoothing: float = 0.0, normalize: bool = True, nll_weight: float = 0.0
 ) -> Loss:
@@ -59,7 +34,7 @@ def dpo(
     """
     assert packed.ref_logprob_T is not None, "DPO needs ref_logprob of every sample"
     pairs_P2 = _pairs(packed)
-    count, where = len(pairs_P2), (packed.mask_T, packed.cu_seqlens)
+    where = (packed.mask_T, packed.cu_seqlens)
     loss_P, reward = dpo_norm(logprob_T, packed.ref_logprob_T, *where, pairs_P2, beta, label_smoothing, normalize)
     total_S, tokens_S = seq_logps(logprob_T, *where)
     on_device = pairs_P2.to(total_S.device)
@@ -73,19 +48,38 @@ def dpo(
         "rewards/rejected": reward.rejected,
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
-        "length/chosen": lengths[:, 0],
-        "length/rejected": lengths[:, 1],
     }
     if nll_weight:
         nll_P = -logps[:, 0] / lengths[:, 0].clamp(min=1.0)
         total = total + nll_weight * nll_P.sum()
         means |= {"loss": loss_P + nll_weight * nll_P, "nll": nll_P}
-    bias = Moments.of(reward.margin, lengths[:, 0] - lengths[:, 1])
-    return Loss(total, count, _sums(means), {"length_bias": bias})
+    return _of_pairs(total, means, lengths)
 
 
-def _sums(values: dict[str, Tensor]) -> dict[str, tuple[Tensor | float, int]]:
-    return {name: (value_P.detach().double().sum(), len(value_P)) for name, value_P in values.items()}
+def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
+    """Bradley-Terry (arXiv 2411.15124, section 6.2): total = sum over pairs of -log sigmoid(reward of chosen - reward of rejected), where
+    a sequence's reward is the value of its last token; count = pairs. Pairs and metrics are those of `dpo`, without log-probs."""
+    pairs_P2, cu_seqlens = _pairs(packed).to(value_T.device), packed.cu_seqlens.to(value_T.device)
+    reward_P2 = value_T[cu_seqlens[1:] - 1][pairs_P2]
+    length_P2 = F.pad(packed.mask_T.cumsum(0), (1, 0))[cu_seqlens].diff()[pairs_P2]
+    margin_P = reward_P2[:, 0] - reward_P2[:, 1]
+    loss_P = -F.logsigmoid(margin_P)
+    means = {
+        "loss": loss_P,
+        "accuracy": margin_P > 0,
+        "margin": margin_P,
+        "rewards/chosen": reward_P2[:, 0],
+        "rewards/rejected": reward_P2[:, 1],
+    }
+    return _of_pairs(loss_P.sum(), means, length_P2)
+
+
+def _of_pairs(total: Tensor, means: dict[str, Tensor], length_P2: Tensor) -> Loss:
+    """`means` [P] each become a mean over pairs; with them go the halves' lengths, and how far the margin follows them."""
+    means = means | {"length/chosen": length_P2[:, 0], "length/rejected": length_P2[:, 1]}
+    sums: dict[str, tuple[Tensor | float, int]] = {name: (value_P.detach().double().sum(), len(value_P)) for name, value_P in means.items()}
+    bias = Moments.of(means["margin"].detach(), length_P2[:, 0] - length_P2[:, 1])
+    return Loss(total, len(length_P2), sums, {"length_bias": bias})
 
 
 def _pairs(packed: Packed) -> Tensor:

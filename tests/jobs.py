@@ -133,11 +133,6 @@ def sft_steps(
         return [*found, policy.evaluate(held_out, nll)]
 
 
-def pairs(seed: int, count: int = 10) -> list[Sample]:
-    """`count` random pairs of ragged length as one batch: chosen and rejected in turns."""
-    return [replace(sample, group=i // 2) for i, sample in enumerate(samples(seed, 2 * count))]
-
-
 def reward_steps(
     world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, order: int = 0
 ) -> list[dict[str, float]]:
@@ -147,12 +142,12 @@ def reward_steps(
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
         found = []
         for step in range(steps):
-            batch_ = pairs(step)
-            shuffled = np.random.default_rng(order).permutation(10) if order else range(10)
-            halves = [batch_[2 * p + half] for p in shuffled for half in (0, 1)]
+            batch_ = pairs_with_reference(step)
+            shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
+            halves = grouped([batch_[i] for i in shuffled])
             # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
             found.append(policy.update(batch(halves, budget, **policy.cut), reward_bt, OPTIM.lr_at(step, 10) / 10))
-        return [*found, policy.evaluate(batch(pairs(99), budget, **policy.cut), reward_bt)]
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), reward_bt)]
 
 
 def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
@@ -168,7 +163,7 @@ def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[st
 
 
 def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
-    return (pairs(step), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
+    return (grouped(pairs_with_reference(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
 
 
 def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, alone: bool = False) -> dict[int, list[float]]:

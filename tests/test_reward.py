@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.batching import batch
 from engine.config import Llama, Model, Parallel
+from engine.data.pairs import grouped
 from engine.data.wordproblems import pairs, problems, write
 from engine.losses import reward_bt
 from tests import jobs
@@ -29,7 +30,7 @@ LAYOUTS = [(2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2)), (2, Parall
 
 def test_loss_and_gradient_are_those_of_the_definition() -> None:
     """In float64, a pair at a time; with padding behind, which is no sequence of the batch."""
-    (packed,) = batch(jobs.pairs(0), 1000, total_multiple=64)
+    (packed,) = batch(grouped(jobs.pairs_with_reference(0)), 1000, total_multiple=64)
     assert packed.index_S[-1] == -1
     draw = torch.Generator().manual_seed(0)
     value_T = (3 * torch.randn(len(packed.tokens_T), generator=draw)).requires_grad_()
@@ -39,28 +40,28 @@ def test_loss_and_gradient_are_those_of_the_definition() -> None:
     ends = dict(zip(packed.index_S, (packed.cu_seqlens[1:] - 1).tolist(), strict=True))
     values, total, gradient = value_T.detach().double(), 0.0, torch.zeros(len(value_T), dtype=torch.float64)
     margins = []
-    for pair in range(10):
+    for pair in range(8):
         chosen, rejected = ends[2 * pair], ends[2 * pair + 1]
         margins.append(float(values[chosen] - values[rejected]))
         total += math.log1p(math.exp(-margins[-1]))
         slope = 1 / (1 + math.exp(margins[-1]))
         gradient[chosen] -= slope
         gradient[rejected] += slope
-    assert loss.count == 10
+    assert loss.count == 8
     assert loss.total.item() == pytest.approx(total, rel=1e-6)
     assert value_T.grad is not None
     torch.testing.assert_close(value_T.grad.double(), gradient, rtol=1e-6, atol=1e-7)
-    means = {name: float(value) / count for name, (value, count) in loss.metrics.items()}
-    assert means["loss"] == pytest.approx(total / 10, rel=1e-6)
+    means = {name: float(parts[0]) / parts[1] for name, parts in loss.metrics.items() if len(parts) == 2}
+    assert means["loss"] == pytest.approx(total / 8, rel=1e-6)
     assert means["margin"] == pytest.approx(np.mean(margins), rel=1e-6)
     assert means["margin"] == pytest.approx(means["rewards/chosen"] - means["rewards/rejected"], rel=1e-6)
     assert means["accuracy"] == np.mean([margin > 0 for margin in margins])
-    assert means["length/chosen"] == np.mean([sample.mask.sum() for sample in jobs.pairs(0)[::2]])
-    assert means["length/rejected"] == np.mean([sample.mask.sum() for sample in jobs.pairs(0)[1::2]])
+    assert means["length/chosen"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[::2]])
+    assert means["length/rejected"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[1::2]])
 
 
 def test_far_margins_and_no_pairs() -> None:
-    (packed,) = batch(jobs.pairs(0, count=1), 1000)
+    (packed,) = batch(grouped(jobs.pairs_with_reference(0, count=1)), 1000)
     value_T = torch.zeros(len(packed.tokens_T))
     value_T[packed.cu_seqlens[packed.index_S.index(1) + 1] - 1] = 200.0
     value_T.requires_grad_()
@@ -70,7 +71,7 @@ def test_far_margins_and_no_pairs() -> None:
     assert value_T.grad is not None
     assert (value_T.grad.min().item(), value_T.grad.max().item()) == (-1.0, 1.0)
     padding = replace(packed, index_S=(-1,) * len(packed.index_S))
-    value_T.grad = None
+    value_T.grad.zero_()
     nothing = reward_bt(value_T, padding)
     nothing.total.backward()
     assert (nothing.total.item(), nothing.count) == (0.0, 0)
@@ -235,13 +236,14 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, base: Path, tmp_path: Path) -> None:
-    assert "model.head='lm' of model.init does not do here; this needs a reward model" in complaint("run", recipe, "model.head=auto")
+    needed = "is a language model, but a reward model is needed; to make one of it, train with model.head=scalar"
+    assert f"model init {needed}" in complaint("run", recipe, "model.head=auto")
     (tmp_path / "rows.jsonl").write_text('{"tokens": [1, 2]}\n')
     words = ["score", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "--model"]
-    assert f"model.head='lm' of {base} does not do here; this needs a reward model" in complaint(*words, base, "--reward")
+    assert f"model {base} {needed}" in complaint(*words, base, "--reward")
     assert engine("run", recipe, "steps=1")[0] == 0
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
-    assert "does not do here; this needs a language model, not a reward model" in complaint(*words, tmp_path / "model")
+    assert f"model {tmp_path / 'model'} is a reward model, but a language model is needed" in complaint(*words, tmp_path / "model")
     assert not (tmp_path / "o.jsonl").exists()
 
 
@@ -250,8 +252,8 @@ def test_a_fresh_head_is_told_of_in_one_line(tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base", replace(jobs.TINY, vocab=260, max_length=512))
     code, told, complained = engine("run", make_recipe(tmp_path, f"Model({str(base)!r}, head='scalar', tokenizer='bytes')"), "steps=1")
     assert code == 0, complained
-    told_of = f"{base} is a language model: its scalar head starts anew, N(0, 1 / sqrt(65))"
-    assert [line for line in told.splitlines() if "anew" in line] == [told_of]
+    told_of = f"{base} is a language model: its scalar head is drawn from N(0, 1 / sqrt(65))"
+    assert [line for line in told.splitlines() if "drawn" in line] == [told_of]
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["pad_token_id"], len(config["id2label"]), config["tie_word_embeddings"]) == (256, 1, False)
 

@@ -19,6 +19,7 @@ _PHRASES = {
     "-": ("loses {}", "sells {}", "gives {} away"),
     "*": ("doubles them",),
 }
+_MISTAKEN = {"+": "-", "-": "+", "*": "+"}
 _LARGEST = 39  # every value on the way lies in 1..39
 
 Skeleton = tuple[int, tuple[tuple[str, int], ...]]  # start, and (operator, operand) of each step
@@ -43,8 +44,7 @@ def pairs(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]
     draw, rows = random.Random(seed), []
     for skeleton in islice(_skeletons(draw, held_out), count):
         question = _question(draw, skeleton)
-        right, wrong = (_answer(skeleton, values) for values in (_values(skeleton), _slipped(draw, skeleton)))
-        rows.append({"prompt": question, "chosen": right, "rejected": wrong})
+        rows.append({"prompt": question, "chosen": _answer(skeleton, _values(skeleton)), "rejected": _wrong(draw, skeleton)})
     return rows
 
 
@@ -90,11 +90,17 @@ def _values(skeleton: Skeleton, slip: tuple[int, int] = (-1, 0)) -> list[int]:
     return values
 
 
-def _slipped(draw: random.Random, skeleton: Skeleton) -> list[int]:
+def _wrong(draw: random.Random, skeleton: Skeleton) -> str:
+    """A worked answer with one mistake, carried on: a slip in a sum, another operation than the problem's, or another number."""
+    start, steps = skeleton
     while True:
-        values = _values(skeleton, (draw.randrange(len(skeleton[1])), draw.choice((-10, -2, -1, 1, 2, 10))))
-        if min(values) >= 1:
-            return values
+        i, slip = draw.randrange(len(steps)), draw.choice((-10, -2, -1, 1, 2, 10))
+        operator, operand = steps[i]
+        misread = ((_MISTAKEN[operator], operand), (operator, draw.randint(2, 9)))
+        others = [(start, (*steps[:i], step, *steps[i + 1 :])) for step in misread]
+        worked, values = draw.choice([(skeleton, _values(skeleton, (i, slip))), *((other, _values(other)) for other in others)])
+        if min(values) >= 1 and values[-1] != _values(skeleton)[-1]:
+            return _answer(worked, values)
 
 
 def _is_held_out(skeleton: Skeleton) -> bool:

@@ -53,7 +53,7 @@ class Policy:
         from engine.megatron import model, weights
 
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype)
-        self.origin: weights.Origin | None = None
+        self.origin: Origin | None = None
         if fill:
             self.origin = self._origin(seed)
             weights.fill(self.chunks, self.model, self.origin, self.grid)
@@ -147,8 +147,9 @@ class Policy:
     def expect_head(self, head: Literal["lm", "scalar"]) -> None:
         """Raise ValueError when this model has another head than `head`."""
         if self.model.head != head:
-            wanted = "a language model, not a reward model" if head == "lm" else "a reward model, or training with model.head=scalar"
-            raise ValueError(f"model.head={self.model.head!r} of {self.folder or 'model.init'} does not do here; this needs {wanted}")
+            kinds = {"lm": "a language model", "scalar": "a reward model"}
+            way_out = "; to make one of it, train with model.head=scalar" if head == "scalar" else ""
+            raise ValueError(f"model {self.folder or 'init'} is {kinds[self.model.head]}, but {kinds[head]} is needed{way_out}")
 
     @torch.no_grad()
     def _per_token(self, step: Step) -> list[Tensor]:
