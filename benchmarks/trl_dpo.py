@@ -21,9 +21,9 @@ def rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         assert first[0] == first[1], "the halves' prompts differ"
         ids = [half.tokens[first[0] + 1 : end + 2].tolist() for half, end in zip(pair, last, strict=True)]
         row = {"prompt_ids": pair[0].tokens[: first[0] + 1].tolist(), "chosen_ids": ids[0], "rejected_ids": ids[1]}
-        if pair[0].ref_logprob is not None and pair[1].ref_logprob is not None:
-            sums = [float(np.sum(half.ref_logprob, where=half.mask.astype(bool), dtype=np.float64)) for half in pair]
-            row |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
+        for name, half in zip(("ref_chosen_logps", "ref_rejected_logps"), pair, strict=True):
+            if half.ref_logprob is not None:
+                row[name] = float(half.ref_logprob.astype(np.float64) @ half.mask)
         found.append(row)
     return found
 
