@@ -108,14 +108,15 @@ class _Kept:
         _write(self.folder / "done", str(done))
 
 
-def _key(weights: str, corpora: Sequence[Corpus]) -> dict[str, Any]:
+def _key(weights: str, corpora: Sequence[Corpus]) -> dict[str, str]:
     """What the log-probs are a function of, by the names that a user knows."""
-    parts = {"data": ("data", "reader"), "template": ("template", "tokenizer"), "length": ("max_length", "too_long", "bad_rows")}
-    said = {name: [[corpus.key[part] for part in names] for corpus in corpora] for name, names in parts.items()}
-    return {"weights": weights} | {name: _digest(value) for name, value in said.items()}
+    how = {"template": ("template", "tokenizer"), "length": ("max_length", "too_long", "bad_rows")}
+    data = [[corpus.key["data"], corpus.key["reader"]] for corpus in corpora]
+    said = {name: sorted({json.dumps([corpus.key[part] for part in parts]) for corpus in corpora}) for name, parts in how.items()}
+    return {"weights": weights} | {name: _digest(value) for name, value in {"data": data, **said}.items()}
 
 
-def _opened(folder: Path, key: dict[str, Any]) -> int:
+def _opened(folder: Path, key: dict[str, str]) -> int:
     """Make the folder or check that it is of `key`; how many samples it holds."""
     if not (folder / "key.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
