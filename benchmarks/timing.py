@@ -185,11 +185,14 @@ def page(
     readings: Readings,
     targets: Sequence[Target],
     facts: Mapping[str, Any],
+    unit: str = "tokens",
+    digits: int = 1,
 ) -> str:
-    """The Markdown page: every contender, every target as it came out, and where."""
+    """The Markdown page: every contender, every target as it came out, and where. `unit` is what work is counted in, and
+    `digits` how many follow the point of its rates."""
     base = contenders[0].name
-    head = f"| contender | what | tokens/s | {base} / it | tokens/core second | {base} / it | peak MiB, all (largest) |\n{'|---' * 7}|"
-    rows = [_row(c, readings, base) for c in contenders]
+    head = f"| contender | what | {unit}/s | {base} / it | {unit}/core second | {base} / it | peak MiB, all (largest) |\n{'|---' * 7}|"
+    rows = [_row(c, readings, base, digits) for c in contenders]
     verdicts = [verdict(readings, target) for target in targets]
     facts_ = [f"- {name}: {value}" for name, value in facts.items()]
     blocks = [[f"# {title}"], [*notes, *NUMBERS], [head, *rows], ["## Targets"], verdicts, ["## Where"], facts_]
@@ -218,9 +221,9 @@ def write(folder: Path, name: str, text: str, readings: Readings, facts: Mapping
     return paths
 
 
-def _row(contender: Contender, readings: Readings, base: str) -> str:
+def _row(contender: Contender, readings: Readings, base: str, digits: int) -> str:
     found, compared = readings[contender.name], (readings, base, contender.name)
-    speeds = [rate(found).text(1), ratio(*compared).text(2), core_rate(found).text(1), core_ratio(*compared).text(2)]
+    speeds = [rate(found).text(digits), ratio(*compared).text(2), core_rate(found).text(digits), core_ratio(*compared).text(2)]
     return f"| {' | '.join([contender.name, contender.what, *speeds, _memory(found)])} |"
 
 

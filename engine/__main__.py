@@ -31,7 +31,7 @@ ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-n
 
 def main(words: list[str] | None = None) -> int:
     """Parse and run; a user's mistake becomes one line on stderr. Returns the exit code."""
-    arguments = _parser().parse_args(words)
+    arguments = _parsed(words)
     warnings.filterwarnings("ignore")  # of libraries, about their own future; ours are printed
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
@@ -42,6 +42,18 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _parsed(words: list[str] | None) -> argparse.Namespace:
+    """Settings may stand anywhere; argparse by itself takes a command's positional words only in one piece."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    strays = [word for word in rest if not SETTING.match(word)]
+    if strays or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _overrides(export, "parallel.tp=2 parallel.pp=4, to spread a large model over the processes of torchrun")
     generate = _command(commands, "generate", _generate, "answer a question, or every prompt of a file")
     generate.add_argument("model", help="a Hugging Face folder or id, or smollm2-135m-instruct")
-    generate.add_argument("words", nargs="*", metavar="question | name=value", help="a question in one word; settings: parallel.pp=2")
+    generate.add_argument("overrides", nargs="*", metavar="question | name=value", help='"a question", and settings: parallel.pp=2')
     generate.add_argument("--prompts", help='a .jsonl file; a row has "tokens", "messages" or "prompt"')
     generate.add_argument("--out", help='the .jsonl file to write: {"tokens", "prompt_length", "logprobs", "finish_reason", "text"}')
     for name, kind, text in SAMPLING:
@@ -128,12 +140,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     from engine.generate import Generating, answer, answer_all
     from engine.world import World
 
-    questions = [] if arguments.prompts else [word for word in arguments.words if not SETTING.match(word)]
+    questions = [] if arguments.prompts else [word for word in arguments.overrides if not SETTING.match(word)]
     if bool(arguments.prompts) != bool(arguments.out) or (not arguments.prompts and len(questions) != 1):
         raise ValueError('generate takes one question in quotes, or --prompts and --out; for example: generate MODEL "What is 2 + 3?"')
     asked = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name, *_ in SAMPLING}
     generating = Generating(Model(arguments.model), **{name: value for name, value in asked.items() if value is not None})
-    generating = override(generating, [word for word in arguments.words if word not in questions])
+    generating = override(generating, [word for word in arguments.overrides if word not in questions])
     with closing(World.start()) as world:
         if arguments.prompts:
             count = answer_all(generating, arguments.prompts, Path(arguments.out), world)

@@ -26,10 +26,10 @@ BLOCK = 16  # microbatches of each replica and pipeline stage that are planned t
 def per_token(
     policy: Policy, verb: Callable[[Step], list[Tensor]], samples: Iterable[Sample], budget: int
 ) -> Iterator[tuple[list[Sample], list[np.ndarray]]]:
-    """`samples` in order, in blocks, with what policy.logprobs or policy.values, the `verb`, says of each, float32 [L]; on rank 0. Others
-    get no values.
+    """`samples` in order, in blocks, with what a verb of the policy (logprobs, values) says of every predicted token of each, float32 [L].
 
-    All ranks must iterate, over the same samples. `budget` is the tokens of a microbatch; no sample may be longer.
+    Only rank 0 is told the values. All ranks must iterate, over the same samples. `budget` is the tokens of a microbatch; no sample may
+    be longer.
     """
     for block in _blocks(samples, BLOCK * policy.parallel.pp * policy.grid.dp * budget):
         step = batch(block, budget, **policy.cut)
@@ -108,14 +108,15 @@ class _Kept:
         _write(self.folder / "done", str(done))
 
 
-def _key(weights: str, corpora: Sequence[Corpus]) -> dict[str, Any]:
+def _key(weights: str, corpora: Sequence[Corpus]) -> dict[str, str]:
     """What the log-probs are a function of, by the names that a user knows."""
-    parts = {"data": ("data", "reader"), "template": ("template", "tokenizer"), "length": ("max_length", "too_long", "bad_rows")}
-    said = {name: [[corpus.key[part] for part in names] for corpus in corpora] for name, names in parts.items()}
-    return {"weights": weights} | {name: _digest(value) for name, value in said.items()}
+    how = {"template": ("template", "tokenizer"), "length": ("max_length", "too_long", "bad_rows")}
+    data = [[corpus.key["data"], corpus.key["reader"]] for corpus in corpora]
+    said = {name: sorted({json.dumps([corpus.key[part] for part in parts]) for corpus in corpora}) for name, parts in how.items()}
+    return {"weights": weights} | {name: _digest(value) for name, value in {"data": data, **said}.items()}
 
 
-def _opened(folder: Path, key: dict[str, Any]) -> int:
+def _opened(folder: Path, key: dict[str, str]) -> int:
     """Make the folder or check that it is of `key`; how many samples it holds."""
     if not (folder / "key.json").exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -80,12 +80,10 @@ def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
 
 def _of_pairs(total: Tensor, means: dict[str, Tensor], length_P2: Tensor) -> Loss:
     """`means` [P] each become a mean over pairs; with them go the halves' lengths, and how far the margin follows them."""
-    count = len(length_P2)
     means = means | {"length/chosen": length_P2[:, 0], "length/rejected": length_P2[:, 1]}
-    metrics: dict[str, tuple[Tensor | float, int] | Moments] = {
-        name: (value_P.detach().double().sum(), count) for name, value_P in means.items()
-    }
-    return Loss(total, count, metrics | {"length_bias": Moments.of(means["margin"].detach(), length_P2[:, 0] - length_P2[:, 1])})
+    sums: dict[str, tuple[Tensor | float, int]] = {name: (value_P.detach().double().sum(), len(value_P)) for name, value_P in means.items()}
+    bias = Moments.of(means["margin"].detach(), length_P2[:, 0] - length_P2[:, 1])
+    return Loss(total, len(length_P2), sums, {"length_bias": bias})
 
 
 def _pairs(packed: Packed) -> Tensor:

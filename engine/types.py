@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +122,8 @@ class Loss:
 
     total: torch.Tensor  # scalar, differentiable: a SUM
     count: int  # what the total of the whole step is divided by, summed over microbatches and ranks
-    metrics: dict[str, tuple[torch.Tensor | float, int] | Moments]  # name -> (sum, count), told as a mean; moments, as a correlation
+    metrics: dict[str, tuple[torch.Tensor | float, int]]  # name -> (sum, count)
+    correlations: dict[str, Moments] = field(default_factory=dict)  # what a mean cannot tell; reported beside the metrics
 
 
 LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, or value_T of a scalar head; microbatch) -> Loss

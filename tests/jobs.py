@@ -20,6 +20,7 @@ from engine import losses
 from engine.batching import batch, scatter
 from engine.config import Llama, Model, Optim, Parallel
 from engine.data.pairs import Pair, grouped
+from engine.data.template import TULU
 from engine.losses import nll, reward_bt
 from engine.types import Loss, LossFunction, Packed, Sample, Step
 from engine.world import World
@@ -35,7 +36,7 @@ def samples(seed: int, count: int = 16, longest: int = 24, vocab: int = 250) -> 
     return [Sample(draw.integers(0, vocab, n + 1, dtype=np.int32), (draw.random(n) < 0.7).astype(np.uint8)) for n in lengths]
 
 
-def pairs(seed: int, count: int = 8) -> list[Pair]:
+def pairs_with_reference(seed: int, count: int = 8) -> list[Pair]:
     """Random pairs with a prompt in common and the log-probs of an imagined reference, a function of the arguments."""
     draw = np.random.default_rng(seed)
 
@@ -62,10 +63,49 @@ def dpo_steps(world: World, parallel: Parallel, model: Model, *, budget: int = 6
         found = []
         for step in range(4):
             shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
-            batch_ = pairs(step)
+            batch_ = pairs_with_reference(step)
             samples_ = grouped([batch_[i] for i in shuffled])
             found.append(policy.update(batch(samples_, budget, **policy.cut), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
-        return [*found, policy.evaluate(batch(grouped(pairs(99)), budget, **policy.cut), DPO_LOSSES[0])]
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), DPO_LOSSES[0])]
+
+
+def keep_reference(
+    world: World,
+    parallel: Parallel,
+    root: Path,
+    folder: Path,
+    *,
+    die_after: int = 0,
+    chat_template: str = "",
+    max_length: int = 256,
+    other_data: bool = False,
+) -> tuple[int, list[float], str]:
+    """Keep the log-probs of root/train.jsonl and root/held_out.jsonl (other_data: the former alone) under root/model in `folder`, in blocks
+    of one microbatch a replica, or die after some: how many blocks were computed, all values, and a complaint if there was one."""
+    from engine import logprobs
+    from engine.data.pairs import prepare_pairs
+    from engine.data.rows import Source
+    from engine.data.template import ChatTemplate
+    from engine.data.tokenizer import load_tokenizer
+    from engine.megatron.policy import Policy
+
+    blocks = 0
+
+    def say(_: str) -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks == die_after:
+            raise ValueError("killed here")
+
+    chat = ChatTemplate(load_tokenizer("bytes"), "{{ '' }}" + TULU if chat_template else None)
+    sources = [Source(str(root / f"{name}.jsonl")) for name in ("train", "held_out")[: 1 if other_data else 2]]
+    corpora = [world.first(lambda s=s: prepare_pairs(s, chat, max_length=max_length, cache=root / "cache")).corpus for s in sources]
+    with closing(Policy(Model(str(root / "model")), None, parallel, world)) as policy, mock.patch.object(logprobs, "BLOCK", 1):
+        try:
+            values = logprobs.keep(folder, policy, corpora, 300, say)
+        except ValueError as error:
+            return blocks, [], str(error)
+    return blocks, [float(x) for part in values for x in part], ""
 
 
 def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
@@ -102,12 +142,12 @@ def reward_steps(
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
         found = []
         for step in range(steps):
-            batch_ = pairs(step)
+            batch_ = pairs_with_reference(step)
             shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
             halves = grouped([batch_[i] for i in shuffled])
             # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
             found.append(policy.update(batch(halves, budget, **policy.cut), reward_bt, OPTIM.lr_at(step, 10) / 10))
-        return [*found, policy.evaluate(batch(grouped(pairs(99)), budget, **policy.cut), reward_bt)]
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), reward_bt)]
 
 
 def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
@@ -123,7 +163,7 @@ def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[st
 
 
 def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
-    return (grouped(pairs(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
+    return (grouped(pairs_with_reference(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
 
 
 def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, alone: bool = False) -> dict[int, list[float]]:
@@ -215,20 +255,44 @@ def bad_step(world: World, parallel: Parallel, model: Model) -> tuple[str, dict[
     return complaint, results[0], results[1]
 
 
+def _resident(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+
+def _from_here() -> int:
+    """Let the peak of resident memory start again; what is resident now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier must not hide what comes
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
 def load_memory(world: World, parallel: Parallel, model: Model) -> float:
     """The peak of resident memory while `model` is built and filled, over the bytes of this rank's parameters."""
     from engine.megatron.policy import Policy
 
-    def resident(name: str) -> int:
-        return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-
     with closing(Policy(Model(init=replace(TINY, heads=6, kv_heads=3, head_dim=8, ffn=96)), None, parallel, world)):
         pass  # imports and groups are warm now
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier jobs freed must not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
+    before = _from_here()
     with closing(Policy(model, None, parallel, world)) as policy:
-        return (resident("VmHWM") - before) / sum(p.nbytes for chunk in policy.chunks for p in chunk.parameters())
+        return (_resident("VmHWM") - before) / sum(p.nbytes for chunk in policy.chunks for p in chunk.parameters())
+
+
+def step_memory(world: World, parallel: Parallel, model: Model) -> tuple[float, float]:
+    """MiB that a step takes beyond what stays: of SFT, and of DPO on the same sequences with reference log-probs at hand."""
+    from engine.megatron.policy import Policy
+
+    draw = np.random.default_rng(0)
+    halves = [Sample(draw.integers(0, 250, 257, dtype=np.int32), np.ones(256, np.uint8), n // 2) for n in range(16)]
+    samples_ = [replace(half, ref_logprob=np.full(256, -5.5, np.float32)) for half in halves]
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        found = []
+        for loss in (nll, DPO_LOSSES[0], nll, DPO_LOSSES[0]):  # twice: the first time warms up
+            before = _from_here()
+            policy.update(batch(samples_, 1024, **policy.cut), loss, OPTIM.lr)
+            found.append((_resident("VmHWM") - before) / 2**20)
+        return found[2], found[3]
 
 
 def threads_after(world: World, parallel: Parallel, model: Model, policies: int) -> list[int]:

@@ -13,7 +13,7 @@ from engine.batching import batch
 from engine.data.pairs import grouped
 from engine.losses import dpo
 from engine.types import Moments, Packed, Sample
-from tests.jobs import pairs
+from tests.jobs import pairs_with_reference
 
 
 def by_the_book(
@@ -56,7 +56,7 @@ SETTINGS = [(5.0, 0.0, True, 0.0), (5.0, 0.2, True, 0.3), (0.1, 0.0, False, 0.0)
 @pytest.mark.parametrize("budget", [48, 1000])
 def test_dpo_loss_gradient_and_metrics(setting: tuple[float, float, bool, float], budget: int) -> None:
     beta, smoothing, normalize, nll_weight = setting
-    halves = grouped(pairs(3, count=12))
+    halves = grouped(pairs_with_reference(3, count=12))
     loss = partial(dpo, beta=beta, label_smoothing=smoothing, normalize=normalize, nll_weight=nll_weight)
     logprob, grad = [torch.empty(0)] * len(halves), [torch.empty(0)] * len(halves)
     total, count, sums = 0.0, 0, dict[str, list[float]]()
@@ -70,7 +70,7 @@ def test_dpo_loss_gradient_and_metrics(setting: tuple[float, float, bool, float]
         cut(halves, packed, logprob_T.detach(), logprob)
         cut(halves, packed, logprob_T.grad, grad)
         total, count = total + found.total.item(), count + found.count
-        for name, parts in found.metrics.items():
+        for name, parts in (found.metrics | found.correlations).items():
             sums[name] = [a + float(b) for a, b in zip(sums.get(name, [0.0] * len(parts)), parts, strict=True)]
     assert count == 12
 
@@ -86,16 +86,16 @@ def test_dpo_loss_gradient_and_metrics(setting: tuple[float, float, bool, float]
 
 
 def test_a_microbatch_without_a_pair() -> None:
-    empty = batch(grouped(pairs(0, count=1)), 64, rank=1, ranks=2)[0]
+    empty = batch(grouped(pairs_with_reference(0, count=1)), 64, rank=1, ranks=2)[0]
     logprob_T = torch.zeros(len(empty.tokens_T), requires_grad=True)
     found = dpo(logprob_T, empty, beta=5.0)
     found.total.backward()
     assert (float(found.total), found.count) == (0.0, 0)
-    assert all(float(part) == 0 for parts in found.metrics.values() for part in parts)
+    assert all(float(part) == 0 for parts in (found.metrics | found.correlations).values() for part in parts)
 
 
 def test_halves_apart_are_an_error() -> None:
-    alone = batch(grouped(pairs(0, count=1))[:1], 64)[0]
+    alone = batch(grouped(pairs_with_reference(0, count=1))[:1], 64)[0]
     with pytest.raises((AssertionError, KeyError)):
         dpo(torch.zeros(len(alone.tokens_T)), alone, beta=5.0)
 

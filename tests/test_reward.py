@@ -14,9 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks import preferences
 from engine.batching import batch
 from engine.config import Llama, Model, Parallel
-from engine.data.pairs import grouped
+from engine.data.pairs import grouped, prepare_pairs
+from engine.data.rows import Source
+from engine.data.template import ChatTemplate
+from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import pairs, problems, write
 from engine.losses import reward_bt
 from tests import jobs
@@ -30,7 +34,7 @@ LAYOUTS = [(2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2)), (2, Parall
 
 def test_loss_and_gradient_are_those_of_the_definition() -> None:
     """In float64, a pair at a time; with padding behind, which is no sequence of the batch."""
-    (packed,) = batch(grouped(jobs.pairs(0)), 1000, total_multiple=64)
+    (packed,) = batch(grouped(jobs.pairs_with_reference(0)), 1000, total_multiple=64)
     assert packed.index_S[-1] == -1
     draw = torch.Generator().manual_seed(0)
     value_T = (3 * torch.randn(len(packed.tokens_T), generator=draw)).requires_grad_()
@@ -56,12 +60,12 @@ def test_loss_and_gradient_are_those_of_the_definition() -> None:
     assert means["margin"] == pytest.approx(np.mean(margins), rel=1e-6)
     assert means["margin"] == pytest.approx(means["rewards/chosen"] - means["rewards/rejected"], rel=1e-6)
     assert means["accuracy"] == np.mean([margin > 0 for margin in margins])
-    assert means["length/chosen"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs(0))[::2]])
-    assert means["length/rejected"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs(0))[1::2]])
+    assert means["length/chosen"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[::2]])
+    assert means["length/rejected"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[1::2]])
 
 
 def test_far_margins_and_no_pairs() -> None:
-    (packed,) = batch(grouped(jobs.pairs(0, count=1)), 1000)
+    (packed,) = batch(grouped(jobs.pairs_with_reference(0, count=1)), 1000)
     value_T = torch.zeros(len(packed.tokens_T))
     value_T[packed.cu_seqlens[packed.index_S.index(1) + 1] - 1] = 200.0
     value_T.requires_grad_()
@@ -236,13 +240,14 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, base: Path, tmp_path: Path) -> None:
-    assert "model.head='lm' of model.init does not do here; this needs a reward model" in complaint("run", recipe, "model.head=auto")
+    needed = "is a language model, but a reward model is needed; to make one of it, train with model.head=scalar"
+    assert f"model init {needed}" in complaint("run", recipe, "model.head=auto")
     (tmp_path / "rows.jsonl").write_text('{"tokens": [1, 2]}\n')
     words = ["score", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "--model"]
-    assert f"model.head='lm' of {base} does not do here; this needs a reward model" in complaint(*words, base, "--reward")
+    assert f"model {base} {needed}" in complaint(*words, base, "--reward")
     assert engine("run", recipe, "steps=1")[0] == 0
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
-    assert "does not do here; this needs a language model, not a reward model" in complaint(*words, tmp_path / "model")
+    assert f"model {tmp_path / 'model'} is a reward model, but a language model is needed" in complaint(*words, tmp_path / "model")
     assert not (tmp_path / "o.jsonl").exists()
 
 
@@ -251,8 +256,8 @@ def test_a_fresh_head_is_told_of_in_one_line(tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base", replace(jobs.TINY, vocab=260, max_length=512))
     code, told, complained = engine("run", make_recipe(tmp_path, f"Model({str(base)!r}, head='scalar', tokenizer='bytes')"), "steps=1")
     assert code == 0, complained
-    told_of = f"{base} is a language model: its scalar head starts anew, N(0, 1 / sqrt(65))"
-    assert [line for line in told.splitlines() if "anew" in line] == [told_of]
+    told_of = f"{base} is a language model: its scalar head is drawn from N(0, 1 / sqrt(65))"
+    assert [line for line in told.splitlines() if "drawn" in line] == [told_of]
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["pad_token_id"], len(config["id2label"]), config["tie_word_embeddings"]) == (256, 1, False)
 
@@ -290,3 +295,28 @@ def test_generated_pairs() -> None:
         assert answers.get(row["prompt"], row["chosen"]) == row["chosen"]
     sums = [{row["chosen"] for row in part} for part in (rows, held_out)]
     assert not sums[0] & sums[1]
+
+
+@pytest.mark.parametrize("max_length", [200, 40])
+def test_the_last_token_is_read_also_of_an_answer_cut_short(max_length: int, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", [{"prompt": "Which?", "chosen": "right " * 8, "rejected": "wrong " * 9}])
+    chat = ChatTemplate(load_tokenizer("bytes"))
+    source = Source(str(tmp_path / "data.jsonl"))
+    found = prepare_pairs(source, chat, max_length=max_length, too_long="truncate", whole=True, cache=tmp_path / "cache")
+    predicting = prepare_pairs(source, chat, max_length=200, cache=tmp_path / "cache")
+    for judged, whole in zip(found[0], predicting[0], strict=True):
+        assert np.array_equal(judged.tokens[:-1], whole.tokens[:max_length])
+        assert judged.mask.sum() == whole.mask[:max_length].sum()
+
+
+def test_real_pairs_share_no_problem_with_those_held_out() -> None:
+    graded = [(True, "2<<1+1=2>> A: 2"), (False, "3 A: 3"), (False, "4 A: 4"), (True, "A: 2")]
+    rows = [{"question": f"{n}?"} | {f"model {i}": {"is_correct": c, "solution": s} for i, (c, s) in enumerate(graded)} for n in range(50)]
+    made = list(preferences.pairs(rows))
+    assert len(made) == 100
+    assert {row["chosen"] for row in made} == {"2 A: 2", "A: 2"}
+    assert {row["rejected"] for row in made} == {"3 A: 3", "4 A: 4"}
+    trained, held_out = ({row["prompt"] for row in made if preferences.is_held_out(row) is side} for side in (False, True))
+    assert len(trained) + len(held_out) == 50
+    assert held_out
+    assert list(preferences.pairs([rows[0] | {f"model {i}": {"is_correct": True, "solution": ""} for i in range(4)}])) == []

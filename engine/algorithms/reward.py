@@ -51,7 +51,7 @@ class Reward:
             found.check_fit(source.path, microbatch_tokens(policy, run))
         trained, held_out = pairs[: len(self.sources)], pairs[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
-        head = [f"{policy.folder} is a language model: its scalar head starts anew, N(0, 1 / sqrt({policy.model.hidden + 1}))"]
+        head = [f"{policy.folder} is a language model: its scalar head is drawn from N(0, 1 / sqrt({policy.model.hidden + 1}))"]
         return Supervised(
             policy=policy,
             loss=reward_bt,

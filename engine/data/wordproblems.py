@@ -127,13 +127,14 @@ def _values(skeleton: Skeleton, slip: tuple[int, int] = (-1, 0)) -> list[int]:
 
 
 def _wrong(draw: random.Random, skeleton: Skeleton) -> str:
-    """A worked answer in which one step is a slip of the sum, or another operation than the problem's."""
+    """A worked answer with one mistake, carried on: a slip in a sum, another operation than the problem's, or another number."""
     start, steps = skeleton
     while True:
         i, slip = draw.randrange(len(steps)), draw.choice((-10, -2, -1, 1, 2, 10))
         operator, operand = steps[i]
-        other = (start, (*steps[:i], (_MISTAKEN[operator], operand), *steps[i + 1 :]))
-        worked, values = draw.choice(((skeleton, _values(skeleton, (i, slip))), (other, _values(other))))
+        misread = ((_MISTAKEN[operator], operand), (operator, draw.randint(2, 9)))
+        others = [(start, (*steps[:i], step, *steps[i + 1 :])) for step in misread]
+        worked, values = draw.choice([(skeleton, _values(skeleton, (i, slip))), *((other, _values(other)) for other in others)])
         if min(values) >= 1 and values[-1] != _values(skeleton)[-1]:
             return _answer(worked, values)
 

@@ -150,8 +150,9 @@ class Policy:
     def expect_head(self, head: Literal["lm", "scalar"]) -> None:
         """Raise ValueError when this model has another head than `head`."""
         if self.model.head != head:
-            wanted = "a language model, not a reward model" if head == "lm" else "a reward model, or training with model.head=scalar"
-            raise ValueError(f"model.head={self.model.head!r} of {self.folder or 'model.init'} does not do here; this needs {wanted}")
+            kinds = {"lm": "a language model", "scalar": "a reward model"}
+            way_out = "; to make one of it, train with model.head=scalar" if head == "scalar" else ""
+            raise ValueError(f"model {self.folder or 'init'} is {kinds[self.model.head]}, but {kinds[head]} is needed{way_out}")
 
     @torch.no_grad()
     def _per_token(self, step: Step, **how: Any) -> list[Tensor]:
@@ -320,7 +321,7 @@ def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
 
 def _finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     found = loss(output_T, packed)
-    return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics}
+    return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics | found.correlations}
 
 
 def _finish_per_token(packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -1,0 +1,23 @@
+"""SmolLM2-135M learns to prefer right solutions of grade-school problems to wrong ones, split by problem. First: python -m
+benchmarks.preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
+processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_dpo.py; beside it plain DPO: algorithm.normalize=false
+algorithm.beta=0.1 out=runs/gsm8k_dpo_plain; and both curves: python -m benchmarks.curves runs/gsm8k_dpo runs/gsm8k_dpo_plain"""
+
+from engine.algorithms.dpo import DPO
+from engine.config import Model, Optim, Run
+from engine.data.rows import Source
+
+run = Run(
+    model=Model("smollm2-135m-instruct"),
+    algorithm=DPO(
+        sources=(Source("cache/gsm8k_pairs/train.jsonl"),),
+        held_out=(Source("cache/gsm8k_pairs/held_out.jsonl"),),
+        batch_size=16,
+        max_length=512,
+        too_long="drop",
+    ),
+    optim=Optim(lr=3e-5, warmup=0.1),
+    tokens_per_microbatch=1024,
+    eval_every=8,
+    out="runs/gsm8k_dpo",
+)

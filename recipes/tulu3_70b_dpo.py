@@ -1,0 +1,26 @@
+"""Tülu 3 70B, length-normalised DPO (arXiv 2411.15124, section 5), on 8 nodes of 8 GPUs; each node starts
+torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_70b_dpo.py
+The reference's log-probs are computed first, by the same processes, and kept in runs/tulu3_70b_dpo/reference: no second model is held."""
+
+from engine.algorithms.dpo import DPO
+from engine.config import Model, Optim, Parallel, Run
+from engine.data.rows import Source
+
+run = Run(
+    model=Model("allenai/Llama-3.1-Tulu-3-70B-SFT"),
+    algorithm=DPO(
+        sources=(Source("allenai/llama-3.1-tulu-3-70b-preference-mixture"),),
+        batch_size=128,
+        beta=5.0,
+        epochs=1,
+        max_length=2048,
+        too_long="truncate",
+        bad_rows="drop",
+        chat_template="tulu",
+    ),
+    optim=Optim(lr=2e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
+    parallel=Parallel(tp=8, pp=4, recompute="selective"),
+    tokens_per_microbatch=4096,
+    save_every=500,
+    out="runs/tulu3_70b_dpo",
+)
