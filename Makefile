@@ -1,4 +1,4 @@
-# make demo    fine-tune a real 135M model on two CPU processes and watch it learn (8 minutes on 2 cores)
+# make demo    fine-tune a real 135M model on two CPU processes, make a reward model of it and teach it preferences (minutes on 2 cores)
 # make test    prove it right        make check   lint, types, the house (a minute)        make build   only install        make bench   measure
 PYTHON ?= python3
 VENV := .venv

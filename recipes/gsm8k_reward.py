@@ -11,12 +11,12 @@ run = Run(
     algorithm=Reward(
         sources=(Source("cache/gsm8k_pairs/train.jsonl"),),
         held_out=(Source("cache/gsm8k_pairs/held_out.jsonl"),),
-        batch_size=16,
-        epochs=1,
+        batch_size=8,
         max_length=512,
+        too_long="drop",
     ),
-    optim=Optim(lr=5e-5, warmup=0.1),
+    optim=Optim(lr=1e-4, warmup=0.05),
     tokens_per_microbatch=1024,
-    eval_every=8,
+    eval_every=16,
     out="runs/gsm8k_reward",
 )

@@ -12,12 +12,13 @@ run = Run(
     model=Model("smollm2-135m-instruct", head="scalar"),
     algorithm=Reward(
         sources=(Source(generated(Path("cache/smollm2_reward/train.jsonl"), 1000, seed=2, make=pairs)),),
-        held_out=(Source(generated(Path("cache/smollm2_reward/held_out.jsonl"), 32, seed=3, held_out=True, make=pairs)),),
-        batch_size=16,
+        held_out=(Source(generated(Path("cache/smollm2_reward/held_out.jsonl"), 64, seed=3, held_out=True, make=pairs)),),
+        batch_size=8,
         max_length=512,
     ),
-    optim=Optim(lr=1e-4, warmup=0.1),
-    tokens_per_microbatch=1024,
-    steps=12,
+    optim=Optim(lr=1e-4, warmup=0.05),
+    tokens_per_microbatch=512,
+    steps=48,
+    eval_every=16,
     out="runs/smollm2_reward",
 )

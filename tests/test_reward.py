@@ -14,9 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks import preferences
 from engine.batching import batch
 from engine.config import Llama, Model, Parallel
-from engine.data.pairs import grouped
+from engine.data.pairs import grouped, prepare_pairs
+from engine.data.rows import Source
+from engine.data.template import ChatTemplate
+from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import pairs, problems, write
 from engine.losses import reward_bt
 from tests import jobs
@@ -291,3 +295,28 @@ def test_generated_pairs() -> None:
         assert answers.get(row["prompt"], row["chosen"]) == row["chosen"]
     sums = [{row["chosen"] for row in part} for part in (rows, held_out)]
     assert not sums[0] & sums[1]
+
+
+@pytest.mark.parametrize("max_length", [200, 40])
+def test_the_last_token_is_read_also_of_an_answer_cut_short(max_length: int, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", [{"prompt": "Which?", "chosen": "right " * 8, "rejected": "wrong " * 9}])
+    chat = ChatTemplate(load_tokenizer("bytes"))
+    source = Source(str(tmp_path / "data.jsonl"))
+    found = prepare_pairs(source, chat, max_length=max_length, too_long="truncate", whole=True, cache=tmp_path / "cache")
+    predicting = prepare_pairs(source, chat, max_length=200, cache=tmp_path / "cache")
+    for judged, whole in zip(found[0], predicting[0], strict=True):
+        assert np.array_equal(judged.tokens[:-1], whole.tokens[:max_length])
+        assert judged.mask.sum() == whole.mask[:max_length].sum()
+
+
+def test_real_pairs_share_no_problem_with_those_held_out() -> None:
+    graded = [(True, "2<<1+1=2>> A: 2"), (False, "3 A: 3"), (False, "4 A: 4"), (True, "A: 2")]
+    rows = [{"question": f"{n}?"} | {f"model {i}": {"is_correct": c, "solution": s} for i, (c, s) in enumerate(graded)} for n in range(50)]
+    made = list(preferences.pairs(rows))
+    assert len(made) == 100
+    assert {row["chosen"] for row in made} == {"2 A: 2", "A: 2"}
+    assert {row["rejected"] for row in made} == {"3 A: 3", "4 A: 4"}
+    trained, held_out = ({row["prompt"] for row in made if preferences.is_held_out(row) is side} for side in (False, True))
+    assert len(trained) + len(held_out) == 50
+    assert held_out
+    assert list(preferences.pairs([rows[0] | {f"model {i}": {"is_correct": True, "solution": ""} for i in range(4)}])) == []
