@@ -80,7 +80,7 @@ def theirs(folder: Path, pairs: list[Pair], kind: str, out: Path) -> tuple[float
         inputs = trainer.data_collator(rows[first : first + TOGETHER])
         loss = trainer.compute_loss(trainer.model, inputs) * TOGETHER / len(rows)
         loss.backward()
-        total += float(loss)
+        total += loss.item()
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
