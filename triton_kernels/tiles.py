@@ -23,6 +23,6 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def load_row(ROW, cols, width, eviction_policy: tl.constexpr = ""):  # type: ignore[assignment]
+def load_row(ROW, cols, width):
     """A row's columns as float32, 0 beyond its width. At once, for the interpreter cannot compute on bfloat16."""
-    return tl.load(ROW + cols, mask=cols < width, other=0.0, eviction_policy=eviction_policy).to(tl.float32)  # type: ignore[arg-type]
+    return tl.load(ROW + cols, mask=cols < width, other=0.0).to(tl.float32)
