@@ -17,7 +17,7 @@ from benchmarks import timed
 from benchmarks.clock import CudaClock
 from benchmarks.floors import CHIPS, OPERATIONS, SHAPES, Shape
 from benchmarks.peers import PEERS
-from benchmarks.tables import as_file, table, versions
+from benchmarks.tables import as_file, heading, table, versions
 from triton_kernels import aot
 
 Cell = Callable[[aot.AotReport], str]
@@ -56,7 +56,7 @@ def _on_gpu(shapes: Sequence[Shape], seconds: float, file: Path | None) -> int:
 
     found = timed.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save)
     save(found)
-    print("\n".join(timed.page(found, shapes)))
+    print("\n".join([*heading("Kernels on a GPU", versions(), "kernels"), *timed.page(found, shapes)]))
     return 0
 
 
@@ -82,15 +82,14 @@ def compiled(report: aot.AotReport) -> dict[str, Any]:
 
 def page(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape]) -> str:
     """The report as Markdown."""
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    lines = ["# Kernels, compiled ahead of time", "", packages, *_gate(reports), *_compiled(reports), *_sustained()]
+    lines = [*heading("Kernels, compiled ahead of time", versions(), "kernels"), *_gate(reports), *_compiled(reports), *_sustained()]
     return "\n".join([*lines, *(line for shape in shapes for line in _floors(shape))])
 
 
 def _gate(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:
     faults = [f"- {fault}" for row in reports for report in row for fault in report.faults]
     passed = f"All {sum(map(len, reports))} pass: no spills, shared memory within limits, 128-bit loads where rows are aligned."
-    return ["", "## The gate", "", *(faults or [passed])]
+    return ["## The gate", "", *(faults or [passed])]
 
 
 def _compiled(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:

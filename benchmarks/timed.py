@@ -94,7 +94,7 @@ def _timed(operation: Operation, contender: Contender, shape: Shape, device: tor
 
 def page(found: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
     """The measurements as Markdown."""
-    lines = ["## Times", "", *PROTOCOL, "", f"A copy moves {found['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and written."]
+    lines = [*PROTOCOL, "", f"A copy moves {found['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and written."]
     for shape in shapes:
         parts = found["products"][shape.name]
         rate = 6 * shape.tokens * shape.hidden * (shape.vocab // shape.tp) / sum(parts)
