@@ -137,9 +137,15 @@ def _dpo(t: Tensors) -> Tensor:
 
 
 def _ppo(t: Tensors) -> Tensor:
-    inputs = {name: t[name] for name in ("ref_logp", "value", "old_value", "returns", "entropy")}
-    coefficients = {"kl_coef": KL_COEF, "value_clip": VALUE_CLIP, "value_coef": VALUE_COEF, "entropy_coef": ENTROPY_COEF}
-    how = coefficients | {"clip_low": CLIP, "clip_high": CLIP}
+    inputs: dict[str, Any] = {name: t[name] for name in ("ref_logp", "value", "old_value", "returns", "entropy")}
+    how: dict[str, Any] = {
+        "clip_low": CLIP,
+        "clip_high": CLIP,
+        "kl_coef": KL_COEF,
+        "value_clip": VALUE_CLIP,
+        "value_coef": VALUE_COEF,
+        "entropy_coef": ENTROPY_COEF,
+    }
     return ppo_loss(t["logp"], t["old_logp"], t["advantage"], t["weight"], **inputs, **how)[0]
 
 

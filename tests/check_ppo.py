@@ -135,8 +135,8 @@ def check_far_ratios() -> None:
     logp = torch.tensor([1000.0, -1000.0]).requires_grad_()
     loss, stats = ppo_loss(logp, torch.zeros(2), -torch.ones(2), torch.ones(2), ref_logp=torch.zeros(2), kl="k3", kl_coef=1.0)
     loss.backward()
-    assert stats.policy == pytest.approx(torch.tensor(20.0).exp().item() + 0.8, rel=1e-5)
-    assert stats.kl == pytest.approx(999.0 + torch.tensor(20.0).exp().item() - 21.0, rel=1e-5)
+    assert float(stats.policy) == pytest.approx(torch.tensor(20.0).exp().item() + 0.8, rel=1e-5)
+    assert float(stats.kl) == pytest.approx(999.0 + torch.tensor(20.0).exp().item() - 21.0, rel=1e-5)
     assert logp.grad is not None
     assert logp.grad.tolist() == [1.0, 0.0]
 
