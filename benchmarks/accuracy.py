@@ -177,9 +177,9 @@ def page(found: Mapping[str, Any]) -> list[str]:
     absent = [f"- {row['contender']}, from {row['from']}: {row['error']}" for row in found["rows"] if "error" in row]
     notes = [
         f"On {found['versions'].get('gpu', 'CPU')}: {sizes}. Errors of log-probs are in nats, against float64 on",
-        "the same inputs; of gradients ||error|| / ||exact||, of hidden states / weight, or of logits. A gradient is returned in its input's",
-        "type, which for bfloat16 alone costs about 1e-3. What begins at hidden states makes its own logits: in float32, or rounded to",
-        "bfloat16.",
+        "the same inputs; of gradients ||error|| / ||exact||, of hidden states / weight, or of logits. A gradient is returned in the type",
+        "of its input, which for bfloat16 alone costs about 1e-3. What begins at hidden states makes its own logits: in float32, or",
+        "rounded to bfloat16.",
     ]
     if found["device"] == "cpu":
         notes.append(

@@ -1,4 +1,4 @@
-"""Everything that a GPU can show, in five minutes and without network: make gpu [WHEELS=folder] [PYTHON=python3]
+"""Everything that one GPU can show, in five minutes and without network: make gpu [WHEELS=folder] [PYTHON=python3]
 
 Correctness of every kernel, times beside floors and peers, accuracy, and the engine's throughput; each part in a process of its own,
 so that a fault of the device ends only its part. Writes gpu_<chip>_<date>.md and .json into $OUT, or benchmarks/results. Exit status:
@@ -54,8 +54,10 @@ class Outcome:
 
 
 FACTS = "FACTS"
+WORKERS = ("-n", "6") if importlib.util.find_spec("xdist") else ()  # compiling takes longer than running
+TESTS = ("-m", "pytest", "tests/gpu", "tests/interpreted", "-p", "no:cacheprovider", *WORKERS, f"--junitxml={FACTS}")
 PARTS = (
-    Part("correctness", ("-m", "pytest", "tests/gpu", "tests/interpreted", "-p", "no:cacheprovider", f"--junitxml={FACTS}"), 110),
+    Part("correctness", TESTS, 110),
     Part("times", ("-m", "benchmarks", "kernels", "--seconds", "75", "--json", FACTS), 105),
     Part("accuracy", ("-m", "benchmarks", "accuracy", "--json", FACTS), 40),
     Part("throughput", ("-m", "benchmarks", "throughput", "--seconds", "5", "--json", FACTS), 60),
@@ -170,15 +172,15 @@ def page(chip: str, notes: Sequence[str], outcomes: Sequence[Outcome]) -> str:
 
 
 def _section(outcome: Outcome) -> list[str]:
-    start = outcome.text.find("# ")
+    start = re.search("^# ", outcome.text, re.MULTILINE)
     if outcome.name == "correctness" and outcome.facts is not None:
         facts = outcome.facts
         ran = facts["tests"] - facts["skipped"]
         lines = [f"{ran} tests of every kernel against float64, bitwise from run to run and in any batch; {len(facts['failed'])} failed."]
         lines += [f"- {name}" for name in facts["failed"]]
         return ["", "# Correctness", "", *lines, *([] if outcome.passed else _last_words(outcome.text))]
-    if outcome.passed and start >= 0:
-        return ["", outcome.text[start:].rstrip()]
+    if outcome.passed and start:
+        return ["", outcome.text[start.start() :].rstrip()]
     if outcome.name == "times" and outcome.facts is not None:
         from benchmarks.floors import SHAPES
         from benchmarks.timed import page as times

@@ -76,7 +76,7 @@ def eager_linear(t: Tensors) -> Outputs:
 
 
 def eager_dpo(t: Tensors) -> Outputs:
-    sequence = torch.searchsorted(t["cu_seqlens"][1:], torch.arange(len(t["mask"]), device=t["mask"].device), right=True)
+    sequence = torch.searchsorted(t["cu_seqlens"][1:], torch.arange(len(t["mask"]), device=t["mask"].device, dtype=torch.int32), right=True)
     mask, zero = t["mask"].float(), t["logp"].new_zeros(SEQUENCES)
     counts = zero.index_add(0, sequence, mask).clamp(min=1)
     reward = BETA * zero.index_add(0, sequence, (t["logp"] - t["ref_logp"]) * mask) / counts
