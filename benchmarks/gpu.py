@@ -102,7 +102,9 @@ def prepared(wheels: Path | None, site: Path) -> tuple[dict[str, str], list[str]
     files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
     if files:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(site), *files]
-        notes.append(_said(f"{len(files)} wheels installed", pip, environment))
+        notes.append(_said(f"{len(files)} wheels were installed", pip, environment))
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(f"import site\n\nsite.addsitedir({str(site)!r})\n")  # so that .pth files count
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), environment.get("PYTHONPATH")]))
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     if missing := [name for name in ("g++", "pybind11") if not (shutil.which(name) or importlib.util.find_spec(name))]:

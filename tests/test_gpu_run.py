@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -141,6 +142,23 @@ def test_what_pytest_leaves_is_counted(tmp_path: Path) -> None:
         "skipped": 1,
         "failed": ["test_bad"],
     }
+
+
+def test_wheels_are_there_for_the_parts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And what their .pth files add to the path."""
+    wheels, place = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "brought-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("inner/brought.py", "word = 'with me'")
+        wheel.writestr("brought.pth", "inner")
+        wheel.writestr("brought-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n")
+        wheel.writestr("brought-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("brought-1.0.dist-info/RECORD", "")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    environment, notes = gpu.prepared(wheels, place)
+    assert notes == ["1 wheels were installed", "the C++ extension was not built: no g++ here"]
+    part = gpu.Part("uses", ("-c", "import brought; print(brought.word)"), 20)
+    assert gpu.run(part, tmp_path, environment, 20).text == "with me\n"
 
 
 def test_without_a_gpu_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
