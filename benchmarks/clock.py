@@ -19,17 +19,19 @@ from benchmarks.timing import Spread
 WRITTEN = 1 << 30  # bytes before every run: beyond every L2 cache
 FEWEST, MOST = 5, 100  # runs
 WARM_UP = 2
+COUNTED = 0.01  # seconds of a call up to which its launches are counted: of longer ones they say little
 
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one run on the device, over so many runs; bytes allocated on top of the inputs at the peak; seconds a call when
-    calls follow each other."""
+    calls follow each other; kernels, copies and fills that a call puts on the device, where the profiler can count them."""
 
     seconds: Spread
     runs: int
     peak_bytes: int
     issued: float
+    launches: int | None = None
 
 
 class Clock(Protocol):
@@ -52,7 +54,7 @@ class CudaClock:
         once = self._run(call)
         runs = max(FEWEST, min(MOST, int(self.seconds / max(once, 1e-6))))
         spread = Spread.of([self._run(call) for _ in range(runs)])
-        return Timing(spread, runs, peak, self._issued(call, min(runs, 20)))
+        return Timing(spread, runs, peak, self._issued(call, min(runs, 20)), self._launches(call) if once < COUNTED else None)
 
     def _run(self, call: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -70,6 +72,15 @@ class CudaClock:
             call()
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - began) / runs
+
+    def _launches(self, call: Callable[[], Any]) -> int | None:
+        try:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                call()
+                torch.cuda.synchronize(self.device)
+            return sum(event.device_type.name == "CUDA" for event in profiler.events() or ()) or None
+        except RuntimeError:  # a machine may forbid it
+            return None
 
     def _peak(self, call: Callable[[], Any]) -> int:
         torch.cuda.synchronize(self.device)

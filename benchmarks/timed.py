@@ -17,6 +17,15 @@ from benchmarks.operations import OPERATIONS, OURS, Contender, Operation, timed
 from benchmarks.peers import COMPILED, why
 from benchmarks.tables import table
 
+OUTPUT_LAYER = "linear_logprob forward and backward"
+OF_FLOOR = (  # (operation, shape, the most times the floor that we want to take)
+    ("logprob forward", "8b-tp1", 1.15),
+    ("logprob forward and backward", "8b-tp1", 1.25),
+    (OUTPUT_LAYER, "8b-tp1", 1.12),
+    (OUTPUT_LAYER, "405b-tp8", 1.06),
+)
+FASTER = ((OUTPUT_LAYER, "Liger", 3.0), (OUTPUT_LAYER, "F.linear_cross_entropy", 1.0))  # (operation, peer, at least so many times)
+
 Peers = Mapping[str, Mapping[str, Contender]]
 Row = dict[str, Any]
 Save = Callable[[dict[str, Any]], None]
@@ -27,7 +36,7 @@ PROTOCOL = (
     "*back to back* is the time a call takes on the host's clock when calls follow each other. Memory is the peak on top of the inputs.",
     "Inputs, weights and layers are bfloat16, per-token columns float32; log-probs are of every row. Gradients are of all inputs that",
     "are trained. Floors are of this GPU in this run: bytes over the rate of a copy, products by torch.matmul at the same shape;",
-    "where the floor is below a launch (3 µs), the ratio is to 3 µs.",
+    "where the floor is below a launch (3 µs), the ratio is to 3 µs. Launches are the kernels, copies and fills of a call under 10 ms.",
 )
 
 
@@ -82,19 +91,18 @@ def _floor(name: str, shape: Shape, chip: Chip) -> Row:
 def _timed(operation: Operation, contender: Contender, shape: Shape, device: torch.device, clock: Clock) -> Row:
     """The timing, or one line why there is none: a peer that fails is no reason to stop."""
     try:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what others left in the allocator
         torch.manual_seed(0)
         timing = clock(timed(operation, contender, operation.draw(shape, device)))
     except Exception as error:
         return {"error": why(error)}
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     return {"timing": asdict(timing)}
 
 
 def page(found: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
     """The measurements as Markdown."""
-    lines = [*PROTOCOL, "", f"A copy moves {found['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and written."]
+    lines = [*PROTOCOL, "", f"A copy moves {found['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and written.", "", *_verdicts(found["rows"])]
     for shape in shapes:
         parts = found["products"][shape.name]
         rate = 6 * shape.tokens * shape.hidden * (shape.vocab // shape.tp) / sum(parts)
@@ -105,7 +113,35 @@ def page(found: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
     return lines
 
 
-HEADER = ("operation", "who", "µs", "rate", "of floor", "ours is faster", "peak MiB", "back to back µs")
+def _verdicts(rows: Sequence[Row]) -> list[str]:
+    """How each target came out that this run can judge."""
+    taken = {(row["operation"], row["shape"], row["contender"]): row for row in rows if "timing" in row}
+    lines = []
+    for operation, shape, most in OF_FLOOR:
+        if row := taken.get((operation, shape, OURS)):
+            lines.append(_verdict(f"{operation}, {shape}", "of the floor", _of_floor(row), most, _of_floor(row) <= most))
+    for (operation, shape, who), row in taken.items():
+        for judged, peer, least in FASTER:
+            ours = taken.get((operation, shape, OURS))
+            if ours and (operation, who) == (judged, peer):
+                ratio = _seconds(row) / _seconds(ours)
+                lines.append(_verdict(f"{operation}, {shape}", f"faster than {peer}", ratio, least, ratio >= least))
+    return ["Targets:", "", *lines] if lines else []
+
+
+def _verdict(what: str, how: str, found: float, wanted: float, met: bool) -> str:
+    return f"- {what}: {found:.2f}x {how}, target {wanted:g}x: {'met' if met else 'MISSED'}"
+
+
+def _seconds(row: Row) -> float:
+    return row["timing"]["seconds"]["median"]
+
+
+def _of_floor(row: Row) -> float:
+    return _seconds(row) / max(row["floor_s"], LAUNCH)
+
+
+HEADER = ("operation", "who", "µs", "rate", "of floor", "ours is faster", "peak MiB", "back to back µs", "launches")
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -113,7 +149,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     cells = []
     for name in OPERATIONS:
         measured = [row for row in rows if row["operation"] == name and "timing" in row]
-        ours = next((row["timing"]["seconds"]["median"] for row in measured if row["contender"] == OURS), math.nan)
+        ours = next((_seconds(row) for row in measured if row["contender"] == OURS), math.nan)
         cells += [_cells(row, ours) for row in measured]
     return table(HEADER, cells)
 
@@ -122,20 +158,10 @@ def _cells(row: Row, ours: float) -> list[str]:
     timing, seconds = row["timing"], row["timing"]["seconds"]
     median, low, high = (seconds[name] * 1e6 for name in ("median", "low", "high"))
     rate = f"{row['flops'] / median / 1e6:.0f} TFLOP/s" if row["bound"] == "compute" else f"{row['bytes'] / median / 1e3:.0f} GB/s"
-    faster = "" if row["contender"] == OURS else f"{seconds['median'] / ours:.2f}x"
-    of_floor = seconds["median"] / max(row["floor_s"], LAUNCH)
+    faster = "" if row["contender"] == OURS else f"{_seconds(row) / ours:.2f}x"
     times = f"{median:.1f} ({low:.1f}..{high:.1f})"
-    back_to_back = f"{timing['issued'] * 1e6:.0f}"
-    return [
-        row["operation"],
-        row["contender"],
-        times,
-        rate,
-        f"{of_floor:.2f}x",
-        faster,
-        f"{timing['peak_bytes'] / 2**20:.0f}",
-        back_to_back,
-    ]
+    device = [times, rate, f"{_of_floor(row):.2f}x", faster, f"{timing['peak_bytes'] / 2**20:.0f}"]
+    return [row["operation"], row["contender"], *device, f"{timing['issued'] * 1e6:.0f}", str(timing["launches"] or "")]
 
 
 def _absent(rows: Sequence[Row]) -> list[str]:

@@ -82,6 +82,22 @@ def test_the_page_of_times(tmp_path: Path) -> None:
     assert "| linear_logprob forward and backward | ours | 2000.0 (1000.0..3000.0) | " in page
 
 
+def test_targets_are_judged() -> None:
+    def row(shape: str, who: str, seconds: float) -> dict[str, Any]:
+        timing = asdict(Timing(Spread(seconds, seconds, seconds), 5, 0, seconds))
+        return {"operation": timed.OUTPUT_LAYER, "shape": shape, "contender": who, "floor_s": 1e-2, "timing": timing}
+
+    rows = [row("8b-tp1", "ours", 1.1e-2), row("405b-tp8", "ours", 1.1e-2), row("8b-tp1", "Liger", 2.2e-2)]
+    assert timed._verdicts(rows) == [
+        "Targets:",
+        "",
+        "- linear_logprob forward and backward, 8b-tp1: 1.10x of the floor, target 1.12x: met",
+        "- linear_logprob forward and backward, 405b-tp8: 1.10x of the floor, target 1.06x: MISSED",
+        "- linear_logprob forward and backward, 8b-tp1: 2.00x faster than Liger, target 3x: MISSED",
+    ]
+    assert timed._verdicts([]) == []
+
+
 def test_who_runs_late_is_named_when_time_is_over() -> None:
     found = timed.measure([TINY], CPU, clock, {}, seconds=0)
     assert {row["error"] for row in found["rows"]} == {"not measured: out of time"}
