@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +41,7 @@ def compiled(function: Callable[[Tensors], Outputs]) -> Contender:
 
     def prepared(tensors: Tensors) -> Call:
         torch.compiler.reset()
+        functorch.donated_buffer = False  # a backward pass is run many times
         return partial(torch.compile(function, dynamic=False), tensors)
 
     return prepared
