@@ -186,7 +186,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
             "On CPU *ours* are the torch references. The interpreter cuts bfloat16 off where a GPU rounds: gradients twice as far off."
         )
     return [
-        *heading("Log-probs and gradients against float64", found["versions"], "accuracy"),
+        *heading("Log-probs and gradients against float64", found["versions"], "python -m benchmarks accuracy"),
         *notes,
         "",
         *table(HEADER, map(_cells, rows)),

@@ -167,7 +167,7 @@ def page(chip: str, notes: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     """Markdown: how each part ended, then each part's own page; of one that did not end well, its last words."""
     from benchmarks.tables import heading, table, versions
 
-    lines = heading(f"Trivet on {chip}", versions(), "gpu")
+    lines = heading(f"Trivet on {chip}", versions(), "make gpu")
     lines += [*(f"- {note}" for note in notes), ""]
     lines += table(("part", "ended", "seconds"), [(o.name, o.ended, f"{o.seconds:.0f}") for o in outcomes])
     return "\n".join(lines + [line for outcome in outcomes for line in _section(outcome)]) + "\n"

@@ -56,7 +56,7 @@ def _on_gpu(shapes: Sequence[Shape], seconds: float, file: Path | None) -> int:
 
     found = timed.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save)
     save(found)
-    print("\n".join([*heading("Kernels on a GPU", versions(), "kernels"), *timed.page(found, shapes)]))
+    print("\n".join([*heading("Kernels on a GPU", versions(), "python -m benchmarks kernels"), *timed.page(found, shapes)]))
     return 0
 
 
@@ -82,7 +82,12 @@ def compiled(report: aot.AotReport) -> dict[str, Any]:
 
 def page(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape]) -> str:
     """The report as Markdown."""
-    lines = [*heading("Kernels, compiled ahead of time", versions(), "kernels"), *_gate(reports), *_compiled(reports), *_sustained()]
+    lines = [
+        *heading("Kernels, compiled ahead of time", versions(), "python -m benchmarks kernels"),
+        *_gate(reports),
+        *_compiled(reports),
+        *_sustained(),
+    ]
     return "\n".join([*lines, *(line for shape in shapes for line in _floors(shape))])
 
 

@@ -22,7 +22,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def heading(title: str, made_by: Mapping[str, str], command: str) -> list[str]:
     """The first lines of a page: what it is, which versions made it, and how to make it again."""
     packages = ", ".join(f"{name} {version}" for name, version in made_by.items())
-    return [f"# {title}", "", f"{packages}. Made by `python -m benchmarks {command}`.", ""]
+    return [f"# {title}", "", f"{packages}. Made by `{command}`.", ""]
 
 
 def as_file(path: Path | None, facts: Mapping[str, Any]) -> None:

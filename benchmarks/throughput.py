@@ -108,7 +108,7 @@ def page(rows: list[dict[str, Any]]) -> list[str]:
     """The measurements as Markdown."""
     made_by = versions()
     peak = next((rate for chip, rate in PEAK.items() if chip in made_by.get("gpu", "")), None)
-    lines = heading("SFT steps of the engine on one GPU", made_by, "throughput")
+    lines = heading("SFT steps of the engine on one GPU", made_by, "python -m benchmarks throughput")
     lines += [
         "Random weights, ragged packed sequences, bfloat16 with float32 master weights; a step ends with AdamW. Median (min..max).",
         "",
