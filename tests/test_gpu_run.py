@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy, floors, gpu, throughput, timed
-from benchmarks.clock import Timing
+from benchmarks.clock import CudaClock, Timing
 from benchmarks.floors import Shape
 from benchmarks.operations import OPERATIONS, Contender, plain
 from benchmarks.operations import timed as call_of
@@ -40,6 +41,32 @@ def absent(_: dict[str, Tensor]) -> Callable[[], Any]:
 
 def failing(_: dict[str, Tensor]) -> Tensor:
     raise RuntimeError("out of\nluck")
+
+
+class Event:
+    """torch.cuda.Event where every pair is 2 ms apart."""
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: Event) -> float:
+        return 2.0
+
+
+def test_a_call_is_timed_as_often_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.clock.WRITTEN", 16)
+    fakes = {"Event": Event, "synchronize": lambda _: None, "reset_peak_memory_stats": lambda _: None}
+    fakes |= {"memory_allocated": lambda _: 100, "max_memory_allocated": lambda _: 350}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for seconds, runs in ((0.001, 5), (0.02, 10), (9.0, 100)):
+        calls: list[int] = []
+        timing = CudaClock(CPU, seconds)(partial(calls.append, 1))
+        assert timing.seconds == Spread(2e-3, 2e-3, 2e-3)
+        assert (timing.runs, timing.peak_bytes, timing.launches) == (runs, 250, None)
+        assert len(calls) == 2 + 1 + 1 + runs + min(runs, 20) + 1  # warm-up, memory, how long, timed, back to back, launches
 
 
 def test_every_operation_has_a_floor_and_every_peer_an_operation() -> None:
