@@ -17,11 +17,10 @@ Affine maps compose associatively, so a block of tokens is one scan.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel, jit, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.packed import (
     as_bytes,
     check_floats,

@@ -1,14 +1,26 @@
-"""How a public function computes: by its Triton kernel on GPUs and in Triton's interpreter, by its torch reference elsewhere."""
+"""How a public function computes: by its Triton kernel on GPUs and in Triton's interpreter, by its torch reference elsewhere.
+
+The only file that imports Triton for the kernels: where there is none (macOS), they are functions that nobody calls.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-import triton
+import torch
 from torch import Tensor
 
-jit: Any = triton.jit  # as Any: to a type checker a kernel is a Python function, called with integers for constexprs
+if TYPE_CHECKING or find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit  # as Any: to a type checker a kernel is a Python function, called with integers for constexprs
+    constexpr = tl.constexpr
+else:
+    tl = None
+    jit = constexpr = lambda anything: anything
 
 
 def interpreted() -> bool:
@@ -18,10 +30,11 @@ def interpreted() -> bool:
 
 def by_kernel(tensor: Tensor) -> bool:
     """Whether work on `tensor` is done by a kernel."""
-    return tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted())
+    return tl is not None and (tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted()))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on `grid`, which may have nothing in it: an empty grid is an error to a GPU."""
+    """Run `kernel` on `grid`, on the GPU of its first tensor; the grid may have nothing in it, which is an error to a GPU."""
     if all(grid):
-        kernel[grid](*arguments, **constants)
+        with torch.cuda.device_of(next(each for each in arguments if isinstance(each, Tensor))):
+            kernel[grid](*arguments, **constants)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import by_kernel, jit
+from triton_kernels.launch import by_kernel, jit, tl
 
 
 def check_floats(shape: str, like: Tensor, size: int, **tensors: Tensor) -> None:

@@ -25,11 +25,10 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel, jit, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.packed import check_floats, result_dtype
 
 BLOCK = 1024  # tokens of a program, and partial sums the second launch reads at a time

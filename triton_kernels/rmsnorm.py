@@ -14,13 +14,11 @@ from __future__ import annotations
 from typing import Any, overload
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_like, check_shape
-from triton_kernels.launch import by_kernel, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PARTS = 256  # programs of the backward pass: enough to fill a GPU, few enough that their partial sums are little traffic
@@ -117,7 +115,7 @@ def _backward_reference(grad: Tensor, grad_total: Tensor | None, total: Tensor, 
     return to_total.to(total.dtype), to_weight.to(weight.dtype)
 
 
-@triton.jit
+@jit
 def _forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stride, width, eps, BLOCK: tl.constexpr):
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,7 +130,7 @@ def _forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stri
     tl.store(RSTD + row, rstd)
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
     BLOCK: tl.constexpr,
