@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, get_args
 
 import pytest
@@ -196,12 +198,34 @@ def test_nograd_and_what_is_kept() -> None:
     assert kept == {"save": 300, "recompute": 0, "nograd": 0}
 
 
-def test_saved_logits_serve_once() -> None:
+def test_saved_logits_serve_twice() -> None:
+    """Backward leaves them as they were, as autograd expects of what it saved."""
     hidden, weight, target = problem(6, 50)
-    total = linear_logprob(hidden, weight.requires_grad_(), target)[0].sum()
-    total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
+    total = linear_logprob(hidden, weight.requires_grad_(), target, chunk=4)[0].sum()
+    first, second = (torch.autograd.grad(total, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that `work` held at once of what it allocated."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def test_backward_holds_a_chunk_and_no_gradient_of_the_weight() -> None:
+    """Beside the caller's accumulator: the gradient of a chunk's logits, and what the reference makes of a chunk meanwhile."""
+    hidden, weight, target = problem(64, 1000, width=512)
+    total, chunk = torch.zeros_like(weight), 8 * weight[:, 0].nbytes
+    peaks = {}
+    modes: tuple[Mode, ...] = ("save", "recompute")
+    for mode in modes:
+        loss = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), target, mode=mode, chunk=8, weight_grad=total)[0].sum()
+        peaks[mode] = peak_bytes(loss.backward)
+    assert peaks["save"] <= peaks["recompute"] <= 2 * chunk + hidden.nbytes < weight.nbytes / 4
 
 
 def test_on_meta_tensors() -> None:

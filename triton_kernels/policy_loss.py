@@ -108,7 +108,7 @@ def _linear_policy_loss(
         old, gain = (None if each is None else each[part] for each in (old_logp, advantage))
         losses[part], slopes[LOGP, part] = token_loss(stats[LOGP, part], token_weight[part], old, gain, clip_low, clip_high)
         if needs_hidden or needs_weight:
-            grad_logits = gradients.room_for(logits)
+            grad_logits = gradients.room_for(logits, spoil=True)
             write_grads(grad_logits, logits, target[part], stats[:, part], slopes[:, part], shard, inv_temp, False)
             gradients.add(part, grad_logits)
     summed = gradients.new_weight_grad() if weight_grad is None else gradients.weight_grad
