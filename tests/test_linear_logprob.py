@@ -210,9 +210,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """The most memory that `work` held at once of what it allocated."""
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded: Any = profile.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 

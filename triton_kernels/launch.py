@@ -6,6 +6,7 @@ The only file that imports Triton for the kernels: where there is none (macOS), 
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -38,3 +39,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if all(grid):
         with torch.cuda.device_of(next(each for each in arguments if isinstance(each, Tensor))):
             kernel[grid](*arguments, **constants)
+
+
+def counter(like: Tensor) -> Tensor:
+    """An int32 of 0 on the device of `like`, for a kernel whose programs count themselves there: the last one sets it back to 0.
+
+    One for each stream, whose kernels run one after the other. A captured graph, which may run beside others, gets its own.
+    """
+    on_gpu = like.device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(1, dtype=torch.int32)
+    return _counter(like.device, torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0)
+
+
+@cache
+def _counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)

@@ -17,8 +17,9 @@ def test_bf16() -> None:
     check_ppo.check_against_float64(300, "k3", torch.bfloat16)
 
 
-def test_more_blocks_than_the_second_launch_reads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_blocks_than_the_last_one_reads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton_kernels.ppo.BLOCK", 16)
+    monkeypatch.setattr("triton_kernels.ppo.READ", 8)
     check_ppo.check_against_float64(300, "k3")
 
 
