@@ -1,15 +1,24 @@
-"""What the tests of log-probs run on ranks: the vocabulary cut over the world."""
+"""What the tests of log-probs run on ranks: the vocabulary cut over the world; and the engine's output layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.batching import batch
+from engine.config import Model, Parallel
+from engine.losses import nll
 from engine.world import World
+from tests.jobs import OPTIM, samples
 from triton_kernels import linear_logprob, logprob
 
 
@@ -49,3 +58,31 @@ def misplaced(world: World) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that `work` held at once of what it allocated."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    recorded: Any = profile.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def output_layer(world: World, parallel: Parallel, model: Model) -> tuple[list[bool], int, int]:
+    """Of a step of three microbatches, on the last stage: whether each added the output layer's gradient to main_grad; the peak of what
+    the step allocated, and the size of main_grad, in bytes."""
+    from engine.megatron.policy import Policy
+
+    optim = replace(OPTIM, clip=0.0)  # clipping makes a copy of the gradients on CPU
+    with closing(Policy(model, optim, parallel, world)) as policy:
+        batch_ = samples(0, count=6, longest=4)
+        step = [packed for i in range(0, 6, 2) for packed in batch(batch_[i : i + 2], 64, **policy.cut)]
+        policy.update(step, nll, optim.lr)  # what is made once is there now
+        with mock.patch("engine.megatron.model.linear_logprob", wraps=linear_logprob) as called:
+            peak = peak_bytes(lambda: policy.update(step, nll, optim.lr))
+        if not policy.speaks:
+            return [], 0, 0
+        weight: Any = policy.chunks[-1].shared_embedding_or_output_weight()
+        found = [call.kwargs["weight_grad"] is weight.main_grad for call in called.call_args_list]
+        return found, peak, weight.main_grad.nbytes

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from itertools import accumulate
 from typing import Any, get_args
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.config import Llama, Model, Parallel
 from tests import jobs_kernels_logprob as jobs
 from tests.pool import ranks
 from triton_kernels import linear_logprob, linear_policy_loss, logprob
@@ -206,15 +205,6 @@ def test_saved_logits_serve_twice() -> None:
     assert torch.equal(first, second)
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that `work` held at once of what it allocated."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        work()
-    recorded: Any = profile.profiler
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
 def test_backward_holds_a_chunk_and_no_gradient_of_the_weight() -> None:
     """Beside the caller's accumulator: the gradient of a chunk's logits, and what the reference makes of a chunk meanwhile."""
     hidden, weight, target = problem(64, 1000, width=512)
@@ -223,7 +213,7 @@ def test_backward_holds_a_chunk_and_no_gradient_of_the_weight() -> None:
     modes: tuple[Mode, ...] = ("save", "recompute")
     for mode in modes:
         loss = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), target, mode=mode, chunk=8, weight_grad=total)[0].sum()
-        peaks[mode] = peak_bytes(loss.backward)
+        peaks[mode] = jobs.peak_bytes(loss.backward)
     assert peaks["save"] <= peaks["recompute"] <= 2 * chunk + hidden.nbytes < weight.nbytes / 4
 
 
@@ -274,3 +264,13 @@ def test_vocabulary_over_ranks(size: int) -> None:
     check_close(found[0][0], logprob)
     check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
     check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
+
+
+def test_the_engine_accumulates_in_main_grad() -> None:
+    """Of a last stage, which has no embedding: a whole step holds less than one gradient of the output layer's size."""
+    model = Model(init=Llama(layers=2, hidden=256, ffn=64, heads=4, kv_heads=4, head_dim=8, vocab=8192))
+    first, last = ranks(2).run(jobs.output_layer, parallel=Parallel(pp=2, distributed_optimizer=False), model=model)
+    assert first == ([], 0, 0)
+    into_main_grad, peak, size = last
+    assert into_main_grad == [True] * 3
+    assert peak < size == 8192 * 256 * 4
