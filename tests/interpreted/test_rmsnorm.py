@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,22 @@ def test_against_float64(rows: int, width: int, fused: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     check_rmsnorm(5, 200, dtype, fused=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(0, 65536), (3, 16384), (1, 65536)])
+def test_rows_that_registers_do_not_hold(rows: int, width: int, fused: bool) -> None:
+    check_rmsnorm(rows, width, torch.float32, fused)
+
+
+def test_wide_rows_of_any_width_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles of 64 columns, of which the last is cut; more rows than programs; and in bfloat16."""
+    file = import_module("triton_kernels.rmsnorm")  # the package's attribute of this name is the function
+    monkeypatch.setattr(file, "WIDEST", 128)
+    monkeypatch.setattr(file, "TILE", 64)
+    check_rmsnorm(257, 70, torch.float32, fused=True)
+    check_rmsnorm(3, 1000, torch.float32, fused=False)
+    check_rmsnorm(3, 200, torch.bfloat16, fused=True)
 
 
 def test_more_rows_than_programs() -> None:
