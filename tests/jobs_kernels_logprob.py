@@ -19,7 +19,7 @@ from engine.config import Model, Parallel
 from engine.losses import nll
 from engine.world import World
 from tests.jobs import OPTIM, samples
-from triton_kernels import linear_logprob, logprob
+from triton_kernels import linear_logprob, linear_policy_loss, logprob
 
 
 def group_name() -> str:
@@ -29,14 +29,28 @@ def group_name() -> str:
 
 def sharded_logprob(world: World, hidden: Tensor, weight: Tensor, target: Tensor, valid: int, padded: int) -> tuple[Tensor, Tensor, Tensor]:
     """linear_logprob: log-probs, this rank's part of hidden's gradient, its shard's gradient."""
-    shard = padded // world.size
-    mine = F.pad(weight, (0, 0, 0, padded - valid))[world.rank * shard :][:shard].clone().requires_grad_()
-    hidden = hidden.clone().requires_grad_()
-    got, _, _ = linear_logprob(hidden, mine, target, group=group_name(), vocab_start=world.rank * shard, vocab_valid=valid, chunk=8)
-    got.sum().backward()
-    assert hidden.grad is not None
-    assert mine.grad is not None
-    return got.detach(), hidden.grad, mine.grad
+    hidden, mine, how = _shard(world, hidden, weight, valid, padded)
+    got, _, _ = linear_logprob(hidden, mine, target, **how)
+    grad_hidden, grad_weight = torch.autograd.grad(got.sum(), (hidden, mine))
+    return got.detach(), grad_hidden, grad_weight
+
+
+def sharded_policy_loss(
+    world: World, hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, valid: int, padded: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_policy_loss: the total, and the same gradients."""
+    hidden, mine, how = _shard(world, hidden, weight, valid, padded)
+    total, _ = linear_policy_loss(hidden, mine, target, token_weight, **how)
+    grad_hidden, grad_weight = torch.autograd.grad(total, (hidden, mine))
+    return total.detach(), grad_hidden, grad_weight
+
+
+def _shard(world: World, hidden: Tensor, weight: Tensor, valid: int, padded: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Leaves of hidden and of this rank's rows of the padded weight, and what says whose they are."""
+    size = padded // world.size
+    start = world.rank * size
+    mine = F.pad(weight, (0, 0, 0, padded - valid))[start:][:size].clone().requires_grad_()
+    return hidden.clone().requires_grad_(), mine, {"group": group_name(), "vocab_start": start, "vocab_valid": valid, "chunk": 8}
 
 
 def sharded_rows(world: World, logits: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def reference(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) 
 def check_close(got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    assert float((got.double() - expected).abs().max() if got.numel() else 0.0) <= 3e-6 * scale
+    assert float((got.double() - expected).abs().max() if got.numel() else 0.0) <= 2e-6 * scale
 
 
 def check_gradients(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> None:
@@ -63,12 +63,14 @@ def check_low_precision(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     assert hidden.grad is not None
     assert weight.grad is not None
     check_close(got.detach(), logprob)
-    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=2e-2, atol=2e-2 * float(grad_hidden.abs().max()))
-    torch.testing.assert_close(weight.grad.double(), grad_weight, rtol=2e-2, atol=2e-2 * float(grad_weight.abs().max()))
+    for got, expected in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
+        torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
-@pytest.mark.parametrize(("rows", "vocab", "chunk"), [(17, 1000, 4096), (17, 1000, 5), (1, 257, 4), (0, 64, 4), (64, 4104, 16)])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "chunk"), [(17, 1000, 4096), (17, 1000, 5), (1, 257, 4), (0, 64, 4), (64, 4104, 16), (17, 16033, 17)]
+)
 def test_whole_vocabulary(rows: int, vocab: int, chunk: int, mode: str) -> None:
     hidden, weight, target = problem(rows, vocab)
     check_gradients(hidden, weight, target, torch.randn(rows, generator=torch.Generator().manual_seed(1)), mode=mode, chunk=chunk)
@@ -262,6 +264,20 @@ def test_vocabulary_over_ranks(size: int) -> None:
     for got, _, _ in found:
         assert torch.equal(got, found[0][0])
     check_close(found[0][0], logprob)
+    check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
+    check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_policy_loss_over_ranks(size: int) -> None:
+    """Negative log-likelihood, whose gradient is made in forward: the whole's numbers."""
+    hidden, weight, target = problem(21, 250)
+    token_weight = torch.rand(21, generator=torch.Generator().manual_seed(1))
+    logprob, grad_hidden, grad_weight = reference(hidden, weight, target, -token_weight)
+    case = {"hidden": hidden, "weight": weight, "target": target, "valid": 250, "padded": 256}
+    found = ranks(size).run(jobs.sharded_policy_loss, **case, token_weight=token_weight)
+    for total, _, _ in found:
+        check_close(total, -(logprob * token_weight.double()).sum())
     check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
     check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
 

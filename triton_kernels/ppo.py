@@ -199,13 +199,15 @@ def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tupl
     policy = policy_slope = kl_term = kl_slope = value_term = value_slope = clipped = approx_kl = zero
     if logp is not None:
         whitened = (wide(advantage) - mean) * rstd
-        policy, policy_slope, clipped, approx_kl = _policy_reference(wide(logp) - wide(old_logp), whitened, clip_low, clip_high)
+        log_ratio = wide(logp) - wide(old_logp)
+        policy, policy_slope, clipped = clipped_policy(log_ratio, whitened, clip_low, clip_high)
+        approx_kl, _ = _kl_reference(log_ratio.clamp(-CUT, CUT), "k3")
     if ref_logp is not None:
         kl_term, kl_slope = _kl_reference(wide(ref_logp) - wide(logp), kl)
     if value is not None:
         value_term, value_slope = _value_reference(wide(value), wide(old_value), wide(returns), value_clip)
     total = policy + kl_coef * kl_term + value_coef * value_term - entropy_coef * wide(entropy)
-    stats_7 = torch.stack([total, policy, value_term, kl_term, clipped, approx_kl, wide(entropy)]) @ weight.double()
+    stats_7 = torch.stack([total, policy, value_term, kl_term, clipped.double(), approx_kl, wide(entropy)]) @ weight.double()
     grads = (policy_slope + kl_coef * kl_slope, value_coef * value_slope, zero - entropy_coef)
     present = (logp, value, entropy)
     grads = (weight.double() * grad if x is not None else zero.new_empty(0) for grad, x in zip(grads, present, strict=True))
@@ -214,12 +216,13 @@ def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tupl
     return stats_7[0].to(dtype, copy=True), stats_7.to(dtype), logp, value, entropy
 
 
-def _policy_reference(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def clipped_policy(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss of each token, its slope in logp, whether the clip decided), from logp - old_logp."""
     cut = log_ratio.clamp(-CUT, CUT)
     ratio = cut.exp()
     free, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     slope = torch.where((free >= clipped) & (cut == log_ratio), free, 0.0)
-    return torch.maximum(free, clipped), slope, (clipped > free).double(), torch.expm1(cut) - cut
+    return torch.maximum(free, clipped), slope, clipped > free
 
 
 def _kl_reference(x: Tensor, kl: str) -> tuple[Tensor, Tensor]:
