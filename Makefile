@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test check aot bench clean
+.PHONY: build demo test check aot gpu bench clean
 
 build: $(VENV)/built
 
@@ -33,6 +33,11 @@ check: build
 # What every kernel compiles to for sm_80, sm_90 and sm_100; fails when one spills. No GPU needed.
 aot: build
 	$(BIN)/python -m benchmarks kernels
+
+# On one CUDA GPU, without network and with the python that is there: every kernel proven and timed, the engine's throughput; 5 minutes.
+# WHEELS=folder: packages to use besides what is installed, peers to be measured against among them.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS))
 
 bench: build
 	$(BIN)/python -m benchmarks.bench_train

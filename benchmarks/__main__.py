@@ -1,13 +1,13 @@
-"""python -m benchmarks {kernels} …"""
+"""python -m benchmarks {kernels,accuracy,throughput} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import kernels
+from benchmarks import accuracy, kernels, throughput
 
-COMMANDS = {"kernels": kernels}  # each a module with add_arguments and main
+COMMANDS = {"kernels": kernels, "accuracy": accuracy, "throughput": throughput}  # each a module with add_arguments and main
 
 
 def main() -> int:

@@ -116,6 +116,7 @@ OPERATIONS: dict[str, Callable[[Shape], Work]] = {
     "rope": _rope,
     "logprob forward": _logprob(1),
     "logprob backward": _logprob(2),
+    "logprob forward and backward": _logprob(3),
     "linear_logprob forward": _linear_logprob(1),
     "linear_logprob forward and backward": _linear_logprob(3),
     "linear_logprob forward and backward, recomputed": _linear_logprob(4),

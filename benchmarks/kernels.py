@@ -1,20 +1,23 @@
-"""python -m benchmarks kernels: what each kernel compiles to on three architectures, and the least time its work can take on three chips.
+"""python -m benchmarks kernels: on a GPU each kernel's time beside its floor and its peers; without one what it compiles to, and floors.
 
-No GPU is needed. The exit status is 1 when a kernel fails the gate of triton_kernels/aot.py.
+Without a GPU the exit status is 1 when a kernel fails the gate of triton_kernels/aot.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
+import math
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import timed
+from benchmarks.clock import CudaClock
 from benchmarks.floors import CHIPS, OPERATIONS, SHAPES, Shape
+from benchmarks.peers import PEERS
+from benchmarks.tables import as_file, heading, table, versions
 from triton_kernels import aot
 
 Cell = Callable[[aot.AotReport], str]
@@ -29,19 +32,32 @@ COLUMNS: dict[str, Cell] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose floors to state (default: all)")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of a model and its ranks (default: all)")
     parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="on a GPU: start no measurement after so many")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints the report as Markdown; 1 when a kernel fails the gate."""
-    reports = [[aot.compile_case(case, arch) for arch in aot.CHIPS] for case in aot.all_cases()]
     shapes = [SHAPES[name] for name in arguments.shape]
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(as_json(reports, shapes), indent=1, default=str) + "\n")
+    if torch.cuda.is_available():
+        return _on_gpu(shapes, arguments.seconds, arguments.json)
+    reports = [[aot.compile_case(case, arch) for arch in aot.CHIPS] for case in aot.all_cases()]
+    as_file(arguments.json, as_json(reports, shapes))
     print(page(reports, shapes))
     return int(any(report.faults for row in reports for report in row))
+
+
+def _on_gpu(shapes: Sequence[Shape], seconds: float, file: Path | None) -> int:
+    device = torch.device("cuda")
+
+    def save(found: dict[str, Any]) -> None:
+        as_file(file, {"versions": versions(), **found})
+
+    found = timed.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save)
+    save(found)
+    print("\n".join([*heading("Kernels on a GPU", versions(), "python -m benchmarks kernels"), *timed.page(found, shapes)]))
+    return 0
 
 
 def as_json(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape]) -> dict[str, Any]:
@@ -66,28 +82,19 @@ def compiled(report: aot.AotReport) -> dict[str, Any]:
 
 def page(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape]) -> str:
     """The report as Markdown."""
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    lines = ["# Kernels, compiled ahead of time", "", packages, *_gate(reports), *_compiled(reports), *_sustained()]
+    lines = [
+        *heading("Kernels, compiled ahead of time", versions(), "python -m benchmarks kernels"),
+        *_gate(reports),
+        *_compiled(reports),
+        *_sustained(),
+    ]
     return "\n".join([*lines, *(line for shape in shapes for line in _floors(shape))])
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; what follows the first column is flush right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def versions() -> dict[str, str]:
-    """What a reader needs to compile the same again."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    packages = {name: metadata.version(name) for name in ("torch", "triton")}
-    return {"commit": commit.stdout.strip() or "unknown", "python": platform.python_version(), **packages}
 
 
 def _gate(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:
     faults = [f"- {fault}" for row in reports for report in row for fault in report.faults]
     passed = f"All {sum(map(len, reports))} pass: no spills, shared memory within limits, 128-bit loads where rows are aligned."
-    return ["", "## The gate", "", *(faults or [passed])]
+    return ["## The gate", "", *(faults or [passed])]
 
 
 def _compiled(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:

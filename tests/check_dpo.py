@@ -1,7 +1,8 @@
-"""What dpo_norm and seq_logps promise, whichever way they compute: the reference's tests and the kernel's both call these."""
+"""What dpo_norm and seq_logps promise, whichever way they compute: these tests run on the references (test_dpo.py) and on the kernels."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests import float64
@@ -45,7 +46,18 @@ def check_against_float64(normalize: bool, smoothing: float, ref_is: str, dtype:
     assert not any(m.requires_grad for m in metrics)
 
 
-def check_far_margins() -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ref_is", ["tokens", "sums"])
+def test_against_float64(normalize: bool, smoothing: float, ref_is: str) -> None:
+    check_against_float64(normalize, smoothing, ref_is)
+
+
+def test_bf16() -> None:
+    check_against_float64(True, 0.0, "tokens", torch.bfloat16)
+
+
+def test_far_margins() -> None:
     """Sequences of one token make the margin what we like: the loss keeps all digits at both ends, and nothing overflows."""
     margins = torch.tensor([-100.0, -80.0, -20.0, -1e-3, 0.0, 1e-3, 1.0, 9.0, 20.0, 80.0, 100.0])
     count = len(margins)
@@ -63,7 +75,7 @@ def check_far_margins() -> None:
     assert torch.equal(logp.grad[:count], -logp.grad[count:])
 
 
-def check_masked_tokens_are_not_read() -> None:
+def test_masked_tokens_are_not_read() -> None:
     cu_seqlens, mask = packed([40, 60, -5])
     pairs = torch.tensor([[0, 1], [1, 2]])
     logp, ref = normal(105, 1), normal(105, 2)
@@ -77,7 +89,7 @@ def check_masked_tokens_are_not_read() -> None:
     assert dirty_logp.grad[mask].isfinite().all()
 
 
-def check_a_pair_does_not_know_its_batch() -> None:
+def test_a_pair_does_not_know_its_batch() -> None:
     """The same bits alone as behind other sequences, and in a second run."""
     cu_seqlens, mask = packed([37, 1500, 900, 13])
     logp, ref = normal(len(mask), 1).requires_grad_(), normal(len(mask), 2)
@@ -93,7 +105,7 @@ def check_a_pair_does_not_know_its_batch() -> None:
         assert torch.equal(grad_together[rest], grad_alone[rest])
 
 
-def check_nothing_at_all() -> None:
+def test_nothing_at_all() -> None:
     """No tokens, no pairs, no sequences: empty results and gradients of zero."""
     none, no_mask, no_pairs = torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0, 2, dtype=torch.int32)
     logp = torch.zeros(0, requires_grad=True)
@@ -111,7 +123,8 @@ def check_nothing_at_all() -> None:
     assert not logp.grad.any()
 
 
-def check_seq_logps(dtype: torch.dtype = torch.float32) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_seq_logps(dtype: torch.dtype) -> None:
     cu_seqlens, mask = packed(LENGTHS)
     logp = normal(len(mask), 1).to(dtype).requires_grad_()
     upstream = normal(len(LENGTHS), 2)

@@ -1,7 +1,8 @@
-"""What gae promises, whichever way it computes: the reference's tests and the kernel's both call these."""
+"""What gae promises, whichever way it computes: these tests run on the reference (test_gae.py) and on the kernel."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,7 +47,16 @@ def check_partials(partials: Tensor, advantage: Tensor, mask: Tensor, cu_seqlens
     assert abs(got_m2 / (got_n - 1) / counting.var() - 1) <= 2e-6
 
 
-def check_sparse_reward() -> None:
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.0), (0.99, 0.9), (1.0, 1.0), (0.0, 0.5)])
+def test_against_float64(gamma: float, lam: float) -> None:
+    check_against_float64(gamma, lam)
+
+
+def test_bf16() -> None:
+    check_against_float64(1.0, 0.95, torch.bfloat16)
+
+
+def test_sparse_reward() -> None:
     """The recipe of Tülu 3: gamma 1, lam 0.95, one score on the last token that counts; and what masked tokens hold is not read."""
     cu_seqlens = torch.tensor([0, 6])
     mask = torch.tensor([True, True, False, True, False, False])
@@ -60,7 +70,7 @@ def check_sparse_reward() -> None:
     torch.testing.assert_close(returns, torch.tensor([first + 0.5, second + 1.0, 0.0, 10.0, 0.0, 0.0]))
 
 
-def check_a_long_gap() -> None:
+def test_a_long_gap() -> None:
     """A tool's output longer than a block of the kernel's: what follows it reaches what precedes it unchanged."""
     reward, value, mask, cu_seqlens = problem([1900])
     mask[300:1500] = False
@@ -70,7 +80,7 @@ def check_a_long_gap() -> None:
     check_partials(partials, expected, mask, cu_seqlens)
 
 
-def check_a_sequence_does_not_know_its_batch() -> None:
+def test_a_sequence_does_not_know_its_batch() -> None:
     """Cut in two microbatches, one of them padded: the same bits a token, and merged the same statistics."""
     reward, value, mask, cu_seqlens = problem([100, 700, 30, 5])
     advantage, returns, partials = gae(reward, value, mask, cu_seqlens, 1.0, 0.95)
@@ -86,7 +96,7 @@ def check_a_sequence_does_not_know_its_batch() -> None:
     assert merge_partials(torch.cat(parts, 1)) == merge_partials(partials)
 
 
-def check_nothing_at_all() -> None:
+def test_nothing_at_all() -> None:
     none, mask = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
     for sequences in (0, 2):
         advantage, returns, partials = gae(none, none, mask, torch.zeros(sequences + 1, dtype=torch.int32), 1.0, 0.95)

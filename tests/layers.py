@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,33 @@ def check(layer: Layer, reference: Layer, inputs: Sequence[Tensor]) -> None:
         assert got.dtype == inputs[0].dtype
         if got.numel():
             assert float((got.double() - wanted).abs().max()) <= TOLERANCE[got.dtype] * max(1.0, float(wanted.abs().max()))
+
+
+def check_far_rows(layer: Layer, near: Tensor, folder: Path) -> None:
+    """Rows 2^30 elements apart, so that the offsets of the third on do not fit 32 bits, give the bits of rows that are close.
+
+    The file is sparse: only the rows take room.
+    """
+    size = (len(near) - 1) * 2**30 + near[0].numel()
+    stored = torch.from_file(str(folder / "rows"), shared=True, size=size, dtype=near.dtype)
+    far = stored.as_strided(near.shape, (2**30, *near.stride()[1:]))
+    far.copy_(near)
+    for got, expected in zip(passes(layer, [far]), passes(layer, [near]), strict=True):
+        assert torch.equal(got, expected)
+
+
+def check_a_row_does_not_know_its_batch(layer: Layer, inputs: Sequence[Tensor]) -> None:
+    """Each row alone, forward and backward, has the bits that it has among the others, and the same in a second run."""
+
+    def run(rows: slice) -> list[Tensor]:
+        leaves = [tensor[rows].detach().requires_grad_() for tensor in inputs]
+        output = layer(*leaves)
+        assert isinstance(output, Tensor)
+        return [output.detach(), *torch.autograd.grad(output.sum(), leaves[:1])]
+
+    whole = run(slice(None))
+    for rows in (slice(None), *(slice(row, row + 1) for row in range(len(inputs[0])))):
+        assert all(torch.equal(got, expected[rows]) for got, expected in zip(run(rows), whole, strict=True))
 
 
 def check_rmsnorm(rows: int, width: int, dtype: torch.dtype, fused: bool) -> None:

@@ -8,32 +8,8 @@ import pytest
 import torch
 
 from tests import check_gae
+from tests.check_gae import *  # noqa: F403 (the promises, as tests)
 from triton_kernels import gae, merge_partials
-
-
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.0), (0.99, 0.9), (1.0, 1.0), (0.0, 0.5)])
-def test_against_float64(gamma: float, lam: float) -> None:
-    check_gae.check_against_float64(gamma, lam)
-
-
-def test_bf16() -> None:
-    check_gae.check_against_float64(1.0, 0.95, torch.bfloat16)
-
-
-def test_sparse_reward() -> None:
-    check_gae.check_sparse_reward()
-
-
-def test_a_long_gap() -> None:
-    check_gae.check_a_long_gap()
-
-
-def test_a_sequence_does_not_know_its_batch() -> None:
-    check_gae.check_a_sequence_does_not_know_its_batch()
-
-
-def test_nothing_at_all() -> None:
-    check_gae.check_nothing_at_all()
 
 
 def test_merging_keeps_a_small_spread_around_a_large_mean() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.config import Llama, Model, Parallel
 from tests import jobs_kernels_logprob as jobs
 from tests.pool import ranks
 from triton_kernels import linear_logprob, linear_policy_loss, logprob
@@ -36,7 +37,7 @@ def reference(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) 
 def check_close(got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    assert float((got.double() - expected).abs().max() if got.numel() else 0.0) <= 3e-6 * scale
+    assert float((got.double() - expected).abs().max() if got.numel() else 0.0) <= 2e-6 * scale
 
 
 def check_gradients(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> None:
@@ -62,12 +63,14 @@ def check_low_precision(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     assert hidden.grad is not None
     assert weight.grad is not None
     check_close(got.detach(), logprob)
-    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=2e-2, atol=2e-2 * float(grad_hidden.abs().max()))
-    torch.testing.assert_close(weight.grad.double(), grad_weight, rtol=2e-2, atol=2e-2 * float(grad_weight.abs().max()))
+    for got, expected in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
+        torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
-@pytest.mark.parametrize(("rows", "vocab", "chunk"), [(17, 1000, 4096), (17, 1000, 5), (1, 257, 4), (0, 64, 4), (64, 4104, 16)])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "chunk"), [(17, 1000, 4096), (17, 1000, 5), (1, 257, 4), (0, 64, 4), (64, 4104, 16), (17, 16033, 17)]
+)
 def test_whole_vocabulary(rows: int, vocab: int, chunk: int, mode: str) -> None:
     hidden, weight, target = problem(rows, vocab)
     check_gradients(hidden, weight, target, torch.randn(rows, generator=torch.Generator().manual_seed(1)), mode=mode, chunk=chunk)
@@ -196,12 +199,24 @@ def test_nograd_and_what_is_kept() -> None:
     assert kept == {"save": 300, "recompute": 0, "nograd": 0}
 
 
-def test_saved_logits_serve_once() -> None:
+def test_saved_logits_serve_twice() -> None:
+    """Backward leaves them as they were, as autograd expects of what it saved."""
     hidden, weight, target = problem(6, 50)
-    total = linear_logprob(hidden, weight.requires_grad_(), target)[0].sum()
-    total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
+    total = linear_logprob(hidden, weight.requires_grad_(), target, chunk=4)[0].sum()
+    first, second = (torch.autograd.grad(total, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_backward_holds_a_chunk_and_no_gradient_of_the_weight() -> None:
+    """Beside the caller's accumulator: the gradient of a chunk's logits, and what the reference makes of a chunk meanwhile."""
+    hidden, weight, target = problem(64, 1000, width=512)
+    total, chunk = torch.zeros_like(weight), 8 * weight[:, 0].nbytes
+    peaks = {}
+    modes: tuple[Mode, ...] = ("save", "recompute")
+    for mode in modes:
+        loss = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), target, mode=mode, chunk=8, weight_grad=total)[0].sum()
+        peaks[mode] = jobs.peak_bytes(loss.backward)
+    assert peaks["save"] <= peaks["recompute"] <= 2 * chunk + hidden.nbytes < weight.nbytes / 4
 
 
 def test_on_meta_tensors() -> None:
@@ -251,3 +266,27 @@ def test_vocabulary_over_ranks(size: int) -> None:
     check_close(found[0][0], logprob)
     check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
     check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_policy_loss_over_ranks(size: int) -> None:
+    """Negative log-likelihood, whose gradient is made in forward: the whole's numbers."""
+    hidden, weight, target = problem(21, 250)
+    token_weight = torch.rand(21, generator=torch.Generator().manual_seed(1))
+    logprob, grad_hidden, grad_weight = reference(hidden, weight, target, -token_weight)
+    case = {"hidden": hidden, "weight": weight, "target": target, "valid": 250, "padded": 256}
+    found = ranks(size).run(jobs.sharded_policy_loss, **case, token_weight=token_weight)
+    for total, _, _ in found:
+        check_close(total, -(logprob * token_weight.double()).sum())
+    check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
+    check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
+
+
+def test_the_engine_accumulates_in_main_grad() -> None:
+    """Of a last stage, which has no embedding: a whole step holds less than one gradient of the output layer's size."""
+    model = Model(init=Llama(layers=2, hidden=256, ffn=64, heads=4, kv_heads=4, head_dim=8, vocab=8192))
+    first, last = ranks(2).run(jobs.output_layer, parallel=Parallel(pp=2, distributed_optimizer=False), model=model)
+    assert first == ([], 0, 0)
+    into_main_grad, peak, size = last
+    assert into_main_grad == [True] * 3
+    assert peak < size == 8192 * 256 * 4

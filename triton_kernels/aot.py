@@ -14,11 +14,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from triton_kernels.launch import interpreted
 
 
@@ -33,7 +28,7 @@ class AotCase:
     """
 
     name: str
-    kernel: triton.JITFunction[Any]
+    kernel: Any  # what jit makes of a function
     signature: dict[str, str]
     constexprs: dict[str, Any]
     divisible: tuple[str, ...]
@@ -104,6 +99,11 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
 
     ValueError for an architecture that is not listed, for names that are not the kernel's, and in a process that interprets kernels.
     """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     _check(case, arch)
     source = ASTSource(case.kernel, _signature(case), case.constexprs, _attributes(case))
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}

@@ -13,16 +13,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel, jit, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.packed import (
     as_bytes,
     check_floats,
     check_indices,
-    check_mask,
+    check_packed,
     checked_cu_seqlens,
     checked_pairs,
     result_dtype,
@@ -72,9 +71,7 @@ def dpo_norm(
     Returns (loss [P], DpoMetrics of [P]), float32. Raises ValueError for wrong dtypes and shapes, and where the indices are on the host
     for sequences out of order and pairs out of range; on the GPU these are not read.
     """
-    check_floats("T", logp, logp.numel(), logp=logp)
-    check_mask(mask, logp)
-    check_indices("cu_seqlens", cu_seqlens, ("S + 1",), logp)
+    check_packed(mask, cu_seqlens, logp=logp)
     check_indices("pairs", pairs, ("P", 2), logp)
     if ref_is not in ("tokens", "sums"):
         raise ValueError(f"ref_is={ref_is!r} must be 'tokens' (ref is [T]) or 'sums' (ref is [S])")
@@ -102,7 +99,7 @@ def _dpo_norm(
     cu_seqlens = checked_cu_seqlens(cu_seqlens, logp)
     pairs = checked_pairs(pairs, len(cu_seqlens) - 1, logp)
     if not by_kernel(logp):
-        return _reference(logp, ref, mask, cu_seqlens, pairs, beta, label_smoothing, normalize, ref_sums)
+        return _reference(logp, ref, mask, cu_seqlens, pairs, (beta, label_smoothing, normalize, ref_sums))
     loss, metrics, slope = _empty_results(logp, pairs)
     ref_T, ref_S = (None, ref.contiguous()) if ref_sums else (ref.contiguous(), None)
     launch(
@@ -183,16 +180,9 @@ _dpo_norm.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _reference(
-    logp: Tensor,
-    ref: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor,
-    pairs: Tensor,
-    beta: float,
-    label_smoothing: float,
-    normalize: bool,
-    ref_sums: bool,
+    logp: Tensor, ref: Tensor, mask: Tensor, cu_seqlens: Tensor, pairs: Tensor, settings: tuple[float, float, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    beta, label_smoothing, normalize, ref_sums = settings
     ratio_T = logp.double() if ref_sums else logp.double() - ref.double()
     ratio_S = segment_sum(torch.where(mask != 0, ratio_T, 0.0), cu_seqlens) - (ref.double() if ref_sums else 0.0)
     count_S = segment_sum(mask != 0, cu_seqlens).clamp(min=1.0) if normalize else torch.ones_like(ratio_S)

@@ -17,16 +17,13 @@ Affine maps compose associatively, so a block of tokens is one scan.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel, jit, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.packed import (
     as_bytes,
-    check_floats,
-    check_indices,
-    check_mask,
+    check_packed,
     checked_cu_seqlens,
     result_dtype,
     segment,
@@ -50,9 +47,7 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, cu_seqlens: Tensor, gamma: 
     sequence's advantages, where M2 is the sum of squared deviations from the mean; `merge_partials` makes them one. Raises ValueError for
     wrong dtypes and shapes, for gamma or lam out of range and, where cu_seqlens is on the host, for sequences out of order.
     """
-    check_floats("T", reward, reward.numel(), reward=reward, value=value)
-    check_mask(mask, reward)
-    check_indices("cu_seqlens", cu_seqlens, ("S + 1",), reward)
+    check_packed(mask, cu_seqlens, reward=reward, value=value)
     for name, setting in (("gamma", gamma), ("lam", lam)):
         if not 0 <= setting <= 1:
             raise ValueError(f"{name}={setting} must be in [0, 1]")

@@ -1,14 +1,27 @@
-"""How a public function computes: by its Triton kernel on GPUs and in Triton's interpreter, by its torch reference elsewhere."""
+"""How a public function computes: by its Triton kernel on GPUs and in Triton's interpreter, by its torch reference elsewhere.
+
+The only file that imports Triton for the kernels: where there is none (macOS), they are functions that nobody calls.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-import triton
+import torch
 from torch import Tensor
 
-jit: Any = triton.jit  # as Any: to a type checker a kernel is a Python function, called with integers for constexprs
+if TYPE_CHECKING or find_spec("triton"):
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit  # as Any: to a type checker a kernel is a Python function, called with integers for constexprs
+    constexpr = tl.constexpr
+else:
+    tl = None
+    jit = constexpr = lambda anything: anything
 
 
 def interpreted() -> bool:
@@ -18,10 +31,27 @@ def interpreted() -> bool:
 
 def by_kernel(tensor: Tensor) -> bool:
     """Whether work on `tensor` is done by a kernel."""
-    return tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted())
+    return tl is not None and (tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted()))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on `grid`, which may have nothing in it: an empty grid is an error to a GPU."""
+    """Run `kernel` on `grid`, on the GPU of its first tensor; the grid may have nothing in it, which is an error to a GPU."""
     if all(grid):
-        kernel[grid](*arguments, **constants)
+        with torch.cuda.device_of(next(each for each in arguments if isinstance(each, Tensor))):
+            kernel[grid](*arguments, **constants)
+
+
+def counter(like: Tensor) -> Tensor:
+    """An int32 of 0 on the device of `like`, for a kernel whose programs count themselves there: the last one sets it back to 0.
+
+    One for each stream, whose kernels run one after the other. A captured graph, which may run beside others, gets its own.
+    """
+    on_gpu = like.device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(1, dtype=torch.int32)
+    return _counter(like.device, torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0)
+
+
+@cache
+def _counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)

@@ -125,7 +125,7 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *how: Any) -> tuple[Tensor
     return stats, hidden.new_empty(_kept_shape(hidden, weight, chunk, keep), dtype=logits_dtype)
 
 
-@torch.library.custom_op("trivet::linear_logprob_backward", mutates_args=("kept", "weight_grad"))
+@torch.library.custom_op("trivet::linear_logprob_backward", mutates_args=("weight_grad",))
 def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -144,15 +144,15 @@ def _linear_logprob_backward(
     chunk: int,
     logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, each empty where it is not needed (or was added to weight_grad). Spoils `kept`; None: the logits
-    are made again."""
+    """Gradients of hidden and weight, each empty where it is not needed (or was added to weight_grad). `kept` None: the logits are made
+    again."""
     shard = Shard.of(len(weight), group, vocab_start, vocab_valid)
     grad_stats = grad_stats.contiguous()
     gradients = Gradients(hidden, weight, weight_grad, needs_hidden, needs_weight)
     buffer = logits_buffer(hidden, weight, chunk, logits_dtype) if kept is None else kept
     for part in chunks(len(target), chunk):
         logits = write_logits(buffer, hidden[part], weight) if kept is None else kept[part]
-        grad_logits = gradients.room_for(logits)
+        grad_logits = gradients.room_for(logits, spoil=kept is None)
         write_grads(grad_logits, logits, target[part], stats[:, part], grad_stats[:, part], shard, inv_temp, entropy)
         gradients.add(part, grad_logits)
     return gradients.hidden_grad, gradients.new_weight_grad()
@@ -212,9 +212,9 @@ class Gradients:
         self.weight_grad = weight_grad
         self.room: Tensor | None = None
 
-    def room_for(self, logits: Tensor) -> Tensor:
-        """Memory for the gradient of a chunk's logits, in the weight's type: that of the logits if they fit, one buffer if not."""
-        if logits.dtype == self.weight.dtype:
+    def room_for(self, logits: Tensor, spoil: bool) -> Tensor:
+        """Memory for the gradient of a chunk's logits, in the weight's type: theirs if we may `spoil` them and it fits, else one buffer."""
+        if spoil and logits.dtype == self.weight.dtype:
             return logits
         if self.room is None:
             self.room = torch.empty_like(logits, dtype=self.weight.dtype)
@@ -227,10 +227,8 @@ class Gradients:
         if not self.needs_weight:
             return
         a, b, total = grad_logits.T, self.hidden[part], self.weight_grad
-        if b.device.type == "cpu":  # no mixed-precision product there
-            total += a.float() @ b.float()
-        elif b.dtype == torch.float32:
-            total.addmm_(a, b)
+        if b.device.type == "cpu" or b.dtype == torch.float32:  # no mixed-precision product on CPU
+            total.addmm_(a.float(), b.float())
         else:
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 

@@ -20,16 +20,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel
+from triton_kernels.launch import by_kernel, constexpr, jit, launch, tl
 from triton_kernels.shard import SEGMENTS, Shard
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of nothing: finite, so that differences to it are no NaN
-LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = constexpr(-3.4028234663852886e38)  # of float32: the maximum of nothing, finite so that differences to it are no NaN
+LOG2E = constexpr(1.4426950408889634)
 BLOCK = 4096  # columns at a time: nothing spills, and 16032 (an eighth of Llama 3's vocabulary) is nearly a multiple
 WARPS = 4
 GRADS_WARPS = 8  # with 4, rows of odd width spill on sm_100
@@ -179,8 +177,7 @@ def _warps(kernel: Any) -> int:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    if grid[0]:  # a device refuses a grid of nothing
-        kernel[grid](*arguments, **constants, num_warps=_warps(kernel))
+    launch(kernel, grid, *arguments, **constants, num_warps=_warps(kernel))
 
 
 def _block(columns: int) -> int:
@@ -198,10 +195,11 @@ def _pieces(logits: Tensor, shard: Shard) -> Iterator[tuple[int, slice, slice]]:
 
 def _parts_reference(logits: Tensor, target: Tensor, shard: Shard, inv_temp: float, entropy: bool) -> Tensor:
     parts = logits.new_zeros((shard.segments, 4 if entropy else 3, len(target)), dtype=torch.float32)
-    parts[:, 0] = LOWEST.value
+    lowest = torch.finfo(torch.float32).min
+    parts[:, 0] = lowest
     for segment, rows, columns in _pieces(logits, shard):
         x = logits[rows, columns].float()
-        top = x.amax(1).clamp_min(LOWEST.value)
+        top = x.amax(1).clamp_min(lowest)
         exps = (x - top[:, None]).mul_(inv_temp).exp_()
         parts[segment, 0, rows] = top
         parts[segment, 1, rows] = exps.sum(1)
@@ -248,7 +246,7 @@ def _grads_reference(
         grad[rows, columns] = p.mul_(inv_temp)
 
 
-@triton.jit
+@jit
 def _parts_kernel(
     PARTS, LOGITS, TARGET, stride, N, size, start, real, inv_temp,
     REST: tl.constexpr, SEGMENTS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -288,7 +286,7 @@ def _parts_kernel(
         tl.store(PARTS + 3 * N, weighted * inv_temp)
 
 
-@triton.jit
+@jit
 def _merge_kernel(
     STATS, PARTS_IN, TARGET, stride, N, first, end, inv_temp, PARTS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -324,7 +322,7 @@ def _merge_kernel(
     tl.store(STATS + 4 * stride, log_sum, mask=here)
 
 
-@triton.jit
+@jit
 def _grads_kernel(
     GRAD, LOGITS, TARGET, STATS, GRAD_STATS, grad_stride, stride, stats_stride, grad_stats_stride, size, start, real, inv_temp,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,

@@ -9,10 +9,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import by_kernel, jit
+from triton_kernels.launch import by_kernel, jit, tl
 
 
 def check_floats(shape: str, like: Tensor, size: int, **tensors: Tensor) -> None:
@@ -26,10 +25,13 @@ def check_floats(shape: str, like: Tensor, size: int, **tensors: Tensor) -> None
             raise ValueError(f"{name} is {_kind(tensor)}; it must be float32 or bfloat16 [{shape}] = [{size}] on {like.device}")
 
 
-def check_mask(mask_T: Tensor, like: Tensor) -> None:
-    """Raise ValueError unless `mask_T` is bool or uint8, and has the shape and device of `like`."""
+def check_packed(mask_T: Tensor, cu_seqlens: Tensor, **tokens: Tensor) -> None:
+    """Raise ValueError unless `tokens` are float [T], the mask bool or uint8 [T], and cu_seqlens indices [S + 1], all beside the first."""
+    like = next(iter(tokens.values()))
+    check_floats("T", like, like.numel(), **tokens)
     if mask_T.dtype not in (torch.bool, torch.uint8) or mask_T.shape != like.shape or mask_T.device != like.device:
         raise ValueError(f"mask is {_kind(mask_T)}; it must be bool or uint8 [T] = [{len(like)}] on {like.device}")
+    check_indices("cu_seqlens", cu_seqlens, ("S + 1",), like)
 
 
 def check_indices(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:

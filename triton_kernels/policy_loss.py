@@ -19,9 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from triton_kernels.linear_logprob import Gradients, check_linear, chunks, logits_buffer, write_logits
 from triton_kernels.logprob import LOGP, write_grads, write_stats
+from triton_kernels.ppo import clipped_policy
 from triton_kernels.shard import Shard
-
-FARTHEST = 20.0  # nats between old and new log-prob beyond which a ratio no longer grows: exp would soon be infinite
 
 
 def linear_policy_loss(
@@ -108,7 +107,7 @@ def _linear_policy_loss(
         old, gain = (None if each is None else each[part] for each in (old_logp, advantage))
         losses[part], slopes[LOGP, part] = token_loss(stats[LOGP, part], token_weight[part], old, gain, clip_low, clip_high)
         if needs_hidden or needs_weight:
-            grad_logits = gradients.room_for(logits)
+            grad_logits = gradients.room_for(logits, spoil=True)
             write_grads(grad_logits, logits, target[part], stats[:, part], slopes[:, part], shard, inv_temp, False)
             gradients.add(part, grad_logits)
     summed = gradients.new_weight_grad() if weight_grad is None else gradients.weight_grad
@@ -121,11 +120,8 @@ def token_loss(
     """Each token's term and its slope, d term / d logp."""
     if old_logp is None or advantage is None:
         return torch.where(weight != 0, -weight * logp, 0.0), -weight
-    log_ratio = logp - old_logp
-    ratio = log_ratio.clamp(-FARTHEST, FARTHEST).exp()
-    free, clipped = -ratio * advantage, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-    moving = (free >= clipped) & (log_ratio.abs() <= FARTHEST) & (weight != 0)
-    return torch.where(weight != 0, weight * torch.maximum(free, clipped), 0.0), torch.where(moving, weight * free, 0.0)
+    policy, slope, _ = clipped_policy(logp - old_logp, advantage, clip_low, clip_high)
+    return torch.where(weight != 0, weight * policy, 0.0), torch.where(weight != 0, weight * slope, 0.0)
 
 
 @_linear_policy_loss.register_fake

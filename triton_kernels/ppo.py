@@ -16,8 +16,8 @@ One float32 weight a token is all that a way of averaging is, from counts of the
     sequence mean        mask_t / (tokens of t's sequence * number of sequences)
     constant (Dr. GRPO)  mask_t / (longest response * number of sequences)
 
-A token of weight 0 is not computed with, whatever it holds. A block of tokens writes its partial sums and a second launch adds them in
-order: nothing atomic, the same bits in every run.
+A token of weight 0 is not computed with, whatever it holds. A block of tokens writes its partial sums, and the block that comes last
+adds those of all in order: one launch, and the same bits in every run, for who comes last is all that an (integer) atomic decides.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel, jit, launch
+from triton_kernels.launch import by_kernel, counter, jit, launch, tl
 from triton_kernels.packed import check_floats, result_dtype
+from triton_kernels.tiles import parts
 
-BLOCK = 1024  # tokens of a program, and partial sums the second launch reads at a time
+BLOCK = 1024  # tokens of a program
+READ = 128  # partial sums of a statistic that the last program reads at a time
 CUT = 20.0  # log-ratio beyond which exp says nothing but overflow
 
 Kl = Literal["k1", "k2", "k3"]
@@ -152,23 +153,11 @@ def _ppo(
     if not by_kernel(weight):
         return _reference(weight, inputs, settings, kl)
     loss, stats, *grads = results = _empty_results(weight, logp, value, entropy)
-    blocks = -(-len(weight) // BLOCK)
-    partials = weight.new_empty(len(stats), blocks)
-    launch(
-        _token_kernel,
-        (blocks,),
-        weight.contiguous(),
-        *(None if tensor is None else tensor.contiguous() for tensor in inputs),
-        *(grad if len(grad) else None for grad in grads),
-        partials,
-        len(weight),
-        blocks,
-        *settings,
-        KL=kl,
-        CUT=CUT,
-        BLOCK=BLOCK,
-    )
-    launch(_sum_kernel, (len(stats),), partials, loss, stats, blocks, BLOCK=BLOCK)
+    blocks = max(1, parts(len(weight), BLOCK))  # one for no tokens, to write sums of 0
+    given = (weight.contiguous(), *(None if tensor is None else tensor.contiguous() for tensor in inputs))
+    grads = (None if tensor is None else grad for tensor, grad in zip((logp, value, entropy), grads, strict=True))
+    wanted = (*grads, weight.new_empty(len(stats), blocks), loss, stats, counter(weight))
+    launch(_kernel, (blocks,), *given, *wanted, len(weight), blocks, *settings, KL=kl, CUT=CUT, BLOCK=BLOCK, READ=READ)
     return results
 
 
@@ -210,13 +199,15 @@ def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tupl
     policy = policy_slope = kl_term = kl_slope = value_term = value_slope = clipped = approx_kl = zero
     if logp is not None:
         whitened = (wide(advantage) - mean) * rstd
-        policy, policy_slope, clipped, approx_kl = _policy_reference(wide(logp) - wide(old_logp), whitened, clip_low, clip_high)
+        log_ratio = wide(logp) - wide(old_logp)
+        policy, policy_slope, clipped = clipped_policy(log_ratio, whitened, clip_low, clip_high)
+        approx_kl, _ = _kl_reference(log_ratio.clamp(-CUT, CUT), "k3")
     if ref_logp is not None:
         kl_term, kl_slope = _kl_reference(wide(ref_logp) - wide(logp), kl)
     if value is not None:
         value_term, value_slope = _value_reference(wide(value), wide(old_value), wide(returns), value_clip)
     total = policy + kl_coef * kl_term + value_coef * value_term - entropy_coef * wide(entropy)
-    stats_7 = torch.stack([total, policy, value_term, kl_term, clipped, approx_kl, wide(entropy)]) @ weight.double()
+    stats_7 = torch.stack([total, policy, value_term, kl_term, clipped.double(), approx_kl, wide(entropy)]) @ weight.double()
     grads = (policy_slope + kl_coef * kl_slope, value_coef * value_slope, zero - entropy_coef)
     present = (logp, value, entropy)
     grads = (weight.double() * grad if x is not None else zero.new_empty(0) for grad, x in zip(grads, present, strict=True))
@@ -225,12 +216,13 @@ def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tupl
     return stats_7[0].to(dtype, copy=True), stats_7.to(dtype), logp, value, entropy
 
 
-def _policy_reference(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def clipped_policy(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss of each token, its slope in logp, whether the clip decided), from logp - old_logp."""
     cut = log_ratio.clamp(-CUT, CUT)
     ratio = cut.exp()
     free, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     slope = torch.where((free >= clipped) & (cut == log_ratio), free, 0.0)
-    return torch.maximum(free, clipped), slope, (clipped > free).double(), torch.expm1(cut) - cut
+    return torch.maximum(free, clipped), slope, clipped > free
 
 
 def _kl_reference(x: Tensor, kl: str) -> tuple[Tensor, Tensor]:
@@ -250,35 +242,13 @@ def _value_reference(value: Tensor, old_value: Tensor, returns: Tensor, clip: fl
 
 
 @jit
-def _token_kernel(
-    WEIGHT,
-    LOGP,
-    OLD_LOGP,
-    ADVANTAGE,
-    REF_LOGP,
-    VALUE,
-    OLD_VALUE,
-    RETURNS,
-    ENTROPY,
-    GRAD_LOGP,
-    GRAD_VALUE,
-    GRAD_ENTROPY,
-    PARTIALS,
-    tokens,
-    blocks,
-    mean,
-    rstd,
-    clip_low,
-    clip_high,
-    kl_coef,
-    value_clip,
-    value_coef,
-    entropy_coef,
-    KL: tl.constexpr,
-    CUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a block of tokens: gradients, and sum number i of block b at PARTIALS[i, b]."""
+def _kernel(
+    WEIGHT, LOGP, OLD_LOGP, ADVANTAGE, REF_LOGP, VALUE, OLD_VALUE, RETURNS, ENTROPY,
+    GRAD_LOGP, GRAD_VALUE, GRAD_ENTROPY, PARTIALS, LOSS, STATS, COUNTER, tokens, blocks,
+    mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef,
+    KL: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
+    """One program a block of tokens: gradients, and sum number i of block b at PARTIALS[i, b]. The last one adds these."""
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = t < tokens
     weight = tl.load(WEIGHT + t, mask=inside, other=0.0)
@@ -310,6 +280,10 @@ def _token_kernel(
     sums = (_sum(weight, loss), policy_sum, value_sum, kl_sum, clipped_sum, approx_kl_sum, entropy_sum)
     for i in tl.static_range(7):
         tl.store(PARTIALS + i * blocks + tl.program_id(0), sums[i])
+    tl.debug_barrier()  # all of this program's stores come before its release
+    if tl.atomic_add(COUNTER, 1, sem="acq_rel") == blocks - 1:
+        _add_up(PARTIALS, LOSS, STATS, blocks, READ)
+        tl.store(COUNTER, 0)
 
 
 @jit
@@ -364,35 +338,35 @@ def _exp_less_line(x):
 
 
 @jit
-def _sum_kernel(PARTIALS, LOSS, STATS, blocks, BLOCK: tl.constexpr):
-    """One program a statistic: its partial sums added in the order of the blocks. The first statistic is the loss."""
-    i = tl.program_id(0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, blocks, BLOCK):
-        block = first + tl.arange(0, BLOCK)
-        total += tl.load(PARTIALS + i * blocks + block, mask=block < blocks, other=0.0)
-    total = tl.sum(total, 0)
-    tl.store(STATS + i, total)
-    if i == 0:
-        tl.store(LOSS, total)
+def _add_up(PARTIALS, LOSS, STATS, blocks, READ: tl.constexpr):
+    """Every statistic's partial sums, added in the order of the blocks. The first statistic is the loss."""
+    i = tl.arange(0, 8)
+    total = tl.zeros((8, READ), tl.float32)
+    for first in range(0, blocks, READ):
+        block = first + tl.arange(0, READ)
+        inside = (i < 7)[:, None] & (block < blocks)[None, :]
+        # From the cache that all share: others wrote them.
+        total += tl.load(PARTIALS + i[:, None] * blocks + block[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    sums = tl.sum(total, 1)
+    tl.store(STATS + i, sums, mask=i < 7)
+    tl.store(LOSS + i, sums, mask=i == 0)
 
 
 def aot_cases() -> list[AotCase]:
     """What this file ships: all terms, the policy alone with and without a reference, the value alone."""
     floats = ("mean", "rstd", "clip_low", "clip_high", "kl_coef", "value_clip", "value_coef", "entropy_coef")
     scalars = dict.fromkeys(floats, "fp32") | {"tokens": "i32", "blocks": "i32"}
-    constants = {"KL": "k3", "CUT": CUT, "BLOCK": BLOCK}
+    constants = {"KL": "k3", "CUT": CUT, "BLOCK": BLOCK, "READ": READ}
+    results = ("PARTIALS", "LOSS", "STATS")
     policy = ("LOGP", "OLD_LOGP", "ADVANTAGE", "GRAD_LOGP")
     value = ("VALUE", "OLD_VALUE", "RETURNS", "GRAD_VALUE")
     every = (*policy, *value, "REF_LOGP", "ENTROPY", "GRAD_ENTROPY")
     shipped = {"all": every, "policy": policy, "policy_kl": (*policy, "REF_LOGP"), "value": value}
 
     def case(name: str, present: tuple[str, ...]) -> AotCase:
-        pointers = ("WEIGHT", "PARTIALS", *present)
+        pointers = ("WEIGHT", *results, *present)
         absent = {name: None for name in every if name not in present}
-        types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys((*absent, *constants), "constexpr")
-        return AotCase(f"ppo_{name}", _token_kernel, types | scalars, constants | absent, (*pointers, "tokens"), num_warps=4)
+        types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys((*absent, *constants), "constexpr") | {"COUNTER": "*i32"}
+        return AotCase(f"ppo_{name}", _kernel, types | scalars, constants | absent, (*pointers, "COUNTER", "tokens"), num_warps=4)
 
-    sums = {"PARTIALS": "*fp32", "LOSS": "*fp32", "STATS": "*fp32", "blocks": "i32", "BLOCK": "constexpr"}
-    total = AotCase("ppo_sum", _sum_kernel, sums, {"BLOCK": BLOCK}, ("PARTIALS", "LOSS", "STATS"), num_warps=4)
-    return [*(case(name, present) for name, present in shipped.items()), total]
+    return [case(name, present) for name, present in shipped.items()]

@@ -7,6 +7,9 @@
 
 `total` is rounded to its dtype before it is normed, so the fused bits are those of the two steps apart. The sum over rows is
 taken in an order that depends on the number of rows alone: consecutive rows within a program, then the programs in order.
+
+A row of up to WIDEST bytes is held in registers. Of a wider one each pass is made tile by tile, and backward is two launches: the
+mean(g * n) of every row, then tiles of d total with their columns of d weight.
 """
 
 from __future__ import annotations
@@ -14,17 +17,16 @@ from __future__ import annotations
 from typing import Any, overload
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_like, check_shape
-from triton_kernels.launch import by_kernel, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PARTS = 256  # programs of the backward pass: enough to fill a GPU, few enough that their partial sums are little traffic
-WIDEST = 32768  # bytes of a row, which is held in registers; wider ones, which no Llama has, are left to the reference
+WIDEST = 32768  # bytes of a row that registers hold: 16384 columns of bfloat16, the hidden size of Llama 405B
+TILE = 4096  # columns of a wider one at a time
 
 
 @overload
@@ -61,7 +63,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
 @torch.library.custom_op("trivet::rmsnorm", mutates_args=())
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed [N, D], total [N, D] or nothing where there is no residual, rstd [N])."""
-    compute = _forward_by_triton if _fits(x) else _forward_reference
+    compute = _forward_by_triton if by_kernel(x) else _forward_reference
     return compute(contiguous_rows(x), None if residual is None else contiguous_rows(residual), weight.contiguous(), eps)
 
 
@@ -73,7 +75,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 @torch.library.custom_op("trivet::rmsnorm_backward", mutates_args=())
 def _backward(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of total [N, D], of weight [D])."""
-    compute = _backward_by_triton if _fits(total) else _backward_reference
+    compute = _backward_by_triton if by_kernel(total) else _backward_reference
     grad_total = None if grad_total is None else contiguous_rows(grad_total)
     return compute(contiguous_rows(grad), grad_total, contiguous_rows(total), weight.contiguous(), rstd)
 
@@ -117,7 +119,7 @@ def _backward_reference(grad: Tensor, grad_total: Tensor | None, total: Tensor, 
     return to_total.to(total.dtype), to_weight.to(weight.dtype)
 
 
-@triton.jit
+@jit
 def _forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stride, width, eps, BLOCK: tl.constexpr):
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,7 +134,7 @@ def _forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stri
     tl.store(RSTD + row, rstd)
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
     BLOCK: tl.constexpr,
@@ -157,12 +159,74 @@ def _backward_kernel(
     tl.store(PARTIAL + part * width + cols, to_weight, mask=cols < width)
 
 
+@jit
+def _wide_forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stride, width, eps, BLOCK: tl.constexpr):
+    """One row a program, read twice: the second time from cache."""
+    row = tl.program_id(0).to(tl.int64)
+    square = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        x = _total(X, RESIDUAL, Y, row, x_stride, residual_stride, first + tl.arange(0, BLOCK), width)
+        square += x * x
+    rstd = tl.rsqrt(tl.sum(square, 0) / width + eps)
+    tl.store(RSTD + row, rstd)
+    for first in range(0, width, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        x = _total(X, RESIDUAL, Y, row, x_stride, residual_stride, cols, width)
+        if RESIDUAL is not None:
+            tl.store(TOTAL + row * width + cols, x, mask=cols < width)
+        tl.store(Y + row * width + cols, x * rstd * load_row(WEIGHT, cols, width), mask=cols < width)
+
+
+@jit
+def _total(X, RESIDUAL, Y, row, x_stride, residual_stride, cols, width):
+    """x + residual, rounded to what is stored."""
+    x = load_row(X + row * x_stride, cols, width)
+    if RESIDUAL is not None:
+        x = (x + load_row(RESIDUAL + row * residual_stride, cols, width)).to(Y.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@jit
+def _along_kernel(GRAD, TOTAL, WEIGHT, RSTD, ALONG, grad_stride, total_stride, width, BLOCK: tl.constexpr):
+    """One row a program: mean(g * n)."""
+    row = tl.program_id(0).to(tl.int64)
+    along = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, width, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        scaled = load_row(GRAD + row * grad_stride, cols, width) * load_row(WEIGHT, cols, width)
+        along += scaled * load_row(TOTAL + row * total_stride, cols, width)
+    tl.store(ALONG + row, tl.sum(along, 0) * tl.load(RSTD + row) / width)
+
+
+@jit
+def _wide_backward_kernel(
+    GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, ALONG, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tile of `rows_each` consecutive rows a program."""
+    part = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    weight = load_row(WEIGHT, cols, width)
+    to_weight = tl.zeros((BLOCK,), tl.float32)
+    for row in range(part * rows_each, tl.minimum(part * rows_each + rows_each, rows)):
+        rstd = tl.load(RSTD + row)
+        normed = load_row(TOTAL + row * total_stride, cols, width) * rstd
+        grad = load_row(GRAD + row * grad_stride, cols, width)
+        to_weight += grad * normed
+        out = (grad * weight - normed * tl.load(ALONG + row)) * rstd
+        if GRAD_TOTAL is not None:
+            out += load_row(GRAD_TOTAL + row * grad_total_stride, cols, width)
+        tl.store(OUT + row * width + cols, out, mask=cols < width)
+    tl.store(PARTIAL + part * width + cols, to_weight, mask=cols < width)
+
+
 def _forward_by_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x.shape
     normed, rstd = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
     total = x.new_empty(0 if residual is None else (rows, width))
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
-    launch(_forward_kernel, (rows,), x, residual, weight, normed, total, rstd, *strides, width, eps, **_tile(width))
+    kernel = _wide_forward_kernel if _wide(x) else _forward_kernel
+    launch(kernel, (rows,), x, residual, weight, normed, total, rstd, *strides, width, eps, **_tile(x))
     return normed, total, rstd
 
 
@@ -172,36 +236,47 @@ def _backward_by_triton(grad: Tensor, grad_total: Tensor | None, total: Tensor, 
     programs = parts(rows, rows_each)
     out = total.new_empty(rows, width)
     partial = total.new_empty(programs, width, dtype=torch.float32)
-    strides = (grad.stride(0), 0 if grad_total is None else grad_total.stride(0), total.stride(0))
-    pointers = (grad, grad_total, total, weight, rstd, out, partial)
-    launch(_backward_kernel, (programs,), *pointers, *strides, rows, rows_each, width, **_tile(width))
+    inputs, outputs = (grad, grad_total, total, weight, rstd), (out, partial)
+    sizes = (grad.stride(0), 0 if grad_total is None else grad_total.stride(0), total.stride(0), rows, rows_each, width)
+    if _wide(total):
+        along = torch.empty_like(rstd)
+        launch(_along_kernel, (rows,), grad, total, weight, rstd, along, grad.stride(0), total.stride(0), width, **_tile(total))
+        launch(_wide_backward_kernel, (programs, parts(width, TILE)), *inputs, along, *outputs, *sizes, **_tile(total))
+    else:
+        launch(_backward_kernel, (programs,), *inputs, *outputs, *sizes, **_tile(total))
     return out, partial.sum(0).to(weight.dtype)
 
 
-def _fits(x: Tensor) -> bool:
-    return by_kernel(x) and x.shape[1] * x.element_size() <= WIDEST
+def _wide(x: Tensor) -> bool:
+    return x.shape[1] * x.element_size() > WIDEST
 
 
-def _tile(width: int) -> dict[str, int]:
-    """The whole row, 16 elements a thread and 32 in the widest."""
-    block = power_of_2(width)
+def _tile(x: Tensor) -> dict[str, int]:
+    """The whole row where registers hold it, 16 elements a thread and 32 in the widest; a tile of a wider one, 16 a thread."""
+    block = TILE if _wide(x) else power_of_2(x.shape[1])
     return {"BLOCK": block, "num_warps": min(max(1, block // 512), 16)}
 
 
 def aot_cases() -> list[AotCase]:
-    """The hidden sizes of the 135M, 8B, 70B and 405B models in bfloat16, with the residual; without; and the widest in float32."""
-    shapes = [(width, "bf16", True) for width in (576, 4096, 8192, 16384)] + [(4096, "bf16", False), (8192, "fp32", True)]
-    return [_case(kernel, *shape) for shape in shapes for kernel in (_forward_kernel, _backward_kernel)]
+    """The hidden sizes of the 135M, 8B, 70B and 405B models in bfloat16, with the residual; without; and the widest in float32. Then
+    rows that registers do not hold: 405B's in float32, and 65536 columns."""
+    held = [(width, "bf16", True) for width in (576, 4096, 8192, 16384)] + [(4096, "bf16", False), (8192, "fp32", True)]
+    wide = [(65536, "bf16", True), (16384, "fp32", True)]
+    in_tiles = (_wide_forward_kernel, _along_kernel, _wide_backward_kernel)
+    return [
+        *(_case(kernel, *shape) for shape in held for kernel in (_forward_kernel, _backward_kernel)),
+        *(_case(kernel, *shape) for shape in wide for kernel in in_tiles),
+    ]
 
 
 def _case(kernel: Any, width: int, dtype: str, fused: bool) -> AotCase:
     absent = () if fused else ("RESIDUAL", "TOTAL") if kernel is _forward_kernel else ("GRAD_TOTAL",)
-    types = {"RSTD": "*fp32", "PARTIAL": "*fp32", "eps": "fp32"}
+    types = {"RSTD": "*fp32", "ALONG": "*fp32", "PARTIAL": "*fp32", "eps": "fp32"}
     arguments = [name for name in kernel.arg_names if name not in (*absent, "BLOCK")]
     signature = {name: types.get(name, f"*{dtype}" if name.isupper() else "i32") for name in arguments}
     divisible = tuple(name for name in arguments if name not in ("rows", "rows_each", "eps"))
-    tile = _tile(width)
+    tile = _tile(torch.empty(1, width, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, device="meta"))
     warps = tile.pop("num_warps")
-    direction = "forward" if kernel is _forward_kernel else "backward"
-    name = f"rmsnorm {direction} {'fused ' if fused else ''}{width} {dtype}"
+    step = kernel.__name__.strip("_").removeprefix("wide_").removesuffix("_kernel")
+    name = f"rmsnorm {step} {'fused ' if fused else ''}{width} {dtype}"
     return AotCase(name, kernel, signature, {**dict.fromkeys(absent), **tile}, divisible, warps)

@@ -11,13 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_shape
-from triton_kernels.launch import by_kernel, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PAIRS = 2048  # of one program: 8 to 16 a thread, in 128-bit loads
@@ -74,7 +72,7 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-@triton.jit
+@jit
 def _kernel(
     X, COS, SIN, Y, x_token, x_head, cos_token, sin_token, heads, half, INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip

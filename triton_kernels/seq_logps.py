@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel, jit, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.packed import (
     as_bytes,
-    check_floats,
-    check_indices,
-    check_mask,
+    check_packed,
     checked_cu_seqlens,
     result_dtype,
     segment,
@@ -31,9 +28,7 @@ def seq_logps(logp: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, T
     Arguments and errors are those of `dpo_norm`. Returns (sum [S], count [S]), float32. The count is the true one, 0 for a sequence
     without masked-in tokens, so that parts of a sequence on several ranks add up; clamp it to 1 before dividing.
     """
-    check_floats("T", logp, logp.numel(), logp=logp)
-    check_mask(mask, logp)
-    check_indices("cu_seqlens", cu_seqlens, ("S + 1",), logp)
+    check_packed(mask, cu_seqlens, logp=logp)
     return _seq_logps(logp, mask, cu_seqlens)
 
 

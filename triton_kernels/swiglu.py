@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_float
-from triton_kernels.launch import by_kernel, launch
+from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.tiles import contiguous_rows, load_row, parts
 
 BLOCK, WARPS = 2048, 4  # 16 elements a thread, in 128-bit loads
@@ -75,13 +73,13 @@ def _backward_reference(grad: Tensor, gate_up: Tensor) -> Tensor:
     return out.to(gate_up.dtype)
 
 
-@triton.jit
+@jit
 def _sigmoid(x):
     small = tl.exp(-tl.abs(x))  # of a number that is not positive: it cannot overflow
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-@triton.jit
+@jit
 def _forward_kernel(GATE_UP, Y, stride, width, BLOCK: tl.constexpr):
     """One tile of one row a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -91,7 +89,7 @@ def _forward_kernel(GATE_UP, Y, stride, width, BLOCK: tl.constexpr):
     tl.store(Y + row * width + cols, gate * _sigmoid(gate) * up, mask=cols < width)
 
 
-@triton.jit
+@jit
 def _backward_kernel(GRAD, GATE_UP, OUT, grad_stride, stride, width, BLOCK: tl.constexpr):
     """One tile of one row a program."""
     row = tl.program_id(0).to(tl.int64)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from triton_kernels.launch import constexpr, jit, tl
 
 
 def parts(count: int, size: int) -> int:
@@ -22,7 +22,10 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@triton.jit
-def load_row(ROW, cols, width, eviction_policy: tl.constexpr = ""):  # type: ignore[assignment]
+AS_ANY = constexpr("")  # no hint to the cache. As a constexpr: Triton 3.6 takes no bare string for a default
+
+
+@jit
+def load_row(ROW, cols, width, eviction_policy: tl.constexpr = AS_ANY):
     """A row's columns as float32, 0 beyond its width. At once, for the interpreter cannot compute on bfloat16."""
     return tl.load(ROW + cols, mask=cols < width, other=0.0, eviction_policy=eviction_policy).to(tl.float32)  # type: ignore[arg-type]

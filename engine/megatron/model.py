@@ -143,6 +143,9 @@ class LogprobModel(PackedModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
+        weight_grad = getattr(weight, "main_grad", None)  # there once training.py has wrapped the model
+        if weight_grad is not None:
+            weight = _Accumulated.apply(weight, tied and self.pre_process)
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
@@ -157,7 +160,31 @@ class LogprobModel(PackedModel):
             **vocabulary._asdict(),
             inv_temp=flight.inv_temp,
             mode="save" if len(flight.rows_M) * len(weight) * 4 <= SAVED_LOGITS_BYTES else "recompute",
+            weight_grad=weight_grad,
         )[0]
+
+
+class _Accumulated(torch.autograd.Function):
+    """The weight, for who adds its gradient to weight.main_grad and gives none to autograd.
+
+    megatron's hook on a parameter, which starts the reduction of gradients, wants a .grad nevertheless. It gets a single zero in the
+    weight's shape, where megatron's own layers allocate a whole one, and is told not to look at it. Where the embedding of this stage
+    has the same weight, its gradient comes after us and is what the hook is to add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, embeds: bool) -> Tensor:
+        ctx.weight, ctx.embeds = weight, embeds
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: None) -> tuple[None, None]:  # type: ignore[override]
+        assert grad is None
+        if not ctx.embeds:
+            ctx.weight.grad = ctx.weight.new_zeros(()).expand_as(ctx.weight)
+            ctx.weight.grad_added_to_main_grad = True
+        return None, None
 
 
 class Vocabulary(NamedTuple):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests import test_linear_logprob as linear
 from tests import test_logprob as checks
 from tests import test_policy_loss as policy_loss
+from tests.layers import check_far_rows, drawn
 from triton_kernels import linear_logprob
 from triton_kernels.linear_logprob import Mode
 from triton_kernels.logprob import write_stats
@@ -81,6 +84,10 @@ def test_linear(mode: Mode, chunk: int) -> None:
     linear.check_gradients(hidden, weight, target, upstream, mode=mode, chunk=chunk)
 
 
+def test_linear_without_rows() -> None:
+    linear.check_gradients(*linear.problem(0, 40), torch.zeros(0), chunk=4)
+
+
 def test_linear_in_low_precision() -> None:
     hidden, weight, target = linear.problem(17, 500)
     linear.check_low_precision(hidden.bfloat16(), weight.bfloat16(), target)
@@ -93,6 +100,11 @@ def test_linear_row_alone_and_in_a_batch() -> None:
     for part in (slice(0, 1), slice(5, 8), slice(16, 17)):
         alone, _, _ = linear_logprob(hidden[part], weight, target[part], chunk=8)
         assert torch.equal(alone, together[part])
+
+
+def test_linear_on_rows_beyond_2_31_elements(tmp_path: Path) -> None:
+    _, weight, target = linear.problem(4, 40, width=8)
+    check_far_rows(lambda hidden: linear_logprob(hidden, weight.bfloat16(), target)[0], drawn(4, 8, dtype=torch.bfloat16), tmp_path)
 
 
 @pytest.mark.parametrize("ppo", [False, True])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.layers import EPS, check_rmsnorm, drawn, passes
+from tests.layers import EPS, check_far_rows, check_rmsnorm, drawn, passes
 from triton_kernels import rmsnorm
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (17, 7), (3, 576), (2, 1000), (2, 4104)])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (17, 7), (3, 576), (2, 1000), (2, 4104), (1, 16033)])
 def test_against_float64(rows: int, width: int, fused: bool) -> None:
     check_rmsnorm(rows, width, torch.float32, fused)
 
@@ -20,6 +21,23 @@ def test_against_float64(rows: int, width: int, fused: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     check_rmsnorm(5, 200, dtype, fused=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(0, 65536), (3, 16384), (1, 65536)])
+def test_rows_that_registers_do_not_hold(rows: int, width: int, fused: bool) -> None:
+    check_rmsnorm(rows, width, torch.float32, fused)
+
+
+def test_wide_rows_of_any_width_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles of 64 columns, of which the last is cut; more rows than programs; and in bfloat16."""
+    file = import_module("triton_kernels.rmsnorm")  # the package's attribute of this name is the function
+    monkeypatch.setattr(file, "WIDEST", 128)
+    monkeypatch.setattr(file, "TILE", 64)
+    monkeypatch.setattr(file, "PARTS", 4)
+    check_rmsnorm(9, 70, torch.float32, fused=True)
+    check_rmsnorm(3, 1000, torch.float32, fused=False)
+    check_rmsnorm(3, 200, torch.bfloat16, fused=True)
 
 
 def test_more_rows_than_programs() -> None:
@@ -48,11 +66,7 @@ def test_rows_of_a_wider_tensor_need_no_copy() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_rows_beyond_2_31_elements(tmp_path: Path) -> None:
-    """Row 3 begins 3 * 2^30 elements in: its offset does not fit 32 bits. The file is sparse; only the rows take room."""
-    stored = torch.from_file(str(tmp_path / "rows"), shared=True, size=3 * 2**30 + 8, dtype=torch.bfloat16)
-    far = stored.as_strided((4, 8), (2**30, 1))
-    near = drawn(4, 8, dtype=torch.bfloat16)
-    far.copy_(near)
-    weight = drawn(8, seed=1)
-    assert torch.equal(rmsnorm(far, weight, EPS), rmsnorm(near, weight, EPS))
+def test_rows_beyond_2_31_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_far_rows(lambda x: rmsnorm(x, drawn(8, seed=1), EPS, x), drawn(4, 8, dtype=torch.bfloat16), tmp_path)
+    monkeypatch.setattr(import_module("triton_kernels.rmsnorm"), "WIDEST", 8)
+    check_far_rows(lambda x: rmsnorm(x, drawn(8, seed=1), EPS, x), drawn(4, 8, dtype=torch.bfloat16), tmp_path)

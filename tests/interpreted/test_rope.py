@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.layers import angles, check_rope, drawn, passes
+from tests.layers import angles, check_a_row_does_not_know_its_batch, check_far_rows, check_rope, drawn, passes
 from triton_kernels import rope
 
 
@@ -31,9 +31,8 @@ def test_heads_of_a_packed_projection_need_no_copy() -> None:
 
 
 def test_tokens_beyond_2_31_elements(tmp_path: Path) -> None:
-    """Token 3 begins 3 * 2^30 elements in: its offset does not fit 32 bits. The file is sparse; only the tokens take room."""
-    stored = torch.from_file(str(tmp_path / "tokens"), shared=True, size=3 * 2**30 + 16, dtype=torch.bfloat16)
-    far = stored.as_strided((4, 2, 8), (2**30, 8, 1))
-    near = drawn(4, 2, 8, dtype=torch.bfloat16)
-    far.copy_(near)
-    assert torch.equal(rope(far, *angles(4, 8)), rope(near, *angles(4, 8)))
+    check_far_rows(lambda x: rope(x, *angles(4, 8)), drawn(4, 2, 8, dtype=torch.bfloat16), tmp_path)
+
+
+def test_a_token_has_the_same_bits_in_any_batch() -> None:
+    check_a_row_does_not_know_its_batch(rope, [drawn(4, 3, 16), *angles(4, 16)])

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.layers import check_swiglu, drawn, passes
+from tests.layers import check_a_row_does_not_know_its_batch, check_far_rows, check_swiglu, drawn, passes
 from triton_kernels import swiglu
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(0, 8), (1, 1), (17, 7), (3, 1000), (2, 4104)])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 8), (1, 1), (17, 7), (3, 1000), (2, 4104), (1, 16033)])
 def test_against_float64(tokens: int, width: int) -> None:
     check_swiglu(tokens, width, torch.float32)
 
@@ -36,9 +36,8 @@ def test_rows_of_a_wider_tensor_need_no_copy() -> None:
 
 
 def test_rows_beyond_2_31_elements(tmp_path: Path) -> None:
-    """Row 3 begins 3 * 2^30 elements in: its offset does not fit 32 bits. The file is sparse; only the rows take room."""
-    stored = torch.from_file(str(tmp_path / "rows"), shared=True, size=3 * 2**30 + 8, dtype=torch.bfloat16)
-    far = stored.as_strided((4, 8), (2**30, 1))
-    near = drawn(4, 8, dtype=torch.bfloat16)
-    far.copy_(near)
-    assert torch.equal(swiglu(far), swiglu(near))
+    check_far_rows(swiglu, drawn(4, 8, dtype=torch.bfloat16), tmp_path)
+
+
+def test_a_row_has_the_same_bits_in_any_batch() -> None:
+    check_a_row_does_not_know_its_batch(swiglu, [drawn(4, 2 * 33)])

@@ -1,0 +1,125 @@
+"""python -m benchmarks throughput: SFT steps of the engine on one GPU with random weights: tokens a second, memory, share of the peak rate.
+
+A step is the engine's own: random ragged sequences packed, forward, backward, gradient norm, AdamW. Only reading data is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers import why
+from benchmarks.tables import as_file, heading, table, versions
+from benchmarks.timing import Spread
+from engine.config import Llama, Model, Optim, Parallel
+
+PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bfloat16 FLOP/s of the data sheets
+WARM_UP, FEWEST, MOST = 2, 3, 20  # steps
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and a batch of `sequences` of up to `longest` tokens, the shortest an eighth as long."""
+
+    name: str
+    model: Llama
+    sequences: int
+    longest: int
+    tokens_per_microbatch: int
+
+
+CASES = (
+    Case("SmolLM2-135M's shape", Llama(30, 576, 1536, 9, 3, 49152, tied=True), 64, 2048, 16384),
+    Case("2 layers of Llama 8B, an eighth of its vocabulary", Llama(2, 4096, 14336, 32, 8, 16032, rope_theta=5e5), 32, 4096, 16384),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=10.0, help="of steps for each model (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints the page as Markdown. What keeps the engine from running is a line of it."""
+    rows = []
+    for case in CASES if torch.cuda.is_available() else ():
+        try:
+            rows.append({"case": case.name} | train(case, arguments.seconds))
+        except Exception as error:
+            rows.append({"case": case.name, "error": why(error)})
+    as_file(arguments.json, {"versions": versions(), "rows": rows})
+    print("\n".join(page(rows)))
+    return 0
+
+
+def train(case: Case, seconds: float) -> dict[str, Any]:
+    """Steps of `case` for about `seconds`, in a world of one."""
+    from engine.batching import batch  # here, because they need packages that a bare GPU machine may lack
+    from engine.losses import nll
+    from engine.megatron.policy import Policy
+    from engine.types import Sample
+    from engine.world import World
+
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(case.longest // 8, case.longest, case.sequences, endpoint=True)
+    samples = [Sample(draw.integers(0, case.model.vocab, n + 1, dtype=np.int32), np.ones(n, np.uint8)) for n in lengths]
+    world = World.start()
+    try:
+        with closing(Policy(Model(init=case.model), Optim(lr=1e-5), Parallel(), world)) as policy:
+
+            def step() -> float:
+                began = time.perf_counter()
+                policy.update(batch(samples, case.tokens_per_microbatch, **policy.cut), nll, 1e-5)
+                if world.on_gpu:
+                    torch.cuda.synchronize()
+                return time.perf_counter() - began
+
+            once = [step() for _ in range(WARM_UP)][-1]
+            times = [step() for _ in range(max(FEWEST, min(MOST, int(seconds / once))))]
+            tokens, peak_gb = int(lengths.sum()), world.peak_memory_gb()
+    finally:
+        world.close()
+    rate = [tokens / taken for taken in times]
+    return {
+        "tokens": tokens,
+        "steps": len(times),
+        "tokens_per_s": rate,
+        "peak_gb": peak_gb,
+        "flops_per_s": flops(case.model, lengths) / min(times),
+    }
+
+
+def flops(model: Llama, lengths: np.ndarray) -> float:
+    """Of one step: 6 a parameter of a matrix and token, and 6 a layer, head dimension, token and token before it (PaLM, appendix B,
+    halved for a causal mask). The embedding is looked up, not multiplied."""
+    matrices = model.parameters - (0 if model.tied else model.hidden * model.vocab)
+    attention = 6 * model.layers * model.heads * model.head_dim * float((lengths.astype(float) ** 2).sum())
+    return 6.0 * matrices * float(lengths.sum()) + attention
+
+
+def page(rows: list[dict[str, Any]]) -> list[str]:
+    """The measurements as Markdown."""
+    made_by = versions()
+    peak = next((rate for chip, rate in PEAK.items() if chip in made_by.get("gpu", "")), None)
+    lines = heading("SFT steps of the engine on one GPU", made_by, "python -m benchmarks throughput")
+    lines += [
+        "Random weights, ragged packed sequences, bfloat16 with float32 master weights; a step ends with AdamW. Median (min..max).",
+        "",
+    ]
+    measured = [_cells(row, peak) for row in rows if "error" not in row]
+    lines += table(("model", "tokens a step", "tokens/s", "TFLOP/s", "of the data sheet's peak", "peak GiB"), measured) if measured else []
+    lines += [f"- {row['case']}: not measured: {row['error']}" for row in rows if "error" in row]
+    return lines if rows else [*lines, "There is no GPU here."]
+
+
+def _cells(row: dict[str, Any], peak: float | None) -> list[str]:
+    share = f"{row['flops_per_s'] / peak:.0%}" if peak else "unknown"
+    rate, tflops = Spread.of(row["tokens_per_s"]).text(0), f"{row['flops_per_s'] / 1e12:.0f}"
+    return [row["case"], str(row["tokens"]), rate, tflops, share, f"{row['peak_gb']:.1f}"]

@@ -1,0 +1,144 @@
+"""The kernels at the sizes of real models: against float64, bitwise from run to run, and a row's bits whatever batch it came in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import layers
+from tests import test_linear_logprob as linear
+from tests import test_logprob as logits
+from triton_kernels import linear_logprob, linear_policy_loss, logprob, rmsnorm, rope, swiglu
+from triton_kernels.linear_logprob import Mode
+
+WIDTH, SHARD = 4096, 16032  # hidden states of Llama 8B, and an eighth of its vocabulary
+GRADIENT = 1e-2  # relative error of a bfloat16 gradient
+
+
+def output_layer(rows: int, vocab: int = SHARD) -> tuple[Tensor, Tensor, Tensor]:
+    """bfloat16 hidden states and weight, whose logits are of size 3.5, and targets."""
+    hidden, weight, target = linear.problem(rows, vocab, WIDTH)
+    return hidden.bfloat16(), (weight * (3.5 / WIDTH**0.5)).bfloat16(), target
+
+
+def relative(got: Tensor | None, wanted: Tensor) -> float:
+    assert got is not None
+    assert got.isfinite().all()
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("vocab", [128256, 16032, 16033, 128257])
+@pytest.mark.parametrize("rows", [1, 17, 300])
+def test_logprob(rows: int, vocab: int) -> None:
+    logits.check_against_float64(rows, vocab, inv_temp=0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logprob_of_16_bits(dtype: torch.dtype) -> None:
+    given, target, upstream = logits.problem(40, 128256)
+    given = given.to(dtype)
+    expected, expected_grad = logits.reference(given, target, upstream)
+    found, grad = logits.run(given, target, upstream)
+    logits.check_close(found, expected)
+    assert relative(grad, expected_grad) <= GRADIENT
+
+
+def test_a_row_of_logits_has_the_same_bits_in_any_batch() -> None:
+    given, target, upstream = logits.problem(5000, SHARD)
+    together, grad = logits.run(given, target, upstream)
+    for part in (slice(0, 1), slice(1, 18), slice(100, 4196), slice(4999, 5000)):
+        alone, alone_grad = logits.run(given[part], target[part], upstream[:, part])
+        assert torch.equal(alone, together[:, part])
+        assert torch.equal(alone_grad, grad[part])
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_hidden_states_has_the_same_bits_in_any_batch(logits_dtype: torch.dtype) -> None:
+    """The product has one shape, whatever the batch. The same as old, as reference and as policy: PPO's first ratio is exactly 1."""
+    hidden, weight, target = output_layer(5000)
+    together, _, lse = linear_logprob(hidden, weight, target, mode="nograd", logits_dtype=logits_dtype)
+    for part in (slice(0, 1), slice(1, 18), slice(17, 4113), slice(4999, 5000)):
+        for mode in get_args(Mode):
+            alone, _, alone_lse = linear_logprob(hidden[part].requires_grad_(), weight, target[part], mode=mode, logits_dtype=logits_dtype)
+            assert torch.equal(alone, together[part]), mode
+            assert torch.equal(alone_lse, lse[part]), mode
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, SHARD), (300, 16033), (5000, SHARD)])
+def test_linear_logprob(rows: int, vocab: int, mode: Mode) -> None:
+    hidden, weight, target = output_layer(rows, vocab)
+    expected, *expected_grads = linear.reference(hidden, weight, target, torch.ones(rows))
+    found, *grads = gradients(lambda h, w: linear_logprob(h, w, target, mode=mode)[0], hidden, weight)
+    assert float((found - expected).abs().max()) <= 2e-3
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        assert relative(got, wanted) <= GRADIENT
+
+
+def test_policy_loss() -> None:
+    hidden, weight, target = output_layer(5000)
+    expected, *expected_grads = linear.reference(hidden, weight, target, torch.full((5000,), -1.0))
+    found, *grads = gradients(lambda h, w: linear_policy_loss(h, w, target, torch.ones(5000))[0], hidden, weight)
+    assert float(found) == pytest.approx(-float(expected.sum()), rel=1e-4)
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        assert relative(got, wanted) <= GRADIENT
+
+
+def test_the_weight_gradient_is_added_to_the_callers() -> None:
+    """Over two microbatches of several chunks, in float32."""
+    hidden, weight, target = output_layer(9000)
+    *_, expected = linear.reference(hidden, weight, target, torch.ones(9000))
+    total = torch.zeros(weight.shape)
+    for part in (slice(0, 8500), slice(8500, 9000)):
+        leaf = weight.detach().requires_grad_()
+        linear_logprob(hidden[part], leaf, target[part], weight_grad=total)[0].sum().backward()
+        assert leaf.grad is None
+    assert relative(total, expected) <= GRADIENT
+
+
+@pytest.mark.parametrize("how", [{"mode": "save"}, {"mode": "recompute"}, {"logits_dtype": torch.bfloat16}])
+def test_two_runs_have_the_same_bits(how: dict[str, Any]) -> None:
+    hidden, weight, target = output_layer(5000)
+    first, second = (gradients(lambda h, w: linear_logprob(h, w, target, **how)[0], hidden, weight) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What `function` gives, and the gradients of its sum."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    found = function(*leaves)
+    return found.detach(), *torch.autograd.grad(found.sum(), leaves)
+
+
+def test_a_target_outside_the_vocabulary_is_nan_and_no_fault_of_the_device() -> None:
+    hidden, weight, target = output_layer(20)
+    target[7], target[13] = -100, SHARD
+    for found in (linear_logprob(hidden, weight, target)[0], logprob((hidden @ weight.T).float(), target)[0]):
+        assert found.isnan().nonzero()[:, 0].tolist() == [7, 13]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_rmsnorm(dtype: torch.dtype, fused: bool) -> None:
+    layers.check_rmsnorm(1025, 16384, dtype, fused)
+    layers.check_rmsnorm(33, 576, dtype, fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_and_rope(dtype: torch.dtype) -> None:
+    layers.check_swiglu(513, 14336, dtype)
+    layers.check_swiglu(70000, 128, dtype)
+    layers.check_rope(1025, 40, 128, dtype)
+
+
+@pytest.mark.parametrize("layer", [lambda x: rmsnorm(x, torch.ones(8), 1e-5), swiglu, lambda x: rope(x[:, None], *layers.angles(4, 8))])
+def test_rows_beyond_2_31_elements(layer: Callable[[Tensor], Tensor]) -> None:
+    """Row 3 begins 3 * 2^30 elements in: its offset does not fit 32 bits."""
+    far = torch.empty(3 * 2**30 + 8, dtype=torch.bfloat16).as_strided((4, 8), (2**30, 1))
+    near = layers.drawn(4, 8, dtype=torch.bfloat16)
+    far.copy_(near)
+    assert torch.equal(layer(far), layer(near))

@@ -1,0 +1,31 @@
+"""Tests written for the host, on another device: what they make is made there, from the numbers they would have drawn on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _DrawnOnHost(TorchFunctionMode):
+    """What comes from a generator of the host is drawn there, then moved."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        generator = (kwargs or {}).get("generator")
+        if generator is None or generator.device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs, device="cpu").to(self.device)
+
+
+@contextmanager
+def everything_on(device: torch.device) -> Iterator[None]:
+    """New tensors are on `device` unless they say otherwise."""
+    with device, _DrawnOnHost(device):
+        yield
