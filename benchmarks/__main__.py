@@ -1,13 +1,13 @@
-"""python -m benchmarks {kernels} …"""
+"""python -m benchmarks {kernels,verifiers} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import kernels
+from benchmarks import kernels, verifiers
 
-COMMANDS = {"kernels": kernels}  # each a module with add_arguments and main
+COMMANDS = {"kernels": kernels, "verifiers": verifiers}  # each a module with add_arguments and main
 
 
 def main() -> int:
