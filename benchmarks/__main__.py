@@ -1,13 +1,13 @@
-"""python -m benchmarks {kernels,accuracy,throughput} …"""
+"""python -m benchmarks {kernels,accuracy,throughput,verifiers} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import accuracy, kernels, throughput
+from benchmarks import accuracy, kernels, throughput, verifiers
 
-COMMANDS = {"kernels": kernels, "accuracy": accuracy, "throughput": throughput}  # each a module with add_arguments and main
+COMMANDS = {"kernels": kernels, "accuracy": accuracy, "throughput": throughput, "verifiers": verifiers}  # each a module with add_arguments and main
 
 
 def main() -> int:
