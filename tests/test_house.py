@@ -17,6 +17,7 @@ FLOORS = {
     "engine.config": 0,
     "engine.world": 0,
     "engine._C": 0,
+    "engine.jail": 0,
     "triton_kernels": 0,
     "engine.hub": 1,
     "engine.gguf": 1,
