@@ -1,4 +1,4 @@
-"""The command line: python -m engine {run,score,export} …, alone or under torchrun."""
+"""The command line: python -m engine {run,score,export,verify} …, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from engine.config import Model, Run, override
+from engine.verify import VERIFIERS, Unjudged
 
 ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-node 2 -m engine ..."
 
@@ -25,7 +26,7 @@ def main(words: list[str] | None = None) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         arguments.command(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, Unjudged) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most mistakes meet every rank: the first speaks for all, and takes the others down with it
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -50,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", help="the folder of the run (its out=)")
     export.add_argument("out_dir", help="the folder to write; it must not exist yet")
     _overrides(export, "parallel.tp=2 parallel.pp=4, to spread a large model over the processes of torchrun")
+    verify = _command(commands, "verify", _verify, "judge responses: jsonl from stdin to stdout")
+    verify.add_argument("--verifier", required=True, help=f"one of {', '.join(sorted(VERIFIERS))}")
+    verify.add_argument("--workers", type=int, help="processes that judge (default: one for each core)")
+    verify.add_argument("--unsafe-code", action="store_true", help="let verifier=code run programs without isolation from this machine")
     return parser
 
 
@@ -100,6 +105,18 @@ def _export(arguments: argparse.Namespace) -> None:
     exporting = override(Exporting(), arguments.overrides)
     with closing(World.start()) as world:
         export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from engine.verify import verifier
+    from engine.verify.code import UNSAFE_CODE
+    from engine.verify.pool import Pool
+    from engine.verify.rows import verify_rows
+
+    unsafe = arguments.unsafe_code and arguments.verifier == "code"
+    with Pool(arguments.workers) as pool:
+        tally = verify_rows(UNSAFE_CODE if unsafe else verifier(arguments.verifier), pool, sys.stdin.buffer, sys.stdout)
+    print(tally, file=sys.stderr)
 
 
 if __name__ == "__main__":
