@@ -92,7 +92,7 @@ def test_extract(response: str, program: str) -> None:
         ("from collections import Counter, deque\ndef f(s): return Counter(s), deque(s)", ["assert f('aa')[0] == {'a': 2}"]),
         (
             "from fractions import Fraction\ndef f(): return Fraction(1, 3)",
-            ["from fractions import Fraction", "assert f() == Fraction(1, 3)"],
+            ["import fractions", "assert f() == fractions.Fraction(1, 3)"],
         ),
         ("from enum import IntEnum\nclass C(IntEnum):\n    A = 1\ndef f(): return C.A", ["assert f() == 1"]),
         ("def sum(a, b): return a + b", ["assert sum(10, 15) == 25"]),
@@ -139,6 +139,9 @@ def problem(**changes: str) -> dict[str, str]:
     return {"prompt": prompt, "test": test, "entry_point": "twice"} | changes
 
 
+AGREEABLE = "class All:\n    def __add__(self, other): return 5\n    def __eq__(self, other): return True"
+
+
 @pytest.mark.parametrize(
     ("response", "correct"),
     [
@@ -153,9 +156,9 @@ def problem(**changes: str) -> dict[str, str]:
         ("```python\ndef other(x):\n    return 2 * x\n```", False),
         # The tests' helper is the prompt's, whatever the program makes of it.
         ("def helper(x): return 5\ndef twice(x): return 4 if x == 2 else 0", True),
-        ("class All:\n    def __add__(self, o): return 5\n    def __eq__(self, o): return True\ndef helper(x): return 5\ndef twice(x): return All()", False),
+        (f"{AGREEABLE}\ndef helper(x): return 5\ndef twice(x): return All()", False),
     ],
-)  # fmt: skip
+)
 def test_humaneval_answers(code: Verifier, response: str, correct: bool) -> None:
     assert code.verify(response, problem()).correct is correct
 

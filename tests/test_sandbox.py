@@ -84,7 +84,7 @@ def brief(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def inside(jail: Sandbox) -> list[psutil.Process]:
     """Processes of the launcher's tree, and any that shows its command line or its users wherever it hangs now."""
     tree = psutil.Process(jail.launcher.pid).children(recursive=True)
-    words = jail.launcher.args[-3:]  # type: ignore[index]
+    words = psutil.Process(jail.launcher.pid).cmdline()[-3:]
     seen = {process.pid for process in tree}
     return [*tree, *(p for p in psutil.process_iter() if p.pid not in seen | {jail.launcher.pid} and _is_ours(p, words))]
 
