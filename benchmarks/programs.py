@@ -40,9 +40,7 @@ class Program(NamedTuple):
 
 WALLED = Contender("code", f"the verifier, {WORKERS} workers")
 UNSAFE = Contender("code --unsafe-code", "the same without namespaces and without a user of its own: limits and filter only")
-BARE = Contender(
-    "python", "no sandbox: a new interpreter for each, program and tests in one text, one after the other, exit status 0 passes"
-)
+BARE = Contender("python", "no sandbox: a new interpreter for each, one after the other, tests in the program's text, exit status 0 passes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,8 +112,8 @@ def page(readings: Readings, count: int, facts: dict[str, Any]) -> str:
         [
             "# Programs",
             "",
-            f"Made by `python -m benchmarks programs`. {count} programs: HumanEval's solutions, which pass, and each less its last line, which",
-            f"fails. Median (min..max) of {ROUNDS} rounds; ratios are taken within a round. Processes are started before the clock is.",
+            f"Made by `python -m benchmarks programs`. {count} programs: HumanEval's solutions, which pass, and each less its last line,",
+            f"which fails. Median (min..max) of {ROUNDS} rounds, ratios within a round. Processes are started before the clock is.",
             "",
             *table(head, [_row(readings, contender.name, count) for contender in (WALLED, UNSAFE, BARE)]),
             "",
