@@ -1,13 +1,13 @@
-"""python -m benchmarks {kernels,programs} …"""
+"""python -m benchmarks {kernels,programs,verifiers} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import kernels, programs
+from benchmarks import kernels, programs, verifiers
 
-COMMANDS = {"kernels": kernels, "programs": programs}  # each a module with add_arguments and main
+COMMANDS = {"kernels": kernels, "programs": programs, "verifiers": verifiers}  # each a module with add_arguments and main
 
 
 def main() -> int:
