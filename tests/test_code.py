@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.__main__ import main
 from engine.verify import verifier
 from engine.verify.code import CODE, LIMITS, UNSAFE_CODE, _sandbox, check, extract, verify
 from engine.verify.pool import Case, Pool
-from engine.verify.sandbox import NoIsolation, Sandbox
+from engine.verify.sandbox import START, NoIsolation, Sandbox
 from engine.verify.verdict import Verdict, Verifier
 
 HUMANEVAL = Path(__file__).parents[1] / "../shared/data/humaneval.jsonl"
@@ -241,3 +243,24 @@ def test_humaneval_solutions_pass_and_shortened_ones_fail(code: Verifier) -> Non
         answer = answers[index]
         assert isinstance(answer, Verdict)
         assert answer.correct is (index < len(rows)), (case.truth["task_id"], answer)
+
+
+@pytest.mark.parametrize("flags", [[], ["--unsafe-code"]])
+def test_the_command_line_refuses_unless_told(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """On a machine without isolation (its launcher finds no unshare); rows are judged in workers, which find it too."""
+    broken = "from engine.jail import kernel; kernel.unshare = lambda flags: (_ for _ in ()).throw(PermissionError(1, 'unshare')); "
+    monkeypatch.setattr("engine.verify.sandbox.START", START.replace("from", broken + "from", 1))
+    _sandbox.cache_clear()
+    rows = [{"response": "def add(a, b): return a + b", "truth": ADD}, {"response": "def add(a, b): return a - b", "truth": ADD}]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(map(json.dumps, rows)).encode())))
+    code = main(["verify", "--verifier", "code", "--workers", "1", *flags])
+    out, err = capsys.readouterr()
+    if flags:
+        assert code == 0
+        assert [json.loads(line)["correct"] for line in out.splitlines()] == [True, False]
+    else:
+        assert code == 1
+        assert out == ""
+        assert err.startswith("error: stdin:1: verifier=code: this machine gives programs no isolation")
+        assert "--unsafe-code" in err
+    _sandbox.cache_clear()
