@@ -89,7 +89,12 @@ def test_extract(response: str, program: str) -> None:
         ),
         (
             "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    def __add__(self, o): return P(self.x + o.x)",
-            ["assert P(1) + P(2) == P(3)", "assert (P(1) + P(1)).x == 2", "assert P(1) != P(2)", "assert repr(P(1)) == 'P(x=1)'"],
+            [
+                "assert P(1) + P(2) == P(3)",
+                "assert (P(1) + P(1)).x == 2",
+                "assert P(1) != P(2) and isinstance(P(1), P)",
+                "assert repr(P(1)) == 'P(x=1)'",
+            ],
         ),
         ("from collections import Counter, deque\ndef f(s): return Counter(s), deque(s)", ["assert f('aa')[0] == {'a': 2}"]),
         (
@@ -127,7 +132,8 @@ def test_right_programs_pass(code: Verifier, program: str, tests: list[str]) -> 
         ("def f(x): return x", ["assert f(1) == 1", "assert f(2) == 3"], "AssertionError at assert f(2) == 3"),
         ("def f(x): return '3'", ["assert f(1) == 3"], "AssertionError"),
         ("def f(x): pass", ["exit()"], ""),
-        ("def f(x): raise Exception('a\\n' + 'b' * 10**6)", ["f(1)"], "Exception: a b"),
+        ("def f(x): raise Exception('a\\n\\x1b\\ud800' + 'b' * 10**6)", ["f(1)"], "Exception: a b"),
+        ("class C: pass\ndef f(x): return C()", ["assert isinstance(f(1), int)"], "AssertionError"),
     ],
 )
 def test_wrong_programs_fail_and_say_why(code: Verifier, program: str, tests: list[str], reason: str) -> None:

@@ -2,7 +2,8 @@
 
 Job in: {"nonce", "program", "setup", "tests", "entry_point"}; verdict out: {"nonce", "correct", "reason", "lost"}.
 The tests come with the data set and are trusted to be tests; the program's answers are plain data by the time they are compared here.
-Comparisons and arithmetic of a Remote with plain data are never sent over: the program would learn what is expected and could agree.
+Comparisons, arithmetic and `in` of a Remote with plain data are never sent over: the program would learn what is expected and could agree.
+Nor can a test await an object of the program, enter it with `with`, or derive from its classes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from contextlib import suppress
 from typing import Any
 
 from engine.jail.wire import Lost, decode, encode, receive, send
+
+REASON_MAX = 300  # characters
 
 
 class Judge:
@@ -95,6 +98,9 @@ class Remote:
     def __iter__(self) -> Iterator[Any]:
         return _perform("iter", self)
 
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, Remote) and _perform("isinstance", instance, self) is True
+
 
 def _perform(verb: str, remote: Remote, *arguments: Any, **named: Any) -> Any:
     return object.__getattribute__(remote, "_judge").perform(verb, remote, *arguments, **named)
@@ -153,7 +159,9 @@ def judge(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wrong(reason: str, error: BaseException) -> dict[str, Any]:
-    return {"correct": False, "reason": " ".join(reason.split())[:300], "lost": isinstance(error, Lost)}
+    """One printable line: the program has a say in it."""
+    line = "".join(letter if letter.isprintable() else " " for letter in reason[:REASON_MAX])
+    return {"correct": False, "reason": " ".join(line.split()), "lost": isinstance(error, Lost)}
 
 
 def _run(judge: Judge, job: dict[str, Any]) -> None:
