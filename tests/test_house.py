@@ -18,6 +18,7 @@ FLOORS = {
     "engine.world": 0,
     "engine.shadow": 0,
     "engine._C": 0,
+    "engine.jail": 0,
     "triton_kernels": 0,
     "engine.hub": 1,
     "engine.gguf": 1,
