@@ -1,13 +1,13 @@
-"""python -m benchmarks {kernels} …"""
+"""python -m benchmarks {kernels,decontaminate} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import kernels
+from benchmarks import decontaminate, kernels
 
-COMMANDS = {"kernels": kernels}  # each a module with add_arguments and main
+COMMANDS = {"kernels": kernels, "decontaminate": decontaminate}  # each a module with add_arguments and main
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
-"""The command line: python -m engine {run,score,export} …, alone or under torchrun."""
+"""The command line: python -m engine {run,score,export,decontaminate,eval} …, alone or under torchrun."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import runpy
@@ -50,7 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", help="the folder of the run (its out=)")
     export.add_argument("out_dir", help="the folder to write; it must not exist yet")
     _overrides(export, "parallel.tp=2 parallel.pp=4, to spread a large model over the processes of torchrun")
+    _decontaminate_arguments(_command(commands, "decontaminate", _decontaminate, "find training prompts that repeat evaluations"))
     return parser
+
+
+def _decontaminate_arguments(parser: argparse.ArgumentParser) -> None:
+    source = "a .jsonl file, a folder written by save_to_disk, or a Hugging Face dataset id"
+    parser.add_argument("--train", nargs="+", required=True, metavar="F", help=f"training sets: each {source} (its train split)")
+    parser.add_argument("--eval", nargs="+", required=True, metavar="F", help=f"evaluations: each {source} (its test split)")
+    parser.add_argument("--report", required=True, metavar="R", help="the .json file to write: every instance hit, and by which row")
+    parser.add_argument("--remove", choices=["instances", "sets"], help="write clean copies: without rows that hit, or of clean sets only")
+    parser.add_argument("--out", metavar="DIR", help="where the clean copies go")
+    parser.add_argument("--train-field", default="", metavar="NAME", help="the prompt's field; default: user turns, prompt, question, ...")
+    parser.add_argument("--eval-field", default="", metavar="NAME", help="the same, of evaluations")
+    parser.add_argument("--ngram", type=int, default=8, help="tokens that must be the same in a row (8)")
+    parser.add_argument("--instance", type=float, default=0.5, help="share of a test instance's tokens that must be exceeded (0.5)")
+    parser.add_argument("--evaluation", type=float, default=0.02, help="share of an evaluation that must be exceeded (0.02)")
 
 
 def _command(commands: argparse._SubParsersAction, name: str, work: Callable, text: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
@@ -100,6 +116,20 @@ def _export(arguments: argparse.Namespace) -> None:
     exporting = override(Exporting(), arguments.overrides)
     with closing(World.start()) as world:
         export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
+
+
+def _decontaminate(arguments: argparse.Namespace) -> None:
+    from engine.data.decontaminate import Rule, Search, decontaminate, report, summary
+    from engine.data.rows import Source
+
+    if bool(arguments.remove) != bool(arguments.out):
+        raise ValueError("--remove needs --out, and --out needs --remove: what to leave out, and the folder of the copies")
+    rule = Rule(arguments.ngram, arguments.instance, arguments.evaluation)
+    search = Search([Source(path, split="test") for path in arguments.eval], rule, arguments.eval_field)
+    out = Path(arguments.out) if arguments.out else None
+    found = decontaminate([Source(path) for path in arguments.train], search, arguments.train_field, arguments.remove, out)
+    Path(arguments.report).write_text(json.dumps(report(found, rule), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("\n".join(summary(finding, rule) for finding in found))
 
 
 if __name__ == "__main__":
