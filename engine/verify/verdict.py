@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 
 class Verdict(NamedTuple):
@@ -17,3 +19,20 @@ class Unjudged(Exception):
 
     Such an item is tried again, then dropped and counted. It is never a wrong answer.
     """
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """One way to judge.
+
+    `verify(response, truth)` may be called anywhere, in any thread: it comes back within `limit_s` whatever the response is, and raises
+    nothing but Unjudged. `check(truth)` raises ValueError, naming the field, for a truth against which nothing can be judged: it is called
+    once, at start-up. A pool runs `judge` in workers that it kills: `verify` less the guard of its own that it may have.
+    """
+
+    name: str
+    verify: Callable[[str, Any], Verdict]
+    check: Callable[[Any], None]
+    judge: Callable[[str, Any], Verdict]
+    limit_s: float = 10.0  # wall clock of one response in a worker; one that takes longer is wrong
+    inline: bool = False  # judged faster than a worker is asked, and in linear time: a pool judges it where it stands

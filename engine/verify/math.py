@@ -1,0 +1,183 @@
+r"""Answers of competition mathematics, "flex" (Tülu 3, section 6): what a response commits to, and whether it equals the truth.
+
+A response commits to its last \boxed{}, else to what follows its last "final answer is", else to its last $…$, else to all it says. The
+rule of record accepts a match in any of them; here the first that is there decides, so that an answer cannot be hedged.
+
+Two answers are equal when they are after normalisation (Hendrycks et al., arXiv 2103.03874, and Lewkowycz et al., arXiv 2206.14858, appendix
+D: units, spacing, degrees, percent and dollar signs do not count), else when the math-verify library finds them so. That may take for ever:
+it happens only in a worker that is ended at the limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from fractions import Fraction
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse
+from math_verify import verify as equal_expressions
+from sympy.core.random import seed
+
+from engine.verify.pool import alone
+from engine.verify.verdict import Verdict, Verifier
+
+LONGEST = 1000  # characters of an answer; the longest of MATH has 159
+LIMIT_S = 5.0
+LATEX_ONLY = (LatexExtractionConfig(),)  # the library's other reader passes text to eval
+
+BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?P<box>\{)|\\(?:boxed|fbox)\s+(?P<bare>[^\s{}$]+)|\\[{}]|(?P<brace>[{}])")
+FINAL = re.compile(r"final answer is:?[ \t]*", re.IGNORECASE)
+HOPE = re.compile(r"\.?\s*I hope it is correct.*", re.IGNORECASE)
+DOLLAR = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]")
+PLAIN = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | {ord("−"): "-", ord("⁄"): "/"}  # full-width characters
+
+
+def verify(response: str, truth: str) -> Verdict:
+    """Whether the answer of `response` equals `truth`; from any thread. What normalisation cannot tell is asked of a worker."""
+    return _by_normal_form(final_answer(response), final_answer(truth)) or alone(MATH, response, truth)
+
+
+def judge(response: str, truth: str) -> Verdict:
+    """The same here and now, under no limit: for workers."""
+    found, wanted = final_answer(response), final_answer(truth)
+    return _by_normal_form(found, wanted) or _by_library(found, wanted)
+
+
+def check(truth: Any) -> None:
+    """Raises ValueError unless `truth` is an answer, or text that ends in one."""
+    if not isinstance(truth, str) or not (normal_form(final_answer(truth)) and len(final_answer(truth)) <= LONGEST):
+        shown = truth if not isinstance(truth, str) else f"{truth[:40]}…" if len(truth) > 40 else truth
+        raise ValueError(f"truth={shown!r} must be a string with an answer of at most {LONGEST} characters, such as '\\frac{{1}}{{2}}'")
+
+
+def final_answer(text: str) -> str:
+    """What `text` commits to, without the marks around it; maybe "". Linear time."""
+    answer = _last_boxed(text)
+    if answer is None:
+        answer = _after_final_answer_is(text)
+    if answer is None:
+        answer = _last_dollars(text)
+    return _bare(text if answer is None else answer)
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""The inside of the \boxed{} that begins last among those that are closed; also of "\boxed 5" and \fbox{}."""
+    open_boxes: list[int] = []  # for each open brace, where its box's inside begins, or -1
+    best, inside = -1, None
+    for mark in BRACES.finditer(text):
+        if mark["bare"] is not None and mark.start() > best:
+            best, inside = mark.start(), mark["bare"]
+        elif mark["box"] is not None:
+            open_boxes.append(mark.end())
+        elif mark["brace"] == "{":
+            open_boxes.append(-1)
+        elif mark["brace"] == "}" and open_boxes and (start := open_boxes.pop()) > best:
+            best, inside = start, text[start : mark.start()]
+    return inside
+
+
+def _after_final_answer_is(text: str) -> str | None:
+    ends = [match.end() for match in FINAL.finditer(text)]
+    if not ends:
+        return None
+    line = HOPE.sub("", text[ends[-1] :].split("\n", 1)[0])
+    return _last_dollars(line) or line
+
+
+def _last_dollars(text: str) -> str | None:
+    marks = [(match.start(), match.end()) for match in DOLLAR.finditer(text)]
+    return text[marks[-2][1] : marks[-1][0]] if len(marks) > 1 else None
+
+
+def _bare(answer: str) -> str:
+    answer = answer.translate(PLAIN).strip()
+    while len(answer) > 1 and answer[0] == answer[-1] == "$":
+        answer = answer[1:-1].strip()
+    return answer.removesuffix(".").rstrip()
+
+
+def _by_normal_form(found: str, wanted: str) -> Verdict | None:
+    """A verdict where the texts settle it; None where only mathematics can."""
+    if not found:
+        return Verdict(False, "no answer in the response")
+    if len(found) > LONGEST:
+        return Verdict(False, f"an answer of {len(found)} characters")
+    ours, theirs = normal_form(found), normal_form(wanted)
+    if ours == theirs:
+        return Verdict(True, f"{_short(found)} is the truth as written")
+    a, b = _rational(ours), _rational(theirs)
+    if a is None or b is None or ("%" in found) != ("%" in wanted):
+        return None
+    if a == b:
+        return Verdict(True, f"{_short(found)} is the truth as a number")
+    exact = "." not in ours and "." not in theirs
+    return Verdict(False, f"{_short(found)} is another number") if exact or abs(a - b) > abs(b) / 1000 else None
+
+
+def _by_library(found: str, wanted: str) -> Verdict:
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that time is unlimited, and tells of every parse that fails
+    seed(0)  # sympy tests for zero at random points
+    try:
+        ours, theirs = (parse(rf"\boxed{{{answer}}}", LATEX_ONLY, parsing_timeout=0) for answer in (found, wanted))  # type: ignore[arg-type]
+        same = equal_expressions(theirs, ours, timeout_seconds=0)
+    except (Exception, RecursionError) as error:
+        return Verdict(False, f"{_short(found)} cannot be compared: {type(error).__name__}")
+    return Verdict(same, f"{_short(found)} {'equals' if same else 'does not equal'} the truth")
+
+
+UNITS = "units?|dollars?|cents?|degrees?|inch(?:es)?|feet|foot|miles?|[ckm]?m|meters?|mph|pounds?|grams?|k?g|hours?|minutes?|seconds?|days?|years?"
+REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:left|right|displaystyle|bigl?|bigr?|Bigl?|Bigr?)(?![a-zA-Z])", ""),
+        (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~", " "),
+        (r"\{,\}", ","),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-zA-Z])|°|\\?%|\\?\$", ""),
+        (r"(?<=[\w)}\]])\s*\\(?:text|mbox|textrm|mathrm|textnormal)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?\.?$", ""),  # a unit
+        (r"\\(?:text|mbox|textrm|mathrm|textnormal|textbf|textit|mathbf)\s*\{([^{}]*)\}", r"\1"),
+        (rf"(?<=[\w)}}\]])\s*(?:square |cubic |sq\.? )?(?:{UNITS})\.?(?:\^\{{?[23]\}}?)?$", ""),
+        (r"\\le(?![a-zA-Z])", r"\\leq"),
+        (r"\\ge(?![a-zA-Z])", r"\\geq"),
+        (r"\\ne(?![a-zA-Z])", r"\\neq"),
+        (r"^\s*\\?[a-zA-Z]\s*(?:=|\\in(?![a-zA-Z]))\s*(?=[^=]+$)", ""),
+        (r"\s+", ""),
+        (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac(\d)\{", r"\\frac{\1}{"),
+        (r"\\frac\{([^{}]*)\}(\d)", r"\\frac{\1}{\2}"),
+        (r"\\sqrt(\d|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
+        (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])(?=$|[.^a-zA-Z\\])", lambda match: match[1].replace(",", "")),
+        (r"(?<![\d.])\.(\d)", r"0.\1"),
+        (r"(\.\d*?)0+(?!\d)", r"\1"),
+        (r"\.(?!\d)", ""),
+        (r"^\(([a-zA-Z])\)$", r"\1"),
+    )
+]
+RATIONAL = re.compile(r"([-+]?)(?:(\d+(?:\.\d+)?)|\\frac\{(-?\d+)\}\{(-?\d+)\})", re.ASCII)
+
+
+def normal_form(answer: str) -> str:
+    """`answer` in one of its many spellings: equal forms are equal answers, different ones may be."""
+    for pattern, replacement in REWRITES:
+        answer = pattern.sub(replacement, answer)
+    return answer
+
+
+def _rational(form: str) -> Fraction | None:
+    match = RATIONAL.fullmatch(form)
+    if match is None:
+        return None
+    sign, number, over, under = match.groups()
+    if number is None and int(under) == 0:
+        return None
+    value = Fraction(number) if number is not None else Fraction(int(over), int(under))
+    return -value if sign == "-" else value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+MATH = Verifier("math", verify, check, judge=judge, limit_s=LIMIT_S)
