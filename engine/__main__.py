@@ -21,7 +21,7 @@ ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-n
 
 def main(words: list[str] | None = None) -> int:
     """Parse and run; a user's mistake becomes one line on stderr. Returns the exit code."""
-    arguments = _parser().parse_args(words)
+    arguments = _parsed(words)
     warnings.filterwarnings("ignore")  # of libraries, about their own future; ours are printed
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
@@ -32,6 +32,18 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _parsed(words: list[str] | None) -> argparse.Namespace:
+    """The arguments; settings may stand anywhere among the options, which argparse alone allows only right behind the other words."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")] if "overrides" in arguments else []
+    if settings != rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if settings:
+        arguments.overrides += settings
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +64,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out_dir", help="the folder to write; it must not exist yet")
     _overrides(export, "parallel.tp=2 parallel.pp=4, to spread a large model over the processes of torchrun")
     _decontaminate_arguments(_command(commands, "decontaminate", _decontaminate, "find training prompts that repeat evaluations"))
+    _eval_arguments(_command(commands, "eval", _eval, "ask a model the questions of evaluation suites, and judge its answers"))
     return parser
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hugging Face folder or id, or smollm2-135m-instruct")
+    parser.add_argument("--suite", required=True, help="gsm8k,math,ifeval,humaneval,mmlu,popqa,nq_open: one or more, with commas")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="SUITE=PATH", help="a suite's rows: a .jsonl file, a folder, or a Hugging Face id"
+    )
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N items of each suite")
+    parser.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, help="ask by the chat template, examples as turns (default: where there is one)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where results.json goes, and SUITE.jsonl with every response and verdict")
+    _overrides(parser, "samples=20 temperature=0.8 max_tokens=512 seed=1 parallel.tp=2")
 
 
 def _decontaminate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +157,28 @@ def _decontaminate(arguments: argparse.Namespace) -> None:
     found = decontaminate([Source(path) for path in arguments.train], search, arguments.train_field, arguments.remove, out)
     Path(arguments.report).write_text(json.dumps(report(found, rule), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n".join(summary(finding, rule) for finding in found))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from engine.evals.evaluate import Evaluating, evaluate, prepare
+    from engine.evals.results import table, write
+    from engine.world import World
+
+    settings = override(Evaluating(Model(arguments.model)), arguments.overrides)
+    if strange := [pair for pair in arguments.data if not all(pair.partition("="))]:
+        raise ValueError(f"--data {strange[0]} is not of the form SUITE=PATH, such as gsm8k=test.jsonl")
+    if arguments.limit < 0:
+        raise ValueError(f"--limit {arguments.limit} must not be negative; 0 means all items")
+    data = dict(pair.split("=", 1) for pair in arguments.data)
+    with closing(World.start()) as world:
+        folder, exams = prepare(settings, arguments.suite.split(","), data, arguments.limit, arguments.chat, world)
+        results = evaluate(settings, exams, folder, world)
+        if world.rank == 0:
+            Console().print(table(results))
+            if arguments.out:
+                write(results, settings, Path(arguments.out))
 
 
 if __name__ == "__main__":

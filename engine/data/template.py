@@ -89,10 +89,11 @@ class ChatTemplate:
         turns, mark = self._protect(messages)
         return np.array(self._tokenize(self._render(turns, add_generation_prompt=True), mark)[0], np.int32)
 
-    def plain(self, text: str) -> np.ndarray:
-        """Tokens int32 [L] of text without a template, opened by bos where the tokenizer opens a text so."""
+    def plain(self, text: str, goes_on: bool = False) -> np.ndarray:
+        """Tokens int32 [L] of text without a template, opened by bos where the tokenizer opens a text so and this one goes on from none."""
         bos = self.tokenizer.bos_token_id
-        opens = self.tokenizer("")["input_ids"][:1] == [bos]  # only some tokenizers that have a bos token start a text with it
+        # Only some tokenizers that have a bos token start a text with it.
+        opens = not goes_on and self.tokenizer("")["input_ids"][:1] == [bos]
         return np.array([bos] * opens + self._encode_text(text).ids, np.int32)
 
     def encode_row(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from engine.world import World
 
-Tokens = Sequence[int]
+Tokens = list[int]
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,14 @@ class Transformers:
         self.tokenizer, self.device, self.batch_tokens = tokenizer, world.device, batch_tokens
         self.context = self.model.config.max_position_embeddings
         ends = self.model.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.ends = set(ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Tokens], names: Sequence[int], decoding: Decoding, seed: int) -> list[list[Response]]:
         """`n` responses to each prompt, in order.
 
-        Draws are a function of (seed, name of the prompt, sample, position): neither the batch nor the rank that a prompt falls into changes
-        them. Raises ValueError for a prompt that leaves no room for `max_tokens` in the model's context.
+        Draws are a function of (seed, name of the prompt, sample, position): neither the batch nor the rank that a prompt falls into
+        changes them. Raises ValueError for a prompt that leaves no room for `max_tokens` in the model's context.
         """
         rows = [
             _Row(prompt, np.random.default_rng([seed, name, sample]).random(decoding.max_tokens, np.float32))
@@ -152,7 +151,7 @@ def _draw(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
     """A token for each row of `logits` [rows, vocabulary]: the place of `uniform` [rows] in the distribution, likeliest tokens first."""
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    probs, order = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    probs, order = (logits / decoding.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     sums = probs.cumsum(-1)
     kept = (sums - probs < decoding.top_p).sum(-1, keepdim=True)  # the fewest tokens that together reach top_p
     place = torch.searchsorted(sums, uniform[:, None] * sums.gather(-1, kept - 1), right=True)
@@ -163,8 +162,9 @@ def _common(prompts: Sequence[Tokens]) -> Tokens:
     """The tokens that all prompts begin with, less the last of any of them: examples are prefilled once for all questions."""
     if len(prompts) < 2:
         return []
-    shared = os.path.commonprefix([list(prompt) for prompt in prompts])
-    return shared[: min(len(shared), min(map(len, prompts)) - 1)]
+    first, last = min(prompts), max(prompts)  # what these two share, all share
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: min(next(differ, len(first)), *(len(prompt) - 1 for prompt in prompts))]
 
 
 def _batches(rows: Sequence[_Row], max_tokens: int, batch_tokens: int) -> Iterator[list[_Row]]:

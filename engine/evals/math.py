@@ -13,8 +13,8 @@ from engine.evals.suite import Item, Row, Suite
 EXAMPLES = (
     (
         r"Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.}",
-        r"The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, and $5 - x \ge 0$, so $x \le 5$. "
-        r"Also, the denominator cannot be equal to zero, so $5-x>0$, which gives $x<5$. Therefore, the domain of the expression is "
+        r"The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, and $5 - x \ge 0$, so $x \le 5$"
+        r". Also, the denominator cannot be equal to zero, so $5-x>0$, which gives $x<5$. Therefore, the domain of the expression is "
         r"$\boxed{[2,5)}$."
         "\n"
         r"Final Answer: The final answer is $[2,5)$. I hope it is correct.",
@@ -26,8 +26,8 @@ EXAMPLES = (
         r"Final Answer: The final answer is $24$. I hope it is correct.",
     ),
     (
-        "Terrell usually lifts two 20-pound weights 12 times. If he uses two 15-pound weights instead, how many times must Terrell lift them "
-        "in order to lift the same total weight?",
+        "Terrell usually lifts two 20-pound weights 12 times. If he uses two 15-pound weights instead, how many times must Terrell lift "
+        "them in order to lift the same total weight?",
         r"If Terrell lifts two 20-pound weights 12 times, he lifts a total of $2\cdot 12\cdot20=480$ pounds of weight.  If he lifts two "
         r"15-pound weights instead for $n$ times, he will lift a total of $2\cdot15\cdot n=30n$ pounds of weight.  Equating this to 480 "
         r"pounds, we can solve for $n$:"
