@@ -1,4 +1,4 @@
-"""The command line: python -m engine {run,score,export,decontaminate,eval} …, alone or under torchrun."""
+"""The command line: python -m engine {run,score,export,verify,decontaminate,eval} …, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 from engine.config import Model, Run, override
+from engine.verify import VERIFIERS, Unjudged
 
 ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-node 2 -m engine ..."
 
@@ -26,7 +27,7 @@ def main(words: list[str] | None = None) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         arguments.command(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, Unjudged) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most mistakes meet every rank: the first speaks for all, and takes the others down with it
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", help="the folder of the run (its out=)")
     export.add_argument("out_dir", help="the folder to write; it must not exist yet")
     _overrides(export, "parallel.tp=2 parallel.pp=4, to spread a large model over the processes of torchrun")
+    verify = _command(commands, "verify", _verify, "judge responses: jsonl from stdin to stdout")
+    verify.add_argument("--verifier", required=True, help=f"one of {', '.join(sorted(VERIFIERS))}")
+    verify.add_argument("--workers", type=int, help="processes that judge (default: one for each core)")
     _decontaminate_arguments(_command(commands, "decontaminate", _decontaminate, "find training prompts that repeat evaluations"))
     _eval_arguments(_command(commands, "eval", _eval, "ask a model the questions of evaluation suites, and judge its answers"))
     return parser
@@ -143,6 +147,16 @@ def _export(arguments: argparse.Namespace) -> None:
     exporting = override(Exporting(), arguments.overrides)
     with closing(World.start()) as world:
         export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from engine.verify import verifier
+    from engine.verify.pool import Pool
+    from engine.verify.rows import verify_rows
+
+    with Pool(arguments.workers) as pool:
+        tally = verify_rows(verifier(arguments.verifier), pool, sys.stdin.buffer, sys.stdout)
+    print(tally, file=sys.stderr)
 
 
 def _decontaminate(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,14 +68,19 @@ def _existing(path: str) -> Path:
     return Path(path)
 
 
+def read_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream (where, row) of jsonl that is already open, in binary mode; `name` says in messages what it is. Raises as read_rows does."""
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            where = f"{name}:{number}"
+            yield where, _parsed(line, where)
+
+
 def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with _existing(path).open("rb") as file:  # as bytes: text mode would also break lines at a lone carriage return
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, _parsed(line, where)
+        yield from read_lines(file, path)
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:

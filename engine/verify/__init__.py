@@ -16,7 +16,10 @@ VERIFIERS = {
     "contains": "engine.verify.contains:CONTAINS",
     "exact": "engine.verify.exact:EXACT",
     "gsm8k": "engine.verify.gsm8k:GSM8K",
+    "ifeval": "engine.verify.ifeval:IFEVAL",
+    "ifeval_loose": "engine.verify.ifeval:IFEVAL_LOOSE",
     "math": "engine.verify.math:MATH",
+    "regex": "engine.verify.regex:REGEX",
 }
 
 

@@ -3,9 +3,9 @@ r"""Answers of competition mathematics, "flex" (Tülu 3, section 6): what a resp
 A response commits to its last \boxed{}, else to what follows its last "final answer is", else to its last $…$, else to all it says. The
 rule of record accepts a match in any of them; here the first that is there decides, so that an answer cannot be hedged.
 
-Two answers are equal when they are after normalisation (Hendrycks et al., arXiv 2103.03874, and Lewkowycz et al., arXiv 2206.14858, appendix
-D: units, spacing, degrees, percent and dollar signs do not count), else when the math-verify library finds them so. That may take for ever:
-it happens only in a worker that is ended at the limit.
+Two answers are equal when their normal forms are (after Hendrycks et al., arXiv 2103.03874, and Lewkowycz et al., arXiv 2206.14858: units,
+spacing, degrees, percent and dollar signs do not count), else when the math-verify library finds them so. That may take for ever: it
+happens only in a worker that is ended at the limit.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _by_library(found: str, wanted: str) -> Verdict:
     return Verdict(same, f"{_short(found)} {'equals' if same else 'does not equal'} the truth")
 
 
-UNITS = "units?|dollars?|cents?|degrees?|inch(?:es)?|feet|foot|miles?|[ckm]?m|meters?|mph|pounds?|grams?|k?g|hours?|minutes?|seconds?|days?|years?"
+UNITS = "units?|dollars?|cents?|degrees?|inch(?:es)?|feet|foot|miles?|[ckm]?m|meters?|mph|pounds?|grams?|k?g|hours?|minutes?|seconds?|days?"
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -177,6 +177,7 @@ def _rational(form: str) -> Fraction | None:
 
 
 def _short(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 

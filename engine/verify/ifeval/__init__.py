@@ -1,0 +1,84 @@
+"""IFEval: whether a response does what its prompt asked, by rules (Zhou et al., arXiv 2311.07911).
+
+truth = {"instruction_id_list": [id …], "kwargs": [{…} …], "prompt": text}, a row of the data set as it is. A response is correct when it
+follows all of its instructions: as it stands ("ifeval", strict), or each in one of eight readings of it ("ifeval_loose").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from engine.verify.ifeval.instructions import INSTRUCTIONS
+from engine.verify.verdict import Verdict, Verifier
+
+Truth = Mapping[str, Any]
+
+
+def follows(response: str, truth: Truth, readings: Callable[[str], list[str]]) -> list[bool]:
+    """For each instruction of `truth`, whether one of `readings(response)` follows it. A blank reading follows none."""
+    texts = [text for text in dict.fromkeys(readings(response)) if text.strip()]
+    instructions = zip(truth["instruction_id_list"], truth["kwargs"], strict=True)
+    return [any(INSTRUCTIONS[name].followed(text, **_given(arguments)) for text in texts) for name, arguments in instructions]
+
+
+def strict(response: str) -> list[str]:
+    """The response and nothing else."""
+    return [response]
+
+
+def loose(response: str) -> list[str]:
+    """Eight: with and without its first line, its last line and its asterisks."""
+    lines = response.split("\n")
+    kept = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return [*kept, *(text.replace("*", "") for text in kept)]
+
+
+def verify(response: str, truth: Truth) -> Verdict:
+    """Whether the response as it stands follows every instruction."""
+    return _verdict(truth, follows(response, truth, strict))
+
+
+def verify_loose(response: str, truth: Truth) -> Verdict:
+    """Whether every instruction is followed by one of the eight loose readings, not always the same one."""
+    return _verdict(truth, follows(response, truth, loose))
+
+
+def check(truth: Any) -> None:
+    """Raises ValueError, naming the field, for an instruction that does not exist or does not get the arguments it takes."""
+    if not isinstance(truth, dict):
+        raise ValueError(f"truth={truth!r} must be an object with instruction_id_list and kwargs")
+    names, given = truth.get("instruction_id_list"), truth.get("kwargs")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"truth.instruction_id_list={names!r} must be a list of one instruction or more")
+    if not isinstance(given, list) or len(given) != len(names):
+        raise ValueError(f"truth.kwargs={given!r} must be a list of {len(names)} objects, one for each instruction")
+    for place, (name, arguments) in enumerate(zip(names, given, strict=True)):
+        if not isinstance(name, str) or name not in INSTRUCTIONS:
+            raise ValueError(f"truth.instruction_id_list[{place}]={name!r} is unknown; use one of {', '.join(sorted(INSTRUCTIONS))}")
+        _check_arguments(name, arguments, f"truth.kwargs[{place}]")
+
+
+def _check_arguments(name: str, arguments: Any, where: str) -> None:
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{where}={arguments!r} must be an object: the arguments of {name}")
+    wanted, given = INSTRUCTIONS[name].arguments, _given(arguments)
+    if set(given) != set(wanted):
+        raise ValueError(f"{where} has {sorted(given)}; {name} takes {sorted(wanted)}")
+    for argument, kind in wanted.items():
+        if not kind.holds(given[argument]):
+            raise ValueError(f"{where}.{argument}={given[argument]!r} must be {kind.what}")
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are null: tables of the data set have a column for every argument there is."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _verdict(truth: Truth, followed: list[bool]) -> Verdict:
+    missed = [name for name, ok in zip(truth["instruction_id_list"], followed, strict=True) if not ok]
+    return Verdict(not missed, f"does not follow {', '.join(missed)}" if missed else f"follows all {len(followed)}")
+
+
+IFEVAL = Verifier("ifeval", verify, check, judge=verify)
+IFEVAL_LOOSE = Verifier("ifeval_loose", verify_loose, check, judge=verify_loose)
