@@ -130,13 +130,13 @@ def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
 
 
 def _exam(suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool) -> Exam:
-    check = verifier(suite_.verifier).check if suite_.decoding else None
+    verifiers = [verifier(name) for name in suite_.verifiers]
     where, items = [], []
     for place, row in islice(suite_.rows(source), limit or None):
         try:
             item = suite_.item(row, chat)
-            if check:
-                check(item.truth)
+            for each in verifiers:
+                each.check(item.truth)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             told = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{place} is not a row of suite {suite_.name}: {told}; it has {', '.join(row)}") from None
@@ -163,10 +163,13 @@ def _write(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: Wor
 
 
 def _judged(exam: Exam, responses: list[list[Response]]) -> list[Answer]:
-    judge = verifier(exam.suite.verifier)
-    cases = [[exam.suite.cases(item, r.text) for r in each] for item, each in zip(exam.items, responses, strict=True)]
+    verifiers = [verifier(name) for name in exam.suite.verifiers]
+    cases = [
+        [[Case(judge, *pair) for judge in verifiers for pair in exam.suite.cases(item, response.text)] for response in each]
+        for item, each in zip(exam.items, responses, strict=True)
+    ]
     with Pool() as pool:
-        flat = iter(pool.verify([Case(judge, text, truth) for item in cases for response in item for text, truth in response]))
+        flat = iter(pool.verify([case for item in cases for response in item for case in response]))
     answers = []
     for each, item in zip(responses, cases, strict=True):
         verdicts = [[next(flat) for _ in response] for response in item]

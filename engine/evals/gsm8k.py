@@ -86,7 +86,7 @@ GSM8K = Suite(
     source=Source("openai/gsm8k", split="test", name="main"),
     item=item,
     decoding=Decoding(max_tokens=256, stop=("Q:", "</s>", "<|im_end|>")),
-    verifier="gsm8k",
+    verifiers=("gsm8k",),
     cases=cases,
     scores=scores,
 )

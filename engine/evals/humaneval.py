@@ -2,12 +2,12 @@
 
 Chen et al., "Evaluating large language models trained on code" (arXiv 2107.03374): a base model goes on with the function's head, and stops
 where something else begins at the margin (their five stop strings). A chat model is asked for the whole function in a block of code.
+The verifier takes either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from engine.data.rows import Source
 from engine.evals.generation import Decoding
@@ -23,12 +23,6 @@ def item(row: Row, chat: bool) -> Item:
     return Item(ASKED.format(row["prompt"]) if chat else row["prompt"], truth)
 
 
-def cases(item: Item, response: str) -> list[tuple[str, Any]]:
-    """A completion is judged as the function's head and itself; an answer with a block of code as that block."""
-    program = response if "```" in response else f"```python\n{item.truth['prompt']}{response}\n```"
-    return [(program, item.truth)]
-
-
 def scores(verdicts: Sequence[Sequence[bool]]) -> Scores:
     samples, correct = len(verdicts), sum(verdict[0] for verdict in verdicts)
     return {f"pass@{k}": [pass_at_k(samples, correct, k)] for k in KS if k <= samples}
@@ -39,7 +33,6 @@ HUMANEVAL = Suite(
     source=Source("openai/openai_humaneval", split="test"),
     item=item,
     decoding=Decoding(max_tokens=512, n=20, temperature=0.8, top_p=0.95, stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
-    verifier="code",
-    cases=cases,
+    verifiers=("code",),
     scores=scores,
 )

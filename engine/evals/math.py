@@ -80,5 +80,5 @@ MATH = Suite(
     source=Source("DigitalLearningGmbH/MATH-lighteval", split="test"),
     item=item,
     decoding=Decoding(max_tokens=1024, stop=("Problem:",)),
-    verifier="math",
+    verifiers=("math",),
 )

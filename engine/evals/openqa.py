@@ -19,7 +19,7 @@ def item(row: Row, chat: bool) -> Item:
     return Item(row["question"] if chat else f"Q: {row['question']} A:", answers)
 
 
-_suite = partial(Suite, item=item, decoding=Decoding(max_tokens=32, stop=("\n", "Q:")), verifier="contains")
+_suite = partial(Suite, item=item, decoding=Decoding(max_tokens=32, stop=("\n", "Q:")), verifiers=("contains",))
 
 POPQA = _suite(name="popqa", source=Source("akariasai/PopQA", split="test"))
 NQ_OPEN = _suite(name="nq_open", source=Source("google-research-datasets/nq_open", split="validation"))

@@ -57,15 +57,15 @@ def accuracy(verdicts: Sequence[Sequence[bool]]) -> Scores:
 class Suite:
     """Rows to items, items to responses, responses to scores.
 
-    `item(row, chat)` makes an item of a row; `cases(item, response)` what the verifier is asked, as (text, truth); `scores(verdicts)` the
-    numbers of one item, from a list of verdicts (one for each case) for each of its responses.
+    `item(row, chat)` makes an item of a row; `cases(item, response)` what each verifier is asked, as (text, truth); `scores(verdicts)` the
+    numbers of one item, from a list of verdicts (for each verifier, for each case) for each of its responses.
     """
 
     name: str
     source: Source  # where its rows are, unless the user says otherwise
     item: Callable[[Row, bool], Item]
     decoding: Decoding | None = None  # None: its items have choices
-    verifier: str = ""
+    verifiers: tuple[str, ...] = ()
     rows: Callable[[Source], Iterator[tuple[str, Row]]] = read_rows
     cases: Callable[[Item, str], list[tuple[str, Any]]] = itself
     scores: Callable[[Sequence[Sequence[bool]]], Scores] = accuracy
