@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "judge responses: jsonl from stdin to stdout")
     verify.add_argument("--verifier", required=True, help=f"one of {', '.join(sorted(VERIFIERS))}")
     verify.add_argument("--workers", type=int, help="processes that judge (default: one for each core)")
+    verify.add_argument("--unsafe-code", action="store_true", help="let verifier=code run programs without isolation from this machine")
     _decontaminate_arguments(_command(commands, "decontaminate", _decontaminate, "find training prompts that repeat evaluations"))
     _eval_arguments(_command(commands, "eval", _eval, "ask a model the questions of evaluation suites, and judge its answers"))
     return parser
@@ -151,11 +152,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from engine.verify import verifier
+    from engine.verify.code import UNSAFE_CODE
     from engine.verify.pool import Pool
     from engine.verify.rows import verify_rows
 
+    unsafe = arguments.unsafe_code and arguments.verifier == "code"
     with Pool(arguments.workers) as pool:
-        tally = verify_rows(verifier(arguments.verifier), pool, sys.stdin.buffer, sys.stdout)
+        tally = verify_rows(UNSAFE_CODE if unsafe else verifier(arguments.verifier), pool, sys.stdin.buffer, sys.stdout)
     print(tally, file=sys.stderr)
 
 

@@ -28,12 +28,12 @@ from engine.verify.verdict import Unjudged, Verdict
 ROOT = str(Path(__file__).parents[2])
 START = "import sys; sys.path.append(sys.argv.pop(1)); from engine.jail.launcher import main; main(sys.argv[1:])"
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}  # no more: what the host's environment holds is not the program's business
-GRACE = 30.0  # seconds over the limit after which the launcher itself is taken for dead
+GRACE = 10.0  # seconds over the limit after which the launcher itself is taken for dead
 SAID_MAX = 1 << 16  # bytes of a verdict
 
 
-class NoIsolation(ValueError):
-    """This machine lets us build no sandbox."""
+class NoIsolation(Unjudged, ValueError):
+    """This machine lets us build no sandbox: nothing can be judged on it, and the user has to decide."""
 
 
 class Sandbox:
