@@ -84,6 +84,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action=argparse.BooleanOptionalAction, help="ask by the chat template, examples as turns (default: where there is one)"
     )
     parser.add_argument("--out", metavar="DIR", help="where results.json goes, and SUITE.jsonl with every response and verdict")
+    parser.add_argument("--unsafe-code", action="store_true", help="let humaneval run programs without isolation from this machine")
     _overrides(parser, "samples=20 temperature=0.8 max_tokens=512 seed=1 parallel.tp=2")
 
 
@@ -183,7 +184,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from engine.evals.results import table, write
     from engine.world import World
 
-    settings = override(Evaluating(Model(arguments.model)), arguments.overrides)
+    settings = override(Evaluating(Model(arguments.model), unsafe_code=arguments.unsafe_code), arguments.overrides)
     if strange := [pair for pair in arguments.data if not all(pair.partition("="))]:
         raise ValueError(f"--data {strange[0]} is not of the form SUITE=PATH, such as gsm8k=test.jsonl")
     if arguments.limit < 0:

@@ -21,7 +21,8 @@ from engine.evals.statistics import Estimate
 from engine.evals.suite import Item, Scores, Suite, suite
 from engine.hub import resolve
 from engine.megatron.policy import Policy, dtype_of, shape_of
-from engine.verify import Unjudged, Verdict, verifier
+from engine.verify import Unjudged, Verdict, Verifier, verifier
+from engine.verify.code import UNSAFE_CODE
 from engine.verify.pool import Case, Pool
 from engine.world import World
 
@@ -38,6 +39,7 @@ class Evaluating:
     top_p: float | None = None
     max_tokens: int | None = None
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+    unsafe_code: bool = False  # run programs without isolation from this machine
     tokens_per_batch: int = 32768  # rows x length of what a rank generates at once
     tokens_per_microbatch: int = 8192  # of log-probabilities
 
@@ -50,9 +52,10 @@ class Evaluating:
 
 @dataclass(frozen=True)
 class Exam:
-    """A suite's questions as tokens, and where each was read."""
+    """A suite's questions as tokens, where each was read, and who judges the answers."""
 
     suite: Suite
+    verifiers: list[Verifier]
     source: Source
     chat: bool
     where: list[str]
@@ -121,7 +124,7 @@ def prepare(
     settings.parallel.check(shape_of(folder), world.size)
     template = ChatTemplate(load_tokenizer(settings.model.tokenizer or str(folder)), settings.chat_template or None)
     by_chat = bool(template.text) if chat is None else chat
-    return folder, [_exam(each, _source(each, data), limit, template, by_chat) for each in suites]
+    return folder, [_exam(settings, each, _source(each, data), limit, template, by_chat) for each in suites]
 
 
 def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
@@ -129,8 +132,8 @@ def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
     return suite_.source if path == suite_.source.path else replace(suite_.source, path=path, name="")
 
 
-def _exam(suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool) -> Exam:
-    verifiers = [verifier(name) for name in suite_.verifiers]
+def _exam(settings: Evaluating, suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool) -> Exam:
+    verifiers = [UNSAFE_CODE if settings.unsafe_code and name == "code" else verifier(name) for name in suite_.verifiers]
     where, items = [], []
     for place, row in islice(suite_.rows(source), limit or None):
         try:
@@ -145,7 +148,7 @@ def _exam(suite_: Suite, source: Source, limit: int, template: ChatTemplate, cha
     prompts = [template.prompt(item.messages()) if chat else template.plain(item.text()) for item in items]
     between = "" if chat else " "
     choices = [[template.plain(between + choice, goes_on=True) for choice in item.choices] for item in items]
-    return Exam(suite_, source, chat, where, items, prompts, choices, template.tokenizer.decode)  # type: ignore[arg-type]
+    return Exam(suite_, verifiers, source, chat, where, items, prompts, choices, template.tokenizer.decode)  # type: ignore[arg-type]
 
 
 def _write(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> dict[str, list[Answer]]:
@@ -158,14 +161,14 @@ def _write(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: Wor
         parts: list[list[list[Response]]] = [[] for _ in range(world.size)]
         dist.gather_object(responses, parts if world.rank == 0 else None)
         if world.rank == 0:
-            found[exam.suite.name] = _judged(exam, [parts[i % world.size][i // world.size] for i in range(len(exam.items))])
+            found[exam.suite.name] = judged(exam, [parts[i % world.size][i // world.size] for i in range(len(exam.items))])
     return found
 
 
-def _judged(exam: Exam, responses: list[list[Response]]) -> list[Answer]:
-    verifiers = [verifier(name) for name in exam.suite.verifiers]
+def judged(exam: Exam, responses: list[list[Response]]) -> list[Answer]:
+    """The responses to each item of `exam`, with verdicts and scores. Raises Unjudged when the machine fails to judge 1 % of them."""
     cases = [
-        [[Case(judge, *pair) for judge in verifiers for pair in exam.suite.cases(item, response.text)] for response in each]
+        [[Case(judge, *pair) for judge in exam.verifiers for pair in exam.suite.cases(item, response.text)] for response in each]
         for item, each in zip(exam.items, responses, strict=True)
     ]
     with Pool() as pool:
