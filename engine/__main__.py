@@ -180,7 +180,8 @@ def _decontaminate(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from engine.evals.evaluate import Evaluating, evaluate, prepare
+    from engine.evals.evaluate import evaluate
+    from engine.evals.exam import Evaluating, prepare
     from engine.evals.results import table, write
     from engine.world import World
 

@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from engine.config import to_dict
-from engine.evals.evaluate import Answer, Evaluating, Result
+from engine.evals.evaluate import Answer, Result
+from engine.evals.exam import Evaluating
 from engine.verify import Verdict
 
 
