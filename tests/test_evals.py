@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -191,7 +190,7 @@ def test_two_ranks_answer_as_one_does(model: Path, data: dict[str, str], tmp_pat
         assert [code for code, _, _ in found] == [0] * size, found
     one, two = told(tmp_path / "1"), told(tmp_path / "2")
     assert one["gsm8k"] == two["gsm8k"]
-    assert len({r["text"] for r in one["gsm8k"][0]["responses"]}) == 3
+    assert len({r["text"] for r in one["gsm8k"][0]["responses"]}) > 1
     for a, b in zip(one["mmlu"], two["mmlu"], strict=True):
         assert numbers(a) == pytest.approx(numbers(b), abs=2e-4)
 
@@ -217,9 +216,6 @@ def test_choices_are_weighed_by_their_log_probabilities(model: Path, data: dict[
             expected.append(logprobs[-2:].gather(1, tokens[0, -2:, None]).sum().item())
         assert numbers(line) == pytest.approx(expected, abs=2e-4)
         assert line["responses"][0]["text"] == "ABCD"[int(np.argmax(expected))]
-
-
-Wrong = Callable[[Path], tuple[list[object], str]]
 
 
 @pytest.mark.parametrize(
