@@ -1,13 +1,13 @@
-"""python -m benchmarks {kernels,decontaminate} …"""
+"""python -m benchmarks {kernels,decontaminate,evals} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import decontaminate, kernels
+from benchmarks import decontaminate, evals, kernels
 
-COMMANDS = {"kernels": kernels, "decontaminate": decontaminate}  # each a module with add_arguments and main
+COMMANDS = {"kernels": kernels, "decontaminate": decontaminate, "evals": evals}  # each a module with add_arguments and main
 
 
 def main() -> int:

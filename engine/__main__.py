@@ -89,6 +89,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _decontaminate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = None  # one process is fast enough
     source = "a .jsonl file, a folder written by save_to_disk, or a Hugging Face dataset id"
     parser.add_argument("--train", nargs="+", required=True, metavar="F", help=f"training sets: each {source} (its train split)")
     parser.add_argument("--eval", nargs="+", required=True, metavar="F", help=f"evaluations: each {source} (its test split)")
@@ -169,6 +170,8 @@ def _decontaminate(arguments: argparse.Namespace) -> None:
 
     if bool(arguments.remove) != bool(arguments.out):
         raise ValueError("--remove needs --out, and --out needs --remove: what to leave out, and the folder of the copies")
+    if not Path(arguments.report).absolute().parent.is_dir():
+        raise ValueError(f"--report {arguments.report}: its folder does not exist; make it first")
     rule = Rule(arguments.ngram, arguments.instance, arguments.evaluation)
     search = Search([Source(path, split="test") for path in arguments.eval], rule, arguments.eval_field)
     out = Path(arguments.out) if arguments.out else None
@@ -190,6 +193,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--data {strange[0]} is not of the form SUITE=PATH, such as gsm8k=test.jsonl")
     if arguments.limit < 0:
         raise ValueError(f"--limit {arguments.limit} must not be negative; 0 means all items")
+    if arguments.out and (Path(arguments.out) / "results.json").exists():
+        raise ValueError(f"{arguments.out}/results.json is there already; choose another folder for --out, or remove it")
     data = dict(pair.split("=", 1) for pair in arguments.data)
     with closing(World.start()) as world:
         folder, exams = prepare(settings, arguments.suite.split(","), data, arguments.limit, arguments.chat, world)

@@ -253,6 +253,12 @@ def test_bad_rows_are_named(name: str, row: dict[str, Any], expected: str, model
     assert expected in line
 
 
+def test_results_are_not_overwritten(model: Path, data: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    words = ["--suite", "gsm8k", "--data", f"gsm8k={data['gsm8k']}", "--out", tmp_path]
+    assert "results.json is there already" in complaint("eval", model, *words)
+
+
 def test_a_model_that_is_none(data: dict[str, str], tmp_path: Path) -> None:
     words = ["--suite", "gsm8k", "--data", f"gsm8k={data['gsm8k']}"]
     assert "has no config.json" in complaint("eval", tmp_path, *words)
