@@ -78,7 +78,7 @@ def files(tmp_path: Path) -> dict[str, str]:
     ]
     return {
         "bad": write(tmp_path / "bad.jsonl", bad),
-        "few": write(tmp_path / "few.jsonl", [{"prompt": half}, {"prompt": "nothing of the kind"}]),
+        "few": write(tmp_path / "few.jsonl", [{"prompt": half}, {"prompt": "nothing of the kind: \ud800"}]),
         "eval": write(tmp_path / "test.jsonl", [{"question": text} for text in TEST]),
         "short": write(tmp_path / "short.jsonl", [{"problem": "2 + 2 = 4"}]),
     }
@@ -128,6 +128,8 @@ def test_bad_input_is_answered_in_one_line(files: dict[str, str], tmp_path: Path
     )
     number = write(tmp_path / "n.jsonl", [{"prompt": 3}])
     assert "n.jsonl:1: prompt must be text, not int" in complaint("--train", number, "--eval", files["eval"])
+    odd = write(tmp_path / "odd.jsonl", [{"messages": "hi"}])
+    assert "odd.jsonl:1: messages must be a list of objects" in complaint("--train", odd, "--eval", files["eval"])
     assert "--remove needs --out" in complaint("--train", files["few"], "--eval", files["eval"], "--remove", "sets")
     same = write(tmp_path / "x.jsonl", [{"prompt": "a"}])
     doubled = complaint("--train", same, same, "--eval", files["eval"], "--remove", "sets", "--out", str(tmp_path / "o"))

@@ -200,7 +200,10 @@ def prompts(row: dict[str, Any], field_: str, where: str) -> list[str]:
     Raises ValueError, naming the row, when there is no such text.
     """
     if not field_ and "messages" in row:
-        return [_text(turn.get("content"), f"{where}: messages.content") for turn in row["messages"] if turn.get("role") == "user"]
+        turns = row["messages"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"{where}: messages must be a list of objects with role and content, not {turns!r:.60}")
+        return [_text(turn.get("content"), f"{where}: messages.content") for turn in turns if turn.get("role") == "user"]
     name = field_ or next((name for name in FIELDS if name in row), "")
     if name not in row:
         wanted = name or "messages, " + ", ".join(FIELDS)
@@ -249,15 +252,13 @@ def _copy(source: Source, target: Path, without: set[int]) -> None:
     with part.open("w", encoding="utf-8") as file:
         for number, (_, row) in enumerate(read_rows(source)):
             if number not in without:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")  # in ASCII, which also holds what UTF-8 cannot: a lone surrogate
     os.replace(part, target)
 
 
 def summary(finding: Finding, rule: Rule) -> str:
     """A line for people."""
-    shares = ", ".join(
-        f"{overlap.evaluation} {len(overlap.hits)}/{overlap.instances} = {overlap.share:.2%}" for overlap in finding.overlaps
-    )
+    shares = ", ".join(f"{each.evaluation} {len(each.hits)}/{each.instances} = {each.share:.2%}" for each in finding.overlaps)
     verdict = "contaminated" if finding.contaminated(rule) else "clean"
     return f"{finding.train}: {verdict}; {len(finding.hitting)} of {finding.rows} rows hit; instances hit: {shares}"
 

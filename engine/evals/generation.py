@@ -30,10 +30,10 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0 or self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        if self.max_tokens < 1 or self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"max_tokens={self.max_tokens}, samples={self.n}, temperature={self.temperature} and top_p={self.top_p}: "
-                "they must be at least 0, 1 and 0, and top_p in (0, 1]"
+                "they must be at least 1, 1 and 0, and top_p in (0, 1]"
             )
 
 
@@ -92,8 +92,8 @@ class Transformers:
 
     def _prefill(self, prefix: Tokens) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        if len(prefix):
-            self.model(torch.tensor([list(prefix)], device=self.device), past_key_values=cache, logits_to_keep=1)
+        if prefix:
+            self.model(torch.tensor([prefix], device=self.device), past_key_values=cache, logits_to_keep=1)
         return cache
 
     def _decode(self, rows: list[_Row], shared: int, cache: DynamicCache, decoding: Decoding) -> None:
@@ -121,7 +121,7 @@ class Transformers:
     def _padded(self, prompts: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
         """Ids and mask, int64 [rows, longest], padded on the left."""
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         return ids, mask
 

@@ -1,8 +1,8 @@
 """HumanEval: does a program pass its tests. pass@1 and pass@10 of 20 samples at temperature 0.8, by the unbiased estimator.
 
 Chen et al., "Evaluating large language models trained on code" (arXiv 2107.03374): a base model goes on with the function's head, and stops
-where something else begins at the margin (their five stop strings). A chat model is asked for the whole function in a block of code.
-The verifier takes either.
+where something else begins at the margin (their five stop strings). A chat model is asked, in our words, for the whole function in a
+block of code. The verifier takes either.
 """
 
 from __future__ import annotations
