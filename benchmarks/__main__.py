@@ -1,13 +1,14 @@
-"""python -m benchmarks {kernels,decontaminate,evals} …"""
+"""python -m benchmarks {kernels,verifiers,decontaminate,evals} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import decontaminate, evals, kernels
+from benchmarks import decontaminate, evals, kernels, verifiers
 
-COMMANDS = {"kernels": kernels, "decontaminate": decontaminate, "evals": evals}  # each a module with add_arguments and main
+# Each a module with add_arguments and main.
+COMMANDS = {"kernels": kernels, "verifiers": verifiers, "decontaminate": decontaminate, "evals": evals}
 
 
 def main() -> int:
