@@ -1,14 +1,14 @@
-"""python -m benchmarks {kernels,verifiers,decontaminate,evals} …"""
+"""python -m benchmarks {kernels,programs,verifiers,decontaminate,evals} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import decontaminate, evals, kernels, verifiers
+from benchmarks import decontaminate, evals, kernels, programs, verifiers
 
 # Each a module with add_arguments and main.
-COMMANDS = {"kernels": kernels, "verifiers": verifiers, "decontaminate": decontaminate, "evals": evals}
+COMMANDS = {"kernels": kernels, "programs": programs, "verifiers": verifiers, "decontaminate": decontaminate, "evals": evals}
 
 
 def main() -> int:

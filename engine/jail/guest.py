@@ -17,8 +17,8 @@ from typing import Any
 from engine.jail.wire import Lost, decode, encode, receive, send
 
 VERBS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(builtins, name) for name in ("getattr", "setattr", "iter", "next", "len", "str", "repr", "bool", "hash")},
-    **{name: getattr(operator, name) for name in ("getitem", "setitem", "contains", "eq", "lt", "le", "gt", "ge", "add", "sub", "mul")},
+    **{name: getattr(builtins, name) for name in ("getattr", "setattr", "isinstance", "iter", "next", "len", "str", "repr", "bool")},
+    **{name: getattr(operator, name) for name in ("getitem", "setitem", "eq", "lt", "le", "gt", "ge", "add", "sub", "mul")},
     "call": lambda function, *arguments, **named: function(*arguments, **named),
 }
 

@@ -2,7 +2,8 @@
 
 Job in: {"nonce", "program", "setup", "tests", "entry_point"}; verdict out: {"nonce", "correct", "reason", "lost"}.
 The tests come with the data set and are trusted to be tests; the program's answers are plain data by the time they are compared here.
-Comparisons and arithmetic of a Remote with plain data are never sent over: the program would learn what is expected and could agree.
+Comparisons, arithmetic and `in` of a Remote with plain data are never sent over: the program would learn what is expected and could agree.
+Nor can a test await an object of the program, enter it with `with`, or derive from its classes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from engine.jail.wire import Lost, decode, encode, receive, send
 
-DATA = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)}
+REASON_MAX = 300  # characters
 
 
 class Judge:
@@ -71,14 +72,16 @@ class Judge:
     def handle(self, value: Any) -> list[Any]:
         if isinstance(value, Remote):
             return ["yours", object.__getattribute__(value, "_number")]
+        if getattr(builtins, getattr(value, "__name__", ""), None) is value:  # its own: eval must not run here what it asks for
+            return ["builtin", value.__name__]
         if not callable(value):
             raise TypeError(f"a test hands a {type(value).__name__} to the program; only plain data and functions travel")
         self.functions.append(value)
         return ["mine", len(self.functions) - 1]
 
     def resolve(self, whose: str, number: Any) -> Any:
-        if whose == "builtin":  # only kinds of data: eval in the place of a function would run the program's strings here
-            return DATA[number]
+        if whose == "builtin":
+            raise ValueError("builtins travel one way only")
         return self.functions[number] if whose == "yours" else Remote(self, int(number))
 
 
@@ -94,6 +97,9 @@ class Remote:
 
     def __iter__(self) -> Iterator[Any]:
         return _perform("iter", self)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, Remote) and _perform("isinstance", instance, self) is True
 
 
 def _perform(verb: str, remote: Remote, *arguments: Any, **named: Any) -> Any:
@@ -153,7 +159,9 @@ def judge(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wrong(reason: str, error: BaseException) -> dict[str, Any]:
-    return {"correct": False, "reason": " ".join(reason.split())[:300], "lost": isinstance(error, Lost)}
+    """One printable line: the program has a say in it."""
+    line = "".join(letter if letter.isprintable() else " " for letter in reason[:REASON_MAX])
+    return {"correct": False, "reason": " ".join(line.split()), "lost": isinstance(error, Lost)}
 
 
 def _run(judge: Judge, job: dict[str, Any]) -> None:
@@ -207,4 +215,8 @@ def serve(channel: socket.socket, host: socket.socket) -> None:
     with host.makefile("rb") as lines:
         job = json.loads(lines.read())
     assert receive(channel) == "here"  # else the program's walls do not stand, and the machine is to blame: no verdict
-    host.sendall(json.dumps({"nonce": job["nonce"], **judge(channel, job)}).encode())
+    try:
+        verdict = judge(channel, job)
+    except MemoryError:  # no room even to say what was wrong
+        verdict = {"correct": False, "reason": "the program's values are over the memory limit", "lost": False}
+    host.sendall(json.dumps({"nonce": job["nonce"], **verdict}).encode())

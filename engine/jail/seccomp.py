@@ -44,7 +44,10 @@ EPERM, ENOSYS = 1, 38
 
 
 def install() -> bool:
-    """Filters this process; False on a machine whose numbers are not in the table. NO_NEW_PRIVS must be set."""
+    """Filters this process. NO_NEW_PRIVS must be set.
+
+    False on a machine whose numbers are not in the table: there a program may start processes, as many as it may threads.
+    """
     known = MACHINES.get(os.uname().machine)
     if known is not None:
         kernel.install_filter(program(*known))

@@ -1,16 +1,14 @@
 """What judge and program say to each other: frames of JSON, in which only plain data travels by value.
 
 None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, deque, range, Decimal and Fraction (subclasses as their
-base) arrive as copies built by the receiver; a builtin travels by its name; anything else stays where it is and travels as a number, its
-handle. Reading a frame runs nothing of the sender's.
+base) arrive as copies built by the receiver, kinds of data by name; anything else stays where it is and travels as a number, its handle.
+Reading a frame runs nothing of the sender's.
 """
 
 from __future__ import annotations
 
-import builtins
 import json
 import socket
-import types
 from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
@@ -20,6 +18,7 @@ from typing import Any
 FRAME_MAX = 16 << 20  # bytes
 BIG = 1 << 53
 
+KINDS = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)}
 SEQUENCES = (list, tuple, set, frozenset, deque)
 
 Resolve = Callable[[str, Any], Any]  # ("mine" | "yours" | "builtin", number or name) -> the object, or Lost
@@ -91,8 +90,8 @@ def _rarely(value: Any, handle: Callable[[Any], list[Any]]) -> Any:
         return ["complex", [value.real, value.imag]]
     if isinstance(value, range):
         return ["range", [encode(part, handle) for part in (value.start, value.stop, value.step)]]
-    if isinstance(value, type | types.BuiltinFunctionType) and getattr(builtins, value.__name__, None) is value:
-        return ["builtin", value.__name__]
+    if isinstance(value, type) and KINDS.get(value.__name__) is value:
+        return ["kind", value.__name__]
     return handle(value)
 
 
@@ -127,6 +126,7 @@ _LEAVES: dict[str, Callable[[Any], Any]] = {
     "int": lambda body: int(body, 16),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
+    "kind": KINDS.__getitem__,
     "complex": lambda body: complex(*body),
     "Decimal": Decimal,
     "Fraction": Fraction,

@@ -54,7 +54,7 @@ def _sandbox(pid: int, unsafe: bool, limits: Limits) -> Sandbox:
 
 
 def _job(program: str, truth: Mapping[str, Any]) -> dict[str, Any]:
-    if "tests" in truth:
+    if _strings(truth.get("tests")):
         return {"program": program, "tests": "\n".join(truth["tests"])}
     prompt, test, name = (truth[key] for key in HUMANEVAL)
     stub = f"{prompt}\n    pass\n"

@@ -1,7 +1,8 @@
 """Runs a program against tests where it can do no harm: the host's side of engine/jail.
 
-What holds it: no network, no other process in sight, no file but the standard library's (read-only) and an empty /tmp of its own; limits on
-CPU, memory, files and threads; a list of allowed system calls; an unprivileged user; the end of its pid namespace when its time is over.
+What holds it: no network, no other process in sight, no file but the standard library's (read-only) and an empty /tmp of its own; limits
+on CPU, memory, files and threads; a list of allowed system calls (x86-64 and aarch64); an unprivileged user; the end of its pid namespace
+when its time is over.
 
 What its verdict rests on: program and tests run in two processes. The tests' process is told the run's nonce and speaks to the host; the
 program's has one socket, on which it is asked for values and answers with plain data. It hears arguments and never what is expected of
@@ -108,14 +109,12 @@ class Sandbox:
         if said.get("correct"):
             return Verdict(True, said["reason"])
         for process, name in ((program, "the program"), (judge, "the tests")):
-            if (
-                process["status"] == -9 and process["cpu_seconds"] > self.limits.cpu_seconds / 2
-            ):  # the kernel limits by ticks, and counts finer
+            # Half, because the kernel limits by ticks and reports by the clock.
+            if _was_killed(process) and process["cpu_seconds"] > self.limits.cpu_seconds / 2:
                 return Verdict(False, f"{name} took over {self.limits.cpu_seconds} s of CPU time")
         if not report["in_time"]:
             return Verdict(False, f"over {self.limits.seconds:g} s")
-        # The program cannot send itself SIGKILL: it is the first process of its namespace.
-        if not program["killed"] and program["status"] == -9:
+        if _was_killed(program):
             raise Unjudged("something killed the program from outside; is the machine out of memory?")
         if not said and judge["status"] in (1, 3, -9):
             raise Unjudged(f"the tests' process ended with {judge['status']}")
@@ -129,3 +128,8 @@ class Sandbox:
         self.control.close()
         self.launcher.kill()
         self.launcher.wait()
+
+
+def _was_killed(process: dict[str, Any]) -> bool:
+    """By the kernel or from outside: it cannot send itself SIGKILL, being the first process of its namespace."""
+    return process["status"] == -9 and not process["killed"]
