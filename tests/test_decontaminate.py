@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.decontaminate import REPEATS, generate
 from engine.__main__ import main
 from engine.data.decontaminate import Index, Rule, Search, covered, grams, words
 from engine.data.rows import Source
@@ -139,3 +140,11 @@ def test_bad_input_is_answered_in_one_line(files: dict[str, str], tmp_path: Path
     assert main(["decontaminate", "--train", same, "--eval", files["eval"], "--report", "no/such/r.json"]) == 1
     assert "its folder does not exist" in capsys.readouterr().err
     assert "ngram=0 must be at least 1" in complaint("--train", same, "--eval", files["eval"], "--ngram", "0")
+
+
+def test_what_the_benchmark_plants_is_found(tmp_path: Path) -> None:
+    expected = generate(tmp_path, prompts=5000, tests=200)
+    evaluations = [Source(str(path)) for path in sorted(tmp_path.glob("eval*.jsonl"))]
+    found = Search(evaluations, Rule()).finding(Source(str(tmp_path / "train.jsonl")))
+    assert set(found.hitting) == expected
+    assert len(expected) == REPEATS
