@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -262,6 +263,23 @@ def test_results_are_not_overwritten(model: Path, data: dict[str, str], tmp_path
 def test_a_model_that_is_none(data: dict[str, str], tmp_path: Path) -> None:
     words = ["--suite", "gsm8k", "--data", f"gsm8k={data['gsm8k']}"]
     assert "has no config.json" in complaint("eval", tmp_path, *words)
+
+
+def test_mmlu_as_a_dataset_asks_as_its_tables_do(model: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """With subjects mixed: examples are those of the question's own subject."""
+
+    def row(subject: str, n: int) -> dict[str, Any]:
+        return {"subject": subject, "question": f"{n} + 1, is?", "choices": [str(n + i) for i in range(4)], "answer": 1}
+
+    dev = [row(subject, n) for n in range(5) for subject in ("plain_sums", "other")]
+    parts = {"dev": dev, "test": [row("plain_sums", 0), row("other", 7)]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(tmp_path / "mmlu")
+    asked = exam("mmlu", model, {"mmlu": str(tmp_path / "mmlu")})
+    golden = (GOLDEN / "eval_mmlu.txt").read_text()
+    assert asked.asked(0) == golden
+    assert asked.asked(1) == golden.replace("plain sums", "other").removesuffix("0 + 1, is?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:") + (
+        "7 + 1, is?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer:"
+    )
 
 
 def test_a_broken_table_of_choices(model: Path, tmp_path: Path) -> None:
