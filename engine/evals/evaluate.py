@@ -52,8 +52,8 @@ class Result:
 
 def evaluate(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> list[Result]:
     """Every exam's result, on rank 0; the others get an empty list. All ranks must call it."""
-    writing = [exam for exam in exams if exam.suite.decoding]
-    choosing = [exam for exam in exams if not exam.suite.decoding]
+    writing = [exam for exam in exams if exam.decoding]
+    choosing = [exam for exam in exams if not exam.decoding]
     found: dict[str, list[Answer]] = {}
     if writing:
         found |= _write(settings, writing, folder, world)
@@ -67,8 +67,9 @@ def _write(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: Wor
     model = Transformers(folder, tokenizer, world, dtype_of(settings.model, world), settings.tokens_per_batch)
     found: dict[str, list[Answer]] = {}
     for exam in exams:
+        assert exam.decoding is not None
         mine = range(world.rank, len(exam.items), world.size)
-        responses = model.generate([exam.prompts[i].tolist() for i in mine], mine, settings.decoding(exam.suite), settings.seed)
+        responses = model.generate([exam.prompts[i].tolist() for i in mine], mine, exam.decoding, settings.seed)
         parts: list[list[list[Response]]] = [[] for _ in range(world.size)]
         dist.gather_object(responses, parts if world.rank == 0 else None)
         if world.rank == 0:

@@ -38,9 +38,10 @@ class Evaluating:
     tokens_per_batch: int = 32768  # rows x length of what a rank generates at once
     tokens_per_microbatch: int = 8192  # of log-probabilities
 
-    def decoding(self, suite_: Suite) -> Decoding:
-        """The suite's, with what is set here instead."""
-        assert suite_.decoding is not None
+    def decoding(self, suite_: Suite) -> Decoding | None:
+        """The suite's, with what is set here instead; None where its items have choices."""
+        if suite_.decoding is None:
+            return None
         given = {"n": self.samples, "temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
         return replace(suite_.decoding, **{name: value for name, value in given.items() if value is not None})
 
@@ -50,6 +51,7 @@ class Exam:
     """A suite's questions as tokens, where each was read, and who judges the answers."""
 
     suite: Suite
+    decoding: Decoding | None
     verifiers: list[Verifier]
     source: Source
     chat: bool
@@ -89,6 +91,7 @@ def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
 
 
 def _exam(settings: Evaluating, suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool) -> Exam:
+    decoding = settings.decoding(suite_)
     verifiers = [UNSAFE_CODE if settings.unsafe_code and name == "code" else verifier(name) for name in suite_.verifiers]
     where, items = [], []
     for place, row in islice(suite_.rows(source), limit or None):
@@ -104,4 +107,4 @@ def _exam(settings: Evaluating, suite_: Suite, source: Source, limit: int, templ
     prompts = [template.prompt(item.messages()) if chat else template.plain(item.text()) for item in items]
     between = "" if chat else " "
     choices = [[template.plain(between + choice, goes_on=True) for choice in item.choices] for item in items]
-    return Exam(suite_, verifiers, source, chat, where, items, prompts, choices, template.tokenizer.decode)  # type: ignore[arg-type]
+    return Exam(suite_, decoding, verifiers, source, chat, where, items, prompts, choices, template.tokenizer.decode)  # type: ignore[arg-type]

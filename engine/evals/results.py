@@ -34,7 +34,7 @@ def write(results: Sequence[Result], settings: Evaluating, out: Path) -> None:
         with (out / f"{result.exam.suite.name}.jsonl").open("w", encoding="utf-8") as file:
             for i, answer in enumerate(result.answers):
                 file.write(json.dumps(_line(result, i, answer), ensure_ascii=False) + "\n")
-    body = {"settings": to_dict(settings), "suites": {result.exam.suite.name: _summary(result, settings) for result in results}}
+    body = {"settings": to_dict(settings), "suites": {result.exam.suite.name: _summary(result) for result in results}}
     (out / "results.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
@@ -53,12 +53,12 @@ def _line(result: Result, number: int, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _summary(result: Result, settings: Evaluating) -> dict[str, Any]:
-    suite = result.exam.suite
+def _summary(result: Result) -> dict[str, Any]:
+    exam = result.exam
     metrics = {
         name: {"value": estimate.value, "standard_error": estimate.error, "interval_95": estimate.interval(), "items": estimate.items}
         for name, estimate in result.metrics.items()
     }
-    decoding = to_dict(settings.decoding(suite)) if suite.decoding else None
-    facts = {"data": result.exam.source.path, "chat": result.exam.chat, "decoding": decoding, "not_judged": result.dropped}
+    decoding = to_dict(exam.decoding) if exam.decoding else None
+    facts = {"data": exam.source.path, "chat": exam.chat, "decoding": decoding, "not_judged": result.dropped}
     return facts | {"metrics": metrics}
