@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.verify.ifeval import check, loose, verify, verify_loose
+from engine.verify.ifeval import LONG, check, loose, verify, verify_loose
 from engine.verify.ifeval.instructions import INSTRUCTIONS
 from engine.verify.ifeval.language import count_sentences, language_of
 
@@ -258,7 +258,7 @@ def test_every_row_of_ifeval_is_accepted() -> None:
         verify_loose(row["prompt"], row)
 
 
-LONG = [
+MEGABYTES = [
     "[" * 10**6,
     "\n" * 10**6,
     " " * 10**6,
@@ -272,11 +272,19 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("text", LONG, ids=lambda text: repr(text[:4]))
+@pytest.mark.parametrize("text", MEGABYTES, ids=lambda text: repr(text[:4]))
 def test_long_texts_take_linear_time(text: str) -> None:
     """Quadratic work on a megabyte would take hours, not seconds. Punkt takes 10 us a character where every word ends in a dot."""
     for name, arguments, *_ in CASES:
         INSTRUCTIONS[name].followed(text, **arguments)
+
+
+def test_a_long_response_is_judged_in_a_worker() -> None:
+    text = "a word " * (LONG // 7 + 1)
+    truth = rule("length_constraints:number_words", {"num_words": LONG // 4, "relation": "at least"})
+    assert len(text) > LONG
+    assert (verify(text, truth).correct, verify_loose(text, truth).correct) == (True, True)
+    assert (verify(text[: LONG // 2], truth).correct, verify_loose(text[: LONG // 2], truth).correct) == (False, False)
 
 
 @given(st.text(alphabet='aZ ,.*<>"[]\n#1é-Section', max_size=80) | st.text(max_size=80))
