@@ -49,11 +49,11 @@ def score(scoring: Scoring, data: str, out: Path, world: World) -> int:
         count = 0
         try:
             while block := list(islice(rows, BLOCK)):
-                logprobs = _logprobs(policy, block, scoring.tokens_per_microbatch)
+                values = logprobs(policy, block, scoring.tokens_per_microbatch)
                 count += len(block)
                 if world.rank == 0:
                     with part.open("w" if count == len(block) else "a") as file:
-                        file.writelines(_line(sample, values) for sample, values in zip(block, logprobs, strict=True))
+                        file.writelines(_line(sample, value) for sample, value in zip(block, values, strict=True))
             if world.rank == 0:
                 os.replace(part, out)
         finally:
@@ -90,7 +90,7 @@ def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
         yield Sample(tokens, mask)
 
 
-def _logprobs(policy: Policy, samples: list[Sample], budget: int) -> list[list[float]]:
+def logprobs(policy: Policy, samples: list[Sample], budget: int) -> list[list[float]]:
     """Each sample's log-probs, on rank 0; the others get an empty list."""
     step = batch(samples, budget, **policy.cut)
     mine = dict(enumerate(scatter(policy.logprobs(step), step, len(samples)))) if step else {}

@@ -29,6 +29,7 @@ FLOORS = {
     "engine.megatron": 2,
     "engine.rollout": 3,
     "engine.algorithms": 4,
+    "engine.evals": 5,
     "engine.train": 5,
     "engine.report": 5,
     "engine.score": 5,

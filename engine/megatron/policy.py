@@ -35,7 +35,7 @@ class Policy:
         self.folder = world.first(lambda: resolve(start.path)) if start.path else None
         self.model = start.init or shape_of(self.folder)
         self.optim, self.parallel, self.world = optim, parallel, world
-        self.dtype = _dtype(start, world)
+        self.dtype = dtype_of(start, world)
         parallel.check(self.model, world.size)
         self.seat = ExitStack()
         self.seat.enter_context(seat.taken(world))
@@ -202,7 +202,8 @@ def shape_of(folder: Path | None) -> Llama:
         raise ValueError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
 
 
-def _dtype(model: Model, world: World) -> torch.dtype:
+def dtype_of(model: Model, world: World) -> torch.dtype:
+    """The dtype that `model` computes in: what it says, else float32 on CPUs and bfloat16 elsewhere."""
     if model.dtype == "auto":
         return torch.float32 if world.seat == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
