@@ -1,13 +1,14 @@
-"""python -m benchmarks {kernels,accuracy,throughput} …"""
+"""python -m benchmarks COMMAND …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import accuracy, kernels, throughput
+from benchmarks import accuracy, kernels, programs, throughput, verifiers
 
-COMMANDS = {"kernels": kernels, "accuracy": accuracy, "throughput": throughput}  # each a module with add_arguments and main
+MODULES = (accuracy, kernels, programs, throughput, verifiers)  # each with add_arguments and main
+COMMANDS = {module.__name__.removeprefix("benchmarks."): module for module in MODULES}
 
 
 def main() -> int:

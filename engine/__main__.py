@@ -1,8 +1,9 @@
-"""The command line: python -m engine {run,score,export,generate,verify} …, alone or under torchrun."""
+"""The command line: python -m engine {run,score,export,generate,verify,eval,decontaminate} …, alone or under torchrun."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -84,7 +85,40 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "judge responses: jsonl from stdin to stdout")
     verify.add_argument("--verifier", required=True, help=f"one of {', '.join(sorted(VERIFIERS))}")
     verify.add_argument("--workers", type=int, help="processes that judge (default: one for each core)")
+    verify.add_argument("--unsafe-code", action="store_true", help="let verifier=code run programs without isolation from this machine")
+    _decontaminate_arguments(_command(commands, "decontaminate", _decontaminate, "find training prompts that repeat evaluations"))
+    _eval_arguments(_command(commands, "eval", _eval, "ask a model the questions of evaluation suites, and judge its answers"))
     return parser
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hugging Face folder or id, or smollm2-135m-instruct")
+    parser.add_argument("--suite", required=True, help="gsm8k,math,ifeval,humaneval,mmlu,popqa,nq_open: one or more, with commas")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="SUITE=PATH", help="a suite's rows: a .jsonl file, a folder, or a Hugging Face id"
+    )
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N items of each suite")
+    parser.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, help="ask by the chat template, examples as turns (default: where there is one)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where results.json goes, and SUITE.jsonl with every response and verdict")
+    parser.add_argument("--unsafe-code", action="store_true", help="let humaneval run programs without isolation from this machine")
+    _overrides(parser, "samples=20 temperature=0.8 max_tokens=512 seed=1 parallel.tp=2")
+
+
+def _decontaminate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = None  # one process is fast enough
+    source = "a .jsonl file, a folder written by save_to_disk, or a Hugging Face dataset id"
+    parser.add_argument("--train", nargs="+", required=True, metavar="F", help=f"training sets: each {source} (its train split)")
+    parser.add_argument("--eval", nargs="+", required=True, metavar="F", help=f"evaluations: each {source} (its test split)")
+    parser.add_argument("--report", required=True, metavar="R", help="the .json file to write: every instance hit, and by which row")
+    parser.add_argument("--remove", choices=["instances", "sets"], help="write clean copies: without rows that hit, or of clean sets only")
+    parser.add_argument("--out", metavar="DIR", help="where the clean copies go")
+    parser.add_argument("--train-field", default="", metavar="NAME", help="the prompt's field; default: user turns, prompt, question, ...")
+    parser.add_argument("--eval-field", default="", metavar="NAME", help="the same, of evaluations")
+    parser.add_argument("--ngram", type=int, default=8, help="tokens that must be the same in a row (8)")
+    parser.add_argument("--instance", type=float, default=0.5, help="share of a test instance's tokens that must be exceeded (0.5)")
+    parser.add_argument("--evaluation", type=float, default=0.02, help="share of an evaluation that must be exceeded (0.02)")
 
 
 def _command(commands: argparse._SubParsersAction, name: str, work: Callable, text: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
@@ -158,12 +192,55 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from engine.verify import verifier
+    from engine.verify.code import UNSAFE_CODE
     from engine.verify.pool import Pool
     from engine.verify.rows import verify_rows
 
+    unsafe = arguments.unsafe_code and arguments.verifier == "code"
     with Pool(arguments.workers) as pool:
-        tally = verify_rows(verifier(arguments.verifier), pool, sys.stdin.buffer, sys.stdout)
+        tally = verify_rows(UNSAFE_CODE if unsafe else verifier(arguments.verifier), pool, sys.stdin.buffer, sys.stdout)
     print(tally, file=sys.stderr)
+
+
+def _decontaminate(arguments: argparse.Namespace) -> None:
+    from engine.data.decontaminate import Rule, Search, decontaminate, report, summary
+    from engine.data.rows import Source
+
+    if bool(arguments.remove) != bool(arguments.out):
+        raise ValueError("--remove needs --out, and --out needs --remove: what to leave out, and the folder of the copies")
+    if not Path(arguments.report).absolute().parent.is_dir():
+        raise ValueError(f"--report {arguments.report}: its folder does not exist; make it first")
+    rule = Rule(arguments.ngram, arguments.instance, arguments.evaluation)
+    search = Search([Source(path, split="test") for path in arguments.eval], rule, arguments.eval_field)
+    out = Path(arguments.out) if arguments.out else None
+    found = decontaminate([Source(path) for path in arguments.train], search, arguments.train_field, arguments.remove, out)
+    Path(arguments.report).write_text(json.dumps(report(found, rule), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("\n".join(summary(finding, rule) for finding in found))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from engine.evals.evaluate import evaluate
+    from engine.evals.exam import Evaluating, prepare
+    from engine.evals.results import table, write
+    from engine.world import World
+
+    settings = override(Evaluating(Model(arguments.model), unsafe_code=arguments.unsafe_code), arguments.overrides)
+    if strange := [pair for pair in arguments.data if not all(pair.partition("="))]:
+        raise ValueError(f"--data {strange[0]} is not of the form SUITE=PATH, such as gsm8k=test.jsonl")
+    if arguments.limit < 0:
+        raise ValueError(f"--limit {arguments.limit} must not be negative; 0 means all items")
+    if arguments.out and (Path(arguments.out) / "results.json").exists():
+        raise ValueError(f"{arguments.out}/results.json is there already; choose another folder for --out, or remove it")
+    data = dict(pair.split("=", 1) for pair in arguments.data)
+    with closing(World.start()) as world:
+        folder, exams = prepare(settings, arguments.suite.split(","), data, arguments.limit, arguments.chat, world)
+        results = evaluate(settings, exams, folder, world)
+        if world.rank == 0:
+            Console().print(table(results))
+            if arguments.out:
+                write(results, settings, Path(arguments.out))
 
 
 if __name__ == "__main__":

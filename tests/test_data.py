@@ -105,7 +105,8 @@ def test_a_hub_id_is_loaded_by_datasets(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list([{"x": 1}]))
     assert list(read_rows(Source("someone/something", split="dev"))) == [("someone/something[0]", {"x": 1})]
-    assert asked == [(("someone/something",), {"split": "dev"})]
+    list(read_rows(Source("someone/something", name="main")))
+    assert asked == [(("someone/something", None), {"split": "dev"}), (("someone/something", "main"), {"split": "train"})]
 
 
 # ---------------------------------------------------------------- corpus

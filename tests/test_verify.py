@@ -22,6 +22,7 @@ RULES = {
     "kwargs": [{}, {"num_sentences": 2, "relation": "at least"}, {"keywords": ["C++"]}],
 }
 TRUTHS: dict[str, Any] = {
+    "contains": ["Paris", "the city of Paris"],
     "exact": "yes",
     "gsm8k": "1,000",
     "ifeval": RULES,

@@ -143,6 +143,15 @@ def test_workers_stay_from_batch_to_batch(pool: Pool) -> None:
     assert {process.process.pid for process in pool._workers} == before
 
 
+def test_a_worker_that_is_killed_while_it_waits_costs_nothing(pool: Pool) -> None:
+    pool.verify(cases("fine"))
+    before = pool.dropped
+    for idle in pool._workers:
+        idle.process.kill()
+    assert pool.verify(cases(*["fine"] * 10)) == [Verdict(True, "compared")] * 10
+    assert pool.dropped == before
+
+
 def test_what_a_verifier_prints_is_not_the_commands_output(pool: Pool, capfd: pytest.CaptureFixture[str]) -> None:
     with Pool(1) as fresh:
         fresh.verify(cases("print"))

@@ -23,6 +23,7 @@ class Source:
     weight: float = 1.0  # how many times a mixture reads the rows in one epoch
     split: str = "train"  # of a dataset; a file has none
     limit: int = 0  # only the first rows; 0: all
+    name: str = ""  # a dataset's configuration, where it has several
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -121,7 +122,7 @@ def _dataset(source: Source) -> Dataset:
         if Path(source.path).exists():
             data = datasets.load_from_disk(source.path)
         else:
-            data = datasets.load_dataset(source.path, split=source.split)
+            data = datasets.load_dataset(source.path, source.name or None, split=source.split)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"path={source.path!r} is no .jsonl file, no folder written by save_to_disk and no datasets id with split={source.split!r} "

@@ -89,6 +89,13 @@ class ChatTemplate:
         turns, mark = self._protect(messages)
         return np.array(self._tokenize(self._render(turns, add_generation_prompt=True), mark)[0], np.int32)
 
+    def plain(self, text: str, goes_on: bool = False) -> np.ndarray:
+        """Tokens int32 [L] of text without a template, opened by bos where the tokenizer opens a text so and this one goes on from none."""
+        bos = self.tokenizer.bos_token_id
+        # Only some tokenizers that have a bos token start a text with it.
+        opens = not goes_on and self.tokenizer("")["input_ids"][:1] == [bos]
+        return np.array([bos] * opens + self._encode_text(text).ids, np.int32)
+
     def encode_row(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [L + 1] and mask uint8 [L] of a row of `messages`, of `prompt` and `response`, or of `tokens`, tried in this order.
 
@@ -166,11 +173,10 @@ class ChatTemplate:
         return encoding
 
     def _encode_plain(self, prompt: str, response: str) -> tuple[np.ndarray, np.ndarray]:
-        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError("the tokenizer has neither a chat template nor an eos token; give template= or set tokenizer.eos_token")
-        opens = self.tokenizer("")["input_ids"][:1] == [bos]  # only some tokenizers that have a bos token start a text with it
-        given = [bos] * opens + self._encode_text(prompt).ids
+        given = self.plain(prompt).tolist()
         answer = [*self._encode_text(response).ids, eos]
         trained = np.repeat(np.array([0, 1], np.uint8), [len(given), len(answer)])
         return _checked(np.array(given + answer, np.int32), trained[1:])

@@ -43,7 +43,7 @@ class Policy:
         self.model = own.with_scalar_head() if start.head == "scalar" else own
         self.has_fresh_head = self.folder is not None and self.model.head != own.head
         self.optim, self.parallel, self.world = optim, parallel, world
-        self.dtype = _dtype(start, world)
+        self.dtype = dtype_of(start, world)
         parallel.check(self.model, world.size)
         self.seat = ExitStack()
         self.seat.enter_context(seat.taken(world))
@@ -306,7 +306,8 @@ def shape_of(folder: Path | None) -> Llama:
         raise ValueError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
 
 
-def _dtype(model: Model, world: World) -> torch.dtype:
+def dtype_of(model: Model, world: World) -> torch.dtype:
+    """The dtype that `model` computes in: what it says, else float32 on CPUs and bfloat16 elsewhere."""
     if model.dtype == "auto":
         return torch.float32 if world.seat == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]

@@ -13,6 +13,8 @@ __all__ = ["VERIFIERS", "Unjudged", "Verdict", "Verifier", "verifier"]
 
 # Where each is defined; imported when it is asked for, because some bring large libraries.
 VERIFIERS = {
+    "code": "engine.verify.code:CODE",
+    "contains": "engine.verify.contains:CONTAINS",
     "exact": "engine.verify.exact:EXACT",
     "gsm8k": "engine.verify.gsm8k:GSM8K",
     "ifeval": "engine.verify.ifeval:IFEVAL",

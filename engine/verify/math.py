@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from math_verify import LatexExtractionConfig, parse
 from math_verify import verify as equal_expressions
@@ -22,7 +22,7 @@ from sympy.core.random import seed
 from engine.verify.pool import alone
 from engine.verify.verdict import Verdict, Verifier
 
-LONGEST = 1000  # characters of an answer; the longest of MATH has 159
+LONGEST = 1000  # characters of an answer; the longest of MATH has 81
 LIMIT_S = 5.0
 LATEX_ONLY = (LatexExtractionConfig(),)  # the library's other reader passes text to eval
 
@@ -106,13 +106,14 @@ def _by_normal_form(found: str, wanted: str) -> Verdict | None:
     ours, theirs = normal_form(found), normal_form(wanted)
     if ours == theirs:
         return Verdict(True, f"{_short(found)} is the truth as written")
-    a, b = _rational(ours), _rational(theirs)
-    if a is None or b is None or ("%" in found) != ("%" in wanted):
+    a, b = _numbers(ours), _numbers(theirs)
+    if a is None or b is None or a.brackets != b.brackets or ("%" in found) != ("%" in wanted):
         return None
     if a == b:
-        return Verdict(True, f"{_short(found)} is the truth as a number")
+        return Verdict(True, f"{_short(found)} is the truth in numbers")
     exact = "." not in ours and "." not in theirs
-    return Verdict(False, f"{_short(found)} is another number") if exact or abs(a - b) > abs(b) / 1000 else None
+    apart = len(a.values) != len(b.values) or any(abs(x - y) > abs(y) / 1000 for x, y in zip(a.values, b.values, strict=True))
+    return Verdict(False, f"{_short(found)} is not the truth in numbers") if exact or apart else None
 
 
 def _by_library(found: str, wanted: str) -> Verdict:
@@ -121,12 +122,13 @@ def _by_library(found: str, wanted: str) -> Verdict:
     try:
         ours, theirs = (parse(rf"\boxed{{{answer}}}", LATEX_ONLY, parsing_timeout=0) for answer in (found, wanted))  # type: ignore[arg-type]
         same = equal_expressions(theirs, ours, timeout_seconds=0)
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         return Verdict(False, f"{_short(found)} cannot be compared: {type(error).__name__}")
     return Verdict(same, f"{_short(found)} {'equals' if same else 'does not equal'} the truth")
 
 
-UNITS = "units?|dollars?|cents?|degrees?|inch(?:es)?|feet|foot|miles?|[ckm]?m|meters?|mph|pounds?|grams?|k?g|hours?|minutes?|seconds?|days?"
+# Those of one letter are left to the library: 3m may be three times m.
+UNITS = "units?|dollars?|cents?|degrees?|inch(?:es)?|feet|foot|miles?|[ckm]m|meters?|mph|pounds?|grams?|kg|hours?|minutes?|seconds?|days?"
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -163,6 +165,20 @@ def normal_form(answer: str) -> str:
     for pattern, replacement in REWRITES:
         answer = pattern.sub(replacement, answer)
     return answer
+
+
+class Numbers(NamedTuple):
+    """A number, or a point or an interval of numbers."""
+
+    brackets: str
+    values: list[Fraction]
+
+
+def _numbers(form: str) -> Numbers | None:
+    brackets = form[0] + form[-1] if form[:1] in ("(", "[") and form[-1:] in (")", "]") else ""
+    values = [_rational(part) for part in (form[1:-1].split(",") if brackets else [form])]
+    known = [value for value in values if value is not None]
+    return Numbers(brackets, known) if len(known) == len(values) else None
 
 
 def _rational(form: str) -> Fraction | None:

@@ -27,6 +27,7 @@ MEMORY_BYTES = 4 << 30  # of a worker's address space: an expression that would 
 GRACE_S = 15.0  # how long after its limit a worker may stay silent before it is taken for stuck
 IN_FLIGHT = 8  # tasks a worker is given ahead of its answers, so that it never waits for the next one
 IN_FLIGHT_CHARACTERS = 1 << 14  # and no more text than a pipe holds, so that the parent never waits either
+REASON_CHARACTERS = 1000  # so that a worker never waits for its answers to be read, while the parent waits for it to take a task
 START = "import sys; from engine.verify.worker import serve; serve(int(sys.argv[1]))"
 
 
@@ -133,7 +134,8 @@ def _answer(message: bytes) -> Verdict | Unjudged:
         task: Task = pickle.loads(message)  # imports the verifier's module: before the clock starts
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, task.limit_s)
-        return task.judge(task.response, task.truth)
+        correct, reason = task.judge(task.response, task.truth)
+        return Verdict(bool(correct), reason[:REASON_CHARACTERS])
     except Unjudged as failure:
         return Unjudged(str(failure))
     except MemoryError:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.verify.ifeval.instructions import INSTRUCTIONS
+from engine.verify.pool import alone
 from engine.verify.verdict import Verdict, Verifier
 
 Truth = Mapping[str, Any]
+LONG = 50_000  # characters, from which on eight readings may take seconds: only in a worker that is ended at the limit
 
 
 def follows(response: str, truth: Truth, readings: Callable[[str], list[str]]) -> list[bool]:
@@ -36,12 +38,12 @@ def loose(response: str) -> list[str]:
 
 def verify(response: str, truth: Truth) -> Verdict:
     """Whether the response as it stands follows every instruction."""
-    return _verdict(truth, follows(response, truth, strict))
+    return _judge_strict(response, truth) if len(response) < LONG else alone(IFEVAL, response, truth)
 
 
 def verify_loose(response: str, truth: Truth) -> Verdict:
     """Whether every instruction is followed by one of the eight loose readings, not always the same one."""
-    return _verdict(truth, follows(response, truth, loose))
+    return _judge_loose(response, truth) if len(response) < LONG else alone(IFEVAL_LOOSE, response, truth)
 
 
 def check(truth: Any) -> None:
@@ -75,10 +77,18 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+def _judge_strict(response: str, truth: Truth) -> Verdict:
+    return _verdict(truth, follows(response, truth, strict))
+
+
+def _judge_loose(response: str, truth: Truth) -> Verdict:
+    return _verdict(truth, follows(response, truth, loose))
+
+
 def _verdict(truth: Truth, followed: list[bool]) -> Verdict:
     missed = [name for name, ok in zip(truth["instruction_id_list"], followed, strict=True) if not ok]
     return Verdict(not missed, f"does not follow {', '.join(missed)}" if missed else f"follows all {len(followed)}")
 
 
-IFEVAL = Verifier("ifeval", verify, check, judge=verify)
-IFEVAL_LOOSE = Verifier("ifeval_loose", verify_loose, check, judge=verify_loose)
+IFEVAL = Verifier("ifeval", verify, check, judge=_judge_strict)
+IFEVAL_LOOSE = Verifier("ifeval_loose", verify_loose, check, judge=_judge_loose)

@@ -1,0 +1,28 @@
+"""Which answer a policy finds likeliest: log-probabilities of given continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.logprobs import per_token
+from engine.megatron.policy import Policy
+from engine.types import Sample
+
+
+def choose(policy: Policy, prompts: Sequence[np.ndarray], choices: Sequence[Sequence[np.ndarray]], budget: int) -> list[list[float]]:
+    """For each prompt, int32 [L], the natural-log probability of each of its choices, int32 [C], as what follows it.
+
+    On rank 0; the others get an empty list. All ranks must call it. `budget` is the tokens of a microbatch.
+    """
+    pairs = [(prompt, choice) for prompt, each in zip(prompts, choices, strict=True) for choice in each]
+    found = [values for _, block in per_token(policy, policy.logprobs, (_sample(*pair) for pair in pairs), budget) for values in block]
+    sums = [float(values[-len(choice) :].sum()) for values, (_, choice) in zip(found, pairs, strict=False)]
+    total = iter(sums)
+    return [[next(total) for _ in each] for each in choices] if sums else []
+
+
+def _sample(prompt: np.ndarray, choice: np.ndarray) -> Sample:
+    tokens = np.concatenate([prompt, choice])
+    return Sample(tokens, np.ones(len(tokens) - 1, np.uint8))

@@ -1,0 +1,109 @@
+"""A model against suites: get the answers, judge them, say how sure the numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from engine.data.tokenizer import load_tokenizer
+from engine.evals.choices import choose
+from engine.evals.exam import Evaluating, Exam
+from engine.evals.generation import Response, Transformers
+from engine.evals.statistics import Estimate
+from engine.evals.suite import Item, Scores, Suite
+from engine.megatron.policy import Policy, dtype_of
+from engine.verify import Unjudged, Verdict
+from engine.verify.pool import Case, Pool
+from engine.world import World
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered to one item, and how it was judged. `verdicts[r][c]` is of case c of response r."""
+
+    responses: list[Response]
+    verdicts: list[list[Verdict | Unjudged]]
+    scores: Scores | None  # None: the machine failed to judge it, and it counts nowhere
+
+
+@dataclass(frozen=True)
+class Result:
+    """One suite, done."""
+
+    exam: Exam
+    answers: list[Answer]
+
+    @property
+    def metrics(self) -> dict[str, Estimate]:
+        scores = [answer.scores for answer in self.answers if answer.scores is not None]
+        names = dict.fromkeys(chain.from_iterable(scores))
+        return {name: Estimate.of([score[name] for score in scores]) for name in names}
+
+    @property
+    def dropped(self) -> int:
+        return sum(answer.scores is None for answer in self.answers)
+
+
+def evaluate(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> list[Result]:
+    """Every exam's result, on rank 0; the others get an empty list. All ranks must call it."""
+    writing = [exam for exam in exams if exam.decoding]
+    choosing = [exam for exam in exams if not exam.decoding]
+    found: dict[str, list[Answer]] = {}
+    if writing:
+        found |= _write(settings, writing, folder, world)
+    if choosing:
+        found |= _choose(settings, choosing, folder, world)
+    return [Result(exam, found[exam.suite.name]) for exam in exams] if world.rank == 0 else []
+
+
+def _write(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> dict[str, list[Answer]]:
+    tokenizer = load_tokenizer(settings.model.tokenizer or str(folder))
+    model = Transformers(folder, tokenizer, world, dtype_of(settings.model, world), settings.tokens_per_batch)
+    found: dict[str, list[Answer]] = {}
+    for exam in exams:
+        assert exam.decoding is not None
+        mine = range(world.rank, len(exam.items), world.size)
+        responses = model.generate([exam.prompts[i].tolist() for i in mine], mine, exam.decoding, settings.seed)
+        parts: list[list[list[Response]]] = [[] for _ in range(world.size)]
+        dist.gather_object(responses, parts if world.rank == 0 else None)
+        if world.rank == 0:
+            found[exam.suite.name] = judged(exam, [parts[i % world.size][i // world.size] for i in range(len(exam.items))])
+    return found
+
+
+def judged(exam: Exam, responses: list[list[Response]]) -> list[Answer]:
+    """The responses to each item of `exam`, with verdicts and scores. Raises Unjudged when the machine fails to judge 1 % of them."""
+    cases = [
+        [[Case(judge, *pair) for judge in exam.verifiers for pair in exam.suite.cases(item, response.text)] for response in each]
+        for item, each in zip(exam.items, responses, strict=True)
+    ]
+    with Pool() as pool:
+        flat = iter(pool.verify([case for item in cases for response in item for case in response]))
+    answers = []
+    for each, item in zip(responses, cases, strict=True):
+        verdicts = [[next(flat) for _ in response] for response in item]
+        correct = [[v.correct for v in verdict if isinstance(v, Verdict)] for verdict in verdicts]
+        lost = any(isinstance(v, Unjudged) for verdict in verdicts for v in verdict)
+        answers.append(Answer(each, verdicts, None if lost else exam.suite.scores(correct)))
+    return answers
+
+
+def _choose(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> dict[str, list[Answer]]:
+    model = replace(settings.model, path=str(folder))
+    with closing(Policy(model, None, settings.parallel, world)) as policy:
+        found = {e.suite.name: choose(policy, e.prompts, e.choices, settings.tokens_per_microbatch) for e in exams}
+    return {e.suite.name: [_chosen(e.suite, *pair) for pair in zip(e.items, found[e.suite.name], strict=False)] for e in exams}
+
+
+def _chosen(suite_: Suite, item: Item, logprobs: list[float]) -> Answer:
+    best = int(np.argmax(logprobs))
+    reason = "log-probabilities " + ", ".join(f"{choice} {value:.4f}" for choice, value in zip(item.choices, logprobs, strict=True))
+    return Answer(
+        [Response(item.choices[best], 1, "chosen")], [[Verdict(best == item.truth, reason)]], suite_.scores([[best == item.truth]])
+    )

@@ -1,0 +1,45 @@
+"""IFEval: are the instructions of a prompt followed, all of them (prompt level) and each (instruction level), strictly and loosely.
+
+Zhou et al., "Instruction-following evaluation for large language models" (arXiv 2311.07911); 1,280 tokens are lm-eval's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.data.rows import Source
+from engine.evals.generation import Decoding
+from engine.evals.suite import Item, Row, Scores, Suite
+
+
+def item(row: Row, chat: bool) -> Item:
+    return Item(row["prompt"], {name: row[name] for name in ("instruction_id_list", "kwargs", "prompt")})
+
+
+def cases(item: Item, response: str) -> list[tuple[str, Any]]:
+    """Each instruction on its own."""
+    ids, kwargs = item.truth["instruction_id_list"], item.truth["kwargs"]
+    return [(response, item.truth | {"instruction_id_list": [id_], "kwargs": [each]}) for id_, each in zip(ids, kwargs, strict=True)]
+
+
+def scores(verdicts: Sequence[Sequence[bool]]) -> Scores:
+    """The first half of a response's verdicts is strict, the second loose."""
+    found: Scores = {f"{level}, {how}": [] for level in ("prompt", "instruction") for how in ("strict", "loose")}
+    for verdict in verdicts:
+        half = len(verdict) // 2
+        for how, followed in (("strict", verdict[:half]), ("loose", verdict[half:])):
+            found[f"prompt, {how}"].append(float(all(followed)))
+            found[f"instruction, {how}"] += map(float, followed)
+    return found
+
+
+IFEVAL = Suite(
+    name="ifeval",
+    source=Source("google/IFEval"),
+    item=item,
+    decoding=Decoding(max_tokens=1280),
+    verifiers=("ifeval", "ifeval_loose"),
+    cases=cases,
+    scores=scores,
+)
