@@ -1,6 +1,6 @@
 """The curves of preference runs, side by side: python -m benchmarks.curves runs/gsm8k_dpo runs/gsm8k_dpo_plain
 
-Draws held-out accuracy, loss and length bias over steps into results/dpo_curves_<date>.png, and writes the page beside it.
+Draws held-out accuracy, loss and length bias over steps into results/dpo_curves_cpu<cores>_<date>.png, and writes the page beside it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ def main() -> None:
         if not any(record["kind"] == "evaluation" for record in story):
             parser.error(f"{name} has no evaluation yet; it needs algorithm.held_out, and a finished step")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    stem = f"dpo_curves_{date.today().isoformat()}"
+    facts = environment() | {
+        "date": date.today().isoformat(),
+        "command": f"python -m benchmarks.curves {' '.join(map(str, arguments.runs))}",
+    }
+    stem = f"dpo_curves_cpu{facts['cores']}_{facts['date']}"
     _draw(stories, RESULTS / f"{stem}.png")
     settings = {run.name: json.loads((run / "run.json").read_text())["run"] for run in arguments.runs}
-    text = page(stories, settings, stem)
+    text = page(stories, settings, facts, stem)
     (RESULTS / f"{stem}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def page(stories: dict[str, list[dict[str, Any]]], settings: dict[str, dict[str, Any]], stem: str) -> str:
-    """The Markdown page of runs: name -> records of metrics.jsonl, and name -> run.json."""
+def page(stories: dict[str, list[dict[str, Any]]], settings: dict[str, dict[str, Any]], facts: dict[str, Any], stem: str) -> str:
+    """The Markdown page of runs: name -> records of metrics.jsonl, and name -> run.json; `facts` say where, `stem` names the picture."""
     blocks = [f"# Preference runs, on held-out pairs\n\n![curves]({stem}.png)"]
     for name, story in stories.items():
         algorithm = {k: v for k, v in settings[name]["algorithm"].items() if not isinstance(v, list | dict)}
@@ -55,7 +59,6 @@ def page(stories: dict[str, list[dict[str, Any]]], settings: dict[str, dict[str,
     blocks.append(
         "While the policy still is the reference (step 0), margins are rounding errors, and accuracy and length_bias are of those."
     )
-    facts = environment() | {"date": date.today().isoformat(), "command": f"python -m benchmarks.curves {' '.join(stories)}"}
     blocks.append("\n".join(["## Where\n", *(f"- {key}: {value}" for key, value in facts.items())]))
     return "\n\n".join(blocks) + "\n"
 

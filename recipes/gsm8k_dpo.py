@@ -12,12 +12,12 @@ run = Run(
     algorithm=DPO(
         sources=(Source("cache/gsm8k_pairs/train.jsonl"),),
         held_out=(Source("cache/gsm8k_pairs/held_out.jsonl"),),
-        batch_size=16,
+        batch_size=8,
         max_length=512,
         too_long="drop",
     ),
     optim=Optim(lr=3e-5, warmup=0.1),
     tokens_per_microbatch=1024,
-    eval_every=8,
+    eval_every=16,
     out="runs/gsm8k_dpo",
 )

@@ -32,10 +32,9 @@ from tests.pool import ranks
 
 SOLUTIONS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_model_solutions.jsonl"
 KINDS = {"sigmoid_norm": {"beta": 5.0, "normalize": True}, "sigmoid": {"beta": 0.1, "normalize": False}}
-TOGETHER = 4  # pairs of a batch of TRL's
 
 
-def real_pairs(folder: Path, count: int = 32) -> list[Pair]:
+def real_pairs(folder: Path, count: int) -> list[Pair]:
     """Right and wrong solutions of the same problems, through the tokenizer of `folder`."""
     chat = ChatTemplate(load_tokenizer(str(folder)))
     made = [row for row in preferences.pairs(row for _, row in read_rows(Source(str(SOLUTIONS)))) if len(row["prompt"]) < 300]
@@ -71,22 +70,22 @@ def ours(world: World, folder: Path, pairs: list[Pair]) -> tuple[list[Pair], dic
 def theirs(folder: Path, pairs: list[Pair], kind: str, out: Path) -> tuple[float, dict[str, Tensor]]:
     """The same by TRL."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.get_input_embeddings().padding_idx = None  # SmolLM2 pads with <|im_end|>: torch would leave that token's row without its gradient
     rows = trl_dpo.rows(pairs)
     settings = {"loss_type": [kind], "beta": KINDS[kind]["beta"], "gradient_checkpointing": False}
     trainer = trl_dpo.trainer(model, load_tokenizer(str(folder)), rows, str(out), **settings)
     trainer.model.train()
     total = 0.0
-    for first in range(0, len(rows), TOGETHER):
-        inputs = trainer.data_collator(rows[first : first + TOGETHER])
-        loss = trainer.compute_loss(trainer.model, inputs) * TOGETHER / len(rows)
+    for row in rows:  # one by one: padded together, a real model's logits would take gigabytes
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator([row])) / len(rows)
         loss.backward()
         total += loss.item()
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def difference(folder: Path, out: Path) -> dict[str, tuple[float, float]]:
+def difference(folder: Path, out: Path, count: int = 32) -> dict[str, tuple[float, float]]:
     """By kind: how far the losses are apart, and the cosine of the gradients over all weights."""
-    pairs, found = ranks(1).run(ours, folder=folder, pairs=real_pairs(folder))[0]
+    pairs, found = ranks(1).run(ours, folder=folder, pairs=real_pairs(folder, count))[0]
     result = {}
     for kind, (loss, gradient) in found.items():
         expected, grads = theirs(folder, pairs, kind, out)
@@ -114,5 +113,5 @@ def test_loss_and_gradient_are_trls(tmp_path: Path) -> None:
         assert cosine >= 0.99999, kind
 
 
-if __name__ == "__main__":  # python -m tests.test_dpo_trl smollm2-135m-instruct: the same with a real model, some minutes
-    print(json.dumps(difference(resolve(sys.argv[1]), Path("runs/trl"))))
+if __name__ == "__main__":  # python -m tests.test_dpo_trl smollm2-135m-instruct 32: the same with a real model, some minutes
+    print(json.dumps(difference(resolve(sys.argv[1]), Path("runs/trl"), int(sys.argv[2]))))
