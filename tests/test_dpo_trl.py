@@ -70,7 +70,8 @@ def ours(world: World, folder: Path, pairs: list[Pair]) -> tuple[list[Pair], dic
 def theirs(folder: Path, pairs: list[Pair], kind: str, out: Path) -> tuple[float, dict[str, Tensor]]:
     """The same by TRL."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.get_input_embeddings().padding_idx = None  # SmolLM2 pads with <|im_end|>: torch would leave that token's row without its gradient
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None  # SmolLM2 pads with <|im_end|>: torch would leave that token's row without its gradient
     rows = trl_dpo.rows(pairs)
     settings = {"loss_type": [kind], "beta": KINDS[kind]["beta"], "gradient_checkpointing": False}
     trainer = trl_dpo.trainer(model, load_tokenizer(str(folder)), rows, str(out), **settings)
