@@ -1,0 +1,194 @@
+#include "units.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+namespace trivet {
+namespace {
+
+constexpr int64_t LONGEST = std::numeric_limits<int32_t>::max();  // cu_seqlens is int32
+
+std::string text(int64_t value) { return std::to_string(value); }
+
+[[noreturn]] void throw_too_long(const std::string& what, int64_t tokens, const Limits& limits) {
+    std::string room = "token_budget=" + text(limits.token_budget);
+    if (limits.capacity() < limits.token_budget) {
+        room += " (" + text(limits.capacity()) + " in multiples of " + text(limits.total_multiple) + ")";
+    }
+    throw std::invalid_argument(what + " has " + text(tokens) + " tokens, more than " + room +
+                                "; raise tokens_per_microbatch or shorten/truncate it");
+}
+
+void check_lengths(const Sequences& sequences) {
+    if (sequences.count > LONGEST) throw std::invalid_argument(text(sequences.count) + " sequences are over 2**31 - 1; split the batch");
+    const auto [shortest, longest] = std::minmax_element(sequences.lengths, sequences.lengths + sequences.count);
+    if (sequences.count == 0 || (*shortest >= 0 && *longest <= LONGEST)) return;
+    const int64_t* wrong = *shortest < 0 ? shortest : longest;
+    const std::string limit = *wrong < 0 ? "at least 0, for a sample of length + 1 token ids" : "at most 2**31 - 1";
+    throw std::invalid_argument("sequence " + text(wrong - sequences.lengths) + " has length " + text(*wrong) + "; a length is " + limit);
+}
+
+// Below 2^62 the sum of all costs, and whatever is compared with it, fits int64; 128 bits find out.
+void check_costs(const Sequences& sequences, const Limits& limits) {
+    constexpr __int128 MOST = static_cast<__int128>(1) << 62;
+    __int128 tokens = 0, squares = 0;
+    for (int64_t i = 0; i < sequences.count; ++i) {
+        const int64_t padded = limits.padded(sequences.lengths[i]);
+        tokens += padded;
+        squares += static_cast<__int128>(padded) * padded;
+    }
+    const Cost& cost = limits.cost;
+    const __int128 slots = static_cast<__int128>(sequences.count + 1) * (limits.ranks * limits.microbatch_multiple + 1);  // more than any plan has
+    // tokens < 2^62 and squares < 2^93, so only the products can overflow; quotients cannot.
+    const bool fits = (cost.token == 0 || tokens <= MOST / cost.token) && (cost.square == 0 || squares <= MOST / cost.square) &&
+                      (cost.microbatch == 0 || slots <= MOST / cost.microbatch) &&
+                      tokens * cost.token + squares * cost.square + slots * cost.microbatch <= MOST;
+    if (!fits) {
+        throw std::invalid_argument("cost=(" + text(cost.microbatch) + ", " + text(cost.token) + ", " + text(cost.square) +
+                                    ") makes these sequences cost more than 2**62; divide all three by a common factor");
+    }
+}
+
+// The unit of each sequence, numbered by first appearance.
+Ids number_units(const Sequences& sequences) {
+    Ids unit_of(sequences.count);
+    std::iota(unit_of.begin(), unit_of.end(), 0);
+    if (sequences.groups == nullptr) return unit_of;
+    std::unordered_map<int64_t, int32_t> unit_of_group;
+    int32_t units = 0;
+    for (int64_t i = 0; i < sequences.count; ++i) {
+        const bool alone = sequences.groups[i] < 0;
+        const int32_t unit = alone ? units : unit_of_group.try_emplace(sequences.groups[i], units).first->second;
+        unit_of[i] = unit;
+        units = std::max(units, unit + 1);
+    }
+    return unit_of;
+}
+
+void collect_members(const Ids& unit_of, Units& units) {
+    for (const int32_t unit : unit_of) ++units.first[unit + 1];
+    std::partial_sum(units.first.begin(), units.first.end(), units.first.begin());
+    Ids next(units.first.begin(), units.first.end() - 1);
+    for (size_t i = 0; i < unit_of.size(); ++i) units.members[next[unit_of[i]]++] = static_cast<int32_t>(i);
+}
+
+void check_steps(const Units& units, const Sequences& sequences) {
+    if (sequences.steps == nullptr) return;
+    for (int32_t u = 0; u < units.size(); ++u) {
+        const int32_t leader = units.members[units.first[u]];
+        for (int32_t m = units.first[u]; m < units.first[u + 1]; ++m) {
+            const int32_t member = units.members[m];
+            if (sequences.steps[member] == sequences.steps[leader]) continue;
+            throw std::invalid_argument("group " + text(sequences.groups[leader]) + " spans steps " + text(sequences.steps[leader]) + " (sequence " +
+                                        text(leader) + ") and " + text(sequences.steps[member]) + " (sequence " + text(member) +
+                                        "); give its sequences one step id");
+        }
+    }
+}
+
+std::string describe(const Units& units, int32_t unit, const Sequences& sequences) {
+    const int32_t leader = units.members[units.first[unit]], size = units.first[unit + 1] - units.first[unit];
+    if (size == 1) return "sequence " + text(leader);
+    return "group " + text(sequences.groups[leader]) + " (" + text(size) + " sequences, the first is " + text(leader) + ")";
+}
+
+void judge_oversize(Units& units, const Sequences& sequences, const Limits& limits) {
+    for (int32_t u = 0; u < units.size(); ++u) {
+        if (units.tokens[u] <= limits.capacity()) continue;
+        if (limits.on_oversize == Oversize::error) throw_too_long(describe(units, u, sequences), units.tokens[u], limits);
+        if (limits.on_oversize == Oversize::drop) units.dropped.push_back(u);
+        if (limits.on_oversize == Oversize::alone && round_up(units.tokens[u], limits.total_multiple) > LONGEST) {
+            throw std::invalid_argument(describe(units, u, sequences) + " has " + text(units.tokens[u]) +
+                                        " tokens, over 2**31 - 1 even in a microbatch of its own; use on_oversize=\"drop\" or shorten it");
+        }
+        units.oversize.insert(units.oversize.end(), units.members.begin() + units.first[u], units.members.begin() + units.first[u + 1]);
+    }
+    std::sort(units.oversize.begin(), units.oversize.end());
+}
+
+// Stable, ascending by the high 32 bits; `largest` bounds them.
+void radix_sort(std::vector<uint64_t>& keys, uint64_t largest) {
+    constexpr int BITS = 11;
+    std::vector<uint64_t> other(keys.size());
+    for (int shift = 32; shift < 64 && (largest >> (shift - 32)) != 0; shift += BITS) {
+        std::array<uint32_t, 1 << BITS> start{};
+        const auto digit = [shift](uint64_t key) { return (key >> shift) & ((1 << BITS) - 1); };
+        for (const uint64_t key : keys) ++start[digit(key)];
+        std::exclusive_scan(start.begin(), start.end(), start.begin(), uint32_t{0});
+        for (const uint64_t key : keys) other[start[digit(key)]++] = key;
+        keys.swap(other);
+    }
+}
+
+// All units that are kept, longest first.
+Ids longest_first(const Units& units) {
+    Ids kept(units.size());
+    std::iota(kept.begin(), kept.end(), 0);
+    if (!units.dropped.empty()) {
+        kept.clear();
+        for (int32_t u = 0; u < units.size(); ++u) {
+            if (!std::binary_search(units.dropped.begin(), units.dropped.end(), u)) kept.push_back(u);
+        }
+    }
+    int64_t longest = 0;  // at most LONGEST, or the unit was refused or dropped
+    for (const int32_t u : kept) longest = std::max(longest, units.tokens[u]);
+    std::vector<uint64_t> keys(kept.size());
+    const auto key_of = [&](int32_t u) { return static_cast<uint64_t>(longest - units.tokens[u]) << 32 | static_cast<uint32_t>(u); };
+    std::transform(kept.begin(), kept.end(), keys.begin(), key_of);
+    radix_sort(keys, longest);
+    std::transform(keys.begin(), keys.end(), kept.begin(), [](uint64_t key) { return static_cast<int32_t>(key & 0xffffffff); });
+    return kept;
+}
+
+void append(Sorted& sorted, const Units& units, int32_t unit) {
+    sorted.unit.push_back(unit);
+    sorted.tokens.push_back(units.tokens[unit]);
+    sorted.cost.push_back(units.cost[unit]);
+    sorted.total_cost += units.cost[unit];
+}
+
+}  // namespace
+
+Units gather_units(const Sequences& sequences, const Limits& limits) {
+    check_lengths(sequences);
+    check_costs(sequences, limits);
+    const Ids unit_of = number_units(sequences);
+    const int32_t size = sequences.count == 0 ? 0 : *std::max_element(unit_of.begin(), unit_of.end()) + 1;
+    Units units{Amounts(size), Amounts(size), Ids(size + 1), Ids(sequences.count), {}, {}};
+    for (int64_t i = 0; i < sequences.count; ++i) {
+        const int64_t padded = limits.padded(sequences.lengths[i]);
+        units.tokens[unit_of[i]] += padded;
+        units.cost[unit_of[i]] += (limits.cost.token + limits.cost.square * padded) * padded;
+    }
+    collect_members(unit_of, units);
+    check_steps(units, sequences);
+    judge_oversize(units, sequences, limits);
+    return units;
+}
+
+std::vector<Sorted> sort_units(const Units& units, const Sequences& sequences, Amounts& step_ids) {
+    if (sequences.steps == nullptr) {
+        step_ids = {0};
+    } else {
+        step_ids.assign(sequences.steps, sequences.steps + sequences.count);
+        std::sort(step_ids.begin(), step_ids.end());
+        step_ids.erase(std::unique(step_ids.begin(), step_ids.end()), step_ids.end());
+    }
+    std::vector<Sorted> steps(step_ids.size());
+    for (const int32_t unit : longest_first(units)) {
+        size_t step = 0;
+        if (sequences.steps != nullptr) {
+            const int64_t id = sequences.steps[units.members[units.first[unit]]];
+            step = std::lower_bound(step_ids.begin(), step_ids.end(), id) - step_ids.begin();
+        }
+        append(steps[step], units, unit);
+    }
+    return steps;
+}
+
+}  // namespace trivet
