@@ -268,8 +268,8 @@ def _sample_source(plan: Plan, samples: Sequence[Sample], ids: list[int]) -> dic
         return [_row(i, name, getattr(sample, name), dtype, int(plan.lengths[i]) + extra) for i, sample in mine.items()]
 
     shared = [name for name in OPTIONAL_FIELDS if all(getattr(sample, name) is not None for sample in mine.values())]
-    fields = {name: (rows(name, np.float32), True) for name in shared}
-    return {"starts": None, "tokens": rows("tokens", np.int32, extra=1), "mask": rows("mask", np.uint8), "fields": fields}
+    always = {"starts": None, "tokens": rows("tokens", np.int32, extra=1), "mask": rows("mask", np.uint8)}
+    return {**always, "fields": {name: (rows(name, np.float32), True) for name in shared}}
 
 
 def _row(index: int, name: str, value: ArrayLike, dtype: DTypeLike, size: int) -> np.ndarray:

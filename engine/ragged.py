@@ -96,7 +96,7 @@ class Arena:
         """[size], holding anything."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < size:
-            buffer = self._buffers[name] = self._allocate(dtype, size + size // 8)
+            buffer = self._buffers[name] = self._allocate(dtype, size + size // 8 + 1)
         return buffer[:size]
 
     def _allocate(self, dtype: torch.dtype, size: int) -> torch.Tensor:
