@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.batching import batch
 from engine.config import Run, to_dict
 from engine.megatron.policy import Policy
+from engine.ragged import Arena
 from engine.report import Report
 from engine.types import LossFunction, Sample
 from engine.world import World
@@ -45,6 +46,7 @@ def train(run: Run, world: World) -> None:
     with closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)) as policy:
         algorithm: Algorithm = run.algorithm.start(policy, run)
         start, steps = policy.load_latest(out), run.steps or algorithm.steps
+        arena = Arena(pinned=world.on_gpu)
         world.first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
         with Report(run, out, is_writer=world.rank == 0, devices=world.size, start=start) as report:
             for note in algorithm.notes:
@@ -57,7 +59,7 @@ def train(run: Run, world: World) -> None:
                 began = time.perf_counter()
                 samples = algorithm.collect(step)
                 lr = run.optim.lr_at(step, steps)
-                metrics = policy.update(batch(samples, run.tokens_per_microbatch, **policy.cut), algorithm.loss, lr)
+                metrics = policy.update(batch(samples, run.tokens_per_microbatch, **policy.cut, out=arena), algorithm.loss, lr)
                 tokens, seconds = sum(s.length for s in samples), time.perf_counter() - began
                 report.step(step, steps, metrics | {"lr": lr}, tokens=tokens, seconds=seconds, memory_gb=world.peak_memory_gb())
                 if due(step + 1, run.save_every) or step + 1 == steps:

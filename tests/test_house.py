@@ -22,6 +22,7 @@ FLOORS = {
     "engine.gguf": 1,
     "engine.data": 1,
     "engine.batching": 1,
+    "engine.ragged": 1,
     "engine.losses": 1,
     "engine.verify": 1,
     "engine.megatron": 2,
