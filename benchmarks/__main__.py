@@ -1,13 +1,13 @@
-"""python -m benchmarks {kernels} …"""
+"""python -m benchmarks {kernels, batching} …"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import kernels
+from benchmarks import batching, kernels
 
-COMMANDS = {"kernels": kernels}  # each a module with add_arguments and main
+COMMANDS = {"kernels": kernels, "batching": batching}  # each a module with add_arguments and main
 
 
 def main() -> int:

@@ -1,0 +1,71 @@
+"""What other engines ship for placing sequences, called as they call it, where it can be imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from benchmarks import planners
+from benchmarks.planners import Placement, Planner
+
+
+def importable() -> list[tuple[str, int, Planner]]:
+    """(name, the most sequences worth asking it for, planner) of each package that is installed."""
+    return list(_found())
+
+
+def _found() -> Iterator[tuple[str, int, Planner]]:
+    for name, largest, module, make in (
+        ("verl get_seqlen_balanced_partitions", 65_536, "verl.utils.seqlen_balancing", _verl),
+        ("TRL _pack_bfd", 65_536, "trl.data_utils", _trl),
+        ("axolotl pack_parallel", 10**9, "axolotl.utils.samplers.multipack", _axolotl),
+    ):
+        try:
+            planner = make(import_module(module))
+        except ImportError as error:
+            print(f"{name}: left out ({error})", flush=True)
+            continue
+        yield name, largest, planner
+
+
+def _verl(module: Any) -> Planner:
+    """Karmarkar-Karp over the ranks, equally many each, which leaves out the last len % ranks; then within each rank."""
+
+    def place(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
+        whole = len(lengths) // ranks * ranks
+        shares = module.get_seqlen_balanced_partitions(list(costs[:whole]), ranks, equal_size=True)
+        rounds = planners.rounds_needed(shares, lengths, budget)
+        parts = (module.get_seqlen_balanced_partitions([costs[i] for i in share], rounds, equal_size=False) for share in shares)
+        return [[[share[i] for i in ids] for ids in part] for share, part in zip(shares, parts, strict=True)]
+
+    return place
+
+
+def _trl(module: Any) -> Planner:
+    """Best fit decreasing, for one rank; its bins are dealt in turn."""
+    import pyarrow as pa
+
+    def place(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
+        # A column of a list a sequence, as long as the sequence and holding its number: its values tell where each went.
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        packed = module._pack_bfd(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, numbers)}), budget)
+        column = packed["input_ids"].combine_chunks()
+        bounds, values = column.offsets.to_numpy(), column.values.to_numpy()
+        bins = [np.unique(values[start:end]).tolist() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [bins[rank::ranks] for rank in range(ranks)]
+
+    return place
+
+
+def _axolotl(module: Any) -> Planner:
+    """First fit in order of arrival, compiled; bins that are no multiple of the ranks are dropped."""
+
+    def place(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
+        bins = module.pack_parallel(np.asarray(lengths), bin_capacity=budget, group_size=100_000, bin_size=200, num_processes=1)
+        return [bins[rank : len(bins) // ranks * ranks : ranks] for rank in range(ranks)]
+
+    return place
