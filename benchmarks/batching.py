@@ -25,6 +25,7 @@ from engine.batching import Plan, build, plan
 from engine.ragged import Arena, Ragged
 
 COST = (0, 24576, 1)
+PROMPT = 100  # tokens of each sequence that are not trained
 ENOUGH_SECONDS = 20.0  # what a contender may take on one problem, over all rounds
 PYTHON = "plain Python: "
 NOTES = (
@@ -185,7 +186,7 @@ def rollouts(count: int) -> Ragged:
     return Ragged(
         tokens=rng.integers(0, 128_000, total + count, dtype=np.int32),
         offsets=np.concatenate(([0], np.cumsum(lengths_N + 1))),
-        mask=rng.integers(0, 2, total, dtype=np.uint8),
+        mask=np.concatenate([np.arange(length) >= PROMPT for length in lengths_N]).astype(np.uint8),
         per_token={"old_logprob": rng.random(total, dtype=np.float32)},
         per_sequence={"advantage": rng.random(count, dtype=np.float32)},
     )

@@ -13,9 +13,11 @@ namespace {
 
 // The indices of `weights` [first, last) from the heaviest on; equal weights keep the order of their indices.
 Ids heaviest_first(const Amounts& weights, int32_t first, int32_t last) {
-    Ids order(last - first);
-    std::iota(order.begin(), order.end(), first);
-    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return weights[a] != weights[b] ? weights[a] > weights[b] : a < b; });
+    std::vector<std::pair<int64_t, int32_t>> keys(last - first);  // (-weight, index): pairs side by side sort faster than indices
+    for (int32_t i = first; i < last; ++i) keys[i - first] = {-weights[i], i};
+    std::sort(keys.begin(), keys.end());
+    Ids order(keys.size());
+    std::transform(keys.begin(), keys.end(), order.begin(), [](const auto& key) { return key.second; });
     return order;
 }
 

@@ -181,48 +181,59 @@ py::tuple collate(const Array<int32_t>& order, const Array<int64_t>& offsets, co
     return py::make_tuple(to_numpy(std::move(segments.cu_seqlens)), to_numpy(std::move(segments.index)), to_numpy(std::move(segments.count)));
 }
 
-int32_t read_int32(PyObject* item) {
-    int overflow = 0;
-    const long value = PyLong_AsLongAndOverflow(item, &overflow);
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    if (overflow != 0 || value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
-        throw std::invalid_argument("a token id is beyond int32");
+struct ReadInt {
+    using Number = int32_t;
+    int32_t operator()(PyObject* item) const {
+        int overflow = 0;
+        const long value = PyLong_AsLongAndOverflow(item, &overflow);
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        if (overflow != 0 || value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
+            throw std::invalid_argument("a token id is beyond int32");
+        }
+        return static_cast<int32_t>(value);
     }
-    return static_cast<int32_t>(value);
-}
+};
 
-uint8_t read_flag(PyObject* item) {
-    const int truth = PyObject_IsTrue(item);
-    if (truth < 0) throw py::error_already_set();
-    return static_cast<uint8_t>(truth);
-}
+// Nearly all flags are one of four objects; told apart without a branch, which random flags would mislead.
+struct ReadFlag {
+    using Number = uint8_t;
+    py::int_ zero{0}, one{1};
+    uint8_t operator()(PyObject* item) const {
+        const unsigned yes = unsigned{item == one.ptr()} + unsigned{item == Py_True};
+        const unsigned known = yes + unsigned{item == zero.ptr()} + unsigned{item == Py_False};
+        if (known != 0) return static_cast<uint8_t>(yes);
+        const int truth = PyObject_IsTrue(item);
+        if (truth < 0) throw py::error_already_set();
+        return static_cast<uint8_t>(truth);
+    }
+};
 
-float read_float(PyObject* item) {
-    if (PyFloat_CheckExact(item)) return static_cast<float>(PyFloat_AS_DOUBLE(item));
-    const double value = PyFloat_AsDouble(item);
-    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-    return static_cast<float>(value);
-}
+struct ReadFloat {
+    using Number = float;
+    float operator()(PyObject* item) const {
+        if (PyFloat_CheckExact(item)) return static_cast<float>(PyFloat_AS_DOUBLE(item));
+        const double value = PyFloat_AsDouble(item);
+        if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+        return static_cast<float>(value);
+    }
+};
 
 // Lists of numbers end to end, and where each begins.
-template <typename T, T (*read)(PyObject*)>
+template <typename Read>
 py::tuple flatten(const std::vector<py::list>& rows) {
     Array<int64_t> offsets(static_cast<py::ssize_t>(rows.size()) + 1);
-    int64_t* bound = offsets.mutable_data();
-    *bound = 0;
-    for (const py::list& row : rows) {
-        bound[1] = *bound + PyList_GET_SIZE(row.ptr());
-        ++bound;
-    }
-    Array<T> flat(*bound);
-    T* out = flat.mutable_data();
-    bound = offsets.mutable_data();
-    for (const py::list& row : rows) {
-        const Py_ssize_t size = *(bound + 1) - *bound;
+    int64_t* bounds = offsets.mutable_data();
+    bounds[0] = 0;
+    for (size_t i = 0; i < rows.size(); ++i) bounds[i + 1] = bounds[i] + PyList_GET_SIZE(rows[i].ptr());
+    Array<typename Read::Number> flat(bounds[rows.size()]);
+    typename Read::Number* out = flat.mutable_data();
+    const Read read;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        PyObject* const row = rows[i].ptr();
+        const Py_ssize_t size = bounds[i + 1] - bounds[i];
         // Reading an item may run Python code that shortens its list.
-        for (Py_ssize_t i = 0; i < size && i < PyList_GET_SIZE(row.ptr()); ++i) out[i] = read(PyList_GET_ITEM(row.ptr(), i));
-        out += size;
-        ++bound;
+        for (Py_ssize_t k = 0; k < size && k < PyList_GET_SIZE(row); ++k) *out++ = read(PyList_GET_ITEM(row, k));
+        if (PyList_GET_SIZE(row) < size) throw std::invalid_argument("a list became shorter while it was read");
     }
     return py::make_tuple(flat, offsets);
 }
@@ -237,7 +248,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("collate", &collate, py::arg("order"), py::arg("offsets"), py::arg("lengths"), py::arg("totals"), py::arg("seq_multiple"),
                py::arg("starts"), py::arg("tokens"), py::arg("mask"), py::arg("fields"), py::arg("tokens_out"), py::arg("targets_out"),
                py::arg("positions_out"), py::arg("mask_out"), py::arg("threads"));
-    module.def("flatten_ints", &flatten<int32_t, read_int32>, py::arg("rows"));
-    module.def("flatten_flags", &flatten<uint8_t, read_flag>, py::arg("rows"));
-    module.def("flatten_floats", &flatten<float, read_float>, py::arg("rows"));
+    module.def("flatten_ints", &flatten<ReadInt>, py::arg("rows"));
+    module.def("flatten_flags", &flatten<ReadFlag>, py::arg("rows"));
+    module.def("flatten_floats", &flatten<ReadFloat>, py::arg("rows"));
 }

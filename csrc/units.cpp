@@ -54,11 +54,15 @@ void check_costs(const Sequences& sequences, const Limits& limits) {
     }
 }
 
+Ids count_up(int64_t count) {
+    Ids numbers(count);
+    std::iota(numbers.begin(), numbers.end(), 0);
+    return numbers;
+}
+
 // The unit of each sequence, numbered by first appearance.
 Ids number_units(const Sequences& sequences) {
     Ids unit_of(sequences.count);
-    std::iota(unit_of.begin(), unit_of.end(), 0);
-    if (sequences.groups == nullptr) return unit_of;
     std::unordered_map<int64_t, int32_t> unit_of_group;
     int32_t units = 0;
     for (int64_t i = 0; i < sequences.count; ++i) {
@@ -70,11 +74,31 @@ Ids number_units(const Sequences& sequences) {
     return unit_of;
 }
 
-void collect_members(const Ids& unit_of, Units& units) {
-    for (const int32_t unit : unit_of) ++units.first[unit + 1];
+int64_t cost_of(int64_t padded, const Cost& cost) { return (cost.token + cost.square * padded) * padded; }
+
+Units every_sequence(const Sequences& sequences, const Limits& limits) {
+    Units units{Amounts(sequences.count), Amounts(sequences.count), count_up(sequences.count + 1), count_up(sequences.count), {}, {}};
+    for (int64_t i = 0; i < sequences.count; ++i) {
+        units.tokens[i] = limits.padded(sequences.lengths[i]);
+        units.cost[i] = cost_of(units.tokens[i], limits.cost);
+    }
+    return units;
+}
+
+Units every_group(const Sequences& sequences, const Limits& limits) {
+    const Ids unit_of = number_units(sequences);
+    const int32_t size = sequences.count == 0 ? 0 : *std::max_element(unit_of.begin(), unit_of.end()) + 1;
+    Units units{Amounts(size), Amounts(size), Ids(size + 1), Ids(sequences.count), {}, {}};
+    for (int64_t i = 0; i < sequences.count; ++i) {
+        const int64_t padded = limits.padded(sequences.lengths[i]);
+        units.tokens[unit_of[i]] += padded;
+        units.cost[unit_of[i]] += cost_of(padded, limits.cost);
+        ++units.first[unit_of[i] + 1];
+    }
     std::partial_sum(units.first.begin(), units.first.end(), units.first.begin());
     Ids next(units.first.begin(), units.first.end() - 1);
-    for (size_t i = 0; i < unit_of.size(); ++i) units.members[next[unit_of[i]]++] = static_cast<int32_t>(i);
+    for (int64_t i = 0; i < sequences.count; ++i) units.members[next[unit_of[i]]++] = static_cast<int32_t>(i);
+    return units;
 }
 
 void check_steps(const Units& units, const Sequences& sequences) {
@@ -127,8 +151,7 @@ void radix_sort(std::vector<uint64_t>& keys, uint64_t largest) {
 
 // All units that are kept, longest first.
 Ids longest_first(const Units& units) {
-    Ids kept(units.size());
-    std::iota(kept.begin(), kept.end(), 0);
+    Ids kept = count_up(units.size());
     if (!units.dropped.empty()) {
         kept.clear();
         for (int32_t u = 0; u < units.size(); ++u) {
@@ -145,11 +168,18 @@ Ids longest_first(const Units& units) {
     return kept;
 }
 
-void append(Sorted& sorted, const Units& units, int32_t unit) {
-    sorted.unit.push_back(unit);
-    sorted.tokens.push_back(units.tokens[unit]);
-    sorted.cost.push_back(units.cost[unit]);
-    sorted.total_cost += units.cost[unit];
+// Deals `order` out to the steps of its units, each of which keeps it.
+std::vector<Sorted> by_step(Ids order, const Units& units, const Sequences& sequences, const Amounts& step_ids) {
+    std::vector<Sorted> steps(step_ids.size());
+    if (steps.size() == 1) {
+        steps[0].unit = std::move(order);
+        return steps;
+    }
+    for (const int32_t unit : order) {
+        const int64_t id = sequences.steps[units.members[units.first[unit]]];
+        steps[std::lower_bound(step_ids.begin(), step_ids.end(), id) - step_ids.begin()].unit.push_back(unit);
+    }
+    return steps;
 }
 
 }  // namespace
@@ -157,15 +187,7 @@ void append(Sorted& sorted, const Units& units, int32_t unit) {
 Units gather_units(const Sequences& sequences, const Limits& limits) {
     check_lengths(sequences);
     check_costs(sequences, limits);
-    const Ids unit_of = number_units(sequences);
-    const int32_t size = sequences.count == 0 ? 0 : *std::max_element(unit_of.begin(), unit_of.end()) + 1;
-    Units units{Amounts(size), Amounts(size), Ids(size + 1), Ids(sequences.count), {}, {}};
-    for (int64_t i = 0; i < sequences.count; ++i) {
-        const int64_t padded = limits.padded(sequences.lengths[i]);
-        units.tokens[unit_of[i]] += padded;
-        units.cost[unit_of[i]] += (limits.cost.token + limits.cost.square * padded) * padded;
-    }
-    collect_members(unit_of, units);
+    Units units = sequences.groups == nullptr ? every_sequence(sequences, limits) : every_group(sequences, limits);
     check_steps(units, sequences);
     judge_oversize(units, sequences, limits);
     return units;
@@ -179,14 +201,16 @@ std::vector<Sorted> sort_units(const Units& units, const Sequences& sequences, A
         std::sort(step_ids.begin(), step_ids.end());
         step_ids.erase(std::unique(step_ids.begin(), step_ids.end()), step_ids.end());
     }
-    std::vector<Sorted> steps(step_ids.size());
-    for (const int32_t unit : longest_first(units)) {
-        size_t step = 0;
-        if (sequences.steps != nullptr) {
-            const int64_t id = sequences.steps[units.members[units.first[unit]]];
-            step = std::lower_bound(step_ids.begin(), step_ids.end(), id) - step_ids.begin();
-        }
-        append(steps[step], units, unit);
+    std::vector<Sorted> steps = by_step(longest_first(units), units, sequences, step_ids);
+    for (Sorted& step : steps) {
+        const auto look_up = [&](const Amounts& amounts) {
+            Amounts found(step.unit.size());
+            std::transform(step.unit.begin(), step.unit.end(), found.begin(), [&](int32_t unit) { return amounts[unit]; });
+            return found;
+        };
+        step.tokens = look_up(units.tokens);
+        step.cost = look_up(units.cost);
+        step.total_cost = std::accumulate(step.cost.begin(), step.cost.end(), int64_t{0});
     }
     return steps;
 }
