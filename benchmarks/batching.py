@@ -29,10 +29,10 @@ PROMPT = 100  # tokens of each sequence that are not trained
 ENOUGH_SECONDS = 20.0  # what a contender may take on one problem, over all rounds
 PYTHON = "plain Python: "
 NOTES = (
-    "Median (min..max) over rounds, in milliseconds of wall time without garbage collection; every round begins with another contender, and",
-    "ratios are taken within a round. Plain Python contenders are the published algorithms written again here (benchmarks/planners.py) on",
-    "lists; Karmarkar-Karp is timed as it is used: over ranks by one process, then within one rank. Fill is tokens / (ranks x microbatches x",
-    "budget); imbalance the costliest rank over the mean; lockstep the same where ranks wait after every microbatch.",
+    "Median (min..max) over rounds, in milliseconds of wall time without garbage collection; every round begins with another contender,",
+    "and ratios are taken within a round. Plain Python contenders are the published algorithms written again (benchmarks/planners.py), on",
+    "lists. Karmarkar-Karp is timed as it is used: over ranks by one process, then within one rank. Fill is tokens / (ranks x microbatches",
+    "x budget); imbalance is the costliest rank over the mean; lockstep the same where ranks wait for each other after every microbatch.",
 )
 
 T = TypeVar("T")
@@ -49,11 +49,14 @@ class Problem:
         return f"{self.count:,} sequences, {self.ranks} ranks, {self.budget:,} tokens a microbatch"
 
 
+Place = Callable[[Problem, np.ndarray, list[int], list[int]], tuple[float, Made]]  # lengths as array and list, costs -> seconds, placement
+
+
 @dataclass(frozen=True)
 class Contender:
     name: str
     largest: int  # the most sequences it can be asked to place within the time of a benchmark
-    place: Callable[[Problem, np.ndarray, list[int], list[int]], tuple[float, Made]]  # -> seconds, placement
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Prints the report as Markdown."""
     facts = {**environment(), "command": "python -m benchmarks batching" + " --peers" * arguments.peers + f" --rounds {arguments.rounds}"}
-    others = [Contender(name, largest, timed_placer(place)) for name, largest, place in peers.importable()] if arguments.peers else []
+    others = [Contender(name, largest, placer(place)) for name, largest, place in peers.importable()] if arguments.peers else []
     placed = {problem: place(problem, [*CONTENDERS, *others], arguments.rounds) for problem in PROBLEMS}
     built = {count: measure_build(count, arguments.rounds) for count in (4096, 65_536)}
     if arguments.json:
@@ -128,7 +131,11 @@ def placement_of(planned: Plan) -> Placement:
     return [[planned.sequences(rank, j).tolist() for j in range(planned.microbatches)] for rank in range(planned.ranks)]
 
 
-def timed_placer(planner: planners.Planner) -> Callable[[Problem, np.ndarray, list[int], list[int]], tuple[float, Made]]:
+def placer(how: planners.Planner | planners.TwoStage) -> Place:
+    return two_stage_placer(how) if isinstance(how, planners.TwoStage) else planner_placer(how)
+
+
+def planner_placer(planner: planners.Planner) -> Place:
     def place(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, Made]:
         seconds, placement = timed(lambda: planner(lengths, costs, problem.ranks, problem.budget))
         return seconds, lambda: placement
@@ -136,21 +143,30 @@ def timed_placer(planner: planners.Planner) -> Callable[[Problem, np.ndarray, li
     return place
 
 
-def place_karmarkar_karp(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, Made]:
-    over, shares = timed(lambda: planners.over_ranks(costs, problem.ranks))
-    rounds = planners.rounds_needed(shares, lengths, problem.budget)
-    within, _ = timed(lambda: planners.within_rank(shares[0], costs, rounds))
-    return over + within, lambda: [planners.within_rank(share, costs, rounds) for share in shares]
+def two_stage_placer(stages: planners.TwoStage) -> Place:
+    """Times the first stage, and the second on one rank."""
+
+    def place(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, Made]:
+        over, shares = timed(lambda: stages.over(costs, problem.ranks))
+        rounds = planners.rounds_needed(shares, lengths, problem.budget)
+        within, _ = timed(lambda: stages.within(shares[0], costs, rounds))
+        return over + within, lambda: [stages.within(share, costs, rounds) for share in shares]
+
+    return place
 
 
 KARMARKAR_KARP = PYTHON + "Karmarkar-Karp"
 CONTENDERS = (
     Contender("engine.batching.plan", 10**9, place_ours),
-    Contender(KARMARKAR_KARP, 65_536, place_karmarkar_karp),
-    Contender(PYTHON + "first fit decreasing", 65_536, timed_placer(planners.first_fit_decreasing)),
-    Contender(PYTHON + "modified first fit decreasing", 65_536, timed_placer(planners.modified_first_fit_decreasing)),
-    Contender(PYTHON + "next fit", 10**9, timed_placer(planners.next_fit)),
+    Contender(KARMARKAR_KARP, 65_536, placer(planners.KARMARKAR_KARP)),
+    Contender(PYTHON + "first fit decreasing", 65_536, placer(planners.first_fit_decreasing)),
+    Contender(PYTHON + "modified first fit decreasing", 65_536, placer(planners.modified_first_fit_decreasing)),
+    Contender(PYTHON + "next fit", 10**9, placer(planners.next_fit)),
 )
+
+
+MEMCPY, SHARE = "memcpy of all that is built, 1 thread", "build the share of 1 rank of 240"
+LISTS = "from Python lists: flatten, plan, build all as one rank"
 
 
 def measure_build(count: int, rounds: int) -> list[Line]:
@@ -161,15 +177,15 @@ def measure_build(count: int, rounds: int) -> list[Line]:
     build(whole, 0, ragged, wide)
     copies = [(copy.take(name, t.dtype, len(t)).numpy(), t.numpy()) for name, t in flat_of(wide, int(whole.totals.sum())).items()]
     work: dict[str, Callable[[], Any]] = {
-        "memcpy of all that is built, 1 thread": lambda: [np.copyto(to, source) for to, source in copies],
+        MEMCPY: lambda: [np.copyto(to, source) for to, source in copies],
         "build all as one rank, 1 thread": lambda: build(whole, 0, ragged, wide, threads=1),
         "build all as one rank, threads=0": lambda: build(whole, 0, ragged, wide),
         "build all, 240 ranks in turn": lambda: [build(shares, rank, ragged, arena) for rank in range(240)],
-        "build the share of 1 rank of 240": lambda: build(shares, 0, ragged, arena),
+        SHARE: lambda: build(shares, 0, ragged, arena),
     }
     if count <= 4096:
         lists = as_lists(ragged)
-        work["from Python lists: flatten, plan, build all as one rank"] = lambda: build_lists(lists, wide)
+        work[LISTS] = lambda: build_lists(lists, wide)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for run in work.values():  # memory is touched and warm from here on
         run()
@@ -194,8 +210,9 @@ def rollouts(count: int) -> Ragged:
 
 def flat_of(arena: Arena, size: int) -> dict[str, torch.Tensor]:
     """The first `size` entries of every buffer."""
-    kinds = {"tokens_out": torch.int32, "targets_out": torch.int32, "positions_out": torch.int32, "mask_out": torch.uint8}
-    return {name: arena.take(name, kind, size) for name, kind in {**kinds, "old_logprob": torch.float32, "advantage": torch.float32}.items()}
+    ids = dict.fromkeys(("tokens_out", "targets_out", "positions_out"), torch.int32)
+    kinds = {**ids, "mask_out": torch.uint8, **dict.fromkeys(("old_logprob", "advantage"), torch.float32)}
+    return {name: arena.take(name, kind, size) for name, kind in kinds.items()}
 
 
 def as_lists(ragged: Ragged) -> tuple[list[Any], ...]:
@@ -223,32 +240,36 @@ def page(placed: dict[Problem, list[Line]], built: dict[int, list[Line]], facts:
     """The report as Markdown."""
     lines = ["# Batching on CPU: placing sequences and building tensors", "", (__doc__ or "").split("\n\n")[1].strip(), *NOTES]
     for problem, found in placed.items():
-        lines += ["", f"## Plan: {problem}", "", *table(PLACED, [placed_row(line, found[0], problem) for line in found])]
+        lines += ["", f"## Plan: {problem}", "", *table(PLACED, [placed_row(line, found[0]) for line in found])]
     for count, found in built.items():
         tokens = int(lengths_of(count).sum())
         header = ("", "ms", "ns a token", "/ memcpy")
         lines += ["", f"## Build: {count:,} sequences, {tokens:,} tokens, 21 bytes each", "", *table(header, built_rows(found, tokens))]
-    return "\n".join([*lines, "", "## Targets", "", *targets(placed, built), "", "## Where", "", *(f"- {k}: {v}" for k, v in facts.items())])
+    where = [f"- {name}: {value}" for name, value in facts.items()]
+    return "\n".join([*lines, "", "## Targets", "", *targets(placed, built), "", "## Where", "", *where])
 
 
 PLACED = ("contender", "ms", "rounds", "/ ours", "microbatches", "fill", "imbalance", "lockstep", "dropped", "over budget")
 
 
-def placed_row(line: Line, ours: Line, problem: Problem) -> list[str]:
-    worth = line.worth
-    assert worth is not None
+def worth_of(line: Line) -> Worth:
+    assert line.worth is not None
+    return line.worth
+
+
+def placed_row(line: Line, ours: Line) -> list[str]:
+    worth = worth_of(line)
     quality = [str(worth.microbatches), f"{worth.fill:.4f}", f"{worth.imbalance:.5f}", f"{worth.lockstep:.5f}", f"{worth.dropped:.1%}"]
     return [line.who, milliseconds(line).text(3), str(len(line.seconds)), ratio(line, ours).text(1), *quality, str(worth.over)]
 
 
 def built_rows(lines: Sequence[Line], tokens: int) -> list[list[str]]:
-    def per_token(line: Line) -> str:
-        return f"{milliseconds(line).median * 1e6 / tokens:.2f}" if "1 rank of" not in line.who else ""
+    def row(line: Line) -> list[str]:
+        if line.who == SHARE:
+            return [line.who, milliseconds(line).text(3), "", ""]
+        return [line.who, milliseconds(line).text(3), f"{milliseconds(line).median * 1e6 / tokens:.2f}", ratio(line, lines[0]).text(2)]
 
-    def against(line: Line) -> str:
-        return ratio(line, lines[0]).text(2) if "1 rank of" not in line.who else ""
-
-    return [[line.who, milliseconds(line).text(3), per_token(line), against(line)] for line in lines]
+    return [row(line) for line in lines]
 
 
 def milliseconds(line: Line) -> Spread:
@@ -264,20 +285,18 @@ def targets(placed: dict[Problem, list[Line]], built: dict[int, list[Line]]) -> 
     small, narrow, large, huge = (placed[problem][0] for problem in PROBLEMS)
     karmarkar_karp = next(line for line in placed[PROBLEMS[2]] if line.who == KARMARKAR_KARP)
     whole, few = ({line.who: line for line in built[count]} for count in (65_536, 4096))
-    memcpy = whole["memcpy of all that is built, 1 thread"]
-    share, lists = whole["build the share of 1 rank of 240"], few["from Python lists: flatten, plan, build all as one rank"]
-    assert small.worth and narrow.worth and large.worth and huge.worth
+    share, lists = whole[SHARE], few[LISTS]
     return [
         verdict("plan 65,536, ms", milliseconds(large).median, 5),
         verdict("plan 1,000,000, ms", milliseconds(huge).median, 100),
         verdict("plan 4,096, ms", milliseconds(small).median, 0.5),
         verdict("plan 65,536, times as fast as Karmarkar-Karp", ratio(karmarkar_karp, large).median, 100, at_least=True),
-        verdict("65,536/240/16,384: imbalance", large.worth.imbalance, 1.001),
-        verdict("65,536/240/16,384: lockstep", large.worth.lockstep, 1.005),
-        verdict("4,096/240/16,384: imbalance", small.worth.imbalance, 1.005),
-        verdict("4,096/240/16,384: lockstep", small.worth.lockstep, 1.005),
-        verdict("4,096/240/8,192: lockstep", narrow.worth.lockstep, 1.06),
-        *(verdict(f"build 65,536, {how}, / memcpy", ratio(whole[f"build all{how}"], memcpy).median, 1.5) for how in BUILDS),
+        verdict("65,536/240/16,384: imbalance", worth_of(large).imbalance, 1.001),
+        verdict("65,536/240/16,384: lockstep", worth_of(large).lockstep, 1.005),
+        verdict("4,096/240/16,384: imbalance", worth_of(small).imbalance, 1.005),
+        verdict("4,096/240/16,384: lockstep", worth_of(small).lockstep, 1.005),
+        verdict("4,096/240/8,192: lockstep", worth_of(narrow).lockstep, 1.06),
+        *(verdict(f"build 65,536, {how}, / memcpy", ratio(whole[f"build all{how}"], whole[MEMCPY]).median, 1.5) for how in BUILDS),
         verdict("build the share of 1 rank of 240 of 65,536, ms", milliseconds(share).median, 1),
         verdict("from Python lists, 4,096, ms", milliseconds(lists).median, 60),
     ]

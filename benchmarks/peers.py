@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from benchmarks import planners
-from benchmarks.planners import Placement, Planner
+from benchmarks.planners import Bins, Placement, Planner, TwoStage
 
 
-def importable() -> list[tuple[str, int, Planner]]:
+def importable() -> list[tuple[str, int, Planner | TwoStage]]:
     """(name, the most sequences worth asking it for, planner) of each package that is installed."""
     return list(_found())
 
 
-def _found() -> Iterator[tuple[str, int, Planner]]:
+def _found() -> Iterator[tuple[str, int, Planner | TwoStage]]:
     for name, largest, module, make in (
         ("verl get_seqlen_balanced_partitions", 65_536, "verl.utils.seqlen_balancing", _verl),
         ("TRL _pack_bfd", 65_536, "trl.data_utils", _trl),
@@ -31,17 +31,14 @@ def _found() -> Iterator[tuple[str, int, Planner]]:
         yield name, largest, planner
 
 
-def _verl(module: Any) -> Planner:
-    """Karmarkar-Karp over the ranks, equally many each, which leaves out the last len % ranks; then within each rank."""
+def _verl(module: Any) -> TwoStage:
+    """Karmarkar-Karp; the last len % ranks sequences are left out."""
+    partition = module.get_seqlen_balanced_partitions
 
-    def place(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
-        whole = len(lengths) // ranks * ranks
-        shares = module.get_seqlen_balanced_partitions(list(costs[:whole]), ranks, equal_size=True)
-        rounds = planners.rounds_needed(shares, lengths, budget)
-        parts = (module.get_seqlen_balanced_partitions([costs[i] for i in share], rounds, equal_size=False) for share in shares)
-        return [[[share[i] for i in ids] for ids in part] for share, part in zip(shares, parts, strict=True)]
+    def within(share: list[int], costs: Sequence[int], rounds: int) -> Bins:
+        return [[share[i] for i in ids] for ids in partition([costs[i] for i in share], rounds, equal_size=False)]
 
-    return place
+    return TwoStage(lambda costs, ranks: partition(list(costs[: len(costs) // ranks * ranks]), ranks, equal_size=True), within)
 
 
 def _trl(module: Any) -> Planner:
@@ -55,7 +52,7 @@ def _trl(module: Any) -> Planner:
         packed = module._pack_bfd(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, numbers)}), budget)
         column = packed["input_ids"].combine_chunks()
         bounds, values = column.offsets.to_numpy(), column.values.to_numpy()
-        bins = [np.unique(values[start:end]).tolist() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        bins = [np.unique(values[start:end]).tolist() for start, end in pairwise(bounds)]
         return [bins[rank::ranks] for rank in range(ranks)]
 
     return place

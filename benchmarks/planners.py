@@ -17,6 +17,15 @@ Planner = Callable[[Sequence[int], Sequence[int], int, int], Placement]
 
 
 @dataclass(frozen=True)
+class TwoStage:
+    """A planner in two parts: by cost over the ranks, equally many each, which one process does for all; then by cost over the
+    microbatches of each rank, as many as the fullest rank needs, which every rank does for itself."""
+
+    over: Callable[[Sequence[int], int], Bins]  # (costs, ranks) -> sequence ids by rank
+    within: Callable[[list[int], Sequence[int], int], Bins]  # (share of a rank, costs, microbatches) -> sequence ids by microbatch
+
+
+@dataclass(frozen=True)
 class Worth:
     """What a placement is worth, in the terms of engine.batching.Stats."""
 
@@ -75,8 +84,8 @@ def first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], ranks: in
 
 
 def modified_first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
-    """Johnson and Garey 1985: a bin for each sequence over half a budget; medium ones (over a third) into those with most room last; pairs of
-    small ones where no medium went; what is left first fit decreasing."""
+    """Johnson and Garey 1985: a bin for each sequence over half a budget; forwards through them one of over a third, backwards two of
+    over a sixth where that found none, forwards whatever fits; what is left first fit decreasing."""
     order = longest_first(lengths)
     large = [i for i in order if lengths[i] > budget / 2]
     medium = [i for i in order if budget / 3 < lengths[i] <= budget / 2]
@@ -105,32 +114,23 @@ def modified_first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], 
     return dealt(bins + [[rest[i] for i in ids] for ids in again], lengths, ranks)
 
 
-def karmarkar_karp(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
-    """By cost over the ranks, equally many each; then by cost over the microbatches of each rank, as many as the fullest rank needs."""
-    shares = over_ranks(costs, ranks)
-    rounds = rounds_needed(shares, lengths, budget)
-    return [within_rank(share, costs, rounds) for share in shares]
+def rounds_needed(shares: Bins, lengths: Sequence[int], budget: int) -> int:
+    return max(-(-sum(lengths[i] for i in share) // budget) for share in shares)
 
 
 def over_ranks(costs: Sequence[int], ranks: int) -> Bins:
-    """The first half of karmarkar_karp, which one process does for all ranks."""
     short = -len(costs) % ranks  # sequences that do not exist fill the last set
     shares = largest_differencing([*costs, *[0] * short], ranks, equal_size=True)
     return [[i for i in share if i < len(costs)] for share in shares]
 
 
-def rounds_needed(shares: Bins, lengths: Sequence[int], budget: int) -> int:
-    return max(-(-sum(lengths[i] for i in share) // budget) for share in shares)
-
-
 def within_rank(share: list[int], costs: Sequence[int], rounds: int) -> Bins:
-    """The second half, which every rank does for itself."""
     return [[share[i] for i in part] for part in largest_differencing([costs[i] for i in share], rounds)]
 
 
 def largest_differencing(costs: Sequence[int], parts: int, equal_size: bool = False) -> Bins:
-    """Karmarkar and Karp 1982 for any number of parts: the two partial partitions of largest spread are merged, heavy on light, until one is
-    left. equal_size: every part gets as many, which len(costs) must allow."""
+    """Karmarkar and Karp 1982 for any number of parts: the two partial partitions of largest spread are merged, heavy on light, until
+    one is left. equal_size: every part gets as many, which len(costs) must allow."""
     order = sorted(range(len(costs)), key=lambda i: (costs[i], i))
     chunk = parts if equal_size else 1
     states = []
@@ -170,3 +170,6 @@ def dealt(bins: Bins, lengths: Sequence[int], ranks: int) -> Placement:
         for part in (b, len(bins) - 1):
             heapq.heappush(fullest, (-sum(lengths[i] for i in bins[part]), part))
     return [bins[rank::ranks] for rank in range(ranks)]
+
+
+KARMARKAR_KARP = TwoStage(over_ranks, within_rank)

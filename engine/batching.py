@@ -1,7 +1,7 @@
 """From samples to the microbatches of a rank: `plan` says which sequence goes where, `build` makes the tensors of one rank.
 
-Both are pure. A plan depends on lengths alone, is computed in integers, and ties go to the lower index: so every data-parallel rank computes
-the same one from the same lengths and builds its own share without a word to the others. The work is done in C++ (csrc/).
+Both are pure. A plan depends on lengths alone, is computed in integers, and ties go to the lower index: so every data-parallel rank
+computes the same one from the same lengths and builds its own share without a word to the others. The work is done in C++ (csrc/).
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def plan(
         on_oversize=on_oversize,
     )
     dropped = len(lengths_N) - len(found["order"])
-    stats = Stats(*(found.pop(name) for name in ("fill", "imbalance", "lockstep")), tuple(found.pop("algorithms")), dropped)
-    denominators = Denominators(*(found.pop(f"trained_{name}") for name in ("tokens", "sequences", "groups")))
+    rates = {name: found.pop(name) for name in ("fill", "imbalance", "lockstep")}
+    stats = Stats(**rates, algorithms=tuple(found.pop("algorithms")), dropped=dropped)
+    denominators = Denominators(**{name: found.pop(f"trained_{name}") for name in ("tokens", "sequences", "groups")})
     return Plan(lengths=lengths_N, ranks=ranks, seq_multiple=seq_multiple, denominators=denominators, stats=stats, **found)
 
 
@@ -226,9 +227,7 @@ def _check_limits(ranks: int, token_budget: int, seq_multiple: int, total_multip
         raise ValueError(f"ranks={ranks} times microbatch_multiple={microbatch_multiple} is over {MOST}; lower one of them")
     for name, multiple in (("seq_multiple", seq_multiple), ("total_multiple", total_multiple)):
         if token_budget < multiple:
-            raise ValueError(
-                f"token_budget={token_budget} is below {name}={multiple}; raise tokens_per_microbatch to {multiple} or more"
-            )
+            raise ValueError(f"token_budget={token_budget} is below {name}={multiple}; raise tokens_per_microbatch to {multiple} or more")
 
 
 def _check_choices(cost: tuple[int, int, int], sync: str, on_oversize: str) -> None:

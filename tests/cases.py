@@ -83,17 +83,20 @@ def cases(draw: st.DrawFn, max_size: int = 40) -> Case:
     on_oversize = draw(st.sampled_from(["error", "alone", "drop"]))
     longest = capacity // seq_multiple * seq_multiple if on_oversize == "error" else 100
     lengths = draw(st.lists(st.integers(0, longest) | st.just(longest) | st.just(min(1, longest)), max_size=max_size))
-    column = dict(min_size=len(lengths), max_size=len(lengths))
+
+    def column(least: int, most: int) -> st.SearchStrategy[list[int]]:
+        return st.lists(st.integers(least, most), min_size=len(lengths), max_size=len(lengths))
+
     case = Case(
         lengths,
-        draw(st.lists(st.integers(-1, 6), **column)),
+        draw(column(-1, 6)),
         draw(st.integers(1, 6)),
         token_budget,
         total_multiple,
         draw(st.integers(1, 4)),
         seq_multiple,
-        draw(st.none() | st.lists(st.integers(-1, 2), **column)),
-        draw(st.none() | st.lists(st.integers(0, 9), **column)),
+        draw(st.none() | column(-1, 2)),
+        draw(st.none() | column(0, 9)),
         draw(st.sampled_from([(0, 1, 0), (0, 100, 1), (500, 100, 1), (3, 0, 2), (0, 0, 0)])),
         draw(st.sampled_from(["microbatch", "step"])),
         on_oversize,

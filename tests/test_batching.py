@@ -1,6 +1,7 @@
 """Plans against slow Python: every sequence once, within the budget, equally many microbatches on every rank, of nearly equal cost."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_rollouts_are_balanced(count: int, ranks: int, budget: int, imbalance: f
     lengths = lognormal(count)
     planned = plan(lengths, ranks, budget, cost=(0, 24576, 1))
     assert sorted(planned.order.tolist()) == list(range(count))
-    assert planned.microbatches == -(-(-(-int(lengths.sum()) // budget)) // ranks)  # the lower bound
+    assert planned.microbatches == math.ceil(lengths.sum() / budget / ranks)  # the lower bound
     assert planned.stats.imbalance <= imbalance
     assert planned.stats.lockstep <= lockstep
     assert planned.totals.max() <= budget
@@ -235,7 +236,10 @@ def test_costs_beyond_float64_are_exact() -> None:
         ({"lengths": [3, 8], "total_multiple": 3}, "sequence 1 has 8 tokens, more than token_budget=8 (6 in multiples of 3); raise"),
         ({"lengths": [3, 7], "seq_multiple": 5}, "sequence 1 has 10 tokens, more than token_budget=8; raise"),
         ({"lengths": [1, 5, 5], "group_ids": [0, 7, 7]}, "group 7 (2 sequences, the first is 1) has 10 tokens, more than token_budget=8"),
-        ({"group_ids": [2, 2], "step_ids": [0, 1]}, "group 2 spans steps 0 (sequence 0) and 1 (sequence 1); give its sequences one step id"),
+        (
+            {"group_ids": [2, 2], "step_ids": [0, 1]},
+            "group 2 spans steps 0 (sequence 0) and 1 (sequence 1); give its sequences one step id",
+        ),
         ({"lengths": [3, 2**31]}, "sequence 1 has length 2147483648; a length is at most 2**31 - 1"),
         ({"lengths": [2**31 - 1], "total_multiple": 8, "on_oversize": "alone"}, "over 2**31 - 1 even in a microbatch of its own"),
         ({"lengths": [3, -1]}, "sequence 1 has length -1; a length is at least 0"),

@@ -95,7 +95,9 @@ def test_logprobs(size: int, parallel: Parallel) -> None:
 
 def test_the_shares_of_240_ranks_are_the_batch_of_one() -> None:
     """Loss, gradient norm and denominator of a step do not know that 240 ranks planned it, some with nothing but padding."""
-    (many, counted), (one, counted_by_one) = (ranks(1).run(jobs_batching.step_of_many_ranks, model=UNTIED, ranks=n, count=300)[0] for n in (240, 1))
+    (many, counted), (one, counted_by_one) = (
+        ranks(1).run(jobs_batching.step_of_many_ranks, model=UNTIED, ranks=n, count=300)[0] for n in (240, 1)
+    )
     assert many == pytest.approx(one, rel=1e-5)
     assert counted == counted_by_one == sum(int(sample.mask.sum()) for sample in jobs.samples(3, 300))
 

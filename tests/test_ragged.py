@@ -168,7 +168,7 @@ def test_views_and_wider_types_are_read_right() -> None:
 def test_lists_arrays_and_tensors_make_the_same() -> None:
     rows, masks, values = [[1, 2, 3], [4], [5, 6]], [[True, False], [], [2]], [[0.5, 1], [], [-3]]
     lists = Ragged.of(rows, masks, {"value": values}, {"advantage": [1, 2, 3]})
-    arrays = Ragged.of(*([np.array(row, kind) for row in x] for x, kind in ((rows, np.int64), (masks, np.uint8))), {"value": values})
+    arrays = Ragged.of([np.array(row) for row in rows], [np.array(row, np.uint8) for row in masks], {"value": values})
     tensors = Ragged.of([torch.tensor(row) for row in rows], masks, {"value": [torch.tensor(row) for row in values]})  # pyright: ignore[reportArgumentType]
     assert lists.tokens.tolist() == arrays.tokens.tolist() == tensors.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert lists.offsets.tolist() == arrays.offsets.tolist() == tensors.offsets.tolist() == [0, 3, 4, 6]
@@ -201,7 +201,12 @@ def test_ragged_names_the_sequence_and_the_field(arguments: Any, message: str) -
 def test_ragged_refuses_buffers_that_do_not_fit() -> None:
     tokens, offsets, mask = np.arange(5, dtype=np.int32), np.array([0, 3, 5]), np.ones(3, np.uint8)
     Ragged(tokens, offsets, mask)
-    for wrong in ((tokens, offsets[:-1], mask), (tokens[:4], offsets, mask), (tokens, offsets, mask[:2]), (tokens.astype(np.int64), offsets, mask)):
+    for wrong in (
+        (tokens, offsets[:-1], mask),
+        (tokens[:4], offsets, mask),
+        (tokens, offsets, mask[:2]),
+        (tokens.astype(np.int64), offsets, mask),
+    ):
         with pytest.raises(ValueError, match=r"offsets must be|pass contiguous"):
             Ragged(*wrong)
     with pytest.raises(ValueError, match=r"sequence 0 has length -1"):
