@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -26,7 +27,7 @@ def _found() -> Iterator[tuple[str, int, Planner | TwoStage]]:
         try:
             planner = make(import_module(module))
         except ImportError as error:
-            print(f"{name}: left out ({error})", flush=True)
+            print(f"{name}: left out ({error})", file=sys.stderr)
             continue
         yield name, largest, planner
 
