@@ -1,7 +1,6 @@
 #include "units.h"
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -43,7 +42,7 @@ void check_costs(const Sequences& sequences, const Limits& limits) {
         squares += static_cast<__int128>(padded) * padded;
     }
     const Cost& cost = limits.cost;
-    const __int128 slots = static_cast<__int128>(sequences.count + 1) * (limits.ranks * limits.microbatch_multiple + 1);  // more than any plan has
+    const __int128 slots = static_cast<__int128>(sequences.count + 1) * (limits.ranks * limits.microbatch_multiple + 1);  // no plan has more
     // tokens < 2^62 and squares < 2^93, so only the products can overflow; quotients cannot.
     const bool fits = (cost.token == 0 || tokens <= MOST / cost.token) && (cost.square == 0 || squares <= MOST / cost.square) &&
                       (cost.microbatch == 0 || slots <= MOST / cost.microbatch) &&
@@ -135,36 +134,28 @@ void judge_oversize(Units& units, const Sequences& sequences, const Limits& limi
     std::sort(units.oversize.begin(), units.oversize.end());
 }
 
-// Stable, ascending by the high 32 bits; `largest` bounds them.
-void radix_sort(std::vector<uint64_t>& keys, uint64_t largest) {
-    constexpr int BITS = 11;
-    std::vector<uint64_t> other(keys.size());
-    for (int shift = 32; shift < 64 && (largest >> (shift - 32)) != 0; shift += BITS) {
-        std::array<uint32_t, 1 << BITS> start{};
-        const auto digit = [shift](uint64_t key) { return (key >> shift) & ((1 << BITS) - 1); };
-        for (const uint64_t key : keys) ++start[digit(key)];
-        std::exclusive_scan(start.begin(), start.end(), start.begin(), uint32_t{0});
-        for (const uint64_t key : keys) other[start[digit(key)]++] = key;
-        keys.swap(other);
+// Sorts `units` by tokens from `longest` down, equal ones as they come: radix sort, one pass while longest < 2^14.
+void sort_longest_first(Ids& units, const Amounts& tokens, int64_t longest) {
+    constexpr int BITS = 14;
+    Ids other(units.size());
+    for (int shift = 0; (longest >> shift) != 0; shift += BITS) {
+        const auto digit = [&](int32_t unit) { return ((longest - tokens[unit]) >> shift) & ((1 << BITS) - 1); };
+        Ids start(1 << BITS);
+        for (const int32_t unit : units) ++start[digit(unit)];
+        std::exclusive_scan(start.begin(), start.end(), start.begin(), 0);
+        for (const int32_t unit : units) other[start[digit(unit)]++] = unit;
+        units.swap(other);
     }
 }
 
 // All units that are kept, longest first.
 Ids longest_first(const Units& units) {
     Ids kept = count_up(units.size());
-    if (!units.dropped.empty()) {
-        kept.clear();
-        for (int32_t u = 0; u < units.size(); ++u) {
-            if (!std::binary_search(units.dropped.begin(), units.dropped.end(), u)) kept.push_back(u);
-        }
-    }
-    int64_t longest = 0;  // at most LONGEST, or the unit was refused or dropped
-    for (const int32_t u : kept) longest = std::max(longest, units.tokens[u]);
-    std::vector<uint64_t> keys(kept.size());
-    const auto key_of = [&](int32_t u) { return static_cast<uint64_t>(longest - units.tokens[u]) << 32 | static_cast<uint32_t>(u); };
-    std::transform(kept.begin(), kept.end(), keys.begin(), key_of);
-    radix_sort(keys, longest);
-    std::transform(keys.begin(), keys.end(), kept.begin(), [](uint64_t key) { return static_cast<int32_t>(key & 0xffffffff); });
+    const auto is_dropped = [&](int32_t unit) { return std::binary_search(units.dropped.begin(), units.dropped.end(), unit); };
+    if (!units.dropped.empty()) kept.erase(std::remove_if(kept.begin(), kept.end(), is_dropped), kept.end());
+    int64_t longest = 0;
+    for (const int32_t unit : kept) longest = std::max(longest, units.tokens[unit]);
+    sort_longest_first(kept, units.tokens, longest);
     return kept;
 }
 
