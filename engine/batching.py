@@ -6,7 +6,6 @@ computes the same one from the same lengths and builds its own share without a w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -138,7 +137,7 @@ def build(plan: Plan, rank: int, ragged: Ragged | Sequence[Sample], out: Arena |
     T. An empty microbatch is padding only. The optional fields are those of `ragged`; of Samples, those that no sample of the rank lacks.
 
     out: memory to build into, which invalidates what was built there before; None: new memory.
-    threads: at most so many; 0: as many as pay. What is built does not depend on it.
+    threads: at most so many; 0: as many as pay, of those that torch may use. What is built does not depend on it.
 
     Raises ValueError for a rank outside the plan, for sequences that are not those planned, and for a field of the wrong length or type.
     """
@@ -160,7 +159,7 @@ def build(plan: Plan, rank: int, ragged: Ragged | Sequence[Sample], out: Arena |
         **source,
         fields=[(rows, per_token, values[name].numpy()) for name, (rows, per_token) in fields.items()],
         **{name: tensor.numpy() for name, tensor in outputs.items()},
-        threads=threads or max(1, min(size // TOKENS_PER_THREAD, len(os.sched_getaffinity(0)))),
+        threads=threads or max(1, min(size // TOKENS_PER_THREAD, torch.get_num_threads())),
     )
     flat = {
         "tokens_T": outputs["tokens_out"],
