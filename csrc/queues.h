@@ -97,7 +97,7 @@ class Cheapest {
     int32_t take() { return shelves_.take_from(0); }
 
   private:
-    static constexpr int64_t SIZE = 2048;
+    static constexpr int64_t SIZE = 4096;
     Bin* bins_;
     int shift_;
     Shelves shelves_;

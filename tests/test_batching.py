@@ -195,6 +195,16 @@ def test_bins_are_as_few_as_can_be() -> None:
     assert plan(lengths, 1, 16_384).microbatches <= 1.001 * -(-int(lengths.sum()) // 16_384)
 
 
+@pytest.mark.parametrize("budget", [8_192, 12_000, 32_768])
+@pytest.mark.parametrize("ranks", [1, 8, 32, 240])
+@pytest.mark.parametrize("count", [500, 4_096])
+def test_microbatches_are_as_few_as_can_be_up_to_99_8_percent(count: int, ranks: int, budget: int) -> None:
+    lengths = lognormal(count)
+    fewest = math.ceil(lengths.sum() / budget / ranks)
+    if lengths.sum() <= 0.998 * budget * ranks * fewest:
+        assert plan(lengths, ranks, budget, cost=(0, 24576, 1)).microbatches == fewest
+
+
 def test_what_ranks_wait_for_decides() -> None:
     lengths = lognormal(4_096)
     each, once = (plan(lengths, 240, 8_192, cost=(0, 24576, 1), sync=sync).stats for sync in ("microbatch", "step"))
