@@ -6,13 +6,12 @@
 
 namespace trivet {
 
-// Which sequences, by microbatch: those of microbatch j are places offsets[j] to offsets[j + 1] of `order`, into which `lengths` is not yet
-// permuted. totals[j] is T with all padding.
+// Which sequences, by microbatch: those of microbatch j are order[offsets[j] : offsets[j + 1]].
 struct Share {
-    const int32_t* order;
+    const int32_t* order;    // sequence ids
     const int64_t* offsets;  // [microbatches + 1], the first is 0
     const int64_t* lengths;  // by sequence id
-    const int64_t* totals;   // [microbatches]
+    const int64_t* totals;   // [microbatches] T, with all padding
     int64_t microbatches;
     int64_t seq_multiple;
 
