@@ -73,7 +73,7 @@ def test_the_page_says_what_was_met_and_what_was_missed() -> None:
     built = {count: [Line(name, [1e-3] * 3) for name in names] for count in (4096, 65_536)}
     text = batching.page(placed, built, {"commit": "abc"})
     assert "- plan 4,096, ms: 2, target <= 0.5: MISSED" in text
-    assert "- plan 65,536, times as fast as Karmarkar-Karp: 150, target >= 100: met" in text
+    assert "- plan 65,536, times as fast as plain Python: Karmarkar-Karp: 150, target >= 100: met" in text
     assert "| engine.batching.plan | 2.000 (2.000..2.000) | 3 | 1.0 (1.0..1.0) | 2 | 0.5000 | 1.00000 | 1.01000 | 0.0% | 0 |" in text
     assert "- commit: abc" in text
     assert json.loads(json.dumps(batching.as_json(placed, built, {})))["placed"][0]["lines"][1]["seconds"] == [0.3, 0.3]
