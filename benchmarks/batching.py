@@ -166,7 +166,10 @@ CONTENDERS = (
 )
 
 
-MEMCPY, SHARE = "memcpy of all that is built, 1 thread", "build the share of 1 rank of 240"
+MEMCPY = "memcpy of all that is built, 1 thread"
+ALONE, TOGETHER = "build all as one rank, 1 thread", "build all as one rank, threads=0"
+IN_TURN = "build all, 240 ranks in turn"
+SHARE, COLD_SHARE = "build the share of 1 rank of 240, mean of all in turn", "build the share of 1 rank of 240, once, caches cold"
 LISTS = "from Python lists: flatten, plan, build all as one rank"
 
 
@@ -179,10 +182,10 @@ def measure_build(count: int, rounds: int) -> list[Line]:
     copies = [(copy.take(name, t.dtype, len(t)).numpy(), t.numpy()) for name, t in flat_of(wide, int(whole.totals.sum())).items()]
     work: dict[str, Callable[[], Any]] = {
         MEMCPY: lambda: [np.copyto(to, source) for to, source in copies],
-        "build all as one rank, 1 thread": lambda: build(whole, 0, ragged, wide, threads=1),
-        "build all as one rank, threads=0": lambda: build(whole, 0, ragged, wide),
-        "build all, 240 ranks in turn": lambda: [build(shares, rank, ragged, arena) for rank in range(240)],
-        SHARE: lambda: build(shares, 0, ragged, arena),
+        ALONE: lambda: build(whole, 0, ragged, wide, threads=1),
+        TOGETHER: lambda: build(whole, 0, ragged, wide),
+        IN_TURN: lambda: [build(shares, rank, ragged, arena) for rank in range(240)],
+        COLD_SHARE: lambda: build(shares, 0, ragged, arena),
     }
     if count <= 4096:
         lists = as_lists(ragged)
@@ -193,6 +196,7 @@ def measure_build(count: int, rounds: int) -> list[Line]:
     for round_ in range(rounds):
         for name in rotated(list(work), round_):
             seconds[name].append(timed(work[name])[0])
+    seconds[SHARE] = [whole_turn / 240 for whole_turn in seconds[IN_TURN]]
     return [Line(name, found) for name, found in seconds.items()]
 
 
@@ -266,7 +270,7 @@ def placed_row(line: Line, ours: Line) -> list[str]:
 
 def built_rows(lines: Sequence[Line], tokens: int) -> list[list[str]]:
     def row(line: Line) -> list[str]:
-        if line.who == SHARE:
+        if line.who in (SHARE, COLD_SHARE):
             return [line.who, milliseconds(line).text(3), "", ""]
         return [line.who, milliseconds(line).text(3), f"{milliseconds(line).median * 1e6 / tokens:.2f}", ratio(line, lines[0]).text(2)]
 
@@ -286,7 +290,6 @@ def targets(placed: dict[Problem, list[Line]], built: dict[int, list[Line]]) -> 
     small, narrow, large, huge = (placed[problem][0] for problem in PROBLEMS)
     slower = [line for line in placed[PROBLEMS[2]] if line.who == KARMARKAR_KARP or line.who.startswith("verl")]
     whole, few = ({line.who: line for line in built[count]} for count in (65_536, 4096))
-    share, lists = whole[SHARE], few[LISTS]
     return [
         verdict("plan 65,536, ms", milliseconds(large).median, 5),
         verdict("plan 1,000,000, ms", milliseconds(huge).median, 100),
@@ -297,13 +300,10 @@ def targets(placed: dict[Problem, list[Line]], built: dict[int, list[Line]]) -> 
         verdict("4,096/240/16,384: imbalance", worth_of(small).imbalance, 1.005),
         verdict("4,096/240/16,384: lockstep", worth_of(small).lockstep, 1.005),
         verdict("4,096/240/8,192: lockstep", worth_of(narrow).lockstep, 1.06),
-        *(verdict(f"build 65,536, {how}, / memcpy", ratio(whole[f"build all{how}"], whole[MEMCPY]).median, 1.5) for how in BUILDS),
-        verdict("build the share of 1 rank of 240 of 65,536, ms", milliseconds(share).median, 1),
-        verdict("from Python lists, 4,096, ms", milliseconds(lists).median, 60),
+        *(verdict(f"65,536: {who}, / memcpy", ratio(whole[who], whole[MEMCPY]).median, 1.5) for who in (ALONE, TOGETHER, IN_TURN)),
+        *(verdict(f"65,536: {who}, ms", milliseconds(whole[who]).median, 1) for who in (SHARE, COLD_SHARE)),
+        verdict(f"4,096: {LISTS}, ms", milliseconds(few[LISTS]).median, 60),
     ]
-
-
-BUILDS = (" as one rank, 1 thread", " as one rank, threads=0", ", 240 ranks in turn")
 
 
 def verdict(what: str, value: float, target: float, at_least: bool = False) -> str:

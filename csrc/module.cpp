@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -148,8 +147,9 @@ trivet::Share share_of(const Array<int32_t>& order, const Array<int64_t>& offset
         int64_t tokens = 0;
         if (offsets.at(j) > offsets.at(j + 1) || offsets.at(0) != 0) throw std::invalid_argument("offsets must ascend from 0");
         for (int64_t place = offsets.at(j); place < offsets.at(j + 1); ++place) {
-            if (order.at(place) < 0 || order.at(place) >= lengths.size()) throw std::invalid_argument("order names no sequence");
-            tokens += trivet::round_up(std::max<int64_t>(lengths.at(order.at(place)), 0), seq_multiple);
+            const int32_t id = order.at(place);
+            if (id < 0 || id >= lengths.size() || lengths.at(id) < 0) throw std::invalid_argument("order names no sequence");
+            tokens += trivet::round_up(lengths.at(id), seq_multiple);
         }
         if (tokens > totals.at(j)) throw std::invalid_argument("totals has " + std::to_string(totals.at(j)) + " for " + std::to_string(tokens));
     }

@@ -69,7 +69,8 @@ def test_lists_and_buffers_are_the_same_rollouts() -> None:
 def test_the_page_says_what_was_met_and_what_was_missed() -> None:
     worths = Worth(microbatches=2, fill=0.5, imbalance=1.0, lockstep=1.01, dropped=0.0, over=0)
     placed = {p: [Line("engine.batching.plan", [2e-3] * 3, worths), Line(KARMARKAR_KARP, [0.3] * 2, worths)] for p in PROBLEMS}
-    names = [batching.MEMCPY, *(f"build all{how}" for how in batching.BUILDS), batching.SHARE, batching.LISTS]
+    ours = (batching.ALONE, batching.TOGETHER, batching.IN_TURN, batching.SHARE, batching.COLD_SHARE, batching.LISTS)
+    names = [batching.MEMCPY, *ours]
     built = {count: [Line(name, [1e-3] * 3) for name in names] for count in (4096, 65_536)}
     text = batching.page(placed, built, {"commit": "abc"})
     assert "- plan 4,096, ms: 2, target <= 0.5: MISSED" in text

@@ -299,6 +299,7 @@ def test_the_extension_refuses_what_would_overrun_memory() -> None:
         ({"starts": np.array([-1])}, "tokens has 4 entries"),
         ({"totals": np.array([2])}, "totals has 2 for 3"),
         ({"order": np.array([1], np.int32)}, "order names no sequence"),
+        ({"lengths": np.array([-1])}, "order names no sequence"),
         ({"offsets": np.array([0, 2])}, "order, offsets and totals differ"),
         ({"tokens_out": np.zeros(3, np.int32)}, "tokens_out has not the size"),
         ({"fields": [(zeros[:2], True, zeros)]}, "a field has 2 entries"),
