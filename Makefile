@@ -1,12 +1,13 @@
-# make demo    fine-tune a real 135M model on two CPU processes, make a reward model of it and teach it preferences (minutes on 2 cores)
+# make demo    the chain in small: imitation, preference, verified reward (minutes on 2 cores)
 # make test    prove it right        make check   lint, types, the house (a minute)        make build   only install        make bench   measure
+# make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test check aot gpu bench clean
+.PHONY: build demo test check sanitize aot gpu bench clean
 
 build: $(VENV)/built
 
@@ -29,6 +30,18 @@ check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/test_house.py
+
+# The tests of batching on a copy whose C++ is watched by AddressSanitizer and UndefinedBehaviorSanitizer.
+# They must be in the process before python is; python itself leaks at exit, and libstdc++ is preloaded so that exceptions are caught.
+SANITIZED := build/sanitized
+sanitize: build
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r engine triton_kernels tests pyproject.toml $(SANITIZED)/
+	rm -f $(SANITIZED)/engine/_C*.so
+	SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp build/sanitized-objects
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+		$(abspath $(BIN))/python -m pytest tests/test_batching.py tests/test_ragged.py
 
 # What every kernel compiles to for sm_80, sm_90 and sm_100; fails when one spills. No GPU needed.
 aot: build

@@ -1,12 +1,14 @@
-"""Builds csrc into engine._C; everything else about the package is in pyproject.toml."""
+"""Builds csrc into engine._C; everything else about the package is in pyproject.toml. `make sanitize` sets SANITIZE."""
 
+import os
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
+sanitize = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-fsanitize=address,undefined"]
+how = {"extra_compile_args": sanitize, "extra_link_args": sanitize[-1:]} if os.environ.get("SANITIZE") else {"extra_compile_args": ["-O3"]}
+
 setup(
-    ext_modules=[
-        Pybind11Extension("engine._C", sorted(glob("csrc/*.cpp")), depends=glob("csrc/*.h"), cxx_std=17, extra_compile_args=["-O3"]),
-    ],
+    ext_modules=[Pybind11Extension("engine._C", sorted(glob("csrc/*.cpp")), depends=glob("csrc/*.h"), cxx_std=17, **how)],
 )

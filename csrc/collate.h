@@ -1,4 +1,4 @@
-// Lays sequences end to end as one microbatch: token ids, targets, positions, mask and boundaries, each in one pass over memory.
+// The share of one rank as tensors: one pass from where sequences lie to where microbatches lie.
 #pragma once
 
 #include <cstdint>
@@ -6,33 +6,45 @@
 
 namespace trivet {
 
-// One sequence where its owner keeps it: length + 1 token ids, and a mask byte for each of the `length` predictions.
-struct Sequence {
-    const int32_t* tokens;
-    const uint8_t* mask;
-    int64_t length;
+// Which sequences, by microbatch: those of microbatch j are order[offsets[j] : offsets[j + 1]].
+struct Share {
+    const int32_t* order;    // sequence ids
+    const int64_t* offsets;  // [microbatches + 1], the first is 0
+    const int64_t* lengths;  // by sequence id
+    const int64_t* totals;   // [microbatches] T, with all padding
+    int64_t microbatches;
+    int64_t seq_multiple;
+
+    int64_t sequences() const { return offsets[microbatches]; }
 };
 
-// One per-token value of a sequence.
+// A float of each token, or one of each sequence that all its tokens get.
 struct Values {
-    const float* data;
-    int64_t length;
+    std::vector<const float*> of;  // by place in the share
+    bool per_token;
+    float* out;
 };
 
-// Where a microbatch of T tokens is written; cu_seqlens has room for one more than the sequences, and the padding if there is any.
-struct Microbatch {
-    int64_t* tokens_T;
-    int64_t* targets_T;
-    int64_t* positions_T;
-    uint8_t* mask_T;  // 0 or 1
-    int32_t* cu_seqlens;
+// Where the tensors of all microbatches lie, end to end, and by place in the share where they come from.
+struct Batch {
+    std::vector<const int32_t*> tokens;  // L + 1 ids each
+    std::vector<const uint8_t*> mask;    // L each
+    std::vector<Values> values;
+    int32_t *tokens_out, *targets_out, *positions_out;
+    uint8_t* mask_out;  // 0 or 1
 };
 
-// Writes the sequences, then padding up to `total` as one more sequence: tokens and targets 0, positions from 0, masked.
-// `total` is at least the sum of the lengths.
-void collate(const std::vector<Sequence>& sequences, int64_t total, const Microbatch& out);
+// How attention sees a microbatch: its sequences, and each stretch of padding as a sequence of its own.
+struct Segments {
+    std::vector<int32_t> cu_seqlens;  // microbatch after microbatch, one more than segments each
+    std::vector<int32_t> index;       // the sequence's id, -1 for padding
+    std::vector<int64_t> count;       // segments of each microbatch
+};
 
-// Writes the values of the sequences end to end, then zeros up to `total`.
-void collate_values(const std::vector<Values>& values, int64_t total, float* out_T);
+// Writes every tensor; padding is token 0, target 0, positions from 0, mask 0, value 0. `threads` at most; each writes whole
+// microbatches, so what is written does not depend on how many they are.
+void collate(const Share& share, const Batch& batch, int64_t threads);
+
+Segments segments(const Share& share);
 
 }  // namespace trivet

@@ -3,208 +3,187 @@
 #include <algorithm>
 #include <numeric>
 #include <queue>
-#include <stdexcept>
-#include <string>
-#include <unordered_map>
-#include <utility>
 
 namespace trivet {
 namespace {
 
-using Indices = std::vector<int64_t>;
-
-// A unit is what a microbatch must hold whole: a sequence on its own, or all sequences of a group.
-struct Units {
-    Indices tokens;   // [U]
-    Indices first;    // [U + 1], into members
-    Indices members;  // [N] sequence ids, unit after unit
-
-    int64_t size() const { return static_cast<int64_t>(tokens.size()); }
-};
-
-struct Bin {
-    int64_t tokens = 0;
-    Indices units;  // heaviest first
-
-    void add(int64_t unit, int64_t unit_tokens) {
-        units.push_back(unit);
-        tokens += unit_tokens;
-    }
-};
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// The indices of `weights` from the heaviest on; equal weights keep the order of their indices.
-Indices heaviest_first(const Indices& weights) {
-    Indices order(weights.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return weights[a] > weights[b]; });
-    return order;
+Ids range(int32_t first, int32_t last) {
+    Ids ids(last - first);
+    std::iota(ids.begin(), ids.end(), first);
+    return ids;
 }
 
-[[noreturn]] void throw_too_long(const std::string& what, int64_t tokens, const Limits& limits) {
-    std::string room = "token_budget=" + std::to_string(limits.token_budget);
-    if (limits.capacity() < limits.token_budget) {
-        room += " (" + std::to_string(limits.capacity()) + " in multiples of " + std::to_string(limits.total_multiple) + ")";
-    }
-    throw std::invalid_argument(what + " has " + std::to_string(tokens) + " tokens, more than " + room +
-                                "; raise tokens_per_microbatch or shorten/truncate it");
+std::vector<Bin> empty_bins(int64_t count, int64_t capacity) { return std::vector<Bin>(count, Bin{0, capacity, -1}); }
+
+// What is too long for every bin, and so has one of its own, leaves a room of -1.
+void add(Bin& bin, const Sorted& units, int32_t unit) {
+    bin.cost += units.cost[unit];
+    bin.room = std::max<int64_t>(bin.room - units.tokens[unit], -1);
 }
 
-void check_lengths(const int64_t* lengths, int64_t count, const Limits& limits) {
-    for (int64_t i = 0; i < count; ++i) {
-        if (lengths[i] < 0) {
-            throw std::invalid_argument("sequence " + std::to_string(i) + " has length " + std::to_string(lengths[i]) +
-                                        "; a length is at least 0, for a sample of length + 1 token ids");
-        }
-        if (lengths[i] > limits.capacity()) throw_too_long("sequence " + std::to_string(i), lengths[i], limits);
-    }
-}
-
-// The unit of each sequence, numbered by first appearance.
-Indices number_units(const int64_t* groups, int64_t count) {
-    Indices unit_of(count);
-    std::unordered_map<int64_t, int64_t> unit_of_group;
-    int64_t units = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const bool alone = groups == nullptr || groups[i] < 0;
-        const int64_t unit = alone ? units : unit_of_group.try_emplace(groups[i], units).first->second;
-        unit_of[i] = unit;
-        units = std::max(units, unit + 1);
-    }
-    return unit_of;
-}
-
-Units gather_units(const int64_t* lengths, const int64_t* groups, int64_t count) {
-    const Indices unit_of = number_units(groups, count);
-    const int64_t size = count == 0 ? 0 : *std::max_element(unit_of.begin(), unit_of.end()) + 1;
-    Units units{Indices(size), Indices(size + 1), Indices(count)};
-    for (int64_t i = 0; i < count; ++i) {
-        units.tokens[unit_of[i]] += lengths[i];
-        ++units.first[unit_of[i] + 1];
-    }
-    std::partial_sum(units.first.begin(), units.first.end(), units.first.begin());
-    Indices next(units.first.begin(), units.first.end() - 1);
-    for (int64_t i = 0; i < count; ++i) units.members[next[unit_of[i]]++] = i;
-    return units;
-}
-
-void check_groups(const Units& units, const int64_t* groups, const Limits& limits) {
-    for (int64_t u = 0; u < units.size(); ++u) {
-        if (units.tokens[u] <= limits.capacity()) continue;
-        const int64_t first = units.members[units.first[u]];
-        const int64_t size = units.first[u + 1] - units.first[u];
-        const std::string who = " (" + std::to_string(size) + " sequences, the first is " + std::to_string(first) + ")";
-        throw_too_long("group " + std::to_string(groups[first]) + who, units.tokens[u], limits);
-    }
-}
-
-// Finds the first bin with enough room in O(log bins): a tree whose nodes hold the largest room among their leaves.
-class FirstFit {
-  public:
-    FirstFit(int64_t bins, int64_t capacity) {
-        while (leaves_ < bins) leaves_ *= 2;
-        room_.assign(2 * leaves_, capacity);
-    }
-
-    // Takes `tokens` from the first bin that has them. There is one: no unit exceeds the capacity, and there are as many bins as units.
-    int64_t place(int64_t tokens) {
-        int64_t node = 1;
-        while (node < leaves_) node = 2 * node + (room_[2 * node] < tokens);
-        const int64_t bin = node - leaves_;
-        room_[node] -= tokens;
-        while (node /= 2) room_[node] = std::max(room_[2 * node], room_[2 * node + 1]);
-        return bin;
-    }
-
-  private:
-    int64_t leaves_ = 1;
-    Indices room_;
-};
-
-std::vector<Bin> first_fit_decreasing(const Units& units, int64_t capacity) {
-    std::vector<Bin> bins;
-    FirstFit fit(units.size(), capacity);
-    for (const int64_t unit : heaviest_first(units.tokens)) {
-        const int64_t bin = fit.place(units.tokens[unit]);
-        if (bin == static_cast<int64_t>(bins.size())) bins.emplace_back();
-        bins[bin].add(unit, units.tokens[unit]);
-    }
-    return bins;
-}
-
-// Cuts a bin of two units or more into two that are not empty: heaviest unit first, to the lighter side.
-std::pair<Bin, Bin> halve(const Bin& bin, const Units& units) {
-    Bin left, right;
-    for (const int64_t unit : bin.units) {
-        const bool to_left = std::pair(left.tokens, left.units.size()) <= std::pair(right.tokens, right.units.size());
-        (to_left ? left : right).add(unit, units.tokens[unit]);
-    }
-    return {std::move(left), std::move(right)};
-}
-
-// Brings the bins to `wanted`: the heaviest is halved again and again; once every unit has a bin of its own, the rest are empty.
-void spread(std::vector<Bin>& bins, int64_t wanted, const Units& units) {
-    using Candidate = std::pair<int64_t, int64_t>;  // tokens, -index: the top is the heaviest, then the lowest index
-    std::priority_queue<Candidate> divisible;
-    const auto offer = [&](int64_t bin) {
-        if (bins[bin].units.size() > 1) divisible.emplace(bins[bin].tokens, -bin);
+// Levels `items` over bins [first, last), which are empty. Bins without room for an item wait until the items are small enough for them:
+// as items come longest first, a bin waits at most once for each item it takes.
+bool level(const Sorted& units, const Ids& items, int32_t first, int32_t last, Packing& packing) {
+    std::vector<Bin>& bins = packing.bins;
+    const auto put = [&](int32_t unit, int32_t bin) {
+        packing.bin_of[unit] = bin;
+        add(bins[bin], units, unit);
     };
-    for (int64_t bin = 0; bin < static_cast<int64_t>(bins.size()); ++bin) offer(bin);
-    while (static_cast<int64_t>(bins.size()) < wanted && !divisible.empty()) {
-        const int64_t heaviest = -divisible.top().second;
-        divisible.pop();
-        auto [left, right] = halve(bins[heaviest], units);
-        bins[heaviest] = std::move(left);
-        bins.push_back(std::move(right));
-        offer(heaviest);
-        offer(static_cast<int64_t>(bins.size()) - 1);
+    const size_t seeds = std::min<size_t>(items.size(), last - first);
+    for (size_t i = 0; i < seeds; ++i) put(items[i], first + static_cast<int32_t>(i));
+    if (seeds == items.size()) return true;
+
+    int64_t total = 0;
+    for (const int32_t unit : items) total += units.cost[unit];
+    Cheapest queue(bins.data(), total / (last - first) * 2);
+    for (int32_t bin = last; bin-- > first;) queue.put(bin);
+    std::priority_queue<std::pair<int64_t, int32_t>> waiting;  // (room, bin)
+    for (size_t i = seeds; i < items.size(); ++i) {
+        const int64_t tokens = units.tokens[items[i]];
+        for (; !waiting.empty() && waiting.top().first >= tokens; waiting.pop()) queue.put(waiting.top().second);
+        int32_t bin;
+        while ((bin = queue.take()) >= 0 && bins[bin].room < tokens) waiting.emplace(bins[bin].room, bin);
+        if (bin < 0) return false;
+        put(items[i], bin);
+        queue.put(bin);
     }
-    bins.resize(wanted);
+    return true;
 }
 
-// Deals the bins out, `ranks` at a time from the heaviest on; within a round the heaviest goes to the rank with the fewest tokens.
-// So every rank has equally many, its own come heaviest first, and two ranks never differ by more than the bins of one round do.
-Indices deal(const std::vector<Bin>& bins, int64_t ranks) {
-    const int64_t rounds = static_cast<int64_t>(bins.size()) / ranks;
-    Indices weights(bins.size()), shortfall(ranks), bin_of_slot(bins.size());
-    std::transform(bins.begin(), bins.end(), weights.begin(), [](const Bin& bin) { return bin.tokens; });
-    auto bin = heaviest_first(weights);
-    for (int64_t round = 0; round < rounds; ++round) {
-        const Indices lightest_first = heaviest_first(shortfall);
-        for (int64_t i = 0; i < ranks; ++i) {
-            const int64_t rank = lightest_first[i], dealt = bin[round * ranks + i];
-            bin_of_slot[rank * rounds + round] = dealt;
-            shortfall[rank] -= weights[dealt];
-        }
+// How many of the first steps must be heavier than the mean because of units that are.
+int32_t heavy_steps(const Sorted& units, const Room& room) {
+    int64_t rest = units.total_cost;
+    int32_t steps = 0;
+    for (; steps < room.microbatches - 1; ++steps) {
+        const int64_t next = steps * room.ranks;
+        if (next >= units.size() || rest <= 0) break;
+        if (units.cost[next] <= rest / (room.ranks * (room.microbatches - steps))) break;
+        rest -= room.ranks * units.cost[next];
     }
-    return bin_of_slot;
+    return steps;
 }
 
-Plan lay_out(const std::vector<Bin>& bins, const Indices& bin_of_slot, const Units& units, int64_t microbatches) {
-    Plan plan{{}, {0}, microbatches};
-    plan.order.reserve(units.members.size());
-    plan.offsets.reserve(bins.size() + 1);
-    for (const int64_t bin : bin_of_slot) {
-        for (const int64_t unit : bins[bin].units) {
-            const auto members = units.members.begin();
-            plan.order.insert(plan.order.end(), members + units.first[unit], members + units.first[unit + 1]);
+// Fills the seeded bins [0, seeds) from `units` in order, each up to the cost of the heaviest of its step; returns what is left.
+// A bin's room is for once the smaller of its tokens and of what its cost still allows.
+Ids fill_seeded(const Sorted& units, const Room& room, int32_t seeds, Packing& packing) {
+    std::vector<Bin> bins(packing.bins.begin(), packing.bins.begin() + seeds);
+    Tightest queue(bins.data(), room.capacity);
+    const auto put = [&](int32_t bin) {
+        const int64_t limit = units.cost[bin / room.ranks * room.ranks];
+        const int64_t affordable = (limit - packing.bins[bin].cost) / std::max<int64_t>(room.cost_per_token, 1);
+        bins[bin].room = std::min(packing.bins[bin].room, affordable);
+        queue.put(bin);
+    };
+    for (int32_t bin = 0; bin < seeds; ++bin) put(bin);
+    Ids rest;
+    for (int32_t unit = seeds; unit < units.size(); ++unit) {
+        const int32_t bin = queue.take(units.tokens[unit]);
+        if (bin < 0) {
+            rest.push_back(unit);
+            continue;
         }
-        plan.offsets.push_back(static_cast<int64_t>(plan.order.size()));
+        packing.bin_of[unit] = bin;
+        add(packing.bins[bin], units, unit);
+        put(bin);
     }
-    return plan;
+    return rest;
+}
+
+// Best fit decreasing; opens bins as it needs them.
+void fit_best(const Sorted& units, int64_t capacity, Packing& packing) {
+    packing.bins.reserve(units.size());  // the queue holds on to them
+    Tightest queue(packing.bins.data(), capacity);
+    for (int32_t unit = 0; unit < units.size(); ++unit) {
+        int32_t bin = queue.take(units.tokens[unit]);
+        if (bin < 0) {
+            bin = static_cast<int32_t>(packing.bins.size());
+            packing.bins.push_back({0, capacity, -1});
+        }
+        packing.bin_of[unit] = bin;
+        add(packing.bins[bin], units, unit);
+        queue.put(bin);
+    }
+}
+
+// The units of each of `count` bins, longest first.
+std::vector<Ids> contents(const Ids& bin_of, size_t count) {
+    std::vector<Ids> held(count);
+    for (size_t unit = 0; unit < bin_of.size(); ++unit) held[bin_of[unit]].push_back(static_cast<int32_t>(unit));
+    return held;
+}
+
+// Cuts the costliest bin that holds two units or more, until there are `wanted` or nothing is left to cut.
+void split_costliest(const Sorted& units, const Room& room, Packing& packing) {
+    std::vector<Bin>& bins = packing.bins;
+    std::vector<Ids> held = contents(packing.bin_of, bins.size());
+    std::priority_queue<std::pair<int64_t, int32_t>> costliest;  // (cost, -bin): of equals the lower bin
+    const auto offer = [&](int32_t bin) {
+        if (held[bin].size() > 1) costliest.emplace(bins[bin].cost, -bin);
+    };
+    for (size_t bin = 0; bin < bins.size(); ++bin) offer(static_cast<int32_t>(bin));
+    while (static_cast<int32_t>(bins.size()) < room.bins() && !costliest.empty()) {
+        const int32_t left = -costliest.top().second, right = static_cast<int32_t>(bins.size());
+        costliest.pop();
+        const Ids whole = std::move(held[left]);
+        held[left].clear();
+        held.emplace_back();
+        bins[left] = Bin{0, room.capacity, -1};
+        bins.push_back(bins[left]);
+        for (const int32_t unit : whole) {  // the longest first, each to the cheaper half; the first of two without cost to the right
+            const bool to_left = held[left].empty() || (!held[right].empty() && bins[left].cost <= bins[right].cost);
+            const int32_t bin = to_left ? left : right;
+            held[bin].push_back(unit);
+            packing.bin_of[unit] = bin;
+            add(bins[bin], units, unit);
+        }
+        offer(left);
+        offer(right);
+    }
 }
 
 }  // namespace
 
-Plan pack(const int64_t* lengths, const int64_t* groups, int64_t count, const Limits& limits) {
-    check_lengths(lengths, count, limits);
-    const Units units = gather_units(lengths, groups, count);
-    check_groups(units, groups, limits);
-    std::vector<Bin> bins = first_fit_decreasing(units, limits.capacity());
-    const int64_t wanted = round_up(static_cast<int64_t>(bins.size()), limits.ranks * limits.microbatch_multiple);
-    spread(bins, wanted, units);
-    return lay_out(bins, deal(bins, limits.ranks), units, wanted / limits.ranks);
+Packing pack_level(const Sorted& units, const Room& room) {
+    Packing packing{Ids(units.size()), empty_bins(room.bins(), room.capacity)};
+    packing.ok = level(units, range(0, units.size()), 0, room.bins(), packing);
+    return packing;
+}
+
+Packing pack_skewed(const Sorted& units, const Room& room) {
+    const int32_t seeds = static_cast<int32_t>(std::min<int64_t>(heavy_steps(units, room) * room.ranks, units.size()));
+    Packing packing{Ids(units.size()), empty_bins(room.bins(), room.capacity)};
+    packing.ok = seeds > 0;
+    if (!packing.ok) return packing;
+    for (int32_t unit = 0; unit < seeds; ++unit) {
+        packing.bin_of[unit] = unit;
+        add(packing.bins[unit], units, unit);
+    }
+    const Ids rest = fill_seeded(units, room, seeds, packing);
+    packing.ok = level(units, rest, seeds, room.bins(), packing);
+    return packing;
+}
+
+Packing pack_by_rank(const Sorted& units, const Room& room) {
+    Packing ranks{Ids(units.size()), empty_bins(room.ranks, room.capacity * room.microbatches)};
+    Packing packing{Ids(units.size()), empty_bins(room.bins(), room.capacity), true};
+    packing.ok = level(units, range(0, units.size()), 0, static_cast<int32_t>(room.ranks), ranks);
+    if (!packing.ok) return packing;
+    const std::vector<Ids> share = contents(ranks.bin_of, room.ranks);
+    for (int64_t rank = 0; rank < room.ranks && packing.ok; ++rank) {
+        const int32_t first = static_cast<int32_t>(rank * room.microbatches);
+        packing.ok = level(units, share[rank], first, first + static_cast<int32_t>(room.microbatches), packing);
+    }
+    return packing;
+}
+
+Packing pack_tight(const Sorted& units, const Room& room) {
+    Packing packing{Ids(units.size()), {}};
+    fit_best(units, room.capacity, packing);
+    packing.ok = static_cast<int32_t>(packing.bins.size()) <= room.bins();
+    if (!packing.ok) return packing;
+    split_costliest(units, room, packing);
+    packing.bins.resize(room.bins(), Bin{0, room.capacity, -1});
+    return packing;
 }
 
 }  // namespace trivet

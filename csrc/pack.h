@@ -1,30 +1,39 @@
-// Which sequence goes into which microbatch of which data-parallel rank: first-fit decreasing, cut into equally many microbatches a rank.
+// Units into bins: four ways to fill as many bins as there are microbatches.
 #pragma once
 
-#include <cstdint>
-#include <vector>
+#include "queues.h"
+#include "units.h"
 
 namespace trivet {
 
-// What a plan must respect; each is at least 1, and total_multiple is at most token_budget.
-struct Limits {
-    int64_t ranks;
-    int64_t token_budget;         // the most tokens of a microbatch, its padding included
-    int64_t total_multiple;       // a microbatch is padded to a multiple of this
-    int64_t microbatch_multiple;  // every rank has a multiple of this many microbatches
-
-    int64_t capacity() const { return token_budget / total_multiple * total_multiple; }
+// Which bin each unit goes to, by its place in the sorted order.
+struct Packing {
+    Ids bin_of;              // [U]
+    std::vector<Bin> bins;   // [ranks * M]
+    bool by_rank = false;    // bins r * M ... r * M + M - 1 are of rank r; otherwise any bin may go to any rank
+    bool ok = true;          // false: it did not fit, and nothing else here means anything
 };
 
-struct Plan {
-    std::vector<int64_t> order;    // sequence ids; microbatch j of rank r is order[offsets[r * M + j] : offsets[r * M + j + 1]]
-    std::vector<int64_t> offsets;  // [ranks * M + 1]
-    int64_t microbatches;          // M
+// `capacity` tokens fit a bin, `ranks` * `microbatches` bins are to be filled.
+struct Room {
+    int64_t capacity;
+    int64_t ranks, microbatches;
+    int64_t cost_per_token;  // no unit costs more than this a token
+    int32_t bins() const { return static_cast<int32_t>(ranks * microbatches); }
 };
 
-// Plans `count` sequences. Sequences with one non-negative group id share a microbatch; `groups` may be null: every sequence is alone.
-// O(N log N), and a pure function of its arguments: ties go to the lower index. Throws std::invalid_argument for a negative length
-// and for a sequence or a group longer than the capacity.
-Plan pack(const int64_t* lengths, const int64_t* groups, int64_t count, const Limits& limits);
+// Longest processing time first (Graham 1969) with a cap: each unit to the cheapest bin, to within 1/1024, that has room.
+Packing pack_level(const Sorted& units, const Room& room);
+
+// For units that cost more than a bin should: the longest seed the bins of the first steps, which are then filled up to the cost of their
+// heaviest, best fit first; the rest is levelled over the other steps. `ok` is false where no unit is that costly.
+Packing pack_skewed(const Sorted& units, const Room& room);
+
+// The units are levelled over ranks, then over the microbatches of each.
+Packing pack_by_rank(const Sorted& units, const Room& room);
+
+// Best fit decreasing into as few bins as it finds; then the costliest is cut in two until there are enough. When there are too many, `ok`
+// is false and `bins` has as many as were needed.
+Packing pack_tight(const Sorted& units, const Room& room);
 
 }  // namespace trivet

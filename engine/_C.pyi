@@ -1,16 +1,49 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-def pack(
-    lengths: np.ndarray, groups: np.ndarray | None, ranks: int, token_budget: int, total_multiple: int, microbatch_multiple: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """lengths, groups int64 [N] -> order int64 [N], offsets int64 [ranks * M + 1], M."""
+def plan(
+    lengths: np.ndarray,
+    group_ids: np.ndarray | None,
+    step_ids: np.ndarray | None,
+    trained: np.ndarray | None,
+    ranks: int,
+    token_budget: int,
+    cost: tuple[int, int, int],
+    seq_multiple: int,
+    total_multiple: int,
+    microbatch_multiple: int,
+    sync: str,
+    on_oversize: str,
+) -> dict[str, Any]:
+    """int64 [N] each; the arrays and numbers of batching.Plan by name, its denominators as trained_*."""
 
 def collate(
-    tokens: Sequence[np.ndarray], masks: Sequence[np.ndarray], total: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """S times int32 [L + 1] and uint8 [L] -> tokens_T, targets_T, positions_T (int64), mask_T (uint8), cu_seqlens (int32)."""
+    order: np.ndarray,
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+    totals: np.ndarray,
+    seq_multiple: int,
+    starts: np.ndarray | None,
+    tokens: np.ndarray | Sequence[np.ndarray],
+    mask: np.ndarray | Sequence[np.ndarray],
+    fields: Sequence[tuple[np.ndarray | Sequence[np.ndarray], bool, np.ndarray]],
+    tokens_out: np.ndarray,
+    targets_out: np.ndarray,
+    positions_out: np.ndarray,
+    mask_out: np.ndarray,
+    threads: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Writes the *_out of one rank, and the last of each of `fields`: (values, whether each token has its own, where they go). Returns
+    cu_seqlens (int32, one more than segments for each microbatch), the sequence of each segment (int32, -1: padding) and how many segments
+    each microbatch has (int64)."""
 
-def collate_values(values: Sequence[np.ndarray], total: int) -> np.ndarray:
-    """S times float32 [L] -> values_T float32, zero where padded."""
+def flatten_ints(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """int32 numbers end to end, and where each row begins, int64 [N + 1]."""
+
+def flatten_flags(rows: list[list[Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8, 1 for what is true."""
+
+def flatten_floats(rows: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """float32."""

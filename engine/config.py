@@ -69,6 +69,13 @@ class Llama:
         """The same layers under a scalar head."""
         return replace(self, head="scalar", tied=False)
 
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """(0, c1, c2) such that a sequence of L tokens costs c1 L + c2 L^2: multiply-adds of the matrices and of causal attention's two
+        products, L^2 * heads * head_dim a layer, in units of the latter's."""
+        matrices = self.parameters - self.hidden * self.vocab * (0 if self.tied else 1)  # an embedding is looked up
+        return 0, max(1, matrices // (self.layers * self.heads * self.head_dim)), 1
+
     @staticmethod
     def from_hf(config: dict[str, Any]) -> Llama:
         """Read a Hugging Face config.json. Raises ValueError for what this engine cannot represent, rather than guess."""

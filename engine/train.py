@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.batching import batch
 from engine.config import Run, to_dict
 from engine.megatron.policy import Learner, Policy
+from engine.ragged import Arena
 from engine.report import Report
 from engine.types import Sample
 from engine.world import World
@@ -48,6 +49,7 @@ def train(run: Run, world: World) -> None:
         policy = stack.enter_context(closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)))
         algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
         start, steps = load(algorithm.learners, out), run.steps or algorithm.steps
+        arena = Arena(pinned=world.on_gpu)
         world.first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
         with Report(run, out, is_writer=world.rank == 0, devices=world.size, start=start) as report:
             for note in algorithm.notes:
@@ -59,7 +61,7 @@ def train(run: Run, world: World) -> None:
                     evaluate(algorithm, report, step)
                 began = time.perf_counter()
                 samples, found = algorithm.collect(step)
-                metrics = found | learn(algorithm, step, steps, samples, run.tokens_per_microbatch)
+                metrics = found | learn(algorithm, step, steps, samples, run.tokens_per_microbatch, arena)
                 tokens, seconds = sum(s.length for s in samples), time.perf_counter() - began
                 report.step(step, steps, metrics, tokens=tokens, seconds=seconds, memory_gb=world.peak_memory_gb())
                 if due(step + 1, run.save_every) or step + 1 == steps:
@@ -67,14 +69,14 @@ def train(run: Run, world: World) -> None:
             evaluate(algorithm, report, steps)
 
 
-def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], budget: int) -> dict[str, float]:
+def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], budget: int, arena: Arena) -> dict[str, float]:
     """Every learner's updates on every minibatch; the mean over them of what each said."""
     said: dict[str, list[float]] = {}
     for minibatch in algorithm.minibatches(step, samples):
         for name, policy, loss, temperature in algorithm.learners:
             assert policy.optim is not None
             lr = policy.optim.lr_at(step, steps)
-            metrics = policy.update(batch(minibatch, budget, **policy.cut), loss, lr, temperature) | {"lr": lr}
+            metrics = policy.update(batch(minibatch, budget, **policy.cut, out=arena), loss, lr, temperature) | {"lr": lr}
             for key, value in metrics.items():
                 said.setdefault(f"{name}/{key}" if name else key, []).append(value)
     return {key: sum(values) / len(values) for key, values in said.items()}

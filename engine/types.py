@@ -41,7 +41,7 @@ class Sample:
     old_logprob: np.ndarray | None = None
     ref_logprob: np.ndarray | None = None
     value: np.ndarray | None = None
-    returns: np.ndarray | None = None
+    returns: np.ndarray | None = None  # what a critic should have said
     version: int = 0  # the optimizer step whose weights sampled it
 
     @property
@@ -52,11 +52,12 @@ class Sample:
 
 @dataclass
 class Packed:
-    """One microbatch: S sequences laid end to end. Padding, if any, is the last sequence, masked, with index -1."""
+    """One microbatch: S sequences laid end to end. Padding is a sequence of its own, masked, with index -1: the last, and where sequences
+    are padded one by one, one behind each. Ids are int32 on the host, where they lie and from where they are copied, int64 after `to`."""
 
-    tokens_T: torch.Tensor  # int64
-    targets_T: torch.Tensor  # int64, tokens shifted by one within each sequence
-    positions_T: torch.Tensor  # int64, from 0 in each sequence
+    tokens_T: torch.Tensor  # int32, int64
+    targets_T: torch.Tensor  # int32, int64; tokens shifted by one within each sequence
+    positions_T: torch.Tensor  # int32, int64; from 0 in each sequence
     mask_T: torch.Tensor  # bool
     cu_seqlens: torch.Tensor  # int32 [S + 1], always on the host: lengths are data, and attention reads them there
     index_S: tuple[int, ...]  # which sample of the batch each sequence is
@@ -67,12 +68,13 @@ class Packed:
     returns_T: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Packed:
-        """The same microbatch with its token tensors on `device`; cu_seqlens stays on the host."""
+        """The same microbatch with its token tensors on `device`, ids as int64; cu_seqlens stays on the host."""
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if f.name.endswith("_T") and (value := getattr(self, f.name)) is not None
         }
+        moved |= {name: value.long() for name, value in moved.items() if value.dtype == torch.int32}
         return Packed(**{**self.__dict__, **moved})
 
     def padded(self, total: int) -> Packed:

@@ -13,6 +13,7 @@ import numpy as np
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Llama, Logging, Model, Optim, Parallel, Run
 from engine.data.rows import Source
+from engine.ragged import Arena
 from engine.rollout.sampler import Slotting
 from engine.types import Sample
 from engine.world import World
@@ -79,7 +80,7 @@ def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> lis
     ):
         for step in range(asked.steps):
             samples, said = algorithm.collect(step)
-            learned = learn(algorithm, step, 10, samples, asked.tokens_per_microbatch)
+            learned = learn(algorithm, step, 10, samples, asked.tokens_per_microbatch, Arena())
             said = {name: value for name, value in said.items() if "second" not in name}
             found.append({"samples": plain(samples), "said": said, "learned": learned})
     return found

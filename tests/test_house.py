@@ -24,6 +24,7 @@ FLOORS = {
     "engine.gguf": 1,
     "engine.data": 1,
     "engine.batching": 1,
+    "engine.ragged": 1,
     "engine.losses": 1,
     "engine.advantages": 1,
     "engine.verify": 1,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.config import Model, Parallel
-from tests import jobs
+from tests import jobs, jobs_batching
 from tests.pool import ranks
 
 UNTIED, TIED = Model(init=jobs.TINY), Model(init=replace(jobs.TINY, tied=True))
@@ -118,6 +118,15 @@ def test_logprobs(size: int, parallel: Parallel) -> None:
     assert seen.keys() == whole.keys()
     for i, values in whole.items():
         assert seen[i] == pytest.approx(values, abs=2e-6)
+
+
+def test_the_shares_of_240_ranks_are_the_batch_of_one() -> None:
+    """Loss, gradient norm and denominator of a step do not know that 240 ranks planned it, some with nothing but padding."""
+    (many, counted), (one, counted_by_one) = (
+        ranks(1).run(jobs_batching.step_of_many_ranks, model=UNTIED, ranks=n, count=300)[0] for n in (240, 1)
+    )
+    assert many == pytest.approx(one, rel=1e-5)
+    assert counted == counted_by_one == sum(int(sample.mask.sum()) for sample in jobs.samples(3, 300))
 
 
 def test_bf16_follows_fp32() -> None:

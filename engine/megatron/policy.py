@@ -81,10 +81,11 @@ class Policy:
         self.seat.close()
 
     @property
-    def cut(self) -> dict[str, int]:
+    def cut(self) -> dict[str, Any]:
         """How this rank's share of a batch must be cut: keyword arguments of batching.batch."""
         interleaved = self.parallel.pp if self.parallel.vpp > 1 else 1
-        return {"rank": self.grid.dp_rank, "ranks": self.grid.dp, "total_multiple": self.parallel.tp, "microbatch_multiple": interleaved}
+        multiples = {"total_multiple": self.parallel.tp, "microbatch_multiple": interleaved}
+        return {"rank": self.grid.dp_rank, "ranks": self.grid.dp, "cost": self.model.cost, **multiples}
 
     @property
     def speaks(self) -> bool:

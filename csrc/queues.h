@@ -1,0 +1,124 @@
+// The two priority queues that make packing linear in practice: bins by how little they cost, bins by how little room is left.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "units.h"
+
+namespace trivet {
+
+struct Bin {
+    int64_t cost = 0;
+    int64_t room = 0;   // tokens it can still take; -1: nothing, not even a sequence without tokens
+    int32_t next = -1;  // within a queue
+};
+
+// A set of integers below 64^3 that finds its lowest member from some number on with three words.
+class BitTree {
+  public:
+    static constexpr int64_t SIZE = 64 * 64 * 64;
+
+    explicit BitTree(int64_t size) : leaves_((size + 63) / 64), twigs_((size + 4095) / 4096) {}
+
+    void insert(int64_t i) {
+        leaves_[i >> 6] |= bit(i);
+        twigs_[i >> 12] |= bit(i >> 6);
+        root_ |= bit(i >> 12);
+    }
+
+    void erase(int64_t i) {
+        if (leaves_[i >> 6] &= ~bit(i)) return;
+        if (twigs_[i >> 12] &= ~bit(i >> 6)) return;
+        root_ &= ~bit(i >> 12);
+    }
+
+    // The lowest member that is at least `i`; -1 when there is none.
+    int64_t lowest_from(int64_t i) const {
+        if (i >= static_cast<int64_t>(leaves_.size()) * 64) return -1;
+        if (const uint64_t here = leaves_[i >> 6] & from(i)) return (i & ~63) + __builtin_ctzll(here);
+        const int64_t leaf = (i >> 6) + 1;
+        if (leaf >= static_cast<int64_t>(leaves_.size())) return -1;
+        if (const uint64_t here = twigs_[leaf >> 6] & from(leaf)) return lowest_in_leaf((leaf & ~63) + __builtin_ctzll(here));
+        const int64_t twig = (leaf >> 6) + 1;
+        if (twig >= static_cast<int64_t>(twigs_.size()) || (root_ & from(twig)) == 0) return -1;
+        const int64_t found = __builtin_ctzll(root_ & from(twig));
+        return lowest_in_leaf(found * 64 + __builtin_ctzll(twigs_[found]));
+    }
+
+  private:
+    static uint64_t bit(int64_t i) { return uint64_t{1} << (i & 63); }
+    static uint64_t from(int64_t i) { return ~uint64_t{0} << (i & 63); }
+    int64_t lowest_in_leaf(int64_t leaf) const { return leaf * 64 + __builtin_ctzll(leaves_[leaf]); }
+
+    std::vector<uint64_t> leaves_, twigs_;
+    uint64_t root_ = 0;
+};
+
+// Bins in linked lists by a number below `size`, found from the lowest number on. The last bin in is the first out.
+class Shelves {
+  public:
+    Shelves(Bin* bins, int64_t size) : bins_(bins), top_(size, -1), taken_(size) {}
+
+    void put(int64_t shelf, int32_t bin) {
+        bins_[bin].next = top_[shelf];
+        top_[shelf] = bin;
+        taken_.insert(shelf);
+    }
+
+    // Takes a bin off the lowest shelf from `shelf` on; -1 when all are empty.
+    int32_t take_from(int64_t shelf) {
+        const int64_t lowest = taken_.lowest_from(shelf);
+        if (lowest < 0) return -1;
+        const int32_t bin = top_[lowest];
+        if ((top_[lowest] = bins_[bin].next) < 0) taken_.erase(lowest);
+        return bin;
+    }
+
+  private:
+    Bin* bins_;
+    Ids top_;
+    BitTree taken_;
+};
+
+inline int shift_below(int64_t value, int64_t limit) {
+    int shift = 0;
+    while ((value >> shift) >= limit) ++shift;
+    return shift;
+}
+
+// Bins by cost, to within 1/1024 of the cost that is expected of them.
+class Cheapest {
+  public:
+    Cheapest(Bin* bins, int64_t expected_cost) : bins_(bins), shift_(shift_below(expected_cost, SIZE)), shelves_(bins, SIZE) {}
+
+    void put(int32_t bin) { shelves_.put(std::min(bins_[bin].cost >> shift_, SIZE - 1), bin); }
+    int32_t take() { return shelves_.take_from(0); }
+
+  private:
+    static constexpr int64_t SIZE = 4096;
+    Bin* bins_;
+    int shift_;
+    Shelves shelves_;
+};
+
+// Bins by room, to the token while the capacity is below 2^18 and to within 2^-17 of it beyond.
+class Tightest {
+  public:
+    Tightest(Bin* bins, int64_t capacity) : bins_(bins), shift_(shift_below(capacity, BitTree::SIZE)), shelves_(bins, (capacity >> shift_) + 1) {}
+
+    void put(int32_t bin) {
+        if (bins_[bin].room >= 0) shelves_.put(bins_[bin].room >> shift_, bin);
+    }
+
+    // A bin that has `tokens` left and little more; -1 when there is none.
+    int32_t take(int64_t tokens) { return shelves_.take_from((tokens + (int64_t{1} << shift_) - 1) >> shift_); }
+
+  private:
+    Bin* bins_;
+    int shift_;
+    Shelves shelves_;
+};
+
+}  // namespace trivet

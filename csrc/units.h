@@ -1,0 +1,73 @@
+// What is planned: the limits, and the units that a microbatch holds whole, checked and sorted longest first.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace trivet {
+
+// Sequences, units and bins are counted in int32, tokens and costs in int64.
+using Ids = std::vector<int32_t>;
+using Amounts = std::vector<int64_t>;
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// What a microbatch costs: `microbatch` + the sum over its sequences of token * L + square * L^2.
+struct Cost {
+    int64_t microbatch, token, square;
+};
+
+enum class Sync { microbatch, step };          // how often ranks wait for each other
+enum class Oversize { error, alone, drop };    // what becomes of a sequence or group that no microbatch can hold
+
+// Everything but the costs is at least 1, and total_multiple is at most token_budget.
+struct Limits {
+    int64_t ranks;
+    int64_t token_budget;  // the most tokens of a microbatch, padding included
+    Cost cost;
+    int64_t seq_multiple;         // a sequence is padded to a multiple of this
+    int64_t total_multiple;       // a microbatch is padded to a multiple of this
+    int64_t microbatch_multiple;  // every rank has a multiple of this many microbatches in each step
+    Sync sync;
+    Oversize on_oversize;
+
+    int64_t capacity() const { return token_budget / total_multiple * total_multiple; }
+    int64_t padded(int64_t length) const { return seq_multiple == 1 ? length : round_up(length, seq_multiple); }
+};
+
+// The caller's arrays, [count] each; all but `lengths` may be null.
+struct Sequences {
+    const int64_t* lengths;
+    const int64_t* groups;   // equal ids >= 0 share a microbatch; null: every sequence is alone
+    const int64_t* steps;    // optimizer step of each sequence; null: there is one
+    const int64_t* trained;  // tokens that count in the loss; null: all
+    int64_t count;
+};
+
+// A unit is a sequence on its own, or all sequences of a group. Units are numbered by their first sequence.
+struct Units {
+    Amounts tokens;  // [U] with each sequence's padding
+    Amounts cost;    // [U]
+    Ids first;       // [U + 1], into members
+    Ids members;     // sequence ids in ascending order, unit after unit
+    Ids dropped;     // units that are in no microbatch
+    Ids oversize;    // sequence ids of units that no microbatch can hold, ascending
+    int32_t size() const { return static_cast<int32_t>(tokens.size()); }
+};
+
+// The units of one optimizer step from the longest on; equally long ones by their number.
+struct Sorted {
+    Ids unit;
+    Amounts tokens, cost;
+    int64_t total_cost = 0;
+    int32_t size() const { return static_cast<int32_t>(unit.size()); }
+};
+
+// Throws std::invalid_argument for a negative length, for one beyond int32, for costs whose sum overflows int64, for a group that spans
+// steps, and for what exceeds the capacity where on_oversize says so.
+Units gather_units(const Sequences& sequences, const Limits& limits);
+
+// One Sorted for each distinct step id, in ascending order of `step_ids`, which receives the ids. O(N): radix sort.
+std::vector<Sorted> sort_units(const Units& units, const Sequences& sequences, Amounts& step_ids);
+
+}  // namespace trivet
