@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from benchmarks import batching, peers, planners
+from benchmarks import batching, batching_peers, planners
 from benchmarks.batching import KARMARKAR_KARP, PROBLEMS, Line, Problem
 from benchmarks.planners import Worth, worth
 
@@ -52,7 +52,7 @@ def test_a_peer_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch, c
     def missing(name: str) -> None:
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr(peers, "import_module", missing)
+    monkeypatch.setattr(batching_peers, "import_module", missing)
     assert batching_peers.importable() == []
     assert capsys.readouterr().err.count("left out (no ") == 3
 
