@@ -53,7 +53,7 @@ class RLVR:
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; the share solved is reported
-    verifier: str = ""  # of rows that name none
+    verifier: str = ""  # of all rows; "": each row names its own
     critic: Critic | None = None  # for advantage="critic"
     advantage: Literal["critic", "group"] = "critic"  # group: against the prompt's other samples (GRPO, RLOO); no critic
     group_scale: Literal["std", "none"] = "std"

@@ -36,9 +36,10 @@ class Tasks:
 def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int, too_long: Literal["error", "drop"], first: int) -> Tasks:
     """Rows {"messages" | "prompt", "truth" | "ground_truth" | "answer", "verifier"?} as Prompts, numbered from `first`.
 
-    `name` is the verifier of rows that name none. `messages` end with the user's; an assistant's turn behind it is left out. `max_length`
-    bounds the prompt's tokens. Raises ValueError, naming the line, for a row without a prompt, with an unknown verifier or with a truth
-    that its verifier cannot use, and for a prompt that is too long unless it is to be dropped.
+    `name` is the verifier of all rows; "": each row names its own, as `verifier` or, as in Tülu 3's data, as `dataset`. `messages` end with
+    the user's; an assistant's turn behind it is left out. `max_length` bounds the prompt's tokens. Raises ValueError, naming the line, for a
+    row without a prompt, with an unknown verifier or with a truth that its verifier cannot use, and for a prompt that is too long unless it
+    is to be dropped.
     """
     prompts, dropped = [], 0
     for where, row in read_rows(source):
@@ -60,7 +61,7 @@ def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int
 
 
 def _prompt(row: Mapping[str, Any], chat: ChatTemplate, name: str, number: int) -> Prompt:
-    judged_by = verifier(str(row.get("verifier") or name))
+    judged_by = verifier(name or str(row.get("verifier") or row.get("dataset") or "").lower())
     truth = _truth(row)
     judged_by.check(truth)
     if row.get("tokens") is not None:

@@ -1,0 +1,31 @@
+"""A small random Llama is rewarded for saying a digit and stopping: it does neither at first, so every score, the clip and the critic have
+work to do. A minute on a laptop, to try settings and layouts on."""
+
+from pathlib import Path
+
+from engine.algorithms.rlvr import RLVR, Critic
+from engine.config import Llama, Model, Optim, Run
+from engine.data.rows import Source
+from engine.data.wordproblems import generated
+from engine.rollout.sampler import Slotting
+
+SHAPE = Llama(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=260, max_length=128)
+ROWS = [{"prompt": "A digit?", "truth": "[0-9]"}] * 64
+
+run = Run(
+    model=Model(init=SHAPE, tokenizer="bytes"),
+    algorithm=RLVR(
+        sources=(Source(generated(Path("cache/tiny_rlvr/tasks.jsonl"), 64, seed=0, make=lambda *_: ROWS)),),
+        verifier="regex",
+        critic=Critic(Model(init=SHAPE.with_scalar_head()), Optim(lr=2e-3)),
+        prompts_per_step=64,
+        epochs=4,
+        max_prompt=64,
+        max_response=16,
+        rollout=Slotting(slots=64, cache_gb=1.0),
+    ),
+    optim=Optim(lr=1e-3),
+    tokens_per_microbatch=4096,
+    steps=30,
+    out="runs/tiny_rlvr",
+)

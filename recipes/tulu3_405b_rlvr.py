@@ -1,0 +1,33 @@
+"""Tülu 3 405B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 32 nodes of 8 GPUs; each node starts:
+torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_405b_rlvr.py
+The critic starts from the 8B reward model, as for every size there. The reference waits in host memory."""
+
+from engine.algorithms.rlvr import RLVR, Critic
+from engine.config import Model, Optim, Parallel, Run
+from engine.data.rows import Source
+from engine.rollout.sampler import Slotting
+
+run = Run(
+    model=Model("allenai/Llama-3.1-Tulu-3-405B-DPO"),
+    algorithm=RLVR(
+        sources=(Source("allenai/RLVR-MATH"),),
+        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=1e-7, warmup=0.0, weight_decay=0.01)),
+        prompts_per_step=1856,
+        epochs=4,
+        max_prompt=2048,
+        max_response=1024,
+        too_long="drop",
+        kl_coef=0.05,
+        loss_average="sequence",
+        reference="offloaded",
+        rollout=Slotting(slots=512, cache_gb=8.0),
+        chat_template="tulu",
+    ),
+    optim=Optim(lr=1e-7, schedule="linear", warmup=0.0, weight_decay=0.01, clip=1.0),
+    # 126 layers, embedding and loss fill 128 slots: 8 on each of 16 stages.
+    parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True, recompute="selective"),
+    tokens_per_microbatch=8192,
+    steps=75,
+    save_every=10,
+    out="runs/tulu3_405b_rlvr",
+)

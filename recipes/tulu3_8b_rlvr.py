@@ -1,0 +1,35 @@
+"""Tülu 3 8B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on one node of 8 GPUs:
+torchrun --nproc-per-node 8 -m engine run recipes/tulu3_8b_rlvr.py
+The critic starts from the 8B reward model, as for every size there. The reference waits in host memory."""
+
+from engine.algorithms.rlvr import RLVR, Critic
+from engine.config import Model, Optim, Parallel, Run
+from engine.data.rows import Source
+from engine.rollout.sampler import Slotting
+
+run = Run(
+    model=Model("allenai/Llama-3.1-Tulu-3-8B-DPO"),
+    algorithm=RLVR(
+        sources=(
+            Source("allenai/RLVR-GSM"),
+            Source("allenai/RLVR-MATH"),
+        ),
+        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=3e-7, warmup=0.0, weight_decay=0.01)),
+        prompts_per_step=224,
+        epochs=4,
+        max_prompt=2048,
+        max_response=2048,
+        too_long="drop",
+        kl_coef=0.05,
+        loss_average="sequence",
+        reference="offloaded",
+        rollout=Slotting(slots=64, cache_gb=16.0),
+        chat_template="tulu",
+    ),
+    optim=Optim(lr=3e-7, schedule="linear", warmup=0.0, weight_decay=0.01, clip=1.0),
+    parallel=Parallel(tp=2, recompute="selective"),
+    tokens_per_microbatch=8192,
+    steps=446,
+    save_every=50,
+    out="runs/tulu3_8b_rlvr",
+)
