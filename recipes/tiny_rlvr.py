@@ -9,11 +9,11 @@ from engine.data.rows import Source
 from engine.data.wordproblems import generated
 from engine.rollout.sampler import Slotting
 
-SHAPE = Llama(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=260, max_length=128)
-ROWS = [{"prompt": "A digit?", "truth": "[0-9]"}] * 64
+SHAPE = Llama(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=111, max_length=128)
+ROWS = [{"prompt": "How many now?", "truth": "[0-9]"}] * 64
 
 run = Run(
-    model=Model(init=SHAPE, tokenizer="bytes"),
+    model=Model(init=SHAPE, tokenizer="words"),
     algorithm=RLVR(
         sources=(Source(generated(Path("cache/tiny_rlvr/tasks.jsonl"), 64, seed=0, make=lambda *_: ROWS)),),
         verifier="regex",

@@ -30,7 +30,7 @@ def tasks(path: Path, count: int = 12) -> Source:
     return Source(str(path))
 
 
-def run(folder: Path, parallel: Parallel, **changes: Any) -> Run:
+def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
     """Two steps of 8 prompts; `changes` are fields of RLVR, or of the run."""
     ours = {name: changes.pop(name) for name in ("tokens_per_microbatch", "steps", "save_every", "seed") if name in changes}
     critic = Critic(Model(init=SMALLER), Optim(lr=1e-3, weight_decay=0.01), coef=0.5)
@@ -71,16 +71,16 @@ def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> lis
     from engine.megatron.policy import Policy
     from engine.train import learn
 
-    asked = run(folder, parallel, **changes)
-    asked = replace(asked, out=f"{asked.out}-{world.size}-{world.rank}")
+    settings = asked(folder, parallel, **changes)
+    settings = replace(settings, out=f"{settings.out}-{world.size}-{world.rank}")
     found = []
     with (
-        closing(Policy(asked.model, asked.optim, parallel, world, seed=asked.seed)) as policy,
-        closing(asked.algorithm.start(policy, asked)) as algorithm,
+        closing(Policy(settings.model, settings.optim, parallel, world, seed=settings.seed)) as policy,
+        closing(settings.algorithm.start(policy, settings)) as algorithm,
     ):
-        for step in range(asked.steps):
+        for step in range(settings.steps):
             samples, said = algorithm.collect(step)
-            learned = learn(algorithm, step, 10, samples, asked.tokens_per_microbatch, Arena())
+            learned = learn(algorithm, step, 10, samples, settings.tokens_per_microbatch, Arena())
             said = {name: value for name, value in said.items() if "second" not in name}
             found.append({"samples": plain(samples), "said": said, "learned": learned})
     return found
@@ -90,7 +90,7 @@ def whole_run(world: World, folder: Path, parallel: Parallel, **changes: Any) ->
     """Through the loop, checkpoints and all."""
     from engine.train import train
 
-    train(run(folder, parallel, **changes), world)
+    train(asked(folder, parallel, **changes), world)
 
 
 def refused(world: World, folder: Path, **changes: Any) -> str:
@@ -98,7 +98,14 @@ def refused(world: World, folder: Path, **changes: Any) -> str:
     from engine.train import train
 
     try:
-        train(run(folder, Parallel(), **changes), world)
+        train(asked(folder, Parallel(), **changes), world)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def trained(world: World, run: Run) -> None:
+    """Any run, through the loop."""
+    from engine.train import train
+
+    train(run, world)

@@ -230,7 +230,7 @@ def told(folder: Path) -> list[dict[str, Any]]:
         ({"max_prompt": 4}, "over max_prompt=4"),
         ({"max_prompt": 100}, "over the model's context"),
         ({"stop": ("no such token",)}, "stop='no such token' is no token"),
-        ({"critic": replace(jobs_rlvr.run(FOLDER, Parallel()).algorithm.critic, model=Model(init=jobs.TINY))}, "model.head='lm'"),
+        ({"critic": replace(jobs_rlvr.asked(FOLDER, Parallel()).algorithm.critic, model=Model(init=jobs.TINY))}, "model.head='lm'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -250,7 +250,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        jobs_rlvr.run(FOLDER, Parallel(), **changes)
+        jobs_rlvr.asked(FOLDER, Parallel(), **changes)
 
 
 def test_long_prompts_may_be_dropped_and_are_counted(tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int
     """Rows {"messages" | "prompt", "truth" | "ground_truth" | "answer", "verifier"?} as Prompts, numbered from `first`.
 
     `name` is the verifier of all rows; "": each row names its own, as `verifier` or, as in Tülu 3's data, as `dataset`. `messages` end with
-    the user's; an assistant's turn behind it is left out. `max_length` bounds the prompt's tokens. Raises ValueError, naming the line, for a
-    row without a prompt, with an unknown verifier or with a truth that its verifier cannot use, and for a prompt that is too long unless it
-    is to be dropped.
+    the user's; an assistant's turn behind it is left out. `max_length` bounds the prompt's tokens. Raises ValueError, naming the line:
+    for a row without a prompt, with an unknown verifier or with a truth that its verifier cannot use, and for a prompt that is too long
+    unless it is to be dropped.
     """
     prompts, dropped = [], 0
     for where, row in read_rows(source):
