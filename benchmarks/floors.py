@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+ROWS = 256  # sequences sampled at a time
 LAUNCH = 3e-6  # seconds; one launch takes 3 to 5 microseconds, so a shorter floor is not to be reached
 
 
@@ -93,6 +94,11 @@ def _logprob(passes: int) -> Callable[[Shape], Work]:
     return lambda shape: Work(shape.tokens * (passes * shape.vocab // shape.tp * 2 + 8 + 12))
 
 
+def _draw(shape: Shape) -> Work:
+    """Float32 logits read once, for as many rows as sequences are sampled at a time; a key in, a token out."""
+    return Work(ROWS * (shape.vocab // shape.tp * 4 + 8 + 8))
+
+
 def _linear_logprob(products: int) -> Callable[[Shape], Work]:
     """`products` of [tokens, hidden] by [hidden, vocab]: operands read each way, gradients written, and no logits."""
 
@@ -117,6 +123,7 @@ OPERATIONS: dict[str, Callable[[Shape], Work]] = {
     "logprob forward": _logprob(1),
     "logprob backward": _logprob(2),
     "logprob forward and backward": _logprob(3),
+    "draw": _draw,
     "linear_logprob forward": _linear_logprob(1),
     "linear_logprob forward and backward": _linear_logprob(3),
     "linear_logprob forward and backward, recomputed": _linear_logprob(4),

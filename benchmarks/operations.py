@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.floors import Shape
-from triton_kernels import dpo_norm, gae, linear_logprob, linear_policy_loss, logprob, ppo_loss, rmsnorm, rope, swiglu
+from benchmarks.floors import ROWS, Shape
+from triton_kernels import dpo_norm, draw, gae, linear_logprob, linear_policy_loss, logprob, ppo_loss, rmsnorm, rope, swiglu
 
 EPS = 1e-5
 BETA = 5.0
@@ -94,6 +94,11 @@ def _logits_inputs(shape: Shape, device: torch.device) -> Tensors:
     return {"logits": logits, "target": torch.randint(0, vocab, (shape.tokens,), device=device)}
 
 
+def _draw_inputs(shape: Shape, device: torch.device) -> Tensors:
+    keys = torch.randint(-(2**31), 2**31, (ROWS, 2), device=device).int()
+    return {"logits": _normal(ROWS, shape.vocab // shape.tp, device=device, scale=3.5, dtype=torch.float32), "keys": keys}
+
+
 def _linear_inputs(shape: Shape, device: torch.device) -> Tensors:
     vocab = shape.vocab // shape.tp
     hidden = _normal(shape.tokens, shape.hidden, device=device)
@@ -121,6 +126,10 @@ def _rope(t: Tensors) -> Any:
 
 def _logprob(t: Tensors) -> Tensor:
     return logprob(t["logits"], t["target"])[0]
+
+
+def _draw(t: Tensors) -> Tensor:
+    return draw(t["logits"], t["keys"])
 
 
 def _linear(**how: Any) -> Contender:
@@ -172,6 +181,7 @@ OPERATIONS: dict[str, Operation] = {  # by the names of floors.OPERATIONS
     "logprob forward": Operation(_logits_inputs, _LOGPROB),
     "logprob backward": Operation(_logits_inputs, _LOGPROB, "backward", ("logits",)),
     "logprob forward and backward": Operation(_logits_inputs, _LOGPROB, "both", ("logits",)),
+    "draw": Operation(_draw_inputs, {OURS: plain(_draw)}),
     "rmsnorm forward fused": Operation(_norm_inputs, _NORM),
     "rmsnorm backward fused": Operation(_norm_inputs, _NORM, "backward", ("x", "residual", "weight")),
     "swiglu forward": Operation(_swiglu_inputs, _SWIGLU),

@@ -72,6 +72,10 @@ def eager_logprob(t: Tensors) -> Outputs:
     return F.cross_entropy(t["logits"].float(), t["target"], reduction="none")
 
 
+def eager_draw(t: Tensors) -> Outputs:
+    return torch.multinomial(t["logits"].softmax(-1), 1)[:, 0]
+
+
 def eager_linear(t: Tensors) -> Outputs:
     """As transformers does: a product in the weights' type, its logits raised to float32."""
     return F.cross_entropy(F.linear(t["hidden"], t["weight"]).float(), t["target"], reduction="none")
@@ -216,6 +220,7 @@ PEERS: dict[str, dict[str, Contender]] = {  # by operation; what has none here h
     "logprob forward": _LOGPROB | {"Liger": liger_logprob},
     "logprob backward": _LOGPROB,  # Liger's gradient is made in its forward pass
     "logprob forward and backward": _LOGPROB | {"Liger": liger_logprob},
+    "draw": _torch(eager_draw),
     "rmsnorm forward fused": _NORM,
     "rmsnorm backward fused": _NORM,
     "swiglu forward": _SWIGLU,

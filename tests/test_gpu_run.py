@@ -74,7 +74,7 @@ def test_every_operation_has_a_floor_and_every_peer_an_operation() -> None:
     assert PEERS.keys() <= OPERATIONS.keys()
 
 
-@pytest.mark.parametrize("name", [name for name, peers in PEERS.items() if EAGER in peers])
+@pytest.mark.parametrize("name", [name for name, peers in PEERS.items() if EAGER in peers and name != "draw"])  # draws differ
 def test_torch_computes_the_same(name: str) -> None:
     """What computes something else is not compared: outputs but for a loss's sign and sum, and gradients."""
     operation = OPERATIONS[name]
