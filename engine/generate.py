@@ -11,11 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.config import Model, Parallel
 from engine.data.rows import Source, read_rows
-from engine.data.template import ChatTemplate, given
+from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.megatron.policy import Policy
 from engine.rollout.sampler import Response, Sampling, Slotting, generate, stop_tokens, text_of
@@ -107,14 +105,7 @@ class Answering:
 
     def _prompt(self, row: dict[str, Any], number: int, where: str) -> Prompt:
         try:
-            if row.get("tokens") is not None:
-                tokens = given(row["tokens"], None, self.policy.model.vocab)[0]
-            elif row.get("messages") is not None:
-                tokens = self.chat.prompt(row["messages"])
-            elif row.get("prompt") is not None:
-                tokens = self.chat.prompt([{"role": "user", "content": row["prompt"]}])
-            else:
-                raise ValueError(f"a row needs tokens, messages or prompt; this one has {', '.join(sorted(row)) or 'nothing'}")
+            tokens = self.chat.prompt_row(row)
             room = self.policy.model.max_length - self.generating.max_tokens
             if len(tokens) > room:
                 raise ValueError(
@@ -122,7 +113,7 @@ class Answering:
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        return Prompt(np.asarray(tokens, np.int32), id=number)
+        return Prompt(tokens, id=number)
 
     def text(self, response: Response) -> str:
         """What a response says, without its stop token."""

@@ -79,7 +79,7 @@ def test_the_hash_sees_what_changes_ids_and_nothing_else():
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(ValueError, match="neither 'bytes' nor a folder"):
+    with pytest.raises(ValueError, match="neither 'bytes', 'words' nor a folder"):
         load_tokenizer(str(tmp_path / "nowhere"))
 
 

@@ -53,7 +53,7 @@ def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int
             dropped += 1
         else:
             raise ValueError(
-                f"{where}: the prompt has {len(prompt.tokens)} tokens, over {max_length}; raise max_prompt, or set too_long=drop"
+                f"{where}: the prompt has {len(prompt.tokens)} tokens, over max_prompt={max_length}; raise it, or set too_long=drop"
             )
     if not prompts:
         raise ValueError(f"{source.path}: all {dropped} prompts are over {max_length} tokens; raise max_prompt")
@@ -64,16 +64,7 @@ def _prompt(row: Mapping[str, Any], chat: ChatTemplate, name: str, number: int) 
     judged_by = verifier(name or str(row.get("verifier") or row.get("dataset") or "").lower())
     truth = _truth(row)
     judged_by.check(truth)
-    if row.get("tokens") is not None:
-        tokens = chat.encode_row({"tokens": row["tokens"]})[0]
-    elif row.get("messages") is not None:
-        messages = row["messages"]
-        tokens = chat.prompt(messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages)
-    elif row.get("prompt") is not None:
-        tokens = chat.prompt([{"role": "user", "content": row["prompt"]}])
-    else:
-        raise ValueError(f"a task needs messages, prompt or tokens; this row has {', '.join(sorted(row)) or 'nothing'}")
-    return Prompt(tokens, truth, judged_by.name, number)
+    return Prompt(chat.prompt_row(row), truth, judged_by.name, number)
 
 
 def _truth(row: Mapping[str, Any]) -> Any:

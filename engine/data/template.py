@@ -96,6 +96,19 @@ class ChatTemplate:
         opens = not goes_on and self.tokenizer("")["input_ids"][:1] == [bos]
         return np.array([bos] * opens + self._encode_text(text).ids, np.int32)
 
+    def prompt_row(self, row: Mapping[str, Any]) -> np.ndarray:
+        """Tokens int32 [L] of a row that asks: `tokens` as they are, `messages` (less an assistant's last turn) or `prompt`, tried in this
+        order. Raises ValueError for a row with none of these, naming the keys it has."""
+        has = {key for key, value in row.items() if value is not None}
+        if "tokens" in has:
+            return given(row["tokens"], None, len(self.tokenizer))[0]
+        if "messages" in has:
+            messages = row["messages"]
+            return self.prompt(messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages)
+        if "prompt" in has:
+            return self.prompt([{"role": "user", "content": _text(row["prompt"], "prompt")}])
+        raise ValueError(f"a row needs tokens, messages or prompt; this one has {', '.join(sorted(has)) or 'nothing'}")
+
     def encode_row(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [L + 1] and mask uint8 [L] of a row of `messages`, of `prompt` and `response`, or of `tokens`, tried in this order.
 
