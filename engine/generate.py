@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Model, Parallel
-from engine.data.rows import Source, read_rows
+from engine.data.rows import Source, read_rows, whole_file
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.megatron.policy import Policy
@@ -57,22 +56,16 @@ def answer_all(generating: Generating, prompts: str, out: Path, world: World) ->
     Rows have `tokens` (ids of a prompt), `messages` or `prompt`. logprobs are natural logs, one for each token of the response.
     Raises ValueError, naming the line, for a row that has none of these or whose prompt is too long.
     """
-    part, count = out.with_name(out.name + ".part"), 0
-    with closing(Answering(generating, world)) as answering:
-        try:
-            rows = read_rows(Source(prompts))
-            while block := list(islice(rows, BLOCK)):
-                lines = [answering.line(*pair) for pair in answering([row for _, row in block], [where for where, _ in block], count)]
-                count += len(lines)
-                if world.rank == 0:
-                    with part.open("w" if count == len(lines) else "a") as file:
-                        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            if world.rank == 0:
-                os.replace(part, out)
-        finally:
-            if world.rank == 0:
-                part.unlink(missing_ok=True)
-    return count
+    count = 0
+    with closing(Answering(generating, world)) as answering, whole_file(out, world.rank == 0) as file:
+        rows = read_rows(Source(prompts))
+        while block := list(islice(rows, BLOCK)):
+            where, asked = zip(*block, strict=True)
+            lines = [answering.line(*pair) for pair in answering(asked, where, count)]
+            count += len(block)
+            if file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return count * generating.n
 
 
 class Answering:
@@ -95,7 +88,7 @@ class Answering:
         """Let the model go."""
         self.policy.close()
 
-    def __call__(self, rows: list[dict[str, Any]], where: list[str] | None = None, first: int = 0) -> Iterator[tuple[Prompt, Response]]:
+    def __call__(self, rows: Sequence[dict[str, Any]], where: Sequence[str] = (), first: int = 0) -> Iterator[tuple[Prompt, Response]]:
         """Each row's prompt with each of its responses, in order. Prompts are numbered from `first`, which their noise depends on."""
         prompts = [self._prompt(row, first + i, where[i] if where else "the question") for i, row in enumerate(rows)]
         responses = generate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import Model, Parallel
-from engine.data.rows import Source, read_rows
+from engine.data.rows import Source, read_rows, whole_file
 from engine.data.template import ChatTemplate, given, read_whole
 from engine.data.tokenizer import load_tokenizer
 from engine.logprobs import per_token
@@ -44,19 +43,12 @@ def score(scoring: Scoring, data: str, out: Path, world: World, *, reward: bool 
         policy.expect_head("scalar" if reward else "lm")
         verb, line = (policy.values, _reward_line) if reward else (policy.logprobs, _line)
         rows = _samples(data, _Encoder(scoring, policy, reward), scoring.tokens_per_microbatch)
-        part = out.with_name(out.name + ".part")
         count = 0
-        try:
+        with whole_file(out, world.rank == 0) as file:
             for block, values in per_token(policy, verb, rows, scoring.tokens_per_microbatch):
                 count += len(block)
-                if world.rank == 0:
-                    with part.open("w" if count == len(block) else "a") as file:
-                        file.writelines(map(line, block, values))
-            if world.rank == 0:
-                os.replace(part, out)
-        finally:
-            if world.rank == 0:
-                part.unlink(missing_ok=True)
+                if file:
+                    file.writelines(map(line, block, values))
         return count
 
 

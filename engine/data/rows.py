@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,6 +53,22 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"path={source.path!r} has no rows")
     yield first
     yield from rows
+
+
+@contextmanager
+def whole_file(path: Path, writes: bool) -> Iterator[TextIO | None]:
+    """A file to write rows to, which appears at `path` when the context is left in good order, and not at all otherwise. None for a
+    process that does not write."""
+    if not writes:
+        yield None
+        return
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def identity(source: Source) -> dict[str, Any]:
