@@ -228,9 +228,12 @@ def told(folder: Path) -> list[dict[str, Any]]:
     [
         ({"verifier": "nonesuch"}, "verifier='nonesuch' is unknown"),
         ({"max_prompt": 4}, "over max_prompt=4"),
-        ({"max_prompt": 100}, "over the model's context"),
+        ({"max_prompt": 120, "tokens_per_microbatch": 256}, "over the model's context"),
         ({"stop": ("no such token",)}, "stop='no such token' is no token"),
-        ({"critic": replace(jobs_rlvr.asked(FOLDER, Parallel()).algorithm.critic, model=Model(init=jobs.TINY))}, "model.head='lm'"),
+        (
+            {"critic": replace(jobs_rlvr.asked(FOLDER, Parallel()).algorithm.critic, model=Model(init=jobs.TINY))},
+            "a reward model is needed",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

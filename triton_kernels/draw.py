@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from triton_kernels.aot import AotCase
-from triton_kernels.launch import by_kernel, launch
+from triton_kernels.launch import by_kernel, constexpr, jit, launch, tl
 from triton_kernels.logprob import check_rows
 from triton_kernels.shard import SEGMENTS, Shard
 
 BLOCK = 1024
 WARPS = 4
-GOLDEN, MIX_1, MIX_2 = (tl.constexpr(c - (1 << 32)) for c in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))  # as int32
+GOLDEN, MIX_1, MIX_2 = (constexpr(c - (1 << 32)) for c in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))  # as int32
 SCORE, ID = range(2)  # the rows of a segment's best, both as the bits of int32
 
 
@@ -119,7 +117,7 @@ def exponential(keys_R2: Tensor, start: int, count: int) -> Tensor:
     return u.neg_().log1p_().neg_()
 
 
-@triton.jit
+@jit
 def _exponential(id, key_0, key_1):
     """As `exponential`; log1p(-u) = log(w) u / (1 - w) with w = 1 - u as rounded (Kahan), for want of a log1p."""
     h = (id * GOLDEN + key_0) ^ key_1
@@ -134,7 +132,7 @@ def _exponential(id, key_0, key_1):
     return tl.where(w == 1.0, u, -tl.log(w) * (u / tl.where(w == 1.0, 1.0, 1.0 - w)))
 
 
-@triton.jit
+@jit
 def _best_kernel(
     SCORES, IDS, LOGITS, KEYS, stride, R, size, start, real, inv_temp,
     REST: tl.constexpr, SEGMENTS: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr,

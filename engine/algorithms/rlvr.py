@@ -91,9 +91,8 @@ class RLVR:
         if self.kl_coef < 0:
             raise ValueError(f"algorithm.kl_coef={self.kl_coef} must not be negative")
         if (self.advantage == "critic") != (self.critic is not None):
-            raise ValueError(
-                f"algorithm.advantage={self.advantage!r} with critic={self.critic}; give a critic for 'critic' and none for 'group'"
-            )
+            has = "none" if self.critic is None else "one"
+            raise ValueError(f"algorithm.advantage={self.advantage!r} and algorithm.critic is {has}; 'critic' needs one, 'group' none")
         if self.advantage == "group" and self.samples_per_prompt < 2:
             raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'")
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
