@@ -13,6 +13,7 @@ run = Run(
         sources=(Source("cache/gsm8k_pairs/train.jsonl"),),
         held_out=(Source("cache/gsm8k_pairs/held_out.jsonl"),),
         batch_size=8,
+        epochs=2,
         max_length=512,
         too_long="drop",
     ),
