@@ -174,9 +174,14 @@ class Policy:
     def generate(self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing) -> None:
         """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens.
 
-        All ranks of a replica call it with equal groups; replicas do not wait for each other.
+        All ranks of a replica call it with equal groups; replicas do not wait for each other. Raises ValueError for virtual stages over two
+        GPUs.
         """
         from engine.megatron import decode
+
+        if self.world.on_gpu and self.parallel.pp == 2 and self.parallel.vpp > 1:
+            # Each is the other's next and previous, and nccl keeps to one order between two ranks: they would wait for each other.
+            raise ValueError(f"parallel.pp=2 with vpp={self.parallel.vpp} cannot generate on GPUs; use vpp=1, or more stages")
 
         self._settle()
         for stage in self.stages:
