@@ -34,11 +34,11 @@ from matplotlib import pyplot
 
 Found = dict[str, dict[str, Measured]]
 MEANING = """\
-Imitation copies its teachers: more than half of them show no work, and so the model's likeliest answer is a guess. Preference pairs of its
-own right and wrong answers lean it towards work. The verifier sees only the last number; under it the model learns to work problems out
-where that is right more often than its guesses are, and to guess where it is not. That is selection and sharpening of what imitation had put
-there, not new arithmetic. The policy hardly leaves the clip and the critic explains little on a task this small; both are proven by tests,
-not by this demo."""
+Imitation copies its teachers: more than half of them show no work, and so the model's likeliest answer is a guess. Preference pairs of
+its own right and wrong answers lean it towards work. The verifier sees only the last number; under it the model learns to work problems
+out where that is right more often than its guesses are, and to guess where it is not. That is selection and sharpening of what imitation
+had put there, not new arithmetic. The policy hardly leaves the clip and the critic explains little on a task this small; both are proven
+by tests, not by this demo."""
 GATE = 0.9  # of worked answers are right, greedily, after RLVR
 
 
