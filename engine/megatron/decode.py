@@ -61,7 +61,6 @@ class Cache:
     """Keys and values of this rank's layers, each [slots, KV, positions, K]."""
 
     def __init__(self, layers: Sequence[int], slots: int, heads: int, positions: int, size: int, like: Tensor):
-        self.slots, self.positions = slots, positions
         self.layers = {
             layer: (like.new_zeros(slots, heads, positions, size), like.new_zeros(slots, heads, positions, size)) for layer in layers
         }
