@@ -84,6 +84,18 @@ def _mask(prompt: int, response: int) -> np.ndarray:
     return np.array([0] * (prompt - 1) + [1] * response, np.uint8)
 
 
+def asked_twice(world: World, model: Model) -> tuple[list[list[int]], list[list[int]]]:
+    """Two samples of a prompt; and one sample of each of two prompts that are the same."""
+    from engine.megatron.policy import Policy
+    from engine.rollout.sampler import Sampling, Slotting, generate
+
+    prompt, how, slotting = prompts()[0], Sampling(max_tokens=12, stop=(0,)), Slotting(cache_gb=1.0)
+    with closing(Policy(model, None, Parallel(), world)) as policy:
+        once = generate(policy, [prompt], how, slotting, samples=2)
+        twice = generate(policy, [prompt, prompt], how, slotting)
+    return [r.tokens.tolist() for r in once[0]], [group[0].tokens.tolist() for group in twice]
+
+
 def refused(world: World, parallel: Parallel, model: Model, **how: Any) -> str:
     """What is said to a generation that cannot be."""
     from engine.megatron.policy import Policy

@@ -76,6 +76,12 @@ def test_a_step_in_between_is_seen(size: int, parallel: Parallel) -> None:
     check_same(size, parallel, expected, temperature=1.0, trained=True)
 
 
+def test_a_prompt_asked_twice_is_answered_afresh() -> None:
+    once, twice = ranks(1).run(jobs_rollout.asked_twice, model=MODEL)[0]
+    assert once[0] != once[1]
+    assert twice == once
+
+
 def test_tied_weights() -> None:
     tied = Model(init=replace(jobs.TINY, tied=True))
     found = [ranks(size).run(jobs_rollout.responses, parallel=Parallel(pp=size), model=tied, temperature=0.0)[0] for size in (1, 2)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch.distributed as dist
@@ -73,22 +74,24 @@ def generate(
 ) -> list[list[Response]]:
     """`samples` responses to each prompt, in order, on every rank.
 
-    A response is a function of the weights, the prompt, its id, `seed` and its place among the samples: not of slots, replicas or of what
-    else is asked. Raises ValueError for a prompt that is empty, or that leaves no room in the model's context for max_tokens.
+    A response is a function of the weights, the prompt, its id, `seed` and its place among the samples of that id: not of slots, replicas
+    or of what else is asked. A prompt that is asked twice goes on with the next places.
+    Raises ValueError for a prompt that is empty, or that leaves no room in the model's context for max_tokens.
     """
     _check(policy, prompts, sampling)
     positions = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_tokens
+    place = defaultdict[int, Iterator[int]](count)  # of the next sample of each id
     requests = [
-        Request(prompt.tokens.tolist(), sampling.max_tokens, stream(*seed, prompt.id, sample), (index, sample))
+        Request(prompt.tokens.tolist(), sampling.max_tokens, stream(*seed, prompt.id, next(place[prompt.id])), (index, sample))
         for index, prompt in enumerate(prompts)
         for sample in range(samples)
     ]
     mine = _share(requests, policy.grid.dp, policy.grid.dp_rank, whole_prompts=len(prompts) >= policy.grid.dp)
     # As many groups as there are stages, so that each stage always has one to compute.
-    count = _slots(policy, slotting, positions, most=len(mine), groups=policy.grid.pp)
+    slots = _slots(policy, slotting, positions, most=len(mine), groups=policy.grid.pp)
     queue = deque(mine)
-    groups = [Slots(count, queue, frozenset(sampling.stop), slotting.prefill) for _ in range(policy.grid.pp)]
-    policy.generate(groups, count, positions, Drawing(sampling.temperature, sampling.top_k, sampling.top_p))
+    groups = [Slots(slots, queue, frozenset(sampling.stop), slotting.prefill) for _ in range(policy.grid.pp)]
+    policy.generate(groups, slots, positions, Drawing(sampling.temperature, sampling.top_k, sampling.top_p))
     return _together(policy, mine, len(prompts), samples)
 
 
