@@ -40,6 +40,7 @@ FLOORS = {
     "engine.score": 5,
     "engine.generate": 5,
     "engine.export": 5,
+    "engine.dryrun": 5,
     "engine.__main__": 6,
     "recipes": 6,
     "benchmarks": 6,
