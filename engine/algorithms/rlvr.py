@@ -205,7 +205,7 @@ class Started:
 
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         """The responses of `step`, ready to be learned from, and what there is to say of them; equal on every rank."""
-        c, clock = self.config, Clock()
+        clock = Clock()
         ask = self._ask_of(step)
         drawn = self._draw(step, ask)
         clock.lap("generate")
@@ -214,14 +214,8 @@ class Started:
         clock.lap("verify")
         samples = self._read([self._sample(rollout, drawn.version) for rollout in rollouts])
         clock.lap("read")
-        learnable = self._advantages(samples, rollouts)
-        found = described(rollouts, learnable) | {"dropped": float(dropped)} | clock.laps | drawn.said
-        if c.rollout.gpus:
-            found["staleness"] = float(np.mean([step - sample.version for sample in learnable]))
-        if c.rollout.lag:
-            learnable, weights = off_policy(learnable, [rollout.response.logprobs for rollout in rollouts], c.rollout.max_weight)
-            found |= {"importance": float(weights.mean()), "importance_max": float(weights.max())}
-            found["truncated"] = float(np.mean(weights == c.rollout.max_weight))
+        learnable, stale = self._corrected(step, self._advantages(samples, rollouts), rollouts)
+        found = described(rollouts, learnable) | {"dropped": float(dropped)} | stale | clock.laps | drawn.said
         tokens = sum(len(rollout.response.tokens) for rollout in rollouts)
         return learnable, found | {"generated_tokens_per_second": tokens / found["seconds_generate"]}
 
@@ -279,6 +273,20 @@ class Started:
             return by_group(samples, [rollout.prompt.id for rollout in rollouts], c.group_scale)
         device, ranks = self.policy.world.device, self.policy.grid.dp
         return by_critic(samples, kl_coef=c.kl_coef, kl=c.kl, gamma=c.gamma, lam=c.lam, whiten=c.whiten, ranks=ranks, device=device)
+
+    def _corrected(self, step: int, samples: list[Sample], rollouts: list[Rollout]) -> tuple[list[Sample], dict[str, float]]:
+        """With advantages that make up for weights that drew the samples a step ago, and what there is to say of it:
+
+        staleness             mean over responses of the steps between the weights that drew them and those that learn from them
+        importance, .._max    of the tokens' truncated importance weights; truncated: the share that was cut to rollout.max_weight
+        """
+        rollout = self.config.rollout
+        if not rollout.lag:
+            return samples, {}
+        samples, weights = off_policy(samples, [r.response.logprobs for r in rollouts], rollout.max_weight)
+        truncated, staleness = np.mean(weights == rollout.max_weight), np.mean([step - sample.version for sample in samples])
+        said = {"staleness": staleness, "importance": weights.mean(), "importance_max": weights.max(), "truncated": truncated}
+        return samples, {name: float(value) for name, value in said.items()}
 
     def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts."""

@@ -124,7 +124,7 @@ class Apart:
         self.policy, self.talk, self.weights = policy, _talk(policy), _weights(policy)
         self.asked = False  # something that has not come yet
         self.ahead: Drawn | None = None  # what has come, and was not taken yet
-        self.handed = {"seconds_weights": 0.0, "weights_bytes": 0.0}
+        self.spent = {"seconds_wait": 0.0, "seconds_weights": 0.0, "weights_bytes": 0.0}  # since the last draw
 
     def draw(self, version: int, now: Ask, then: Ask | None, checkpoint: Path) -> Drawn:
         """The answer to `now`: asked for a step ago, or kept in the `checkpoint` that the run goes on from, or asked for here. After it
@@ -134,7 +134,6 @@ class Apart:
         wait for; seconds_weights and weights_bytes of handing weights on, of which the bytes are this rank's share.
         Raises ValueError for what cannot be drawn; see sampler.generate.
         """
-        self.handed, began = dict.fromkeys(self.handed, 0.0), time.perf_counter()
         if not self.asked and self.ahead is None:
             if (checkpoint / KEPT).exists():
                 self.ahead = Drawn.read(checkpoint / KEPT)
@@ -142,17 +141,19 @@ class Apart:
                 self._ask(now, version)
         drawn, self.ahead = self.arrived(), None
         assert drawn is not None
-        waited = time.perf_counter() - began
         if then is not None:
             self._ask(then, version)
-        hidden = max(0.0, drawn.said["seconds_generate"] - waited)
-        return replace(drawn, said=drawn.said | {"seconds_wait": waited, "seconds_hidden": hidden} | self.handed)
+        spent, self.spent = self.spent, dict.fromkeys(self.spent, 0.0)
+        hidden = max(0.0, drawn.said["seconds_generate"] - spent["seconds_wait"])
+        return replace(drawn, said=drawn.said | spent | {"seconds_hidden": hidden})
 
     def arrived(self) -> Drawn | None:
         """What was asked for, once it has come; None when nothing was."""
         if self.asked:
+            began = time.perf_counter()
             box = [self.talk.say(None, FIRST_FAR)] if self.talk else [None]
             dist.broadcast_object_list(box, src=0)
+            self.spent["seconds_wait"] += time.perf_counter() - began
             self.asked = False
             if isinstance(box[0], ValueError):
                 raise box[0]
@@ -165,8 +166,8 @@ class Apart:
             self.talk.say((ask, version))
         size = self.policy.share_weights(self.weights.tell if self.weights else _to_nobody, taking=False)
         self.asked = True
-        self.handed["seconds_weights"] += time.perf_counter() - began
-        self.handed["weights_bytes"] += size
+        self.spent["seconds_weights"] += time.perf_counter() - began
+        self.spent["weights_bytes"] += size
 
     def close(self) -> None:
         """Let the ranks that draw go. If they are still at something this is a failure, which ends them too."""
