@@ -73,7 +73,6 @@ def test_the_next_step_is_drawn_while_one_is_learned(tmp_path: Path) -> None:
     assert [r["staleness"] for r in rows] == [0.0, 1.0, 1.0]
     for row in rows:
         assert row["seconds_hidden"] == pytest.approx(max(0.0, row["seconds_generate"] - row["seconds_wait"]))
-    assert rows[1]["seconds_hidden"] > 0  # it was there before the step asked for it
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(pp=2)], ids=str)
