@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 PATIENCE = timedelta(days=1)  # one side waits for as long as a step or an evaluation of the other takes; a dead peer is noticed at once
 
@@ -18,8 +19,8 @@ PATIENCE = timedelta(days=1)  # one side waits for as long as a step or an evalu
 class Line:
     """Ranks of both worlds, numbered for the purpose, of which one speaks and the others listen."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, *, on_gpu: bool):
-        backend = dist.ProcessGroupNCCL if on_gpu else dist.ProcessGroupGloo
+    def __init__(self, store: Store, rank: int, size: int, *, on_gpu: bool):
+        backend: Any = dist.ProcessGroupNCCL if on_gpu else dist.ProcessGroupGloo
         self.rank, self.on_gpu = rank, on_gpu
         self.group = backend(store, rank, size, PATIENCE)
 
@@ -43,11 +44,11 @@ class Line:
 class Bridge:
     """What a rank knows of the launch that its world is a part of: the first `near` ranks are one world, the other `far` the other."""
 
-    store: dist.Store
+    store: Store
     near: int
     far: int
     is_far: bool  # this rank
 
     def line(self, name: str, rank: int, size: int, *, on_gpu: bool = False) -> Line:
         """A line of `size` ranks, each of which calls this with the same `name` and a `rank` of its own."""
-        return Line(dist.PrefixStore(name, self.store), rank, size, on_gpu=on_gpu)
+        return Line(PrefixStore(name, self.store), rank, size, on_gpu=on_gpu)

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from engine.bridge import Bridge
 
@@ -56,7 +56,7 @@ class World:
             world._join(HashStore())
         return world
 
-    def _join(self, store: dist.Store | None = None) -> None:
+    def _join(self, store: Store | None = None) -> None:
         """Meet the other ranks of this world: at `store`, or where torchrun says."""
         meeting = {} if store is None else {"store": store, "rank": self.rank, "world_size": self.size}
         own = self.device if self.on_gpu else None
@@ -70,7 +70,7 @@ class World:
         rank, size = (self.rank - near, far) if is_far else (self.rank, near)
         dist.destroy_process_group()
         part = replace(self, rank=rank, size=size, bridge=Bridge(store, near, far, is_far))
-        part._join(dist.PrefixStore("far" if is_far else "near", store))
+        part._join(PrefixStore("far" if is_far else "near", store))
         return part
 
     @staticmethod

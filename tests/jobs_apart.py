@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from engine.config import Parallel
 from engine.rollout import apart
@@ -28,7 +29,7 @@ def whole_again(world: World) -> Iterator[None]:
     turn = store.add(f"parted/{world.rank}", 1)
     yield
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.PrefixStore(f"whole-{turn}", store), rank=world.rank, world_size=world.size)
+    dist.init_process_group("gloo", store=PrefixStore(f"whole-{turn}", store), rank=world.rank, world_size=world.size)
 
 
 def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> list[dict[str, Any]]:

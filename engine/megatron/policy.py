@@ -338,7 +338,7 @@ def dtype_of(model: Model, world: World) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
 
 
-def _bucketed(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def _bucketed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """`tensors` in order, a few large transfers' worth at a time: one for each would cost more in calls than in bytes."""
     some: list[Tensor] = []
     for tensor in tensors:

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -50,15 +51,18 @@ class Drawn:
     def to_bytes(self) -> bytes:
         """As the contents of an npz file."""
         flat = list(chain(*self.responses))
-        arrays = {
+        arrays: dict[str, Any] = {
             "tokens": np.concatenate([r.tokens for r in flat]),
             "logprobs": np.concatenate([r.logprobs for r in flat]),
-            "lengths": np.array([len(r.tokens) for r in flat]),
-            "stopped": np.array([r.stopped for r in flat]),
+            "lengths": [len(r.tokens) for r in flat],
+            "stopped": [r.stopped for r in flat],
+            "samples": len(self.responses[0]),
+            "version": self.version,
+            "names": list(self.said),
+            "values": list(self.said.values()),
         }
         file = io.BytesIO()
-        names, values = list(self.said), list(self.said.values())
-        np.savez(file, **arrays, samples=len(self.responses[0]), version=self.version, names=names, values=values)
+        np.savez(file, **arrays)
         return file.getvalue()
 
     @staticmethod
