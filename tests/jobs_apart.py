@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -29,6 +30,7 @@ def whole_again(world: World) -> Iterator[None]:
     turn = store.add(f"parted/{world.rank}", 1)
     yield
     dist.destroy_process_group()
+    gc.collect()  # each group that is still held somewhere has threads of its own
     dist.init_process_group("gloo", store=PrefixStore(f"whole-{turn}", store), rank=world.rank, world_size=world.size)
 
 
