@@ -23,6 +23,8 @@ class Line:
         backend: Any = dist.ProcessGroupNCCL if on_gpu else dist.ProcessGroupGloo
         self.rank, self.on_gpu = rank, on_gpu
         self.group = backend(store, rank, size, PATIENCE)
+        if not on_gpu:
+            self.group.barrier().wait()  # none leaves before all have come: gloo would have the last wait for it
 
     def tell(self, tensor: Tensor, speaker: int = 0) -> None:
         """The speaker's tensor becomes everyone's; it has arrived when this returns."""
