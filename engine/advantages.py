@@ -95,6 +95,26 @@ def by_group(samples: Sequence[Sample], prompts: Sequence[int], scale: Literal["
     return found
 
 
+def off_policy(samples: Sequence[Sample], sampler_logprobs: Sequence[np.ndarray], most: float) -> tuple[list[Sample], np.ndarray]:
+    """`samples` with each response token's advantage times min(p / q, most), and those weights, float64, end to end. p is the token's
+    probability by the policy that starts to learn (old_logprob), q by the one that drew it (sampler_logprobs[i], response tokens only).
+
+    Truncated importance sampling (Ionides 2008, doi 10.1198/106186008X320456) beside a clip around p (arXiv 2505.24298, equation 5). The
+    clipped loss is homogeneous in the advantage: this multiplies it by the weight, which has no gradient. KL to the reference inside the
+    loss (advantage="group") and the critic's loss go by the tokens as they were drawn.
+    """
+    found, weights = [], []
+    for sample, drawn in zip(samples, sampler_logprobs, strict=True):
+        assert sample.old_logprob is not None
+        assert sample.advantage is not None
+        advantage, places = sample.advantage.copy(), sample.mask > 0
+        with np.errstate(over="ignore"):
+            weights.append(np.minimum(np.exp(sample.old_logprob[places].astype(np.float64) - drawn), most))
+        advantage[places] *= weights[-1]
+        found.append(replace(sample, advantage=advantage))
+    return found, np.concatenate(weights)
+
+
 def explained_variance(samples: Sequence[Sample]) -> float:
     """1 - Var(returns - value) / Var(returns) over response tokens: 1 for a critic that knows, 0 for one that says the same of all."""
     returns, values = (np.concatenate([np.asarray(getattr(s, name))[s.mask > 0] for s in samples]) for name in ("returns", "value"))

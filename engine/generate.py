@@ -41,6 +41,8 @@ class Generating:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1")
+        if self.rollout.gpus:
+            raise ValueError(f"rollout.gpus={self.rollout.gpus} sets ranks apart from training, which there is none of here; leave it at 0")
 
 
 def answer(generating: Generating, question: str, world: World) -> list[str]:

@@ -44,5 +44,9 @@ class Supervised:
             return {}
         return self.policy.evaluate(batch(self.held_out, self.budget, **self.policy.cut), self.loss)
 
+    def kept(self) -> dict[str, bytes]:
+        """All there is to go on with is in the weights."""
+        return {}
+
     def close(self) -> None:
         """It holds nothing but the policy, which is not its own."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,17 @@ class Algorithm(Protocol):
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]: ...
     def minibatches(self, step: int, samples: list[Sample]) -> Iterable[list[Sample]]: ...
     def evaluate(self) -> dict[str, float]: ...
+    def kept(self) -> dict[str, bytes]: ...  # files that go into a checkpoint beside the weights
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Parting(Protocol):
+    """The config of an algorithm that keeps ranks for itself, beside those that train."""
+
+    def part(self, run: Run, world: World) -> World | None:
+        """The world of the ranks that train; None on the others, which serve those until they are done."""
+        ...
 
 
 def train(run: Run, world: World) -> None:
@@ -43,15 +53,21 @@ def train(run: Run, world: World) -> None:
 
     Raises ValueError before anything is written when a setting, the data or the model does not fit, or when `run.out` holds another run.
     """
+    check_folder(Path(run.out), run)
+    trainers = run.algorithm.part(run, world) if isinstance(run.algorithm, Parting) else world
+    if trainers is not None:
+        _train(run, trainers, devices=world.size)
+
+
+def _train(run: Run, world: World, devices: int) -> None:
     out = Path(run.out)
-    check_folder(out, run)
     with ExitStack() as stack:
         policy = stack.enter_context(closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)))
         algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
         start, steps = load(algorithm.learners, out), run.steps or algorithm.steps
         arena = Arena(pinned=world.on_gpu)
         world.first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
-        with Report(run, out, is_writer=world.rank == 0, devices=world.size, start=start) as report:
+        with Report(run, out, is_writer=world.rank == 0, devices=devices, start=start) as report:
             for note in algorithm.notes:
                 report.note(note)
             if start:
@@ -65,7 +81,7 @@ def train(run: Run, world: World) -> None:
                 tokens, seconds = sum(s.length for s in samples), time.perf_counter() - began
                 report.step(step, steps, metrics, tokens=tokens, seconds=seconds, memory_gb=world.peak_memory_gb())
                 if due(step + 1, run.save_every) or step + 1 == steps:
-                    save(algorithm.learners, out, step + 1, run.keep_last)
+                    save(algorithm, out, step + 1, run.keep_last)
             evaluate(algorithm, report, steps)
 
 
@@ -91,12 +107,12 @@ def load(learners: Sequence[Learner], out: Path) -> int:
     return start
 
 
-def save(learners: Sequence[Learner], out: Path, step: int, keep_last: int) -> None:
-    """Save them all, the run's policy last: with its checkpoint the step is complete."""
-    run, *others = learners
+def save(algorithm: Algorithm, out: Path, step: int, keep_last: int) -> None:
+    """Save all learners, the run's policy last: with its checkpoint the step is complete."""
+    run, *others = algorithm.learners
     for learner in others:
         learner.policy.save(out / learner.name, step, None, keep_last)
-    run.policy.save(out, step, out / "model", keep_last)
+    run.policy.save(out, step, out / "model", keep_last, algorithm.kept())
 
 
 def due(step: int, every: int) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+
+from engine.bridge import Bridge
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: long enough for rank 0 to tokenise a large data set while the others wait
 
@@ -27,6 +29,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    bridge: Bridge | None = None  # to the rest of the launch, where this world is a part of it
 
     @property
     def on_gpu(self) -> bool:
@@ -46,12 +49,29 @@ class World:
         else:
             device = torch.device(seat)
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-        backend = "nccl" if seat == "cuda" else "gloo"
+        world = World(seat, rank, size, device)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, device_id=device if seat == "cuda" else None, timeout=TIMEOUT)
+            world._join()
         else:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        return World(seat, rank, size, device)
+            world._join(HashStore())
+        return world
+
+    def _join(self, store: Store | None = None) -> None:
+        """Meet the other ranks of this world: at `store`, or where torchrun says."""
+        meeting = {} if store is None else {"store": store, "rank": self.rank, "world_size": self.size}
+        own = self.device if self.on_gpu else None
+        dist.init_process_group("nccl" if self.on_gpu else "gloo", device_id=own, timeout=TIMEOUT, **meeting)
+
+    def parted(self, far: int) -> World:
+        """Leave this world for one's own part of it: its last `far` ranks, or the others. All ranks must call it."""
+        assert 0 < far < self.size
+        store, near = dist.distributed_c10d._get_default_store(), self.size - far
+        is_far = self.rank >= near
+        rank, size = (self.rank - near, far) if is_far else (self.rank, near)
+        dist.destroy_process_group()
+        part = replace(self, rank=rank, size=size, bridge=Bridge(store, near, far, is_far))
+        part._join(PrefixStore("far" if is_far else "near", store))
+        return part
 
     @staticmethod
     def imagined(rank: int, size: int) -> World:

@@ -69,20 +69,26 @@ def plain(samples: list[Sample]) -> list[dict[str, Any]]:
 def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> list[dict[str, Any]]:
     """Of each step: its samples, what was said of them, and what the learners said."""
     from engine.megatron.policy import Policy
-    from engine.train import learn
 
     settings = asked(folder, parallel, **changes)
     settings = replace(settings, out=f"{settings.out}-{world.size}-{world.rank}")
-    found = []
     with (
         closing(Policy(settings.model, settings.optim, parallel, world, seed=settings.seed)) as policy,
         closing(settings.algorithm.start(policy, settings)) as algorithm,
     ):
-        for step in range(settings.steps):
-            samples, said = algorithm.collect(step)
-            learned = learn(algorithm, step, 10, samples, settings.tokens_per_microbatch, Arena())
-            said = {name: value for name, value in said.items() if "second" not in name}
-            found.append({"samples": plain(samples), "said": said, "learned": learned})
+        return learned(algorithm, settings)
+
+
+def learned(algorithm: Any, settings: Run) -> list[dict[str, Any]]:
+    """What `steps` returns."""
+    from engine.train import learn
+
+    found = []
+    for step in range(settings.steps):
+        samples, said = algorithm.collect(step)
+        metrics = learn(algorithm, step, 10, samples, settings.tokens_per_microbatch, Arena())
+        said = {name: value for name, value in said.items() if "second" not in name}
+        found.append({"samples": plain(samples), "said": said, "learned": metrics})
     return found
 
 

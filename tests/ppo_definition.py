@@ -82,3 +82,8 @@ def value_slope(r: Response, t: int, clip: float) -> float:
     new, old, target = r["new_value"][t], r["value"][t], r["returns"][t]
     kept = min(max(new, old - clip), old + clip)
     return new - target if kept == new or (new - target) ** 2 >= (kept - target) ** 2 else 0.0
+
+
+def importance(r: Response, t: int, most: float) -> float:
+    """How much likelier the token is to the policy that starts to learn than to the one that drew it, `most` at most."""
+    return min(math.exp(r["old_logprob"][t] - float(r["sampler"][t])), most)

@@ -16,6 +16,7 @@ FLOORS = {
     "engine.types": 0,
     "engine.config": 0,
     "engine.world": 0,
+    "engine.bridge": 0,
     "engine.shadow": 0,
     "engine._C": 0,
     "engine.jail": 0,

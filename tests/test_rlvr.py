@@ -131,14 +131,18 @@ def one_rank(**changes: Any) -> list[dict[str, Any]]:
 
 def check_same(size: int, parallel: Parallel, expected: list[dict[str, Any]], **changes: Any) -> None:
     for found in ranks(size).run(jobs_rlvr.steps, folder=FOLDER, parallel=parallel, **changes):
-        for got, wanted in zip(found, expected, strict=True):
-            for mine, theirs in zip(got["samples"], wanted["samples"], strict=True):
-                assert mine["tokens"] == theirs["tokens"]
-                assert mine["reward"] == theirs["reward"]
-                for name in ("advantage", "old_logprob", "value", "returns"):
-                    if theirs[name] is not None:
-                        assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-5)
-            assert got["learned"] == pytest.approx(wanted["learned"], rel=2e-5, abs=2e-6)
+        check_steps(found, expected)
+
+
+def check_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for got, wanted in zip(found, expected, strict=True):
+        for mine, theirs in zip(got["samples"], wanted["samples"], strict=True):
+            assert mine["tokens"] == theirs["tokens"]
+            assert mine["reward"] == theirs["reward"]
+            for name in ("advantage", "old_logprob", "value", "returns"):
+                if theirs[name] is not None:
+                    assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-5)
+        assert got["learned"] == pytest.approx(wanted["learned"], rel=2e-5, abs=2e-6)
 
 
 def test_the_first_update_starts_from_ratio_one() -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,22 +19,25 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from engine.advantages import Kl, Whiten, by_critic, by_group, explained_variance, kl_estimate
-from engine.config import Model, Optim, Parallel, Run
+from engine.advantages import Kl, Whiten, by_critic, by_group, explained_variance, kl_estimate, off_policy
+from engine.config import Model, Optim, Parallel, Run, step_folder
 from engine.data.mixture import Mixture
 from engine.data.rows import Source
 from engine.data.tasks import Tasks, read_tasks
 from engine.data.template import ChatTemplate
 from engine.losses import Average, ppo_clip, value_clip
 from engine.megatron.policy import Learner, Policy
+from engine.rollout import apart
+from engine.rollout.apart import KEPT, Apart, Ask, Drawn
 from engine.rollout.judging import Rollout, judge
 from engine.rollout.reading import per_token
 from engine.rollout.reference import Offloaded, Reference, Resident
-from engine.rollout.sampler import Response, Sampling, Slotting, generate, stop_tokens
+from engine.rollout.sampler import Sampling, Slotting, stop_tokens
 from engine.texts import open_chat
 from engine.types import Prompt, Sample
 from engine.verify import verifier
 from engine.verify.pool import Pool
+from engine.world import World
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,10 @@ class RLVR:
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
             raise ValueError(f"algorithm.minibatches={self.minibatches} is more than the responses of a step")
 
+    def part(self, run: Run, world: World) -> World | None:
+        """The ranks that train; see apart.part."""
+        return apart.part(run, world, self.rollout)
+
     def start(self, policy: Policy, run: Run) -> Started:
         """Read the prompts, and build critic and reference. Raises ValueError for what does not fit."""
         policy.expect_head("lm")
@@ -112,6 +119,7 @@ class RLVR:
             policy=policy,
             critic=self._critic(policy, run, resources),
             reference=self._reference(policy, run, resources),
+            apart=resources.enter_context(closing(Apart(policy))) if policy.world.bridge else None,
             pool=resources.enter_context(Pool()),
             mixture=mixture,
             tasks=[prompt for task in held_out for prompt in task.prompts],
@@ -168,6 +176,7 @@ class Started:
     policy: Policy
     critic: Policy | None
     reference: Reference | None
+    apart: Apart | None  # where generation has ranks of its own
     pool: Pool
     mixture: Mixture[Prompt]
     tasks: list[Prompt]  # held out
@@ -196,29 +205,46 @@ class Started:
 
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         """The responses of `step`, ready to be learned from, and what there is to say of them; equal on every rank."""
-        c, clock = self.config, Clock()
-        prompts = self.mixture.batch(step, c.prompts_per_step)
-        responses = self._generate(prompts, c.temperature, c.samples_per_prompt, step)
+        clock = Clock()
+        ask = self._ask_of(step)
+        drawn = self._draw(step, ask)
         clock.lap("generate")
-        rollouts, dropped = judge(prompts, responses, self.tokenizer, self.pool, self.policy.world)
+        rollouts, dropped = judge(ask.prompts, drawn.responses, self.tokenizer, self.pool, self.policy.world)
         self._keep(step, rollouts)
         clock.lap("verify")
-        samples = self._read([self._sample(rollout, step) for rollout in rollouts])
+        samples = self._read([self._sample(rollout, drawn.version) for rollout in rollouts])
         clock.lap("read")
-        learnable = self._advantages(samples, rollouts)
-        found = described(rollouts, learnable) | {"dropped": float(dropped)}
-        drawn = sum(len(rollout.response.tokens) for rollout in rollouts)
-        return learnable, found | clock.laps | {"generated_tokens_per_second": drawn / clock.laps["seconds_generate"]}
+        learnable, stale = self._corrected(step, self._advantages(samples, rollouts), rollouts)
+        found = described(rollouts, learnable) | {"dropped": float(dropped)} | stale | clock.laps | drawn.said
+        tokens = sum(len(rollout.response.tokens) for rollout in rollouts)
+        return learnable, found | {"generated_tokens_per_second": tokens / found["seconds_generate"]}
 
-    def _generate(self, prompts: Sequence[Prompt], temperature: float, samples: int, step: int) -> list[list[Response]]:
-        sampling = Sampling(self.config.max_response, self.stop, temperature)
-        return generate(self.policy, prompts, sampling, self.config.rollout, samples=samples, seed=(self.run.seed, step))
+    def _ask_of(self, step: int) -> Ask:
+        c = self.config
+        return self._ask(self.mixture.batch(step, c.prompts_per_step), c.temperature, c.samples_per_prompt, step)
 
-    def _sample(self, rollout: Rollout, step: int) -> Sample:
+    def _ask(self, prompts: Sequence[Prompt], temperature: float, samples: int, step: int) -> Ask:
+        return Ask(prompts, Sampling(self.config.max_response, self.stop, temperature), samples, (self.run.seed, step))
+
+    def _draw(self, step: int, ask: Ask) -> Drawn:
+        """The step's responses: drawn here and now, or elsewhere, and then with lag=1 while the step before was learned."""
+        rollout = self.config.rollout
+        if self.apart is None:
+            return Drawn(ask.answered(self.policy, rollout), step)
+        is_last = step + 1 >= (self.run.steps or self.steps)
+        ahead = self._ask_of(step + 1) if rollout.lag and not is_last else None
+        return self.apart.draw(step, ask, ahead, step_folder(Path(self.run.out), step))
+
+    def kept(self) -> dict[str, bytes]:
+        """The next step's responses, where they are drawn ahead: by weights that will be gone."""
+        drawn = self.apart.arrived() if self.apart else None
+        return {KEPT: drawn.to_bytes()} if drawn else {}
+
+    def _sample(self, rollout: Rollout, version: int) -> Sample:
         prompt, response = rollout.prompt.tokens, rollout.response.tokens
         mask = np.zeros(len(prompt) + len(response) - 1, np.uint8)
         mask[len(prompt) - 1 :] = 1
-        return Sample(np.concatenate([prompt, response]), mask, reward=self._score(rollout), version=step)
+        return Sample(np.concatenate([prompt, response]), mask, reward=self._score(rollout), version=version)
 
     def _score(self, rollout: Rollout) -> float:
         if not rollout.response.stopped:
@@ -248,6 +274,20 @@ class Started:
         device, ranks = self.policy.world.device, self.policy.grid.dp
         return by_critic(samples, kl_coef=c.kl_coef, kl=c.kl, gamma=c.gamma, lam=c.lam, whiten=c.whiten, ranks=ranks, device=device)
 
+    def _corrected(self, step: int, samples: list[Sample], rollouts: list[Rollout]) -> tuple[list[Sample], dict[str, float]]:
+        """With advantages that make up for weights that drew the samples a step ago, and what there is to say of it:
+
+        staleness             mean over responses of the steps between the weights that drew them and those that learn from them
+        importance, .._max    of the tokens' truncated importance weights; truncated: the share that was cut to rollout.max_weight
+        """
+        rollout = self.config.rollout
+        if not rollout.lag:
+            return samples, {}
+        samples, weights = off_policy(samples, [r.response.logprobs for r in rollouts], rollout.max_weight)
+        truncated, staleness = np.mean(weights == rollout.max_weight), np.mean([step - sample.version for sample in samples])
+        said = {"staleness": staleness, "importance": weights.mean(), "importance_max": weights.max(), "truncated": truncated}
+        return samples, {name: float(value) for name, value in said.items()}
+
     def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts."""
         for epoch in range(self.config.epochs):
@@ -259,7 +299,7 @@ class Started:
         """The share of held-out tasks that are solved, at the sampling temperature and greedily, with its standard error."""
         found: dict[str, float] = {}
         for name, temperature in (("", self.config.temperature), ("_greedy", 0.0)) if self.tasks else ():
-            responses = self._generate(self.tasks, temperature, 1, 0)
+            responses = self._ask(self.tasks, temperature, 1, 0).answered(self.policy, self.config.rollout)
             rollouts, _ = judge(self.tasks, responses, self.tokenizer, self.pool, self.policy.world)
             solved = float(np.mean([self._score(rollout) == self.config.correct for rollout in rollouts]))
             found |= {f"solve_rate{name}": solved, f"solve_rate_se{name}": math.sqrt(solved * (1 - solved) / len(rollouts))}

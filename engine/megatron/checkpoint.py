@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,18 @@ class _InProcess(TorchDistSaveShardedStrategy):
         save_state(mcore_to_pyt_state_dict(tensors, False), storage_writer=writer, planner=planner)
 
 
-def save(state: State, model: Llama, out: Path, step: int, assets: Path | None, keep_last: int, world: World) -> None:
+def save(
+    state: State, model: Llama, out: Path, step: int, assets: Path | None, keep_last: int, world: World, beside: Mapping[str, bytes]
+) -> None:
     """Write `out/step-N`; afterwards only the newest `keep_last` whole checkpoints stay.
 
     assets: a folder of small files (tokenizer, config.json) that goes along, so that the checkpoint can be exported on its own.
+    beside: contents of other files that go along, by name; those of rank 0 count.
     Raises OSError on every rank, with older checkpoints untouched and nothing half-written left, when it cannot be written.
     """
     final = step_folder(out, step)
     work = final.with_name(final.name + ".tmp")
-    problem = _attempt(lambda: _prepare(work, assets), when=world.rank == 0)
+    problem = _attempt(lambda: _prepare(work, assets, beside), when=world.rank == 0)
     problem = world.agree(problem) or world.agree(_attempt(lambda: _write(state, work / TENSORS)))
     if problem is None:
         problem = world.agree(_attempt(lambda: _seal(work, final, model, state.optimizer_kind, step, world)))
@@ -138,11 +142,13 @@ def _cause(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _prepare(work: Path, assets: Path | None) -> None:
+def _prepare(work: Path, assets: Path | None, beside: Mapping[str, bytes]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     (work / TENSORS).mkdir(parents=True)
     if assets is not None:
         shutil.copytree(assets, work / MODEL)
+    for name, content in beside.items():
+        (work / name).write_bytes(content)
 
 
 def _write(state: State, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
@@ -25,6 +25,8 @@ from engine.world import World
 if TYPE_CHECKING:
     from engine.megatron.decode import Drawing, Group
     from engine.megatron.weights import Origin
+
+BUCKET_BYTES = 1 << 30  # of weights that travel in one piece
 
 Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # what megatron wants of a loss: (sum, count, anything)
 
@@ -212,6 +214,22 @@ class Policy:
             self._fill(own)
 
     @torch.no_grad()
+    def share_weights(self, tell: Callable[[Tensor], None], *, taking: bool) -> int:
+        """Hand this rank's weights to `tell`, some at a time in one flat tensor, or take what it leaves there; returns their bytes.
+
+        The other side must be a rank at the same place of the same grid. All ranks of a policy with an optimizer must call it.
+        """
+        self._settle()
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        for some in _bucketed(parameters):
+            flat = torch.cat([parameter.flatten() for parameter in some])
+            tell(flat)
+            if taking:
+                for parameter, part in zip(some, flat.split([parameter.numel() for parameter in some]), strict=True):
+                    parameter.copy_(part.view_as(parameter))
+        return sum(parameter.nbytes for parameter in parameters)
+
+    @torch.no_grad()
     def _fill(self, weights: list[Tensor]) -> None:
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         for parameter, weight in zip(parameters, weights, strict=True):
@@ -265,12 +283,13 @@ class Policy:
             found = box[0]
         return found
 
-    def save(self, out: Path, step: int, assets: Path | None = None, keep_last: int = 2) -> None:
+    def save(self, out: Path, step: int, assets: Path | None = None, keep_last: int = 2, beside: Mapping[str, bytes] | None = None) -> None:
         """Write the checkpoint `out/step-N`, whole or not at all; see checkpoint.save."""
         from engine.megatron import checkpoint
 
         self._settle()
-        checkpoint.save(checkpoint.State(self.chunks, self.optimizer), self.model, out, step, assets, keep_last, self.world)
+        state = checkpoint.State(self.chunks, self.optimizer)
+        checkpoint.save(state, self.model, out, step, assets, keep_last, self.world, beside or {})
 
     def load_latest(self, out: Path, step: int | None = None) -> int:
         """Take up the newest whole checkpoint under `out`, or that of `step`; returns the step to go on with, 0 where there is none; see
@@ -317,6 +336,17 @@ def dtype_of(model: Model, world: World) -> torch.dtype:
     if model.dtype == "auto":
         return torch.float32 if world.seat == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
+
+
+def _bucketed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """`tensors` in order, a few large transfers' worth at a time: one for each would cost more in calls than in bytes."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        if some and sum(t.nbytes for t in some) + tensor.nbytes > BUCKET_BYTES:
+            yield some
+            some = []
+        some.append(tensor)
+    yield some
 
 
 def _told(kind: tuple[Any, ...], sums: list[float]) -> float:

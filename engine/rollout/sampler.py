@@ -36,15 +36,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Slotting:
-    """Memory and pace of generation; no response depends on it."""
+    """Memory, pace and place of generation; of these, responses depend on `lag` alone."""
 
     slots: int = 64  # sequences under way at once on each replica; fewer where cache_gb does not hold them
     cache_gb: float = 16.0  # keys and values of one rank, in 2**30 bytes
     prefill: int = 8192  # prompt tokens that one forward takes in at most, but for a single longer prompt
+    gpus: int = 0  # ranks, the last of the world, that only generate; 0: those that train generate too
+    lag: int = 0  # 1: while a step is learned the next is drawn, by the weights before it; needs gpus
+    max_weight: float = 2.0  # with lag=1: the most that a token's loss is multiplied by to make up for that
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.cache_gb <= 0 or self.prefill < 1:
             raise ValueError(f"slots={self.slots}, cache_gb={self.cache_gb} and prefill={self.prefill} must be positive")
+        if self.gpus < 0 or self.max_weight <= 0:
+            raise ValueError(f"rollout.gpus={self.gpus} must not be negative, rollout.max_weight={self.max_weight} must be positive")
+        if self.lag not in (0, 1):
+            raise ValueError(f"rollout.lag={self.lag} is neither 0 nor 1; use 1 to draw a step ahead of learning, 0 to draw between steps")
+        if self.lag and not self.gpus:
+            raise ValueError("rollout.lag=1 and rollout.gpus=0: drawing ahead needs ranks of its own; set rollout.gpus, or rollout.lag=0")
 
 
 @dataclass(frozen=True)
