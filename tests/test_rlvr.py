@@ -248,6 +248,9 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
         ({"advantage": "group", "critic": None, "samples_per_prompt": 1}, "samples_per_prompt=1"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"minibatches": 17}, "minibatches=17"),
+        ({"correct": float("nan")}, "algorithm.correct=nan must be finite"),
+        ({"no_stop": float("-inf")}, "algorithm.no_stop=-inf must be finite"),
+        ({"kl_coef": float("nan")}, "algorithm.kl_coef=nan"),
     ],
     ids=str,
 )

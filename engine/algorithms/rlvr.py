@@ -88,7 +88,10 @@ class RLVR:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be at least 1")
         if self.temperature <= 0:
             raise ValueError(f"algorithm.temperature={self.temperature} must be positive: a policy that does not vary cannot learn")
-        if self.kl_coef < 0:
+        for name in ("correct", "no_stop"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be finite: it is a score")
+        if not self.kl_coef >= 0:
             raise ValueError(f"algorithm.kl_coef={self.kl_coef} must not be negative")
         if (self.advantage == "critic") != (self.critic is not None):
             has = "none" if self.critic is None else "one"
@@ -252,7 +255,7 @@ class Started:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts."""
         for epoch in range(self.config.epochs):
             order = np.random.default_rng((self.run.seed, step, epoch)).permutation(len(samples))
-            for part in np.array_split(order, self.config.minibatches):
+            for part in np.array_split(order, min(self.config.minibatches, len(samples))):  # fewer where responses were dropped
                 yield [samples[i] for i in part]
 
     def evaluate(self) -> dict[str, float]:
