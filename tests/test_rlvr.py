@@ -147,6 +147,8 @@ def test_the_first_update_starts_from_ratio_one() -> None:
     assert found["learned"]["clip_fraction"] == 0.0
     assert found["said"]["sampler_gap_max"] <= 1e-5
     assert found["said"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert found["said"]["entropy"] == pytest.approx(found["said"]["surprise"], rel=0.1)
+    assert found["said"]["entropy"] != found["said"]["surprise"]
 
 
 def test_it_exercises_what_it_must() -> None:

@@ -232,10 +232,10 @@ class Started:
         """With the log-probs of policy and reference, at the sampling temperature, and the critic's values."""
         budget, temperature = self.run.tokens_per_microbatch, self.config.temperature
 
-        def logprobs(policy: Policy) -> list[np.ndarray]:
-            return per_token(policy, samples, budget, partial(policy.logprobs, temperature=temperature, masked=True))
+        def logprobs(policy: Policy, entropy: bool = False) -> list[np.ndarray]:
+            return per_token(policy, samples, budget, partial(policy.logprobs, temperature=temperature, masked=True, entropy=entropy))
 
-        samples = [replace(s, old_logprob=x) for s, x in zip(samples, logprobs(self.policy), strict=True)]
+        samples = [replace(s, old_logprob=x, entropy=h) for s, (x, h) in zip(samples, logprobs(self.policy, entropy=True), strict=True)]
         if self.reference is not None:
             with self.reference.speaking() as speaker:
                 samples = [replace(s, ref_logprob=x) for s, x in zip(samples, logprobs(speaker), strict=True)]
@@ -302,7 +302,8 @@ def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[st
     """The field's numbers for a step's responses.
 
     kl          mean over responses of the sum over tokens of log(policy / reference), in nats (k1); kl3: mean over tokens of k3
-    entropy     mean over tokens of -log p of the drawn token, in nats: an unbiased estimate at the sampling temperature
+    entropy     mean over tokens of the entropy of the policy's distribution at the sampling temperature, in nats
+    surprise    mean over tokens of -log p of the drawn token, in nats: its estimate from what was drawn
     sampler_gap |log-prob of the sampler - log-prob of the trainer| of the drawn tokens
     agreeing    share of prompts whose samples all have the same score: they teach nothing to advantage="group"
     """
@@ -316,7 +317,8 @@ def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[st
         "solve_rate": np.mean([r.verdict.correct and r.response.stopped for r in rollouts]),
         "length": np.mean([len(r.response.tokens) for r in rollouts]),
         "no_stop": np.mean([not r.response.stopped for r in rollouts]),
-        "entropy": -np.concatenate(drawn).mean(),
+        "entropy": np.concatenate([s.entropy[s.mask > 0] for s in samples if s.entropy is not None]).mean(),
+        "surprise": -np.concatenate(drawn).mean(),
         "sampler_gap": gap.mean(),
         "sampler_gap_max": gap.max(),
         "agreeing": np.mean([len(found) == 1 for found in scores.values()]),
