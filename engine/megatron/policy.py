@@ -172,8 +172,9 @@ class Policy:
         dist.broadcast(flat, src=self.grid.last_stage, group=self.grid.pp_group)
         return list(flat.cpu().split(sizes, -1))
 
-    def generate(self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing) -> None:
-        """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens.
+    def generate(self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing, prefix: Sequence[int] = ()) -> None:
+        """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens, all of
+        which go on from the tokens of `prefix`.
 
         All ranks of a replica call it with equal groups; replicas do not wait for each other. Raises ValueError for virtual stages over two
         GPUs.
@@ -189,8 +190,11 @@ class Policy:
             stage.eval()
         layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
-        caches = [decode.Cache(layers, slots, heads, positions, size, like) for _ in groups]
-        decode.Ring(self.chunks, self.model, self.grid, drawing, self.world.device).run(groups, caches)
+        ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world.device)
+        shared = decode.Cache(layers, 1, heads, len(prefix), size, like) if prefix else None
+        if shared:
+            ring.run([decode.Prefill(list(prefix))], [shared])
+        ring.run(groups, [decode.Cache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def slot_bytes(self, positions: int) -> int:
         """Bytes of keys and values of one sequence of `positions` tokens on this rank."""
