@@ -68,17 +68,24 @@ def test_rewards_that_are_no_numbers_are_refused(reward: float) -> None:
         by_group(samples, [0] * len(samples), "std")
 
 
-def test_verdicts_that_are_no_verdicts_are_dropped_and_counted(tmp_path: Path) -> None:
-    """One in eight: seven are learned from, in as many of eight minibatches. Two: the run says which and stops."""
-    for lost, minibatches in ((1, 8), (2, 2)):
-        source = jobs_rlvr.tasks(tmp_path / f"{lost}.jsonl", ("nobody knows",) * lost + ("",) * (8 - lost))
-        how = {"sources": (source,), "samples_per_prompt": 1, "minibatches": minibatches, "steps": 1}
-        found = ranks(1).run(jobs_rlvr.judged_by_mood, folder=tmp_path, **how)[0]
-        if lost == 1:
-            check_learns(found)
-            assert found[0]["said"]["dropped"] == 1
-            assert len(found[0]["samples"]) == 7
-            assert {sample["reward"] for sample in found[0]["samples"]} <= {10.0, 0.0, -10.0}
-        else:
-            assert "2 of 8 responses could not be judged" in found
-            assert "its verdict is nan, neither True nor False" in found
+def judged_by_mood(folder: Path, lost: int, of: int, minibatches: int) -> Any:
+    """A step of `of` responses of which `lost` get NaN for a verdict, or what is said instead of it."""
+    source = jobs_rlvr.tasks(folder / "mood.jsonl", ("nobody knows",) * lost + ("",) * (of - lost))
+    how = {"sources": (source,), "prompts_per_step": of, "samples_per_prompt": 1, "minibatches": minibatches, "steps": 1}
+    return ranks(1).run(jobs_rlvr.judged_by_mood, folder=folder, **how)[0]
+
+
+def test_a_verdict_that_is_none_is_dropped_and_counted(tmp_path: Path) -> None:
+    """Seven of eight are learned from, in as many of eight minibatches."""
+    found = judged_by_mood(tmp_path, lost=1, of=8, minibatches=8)
+    check_learns(found)
+    assert found[0]["said"]["dropped"] == 1
+    assert len(found[0]["samples"]) == 7
+    assert {sample["reward"] for sample in found[0]["samples"]} <= {10.0, 0.0, -10.0}
+
+
+@pytest.mark.parametrize(("lost", "of", "says"), [(2, 8, "2 of 8 responses could not be judged"), (1, 1, "none of 1 responses")])
+def test_too_many_such_verdicts_stop_the_run(lost: int, of: int, says: str, tmp_path: Path) -> None:
+    said = judged_by_mood(tmp_path, lost, of, minibatches=1)
+    assert says in said
+    assert "its verdict is nan, neither True nor False" in said
