@@ -111,7 +111,7 @@ def written(
     parallel: Parallel = Parallel(),  # noqa: B008
     slotting: dict[str, Any] | None = None,
     seed: int = 0,
-) -> list[list[tuple[str, int, str]]]:
+) -> list[list[tuple[Any, ...]]]:
     """What an evaluation hears from the model in `folder`."""
     from engine.evals.generation import Decoding, respond
     from engine.megatron.policy import Policy

@@ -64,14 +64,14 @@ LAYOUTS = [(1, Parallel(), {"slots": 1}), (2, Parallel(), {}), (2, Parallel(tp=2
 
 @pytest.mark.parametrize(("size", "parallel", "slotting"), LAYOUTS, ids=str)
 def test_samples_do_not_depend_on_how_they_are_computed(folder: Path, size: int, parallel: Parallel, slotting: dict[str, Any]) -> None:
-    how = {"decoding": {"max_tokens": 16, "n": 3, "temperature": 0.8, "top_p": 0.95, "stop": ("e", "no")}, "seed": 5}
+    how: dict[str, Any] = {"decoding": {"max_tokens": 16, "n": 3, "temperature": 0.8, "top_p": 0.95, "stop": ("e", "no")}, "seed": 5}
     together = written(folder, **how)
     assert written(folder, size, parallel=parallel, slotting=slotting, **how) == together
     assert len({response.text for response in together[0]}) > 1
 
 
 def test_samples_depend_on_the_seed_and_the_place(folder: Path) -> None:
-    how = {"decoding": {"max_tokens": 16, "n": 2, "temperature": 0.8}}
+    how: dict[str, Any] = {"decoding": {"max_tokens": 16, "n": 2, "temperature": 0.8}}
     first = written(folder, seed=5, **how)
     assert written(folder, seed=5, prompts=PROMPTS[:1], **how) == first[:1]
     assert written(folder, seed=6, **how) != first
@@ -120,7 +120,7 @@ def test_what_prompts_share_is_cut_off_before_the_last_token_of_any() -> None:
 
 
 def test_what_a_folder_says_ends_a_response_does(folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer: Any = load_tokenizer(str(folder))
     assert set(end_tokens(folder, tokenizer)) == {END, tokenizer.eos_token_id}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))

@@ -45,9 +45,9 @@ def check_decoding(shared: int, dtype: torch.dtype, tolerance: float) -> None:
     mask = (torch.arange(7) <= torch.tensor([0, 3, 6, 2, 1])[:, None])[:, None, None]
     found = decode_behind(before, query, keys, values, mask)
     assert found.dtype == dtype
-    whole = [torch.cat([past.expand(5, -1, -1, -1), own], 2) for past, own in zip(before, (keys, values), strict=True)]
+    all_keys, all_values = (torch.cat([past.expand(5, -1, -1, -1), own], 2) for past, own in zip(before, (keys, values), strict=True))
     seen = torch.cat([torch.ones(5, 1, 1, shared, dtype=torch.bool), mask], -1)
-    torch.testing.assert_close(found.double(), exact(query, *whole, seen), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found.double(), exact(query, all_keys, all_values, seen), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("shared", [1, 11])
