@@ -34,8 +34,15 @@ def token_rewards(sample: Sample, kl_coef: float, kl: Kl) -> np.ndarray:
         assert sample.old_logprob is not None
         assert sample.ref_logprob is not None
         rewards = -kl_coef * kl_estimate(sample.old_logprob, sample.ref_logprob, kl) * sample.mask
-    rewards[last_token(sample)] += sample.reward or 0.0
+    rewards[last_token(sample)] += _score(sample)
     return rewards.astype(np.float32)
+
+
+def _score(sample: Sample) -> float:
+    score = float(sample.reward or 0.0)
+    if not math.isfinite(score):
+        raise ValueError(f"reward={score} of a response is no number to learn from; look at what scored it")
+    return score
 
 
 def last_token(sample: Sample) -> int:
@@ -49,7 +56,8 @@ def by_critic(
     """`samples` with `advantage` and `returns`, by generalized advantage estimation from their `value` (arXiv 1506.02438).
 
     whiten: "batch" brings the advantages of all response tokens to mean 0 and variance 1, "rank" those of each of `ranks` equal parts of
-    the batch, as Tülu 3's trainer did, "none" leaves them. Returns are those of the raw advantages in any case.
+    the batch, as Tülu 3's trainer did, "none" leaves them. Returns are those of the raw advantages in any case. Raises ValueError for a
+    reward that is not finite.
     """
     if not samples:
         return []
@@ -80,15 +88,15 @@ def by_group(samples: Sequence[Sample], prompts: Sequence[int], scale: Literal["
 
     A group is the samples of one prompt; prompts[i] is that of samples[i]. scale: "std" divides by the group's standard deviation, as GRPO
     does (arXiv 2402.03300, equation 3); "none" does not (arXiv 2503.20783), which is RLOO (arXiv 2402.14740) but for a factor G / (G - 1).
-    A group that agrees has advantage 0.
+    A group that agrees has advantage 0. Raises ValueError for a reward that is not finite.
     """
     scores = defaultdict[int, list[float]](list)
     for sample, prompt in zip(samples, prompts, strict=True):
-        scores[prompt].append(float(sample.reward or 0.0))
+        scores[prompt].append(_score(sample))
     found = []
     for sample, prompt in zip(samples, prompts, strict=True):
         group = np.array(scores[prompt])
-        advantage = float(sample.reward or 0.0) - group.mean()
+        advantage = _score(sample) - group.mean()
         if scale == "std":
             advantage /= group.std(ddof=1) + 1e-4 if len(group) > 1 else 1.0
         found.append(replace(sample, advantage=(sample.mask * advantage).astype(np.float32)))

@@ -197,7 +197,7 @@ def batch(
 
 
 def scatter(values_per_microbatch: Sequence[torch.Tensor], step: Step, count: int) -> list[torch.Tensor | None]:
-    """Cuts per-token values ([T] for each microbatch of `step`) back into one [L] view for each of the `count` samples of the batch.
+    """Cuts per-token values, [..., T] for each microbatch of `step`, back into one [..., L] view for each of the batch's `count` samples.
 
     A sample of another rank gets None. Raises ValueError if the values do not match the step.
     """
@@ -205,13 +205,13 @@ def scatter(values_per_microbatch: Sequence[torch.Tensor], step: Step, count: in
         raise ValueError(f"values_per_microbatch has {len(values_per_microbatch)} entries for {len(step)} microbatches; give one for each")
     values: list[torch.Tensor | None] = [None] * count
     for j, (values_T, packed) in enumerate(zip(values_per_microbatch, step, strict=True)):
-        if values_T.shape != packed.tokens_T.shape:
+        if values_T.shape[-1:] != packed.tokens_T.shape:
             expected = tuple(packed.tokens_T.shape)
             raise ValueError(f"values_per_microbatch[{j}] has shape {tuple(values_T.shape)}; its microbatch wants {expected}")
         bounds = packed.cu_seqlens.tolist()
         for index, start, end in zip(packed.index_S, bounds[:-1], bounds[1:], strict=True):
             if index >= 0:
-                values[index] = values_T[start:end]
+                values[index] = values_T[..., start:end]
     return values
 
 

@@ -42,6 +42,7 @@ class Sample:
     ref_logprob: np.ndarray | None = None
     value: np.ndarray | None = None
     returns: np.ndarray | None = None  # what a critic should have said
+    entropy: np.ndarray | None = None  # of the distribution each token was drawn from, in nats: to be told, not learned from
     version: int = 0  # the optimizer step whose weights sampled it
 
     @property

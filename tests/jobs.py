@@ -166,14 +166,14 @@ def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
     return (grouped(pairs_with_reference(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
 
 
-def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, alone: bool = False) -> dict[int, list[float]]:
+def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, **how: Any) -> dict[int, list[Any]]:
     """The log-probs, or values, of samples(7) that this rank's replica computed."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, None, parallel, world)) as policy:
         batch_ = samples(7)
         step = batch(batch_, budget, **policy.cut)
-        per_token = policy.values(step) if policy.model.head == "scalar" else policy.logprobs(step)
+        per_token = policy.values(step) if policy.model.head == "scalar" else policy.logprobs(step, **how)
         values = scatter(per_token, step, len(batch_))
         return {i: v.tolist() for i, v in enumerate(values) if v is not None}
 

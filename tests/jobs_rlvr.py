@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +17,21 @@ from engine.data.rows import Source
 from engine.ragged import Arena
 from engine.rollout.sampler import Slotting
 from engine.types import Sample
+from engine.verify import VERIFIERS, Unjudged
 from engine.world import World
 
 SHAPE = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=128)
 SMALLER = Llama(layers=4, hidden=32, ffn=64, heads=4, kv_heads=4, vocab=260, max_length=128, head="scalar")
 
 
-def tasks(path: Path, count: int = 12) -> Source:
-    """Prompts of ragged length; a response is right when it is short."""
+SHORT = r"(?s)\A.{1,8}\Z"
+
+
+def tasks(path: Path, truths: Sequence[str] = (SHORT,) * 12) -> Source:
+    """Prompts of ragged length; a response is right when it is short, or matches another pattern."""
     draw = np.random.default_rng(5)
-    rows = [{"tokens": draw.integers(97, 123, n).tolist(), "truth": r"(?s)\A.{1,8}\Z"} for n in draw.integers(2, 9, count).tolist()]
+    lengths = draw.integers(2, 9, len(truths)).tolist()
+    rows = [{"tokens": draw.integers(97, 123, n).tolist(), "truth": truth} for n, truth in zip(lengths, truths, strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Source(str(path))
 
@@ -99,13 +105,24 @@ def whole_run(world: World, folder: Path, parallel: Parallel, **changes: Any) ->
     train(asked(folder, parallel, **changes), world)
 
 
+def judged_by_mood(world: World, **how: Any) -> Any:
+    """`steps`, or what is said where they cannot be, with a verifier that does not always know."""
+    VERIFIERS["moody"] = "tests.verify_faults:MOODY"
+    try:
+        return steps(world, parallel=Parallel(), verifier="moody", **how)
+    except Unjudged as error:
+        return str(error)
+    finally:
+        del VERIFIERS["moody"]
+
+
 def refused(world: World, folder: Path, **changes: Any) -> str:
     """What is said to a run that cannot be."""
     from engine.train import train
 
     try:
         train(asked(folder, Parallel(), **changes), world)
-    except ValueError as error:
+    except (ValueError, Unjudged) as error:
         return str(error)
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from engine.batching import batch, scatter
 from engine.config import Model, Optim, Parallel
+from engine.data.tokenizer import load_tokenizer
 from engine.losses import nll
 from engine.types import Prompt, Sample
 from engine.world import World
@@ -28,10 +30,12 @@ def drawn(world: World, logits: Tensor, keys: Tensor, **how: Any) -> list[int]:
     return draw(logits[:, start : start + width], keys, group=group_name(), vocab_start=start, **how).tolist()
 
 
-def prompts(count: int = 12, longest: int = 20) -> list[Prompt]:
-    """Random prompts of ragged length."""
+def prompts(count: int = 12, longest: int = 20, prefix: int = 0) -> list[Prompt]:
+    """Random prompts of ragged length, the first `prefix` tokens of all the same."""
     draw_ = np.random.default_rng(7)
-    return [Prompt(draw_.integers(12, 250, n, dtype=np.int32), id=100 + i) for i, n in enumerate(draw_.integers(1, longest, count))]
+    found = [draw_.integers(12, 250, n, dtype=np.int32) for n in draw_.integers(1, longest, count)]
+    shared = draw_.integers(12, 250, prefix, dtype=np.int32)
+    return [Prompt(np.concatenate([shared, tokens]), id=100 + i) for i, tokens in enumerate(found)]
 
 
 def responses(
@@ -44,24 +48,27 @@ def responses(
     trained: bool = False,
     cache_gb: float = 1.0,
     prefill: int = 64,
+    prefix: int = 0,
+    share: bool = False,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Tokens and log-probs of every response, and the largest difference to the trainer's log-probs of the same tokens.
 
-    `trained`: after an optimizer step between two generations, of which the second is returned.
+    `trained`: after an optimizer step between two generations, of which the second is returned. `prefix`: tokens that all prompts begin
+    with.
     """
     from engine.megatron.policy import Policy
     from engine.rollout.sampler import Sampling, Slotting, generate
 
     how = Sampling(max_tokens=24, stop=STOP, **sampling)
-    slotting = Slotting(slots, cache_gb, prefill)
+    slotting, asked = Slotting(slots, cache_gb, prefill, share=share), prompts(prefix=prefix)
     optim: Optim | None = OPTIM if trained else None
     with closing(Policy(model, optim, parallel, world)) as policy:
-        found = generate(policy, prompts(), how, slotting, samples=samples_each, seed=(3,))
+        found = generate(policy, asked, how, slotting, samples=samples_each, seed=(3,))
         if trained:
             policy.update(batch(samples(0), 64, **policy.cut), nll, 0.01)
-            found = generate(policy, prompts(), how, slotting, samples=samples_each, seed=(3,))
-        flat = [(prompt, response) for prompt, answers in zip(prompts(), found, strict=True) for response in answers]
+            found = generate(policy, asked, how, slotting, samples=samples_each, seed=(3,))
+        flat = [(prompt, response) for prompt, answers in zip(asked, found, strict=True) for response in answers]
         whole = [
             Sample(np.concatenate([prompt.tokens, response.tokens]), _mask(len(prompt.tokens), len(response.tokens)))
             for prompt, response in flat
@@ -94,6 +101,27 @@ def asked_twice(world: World, model: Model) -> tuple[list[list[int]], list[list[
         once = generate(policy, [prompt], how, slotting, samples=2)
         twice = generate(policy, [prompt, prompt], how, slotting)
     return [r.tokens.tolist() for r in once[0]], [group[0].tokens.tolist() for group in twice]
+
+
+def written(
+    world: World,
+    folder: Path,
+    prompts: list[list[int]],
+    decoding: dict[str, Any],
+    parallel: Parallel = Parallel(),  # noqa: B008
+    slotting: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> list[list[tuple[Any, ...]]]:
+    """What an evaluation hears from the model in `folder`."""
+    from engine.evals.generation import Decoding, respond
+    from engine.megatron.policy import Policy
+    from engine.rollout.sampler import Slotting
+
+    how = Slotting(**{"cache_gb": 1.0, "share": True} | (slotting or {}))
+    asked = [np.array(prompt, np.int32) for prompt in prompts]
+    with closing(Policy(Model(str(folder)), None, parallel, world)) as policy:
+        found = respond(policy, load_tokenizer(str(folder)), asked, Decoding(**decoding), how, seed)
+    return [[tuple(response) for response in group] for group in found]
 
 
 def refused(world: World, parallel: Parallel, model: Model, **how: Any) -> str:

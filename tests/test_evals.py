@@ -54,12 +54,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers that reads bytes."""
+    """A random Llama of two layers that reads bytes, and says ASCII: text that differs where tokens do."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**sizes, vocab_size=260, max_position_embeddings=6144, eos_token_id=259, initializer_range=0.2)  # type: ignore[arg-type]
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[:128] *= 4
+        model.lm_head.weight[128:] = 0
+    model.save_pretrained(folder)
     load_tokenizer("bytes").save_pretrained(folder)
     return folder
 
@@ -186,7 +190,7 @@ def test_two_ranks_answer_as_one_does(model: Path, data: dict[str, str], tmp_pat
     """Sampled responses and log-probabilities are the same whoever computes them, however many at once."""
     pairs = [word for name in ("gsm8k", "mmlu") for word in ("--data", f"{name}={data[name]}")]
     words = ["eval", str(model), "--suite", "gsm8k,mmlu", *pairs, "--no-chat", "max_tokens=6", "samples=3", "temperature=1"]
-    for size, more in ((1, ["tokens_per_batch=1"]), (2, ["parallel.tp=2"])):
+    for size, more in ((1, ["rollout.slots=1"]), (2, ["parallel.tp=2"])):
         found = ranks(size).run(jobs.command, words=[*words, "--out", str(tmp_path / str(size)), *more])
         assert [code for code, _, _ in found] == [0] * size, found
     one, two = told(tmp_path / "1"), told(tmp_path / "2")
@@ -228,7 +232,7 @@ def test_choices_are_weighed_by_their_log_probabilities(model: Path, data: dict[
         (["--suite", "gsm8k", "--data", "math=x.jsonl"], "--data names math, not among the suites gsm8k"),
         (["--suite", "gsm8k", "--limit", -1], "--limit -1 must not be negative"),
         (["--suite", "gsm8k", "samples=0"], "samples=0"),
-        (["--suite", "gsm8k", "max_tokens=6000"], "exceed the model's context of 6144; lower max_tokens"),
+        (["--suite", "gsm8k", "max_tokens=6000"], "over the model's context of 6144; shorten it or lower max_tokens"),
         (["--suite", "gsm8k", "parallel.tp=3"], "parallel.tp=3 must divide"),
         (["--suite", "gsm8k", "smaples=3"], "unknown setting 'smaples'; nearest: samples"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from engine.config import Model, Parallel
 from tests import jobs
@@ -24,6 +26,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Para
         assert "gradient norm is nan" in complaint
         assert "the step was not taken" in complaint
         assert after == clean
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Tensor]:
+    """Log-probs at temperature 0.7, and entropy below them, [2, L], of what jobs.logprobs reads: transformers, in float64."""
+    folder = tmp_path_factory.mktemp("exact")
+    ranks(1).run(jobs.export, parallel=Parallel(), model=Model(init=jobs.TINY), folder=folder)
+    (folder / "config.json").write_text(json.dumps(jobs.TINY.to_hf()))
+    network: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    found = {}
+    for i, sample in enumerate(jobs.samples(7)):
+        ids = torch.from_numpy(sample.tokens)[None].long()
+        with torch.no_grad():
+            logprobs = (network(ids).logits[0, :-1] / 0.7).log_softmax(-1)
+        found[i] = torch.stack([logprobs.gather(1, ids[0, 1:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)])
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2))], ids=str)
+def test_entropy_is_that_of_float64(size: int, parallel: Parallel, masked: bool, exact: dict[int, Tensor]) -> None:
+    """Over a vocabulary of 250, which is padded to be cut; in one pass with the log-probs."""
+    asked = {"temperature": 0.7, "entropy": True, "masked": masked}
+    masks = [torch.from_numpy(sample.mask).double() for sample in jobs.samples(7)]
+    for found in ranks(size).run(jobs.logprobs, parallel=parallel, model=Model(init=jobs.TINY), **asked):
+        assert found.keys() == exact.keys()
+        for i, wanted in exact.items():
+            torch.testing.assert_close(torch.tensor(found[i]).double(), wanted * masks[i] if masked else wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")

@@ -151,6 +151,8 @@ def test_the_first_update_starts_from_ratio_one() -> None:
     assert found["learned"]["clip_fraction"] == 0.0
     assert found["said"]["sampler_gap_max"] <= 1e-5
     assert found["said"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert found["said"]["entropy"] == pytest.approx(found["said"]["surprise"], rel=0.1)
+    assert found["said"]["entropy"] != found["said"]["surprise"]
 
 
 def test_it_exercises_what_it_must() -> None:
@@ -252,6 +254,9 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
         ({"advantage": "group", "critic": None, "samples_per_prompt": 1}, "samples_per_prompt=1"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"minibatches": 17}, "minibatches=17"),
+        ({"correct": float("nan")}, "algorithm.correct=nan must be finite"),
+        ({"no_stop": float("-inf")}, "algorithm.no_stop=-inf must be finite"),
+        ({"kl_coef": float("nan")}, "algorithm.kl_coef=nan"),
     ],
     ids=str,
 )

@@ -64,6 +64,17 @@ def test_layouts_change_nothing(size: int, parallel: Parallel, temperature: floa
     check_same(size, parallel, one_rank(temperature=temperature), temperature=temperature)
 
 
+SHARING = [(1, Parallel(), 4), (1, Parallel(), 64), (2, Parallel(), 16), (2, Parallel(tp=2), 16), (2, Parallel(pp=2), 16)]
+
+
+@pytest.mark.parametrize(("size", "parallel", "slots"), SHARING, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_prompts_share_may_be_computed_once(size: int, parallel: Parallel, slots: int, temperature: float) -> None:
+    """The same tokens, and still the trainer's log-probs, behind 17 tokens that each slot would else hold for itself."""
+    how = {"temperature": temperature, "prefix": 17}
+    check_same(size, parallel, one_rank(**how), share=True, slots=slots, **how)
+
+
 def test_fewer_prompts_than_replicas() -> None:
     found = ranks(2).run(jobs_rollout.responses, parallel=Parallel(), model=MODEL, temperature=1.0, samples_each=1)
     assert found[0]["tokens"] == one_rank(temperature=1.0)["tokens"][::2]

@@ -74,6 +74,17 @@ def test_every_request_gets_the_tokens_it_gets_alone(
         assert len(request.logprobs) == len(request.tokens)
 
 
+def test_a_request_may_stop_by_what_its_tokens_say() -> None:
+    """At the token that completes it, however many stand beside it; one that never says it goes on to its limit."""
+    requests = [Request([0], 6, stream(i), (i, 0)) for i in range(3)]
+    slots = Slots(2, deque(requests), frozenset([STOP]), 4, until=lambda tokens: tokens[-2:] == [1, 2])
+    said = {0: [1, 1, 2, 5], 1: [2, 1, 3, 1, 1, 0], 2: [1, STOP, 1]}
+    while slots.plan():
+        slots.absorb([said[request.index[0]][len(request.tokens)] for request in slots.live], [0.0] * len(slots.live))
+    assert [request.tokens for request in requests] == [[1, 1, 2], [2, 1, 3, 1, 1, 0], [1, STOP]]
+    assert [request.stopped for request in requests] == [True, False, True]
+
+
 def test_streams_differ_in_every_name_and_in_their_order() -> None:
     names = [(s, p, k) for s in range(4) for p in range(20) for k in range(4)]
     assert len({int(stream(*name)) for name in names}) == len(names)

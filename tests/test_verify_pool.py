@@ -69,6 +69,8 @@ def test_an_empty_batch_starts_nothing() -> None:
         ("exit", "its worker ended with 3"),
         ("unjudged", "no room on the disk"),
         ("bug", "KeyError: 'missing'"),
+        ("nan", "its verdict is nan, neither True nor False"),
+        ("inf", "its verdict is inf, neither True nor False"),
     ],
 )
 def test_a_lost_worker_costs_one_response_which_is_named(pool: Pool, deed: str, why: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -64,8 +64,16 @@ def judge(response: str, truth: Any) -> Verdict:
         os.kill(os.getpid(), signal.SIGKILL)
     elif deed == "nap":
         time.sleep(0.001)
+    elif deed in ("nan", "inf"):
+        return Verdict(float(deed), "no number")  # type: ignore[arg-type]
     return Verdict(response == truth, f"process {os.getpid()}" if deed == "pid" else "compared")
 
 
+def moody(response: str, truth: Any) -> Verdict:
+    """Short responses are right, unless the truth is that nobody knows."""
+    return Verdict(float("nan") if truth == "nobody knows" else len(response) < 9, "measured")  # type: ignore[arg-type]
+
+
 FAULTY = Verifier("faulty", judge, lambda truth: None, judge=judge, limit_s=0.5)
+MOODY = Verifier("moody", moody, lambda truth: None, judge=moody)
 INLINE = Verifier("inline", judge, lambda truth: None, judge=judge, inline=True)

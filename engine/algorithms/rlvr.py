@@ -91,7 +91,10 @@ class RLVR:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be at least 1")
         if self.temperature <= 0:
             raise ValueError(f"algorithm.temperature={self.temperature} must be positive: a policy that does not vary cannot learn")
-        if self.kl_coef < 0:
+        for name in ("correct", "no_stop"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be finite: it is a score")
+        if not self.kl_coef >= 0:
             raise ValueError(f"algorithm.kl_coef={self.kl_coef} must not be negative")
         if (self.advantage == "critic") != (self.critic is not None):
             has = "none" if self.critic is None else "one"
@@ -255,10 +258,10 @@ class Started:
         """With the log-probs of policy and reference, at the sampling temperature, and the critic's values."""
         budget, temperature = self.run.tokens_per_microbatch, self.config.temperature
 
-        def logprobs(policy: Policy) -> list[np.ndarray]:
-            return per_token(policy, samples, budget, partial(policy.logprobs, temperature=temperature, masked=True))
+        def logprobs(policy: Policy, entropy: bool = False) -> list[np.ndarray]:
+            return per_token(policy, samples, budget, partial(policy.logprobs, temperature=temperature, masked=True, entropy=entropy))
 
-        samples = [replace(s, old_logprob=x) for s, x in zip(samples, logprobs(self.policy), strict=True)]
+        samples = [replace(s, old_logprob=x, entropy=h) for s, (x, h) in zip(samples, logprobs(self.policy, entropy=True), strict=True)]
         if self.reference is not None:
             with self.reference.speaking() as speaker:
                 samples = [replace(s, ref_logprob=x) for s, x in zip(samples, logprobs(speaker), strict=True)]
@@ -292,7 +295,7 @@ class Started:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts."""
         for epoch in range(self.config.epochs):
             order = np.random.default_rng((self.run.seed, step, epoch)).permutation(len(samples))
-            for part in np.array_split(order, self.config.minibatches):
+            for part in np.array_split(order, min(self.config.minibatches, len(samples))):  # fewer where responses were dropped
                 yield [samples[i] for i in part]
 
     def evaluate(self) -> dict[str, float]:
@@ -339,7 +342,8 @@ def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[st
     """The field's numbers for a step's responses.
 
     kl          mean over responses of the sum over tokens of log(policy / reference), in nats (k1); kl3: mean over tokens of k3
-    entropy     mean over tokens of -log p of the drawn token, in nats: an unbiased estimate at the sampling temperature
+    entropy     mean over tokens of the entropy of the policy's distribution at the sampling temperature, in nats
+    surprise    mean over tokens of -log p of the drawn token, in nats: its estimate from what was drawn
     sampler_gap |log-prob of the sampler - log-prob of the trainer| of the drawn tokens
     agreeing    share of prompts whose samples all have the same score: they teach nothing to advantage="group"
     """
@@ -353,7 +357,8 @@ def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[st
         "solve_rate": np.mean([r.verdict.correct and r.response.stopped for r in rollouts]),
         "length": np.mean([len(r.response.tokens) for r in rollouts]),
         "no_stop": np.mean([not r.response.stopped for r in rollouts]),
-        "entropy": -np.concatenate(drawn).mean(),
+        "entropy": np.concatenate([s.entropy[s.mask > 0] for s in samples if s.entropy is not None]).mean(),
+        "surprise": -np.concatenate(drawn).mean(),
         "sampler_gap": gap.mean(),
         "sampler_gap_max": gap.max(),
         "agreeing": np.mean([len(found) == 1 for found in scores.values()]),

@@ -9,15 +9,15 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
 from engine.data.tokenizer import load_tokenizer
 from engine.evals.choices import choose
 from engine.evals.exam import Evaluating, Exam
-from engine.evals.generation import Response, Transformers
+from engine.evals.generation import Response, respond
 from engine.evals.statistics import Estimate
 from engine.evals.suite import Item, Scores, Suite
-from engine.megatron.policy import Policy, dtype_of
+from engine.megatron.policy import Policy
 from engine.verify import Unjudged, Verdict
 from engine.verify.pool import Case, Pool
 from engine.world import World
@@ -52,29 +52,20 @@ class Result:
 
 def evaluate(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> list[Result]:
     """Every exam's result, on rank 0; the others get an empty list. All ranks must call it."""
-    writing = [exam for exam in exams if exam.decoding]
-    choosing = [exam for exam in exams if not exam.decoding]
-    found: dict[str, list[Answer]] = {}
-    if writing:
-        found |= _write(settings, writing, folder, world)
-    if choosing:
-        found |= _choose(settings, choosing, folder, world)
-    return [Result(exam, found[exam.suite.name]) for exam in exams] if world.rank == 0 else []
-
-
-def _write(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> dict[str, list[Answer]]:
     tokenizer = load_tokenizer(settings.model.tokenizer or str(folder))
-    model = Transformers(folder, tokenizer, world, dtype_of(settings.model, world), settings.tokens_per_batch)
-    found: dict[str, list[Answer]] = {}
-    for exam in exams:
-        assert exam.decoding is not None
-        mine = range(world.rank, len(exam.items), world.size)
-        responses = model.generate([exam.prompts[i].tolist() for i in mine], mine, exam.decoding, settings.seed)
-        parts: list[list[list[Response]]] = [[] for _ in range(world.size)]
-        dist.gather_object(responses, parts if world.rank == 0 else None)
-        if world.rank == 0:
-            found[exam.suite.name] = judged(exam, [parts[i % world.size][i // world.size] for i in range(len(exam.items))])
-    return found
+    with closing(Policy(replace(settings.model, path=str(folder)), None, settings.parallel, world)) as policy:
+        policy.expect_head("lm")
+        found = [_answers(settings, exam, policy, tokenizer) for exam in exams]
+    return [Result(*pair) for pair in zip(exams, found, strict=True)] if world.rank == 0 else []
+
+
+def _answers(settings: Evaluating, exam: Exam, policy: Policy, tokenizer: PreTrainedTokenizerFast) -> list[Answer]:
+    """On rank 0; the others get an empty list."""
+    if exam.decoding is None:
+        found = choose(policy, exam.prompts, exam.choices, settings.tokens_per_microbatch)
+        return [_chosen(exam.suite, *pair) for pair in zip(exam.items, found, strict=False)]
+    responses = respond(policy, tokenizer, exam.prompts, exam.decoding, settings.rollout, settings.seed)
+    return judged(exam, responses) if policy.world.rank == 0 else []
 
 
 def judged(exam: Exam, responses: list[list[Response]]) -> list[Answer]:
@@ -92,13 +83,6 @@ def judged(exam: Exam, responses: list[list[Response]]) -> list[Answer]:
         lost = any(isinstance(v, Unjudged) for verdict in verdicts for v in verdict)
         answers.append(Answer(each, verdicts, None if lost else exam.suite.scores(correct)))
     return answers
-
-
-def _choose(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> dict[str, list[Answer]]:
-    model = replace(settings.model, path=str(folder))
-    with closing(Policy(model, None, settings.parallel, world)) as policy:
-        found = {e.suite.name: choose(policy, e.prompts, e.choices, settings.tokens_per_microbatch) for e in exams}
-    return {e.suite.name: [_chosen(e.suite, *pair) for pair in zip(e.items, found[e.suite.name], strict=False)] for e in exams}
 
 
 def _chosen(suite_: Suite, item: Item, logprobs: list[float]) -> Answer:

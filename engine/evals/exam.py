@@ -17,6 +17,7 @@ from engine.evals.generation import Decoding
 from engine.evals.suite import Item, Suite, suite
 from engine.hub import resolve
 from engine.megatron.policy import shape_of
+from engine.rollout.sampler import Slotting
 from engine.verify import Verifier, verifier
 from engine.verify.code import UNSAFE_CODE
 from engine.world import World
@@ -27,7 +28,8 @@ class Evaluating:
     """What an evaluation needs to know besides its suites. None: as the suite has it."""
 
     model: Model
-    parallel: Parallel = field(default_factory=Parallel)  # of log-probabilities; responses are shared out over all ranks
+    parallel: Parallel = field(default_factory=Parallel)
+    rollout: Slotting = field(default_factory=lambda: Slotting(share=True))
     seed: int = 0
     samples: int | None = None
     temperature: float | None = None
@@ -35,7 +37,6 @@ class Evaluating:
     max_tokens: int | None = None
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
     unsafe_code: bool = False  # run programs without isolation from this machine
-    tokens_per_batch: int = 32768  # rows x length of what a rank generates at once
     tokens_per_microbatch: int = 8192  # of log-probabilities
 
     def decoding(self, suite_: Suite) -> Decoding | None:

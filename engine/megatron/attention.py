@@ -29,10 +29,11 @@ class Flight(PackedSeqParams):
     sin_TK: Tensor = None  # type: ignore[assignment]
     rows_M: Tensor = None  # type: ignore[assignment]  # tokens whose log-probs are wanted
     inv_temp: float = 1.0  # 1 / the temperature that log-probs are taken at
+    entropy: bool = False  # beside the log-probs: [2, T]
     landing: Any = None  # generation only: the caches it writes and how it draws (decode.py)
 
     @staticmethod
-    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device, inv_temp: float = 1.0) -> Flight:
+    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device, inv_temp: float = 1.0, entropy: bool = False) -> Flight:
         """`packed` is on the host; what the model needs of it goes to `device`."""
         lengths = packed.cu_seqlens.diff().tolist()
         cos, sin = rope_angles(packed.positions_T, model)
@@ -49,6 +50,7 @@ class Flight(PackedSeqParams):
             sin_TK=sin.to(device),
             rows_M=rows_M.to(device),
             inv_temp=inv_temp,
+            entropy=entropy,
         )
 
 

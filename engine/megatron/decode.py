@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.config import Llama
 from engine.megatron.attention import Attend, Flight, rope_angles
+from engine.megatron.prefix import Shared, attend_behind, decode_behind
 from engine.megatron.seat import Grid
 
 
@@ -57,13 +58,35 @@ class Group(Protocol):
         ...
 
 
-class Cache:
-    """Keys and values of this rank's layers, each [slots, KV, positions, K]."""
+@dataclass
+class Prefill:
+    """A group of one sequence that is computed and not continued."""
 
-    def __init__(self, layers: Sequence[int], slots: int, heads: int, positions: int, size: int, like: Tensor):
+    tokens: list[int]
+
+    def plan(self) -> Wave | None:
+        """All of it, once."""
+        tokens, self.tokens = self.tokens, []
+        if not tokens:
+            return None
+        count = len(tokens)
+        return Wave(tokens, list(range(count)), 0, 1, [count], [[0]], [count - 1], np.zeros((1, 2), np.int32))
+
+    def absorb(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
+        """Nobody asks what is drawn behind it."""
+        return []
+
+
+class Cache:
+    """Keys and values of this rank's layers, each [slots, KV, positions, K]. With a `prefix`, a cache of one slot, every slot goes on from
+    its positions, and its own are counted from there."""
+
+    def __init__(self, layers: Sequence[int], slots: int, heads: int, positions: int, size: int, like: Tensor, prefix: Cache | None = None):
         self.layers = {
             layer: (like.new_zeros(slots, heads, positions, size), like.new_zeros(slots, heads, positions, size)) for layer in layers
         }
+        self.positions, self.first = positions, prefix.positions if prefix else 0
+        self.shared: dict[int, Shared] = {layer: (pair[0][0], pair[1][0]) for layer, pair in prefix.layers.items()} if prefix else {}
 
     def move(self, source: int, target: int, positions: int) -> None:
         for pair in self.layers.values():
@@ -98,18 +121,22 @@ class Landing:
         for rows, start, end in zip(self.wave.rows, ends[:-1], ends[1:], strict=True):
             keys[rows, :, : end - start] = key[start:end].transpose(0, 1)
             values[rows, :, : end - start] = value[start:end].transpose(0, 1)
-        parts = [self._decode(keys, values, query[:n], key[:n], value[:n])] if n else []
+        shared = self.cache.shared.get(layer)
+        parts = [self._decode(keys, values, query[:n], key[:n], value[:n], shared)] if n else []
         if len(query) > n:
-            parts.append(attend(query[n:], key[n:], value[n:], flight))
+            rest = (query[n:], key[n:], value[n:])
+            parts.append(attend_behind(shared, *rest, flight.lengths) if shared else attend(*rest, flight))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _decode(self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _decode(self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, shared: Shared | None) -> Tensor:
         n, heads, size = query.shape
         keys[self.rows_n, :, self.positions_n] = key
         values[self.rows_n, :, self.positions_n] = value
         grouped = query.view(n, keys.shape[1], -1, size)  # a key's query heads stand in a row: nothing is expanded
-        seen = (kept[:n, :, : self.wave.reach] for kept in (keys, values))
-        return F.scaled_dot_product_attention(grouped, *seen, attn_mask=self.mask_n).reshape(n, heads, size)
+        keys, values = (kept[:n, :, : self.wave.reach] for kept in (keys, values))
+        if shared:
+            return decode_behind(shared, grouped, keys, values, self.mask_n).reshape(n, heads, size)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask_n).reshape(n, heads, size)
 
 
 def flight_of(cache: Cache, wave: Wave, drawing: Drawing, model: Llama, multiple: int, device: torch.device) -> tuple[Tensor, Flight]:
@@ -119,7 +146,7 @@ def flight_of(cache: Cache, wave: Wave, drawing: Drawing, model: Llama, multiple
     positions_T = torch.tensor(wave.positions + list(range(extra)), device=device)
     lengths = [*wave.prompts, extra] if extra else wave.prompts
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-    cos, sin = rope_angles(positions_T, model)
+    cos, sin = rope_angles(positions_T + cache.first, model)
     longest = max(lengths, default=0)
     flight = Flight(
         qkv_format="thd",

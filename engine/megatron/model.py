@@ -139,7 +139,8 @@ class LogprobModel(PackedModel):
             self.output_layer.forward = self._head  # type: ignore[method-assign,assignment]
 
     def _head(self, hidden_states: Tensor, labels: Tensor | None, flight: Flight) -> Tensor:
-        """logprob_T of the labels [1, T]; without labels, what each of the flight's rows draws and its log-prob, float64 [2, R]."""
+        """logprob_T of the labels [1, T], and entropy_T below it where the flight asks; without labels, what each of the flight's rows
+        draws and its log-prob, float64 [2, R]."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
@@ -152,16 +153,18 @@ class LogprobModel(PackedModel):
         vocabulary = Vocabulary(tp.group_name if tp.size() > 1 else "", tp.rank() * len(weight), self.vocab_valid)
         if labels is None:
             return _drawn(hidden_states[:, 0], weight, flight, vocabulary)
-        return linear_logprob(
+        logprob_T, entropy_T, _ = linear_logprob(
             hidden_states[:, 0],
             weight,
             labels[0],
             rows=flight.rows_M,
             **vocabulary._asdict(),
             inv_temp=flight.inv_temp,
+            entropy=flight.entropy,
             mode="save" if len(flight.rows_M) * len(weight) * 4 <= SAVED_LOGITS_BYTES else "recompute",
             weight_grad=weight_grad,
-        )[0]
+        )
+        return logprob_T if entropy_T is None else torch.stack([logprob_T, entropy_T])
 
 
 class _Accumulated(torch.autograd.Function):

@@ -135,14 +135,15 @@ class Policy:
             stage.eval()
         return self._reduced([out["metrics"] for out in self._run(step, partial(_finish_loss, loss), forward_only=True)])
 
-    def logprobs(self, step: Step, temperature: float = 1.0, *, masked: bool = False) -> list[Tensor]:
+    def logprobs(self, step: Step, temperature: float = 1.0, *, masked: bool = False, entropy: bool = False) -> list[Tensor]:
         """logprob_T of every token of each microbatch, float32 on the host; the same on every rank of a replica. `masked`: only of those
-        that the mask counts, which is cheaper; the others are 0.
+        that the mask counts, which is cheaper; the others are 0. `entropy`: [2, T], the log-probs and below them the entropy of the whole
+        distribution that each target stands in, in nats.
 
         Raises ValueError for a model with a scalar head.
         """
         self.expect_head("lm")
-        return self._per_token(step, every=not masked, temperature=temperature)
+        return self._per_token(step, (2,) if entropy else (), every=not masked, temperature=temperature, entropy=entropy)
 
     def values(self, step: Step) -> list[Tensor]:
         """value_T, what the scalar head says after each token of each microbatch, otherwise as `logprobs`: value_T[t] has seen tokens_T[t],
@@ -158,7 +159,7 @@ class Policy:
             raise ValueError(f"model {self.folder or 'init'} is {kinds[self.model.head]}, but {kinds[head]} is needed{way_out}")
 
     @torch.no_grad()
-    def _per_token(self, step: Step, **how: Any) -> list[Tensor]:
+    def _per_token(self, step: Step, rows: tuple[int, ...] = (), **how: Any) -> list[Tensor]:
         for stage in self.stages:
             stage.eval()
         outputs = self._run(step, _finish_per_token, forward_only=True, **how)
@@ -166,15 +167,16 @@ class Policy:
         if not sizes:
             return []
         flat = (
-            torch.cat([out["output"][:size] for out, size in zip(outputs, sizes, strict=True)])
+            torch.cat([out["output"][..., :size] for out, size in zip(outputs, sizes, strict=True)], -1)
             if outputs
-            else torch.empty(sum(sizes), device=self.world.device)
+            else torch.empty(*rows, sum(sizes), device=self.world.device)
         )
         dist.broadcast(flat, src=self.grid.last_stage, group=self.grid.pp_group)
-        return list(flat.cpu().split(sizes))
+        return list(flat.cpu().split(sizes, -1))
 
-    def generate(self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing) -> None:
-        """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens.
+    def generate(self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing, prefix: Sequence[int] = ()) -> None:
+        """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens, all of
+        which go on from the tokens of `prefix`.
 
         All ranks of a replica call it with equal groups; replicas do not wait for each other. Raises ValueError for virtual stages over two
         GPUs.
@@ -190,8 +192,11 @@ class Policy:
             stage.eval()
         layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
-        caches = [decode.Cache(layers, slots, heads, positions, size, like) for _ in groups]
-        decode.Ring(self.chunks, self.model, self.grid, drawing, self.world.device).run(groups, caches)
+        ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world.device)
+        shared = decode.Cache(layers, 1, heads, len(prefix), size, like) if prefix else None
+        if shared:
+            ring.run([decode.Prefill(list(prefix))], [shared])
+        ring.run(groups, [decode.Cache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def slot_bytes(self, positions: int) -> int:
         """Bytes of keys and values of one sequence of `positions` tokens on this rank."""
@@ -235,16 +240,15 @@ class Policy:
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.copy_(weight)
 
-    def _run(
-        self, step: Step, finish: Finish, *, forward_only: bool, every: bool = False, temperature: float = 1.0
-    ) -> list[dict[str, Any]]:
-        """Every microbatch through the pipeline; what `finish` said of each, on the last stage (empty on the others)."""
+    def _run(self, step: Step, finish: Finish, *, forward_only: bool, **how: Any) -> list[dict[str, Any]]:
+        """Every microbatch through the pipeline, as `how` says to _flight; what `finish` said of each, on the last stage (empty on the
+        others)."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         # Interleaved stages exchange hidden states without telling shapes first: there, all microbatches are made as long as the longest.
         longest = max((len(packed.tokens_T) for packed in step), default=0)
         equal = [packed.padded(longest) for packed in step] if self.parallel.vpp > 1 else step
-        flights = [self._flight(packed, every, temperature) for packed in equal]
+        flights = [self._flight(packed, **how) for packed in equal]
 
         def forward(flights: Any, model: Any) -> tuple[Tensor, Any]:
             packed, flight = next(flights)
@@ -261,11 +265,11 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _flight(self, packed: Packed, every: bool, temperature: float) -> tuple[Packed, Any]:
+    def _flight(self, packed: Packed, *, every: bool = False, temperature: float = 1.0, entropy: bool = False) -> tuple[Packed, Any]:
         from engine.megatron.attention import Flight
 
         rows_M = torch.arange(len(packed.tokens_T)) if every else packed.mask_T.nonzero()[:, 0]
-        return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature)
+        return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature, entropy)
 
     def _reduced(self, metrics: list[dict[str, tuple[Any, ...]]]) -> dict[str, float]:
         """Each metric over the microbatches of all replicas: its sum over its count, or its correlation; told to every stage."""

@@ -30,7 +30,7 @@ def judge(
 ) -> tuple[list[Rollout], int]:
     """Every response with its verdict, in order of prompts, and how many could not be judged and were dropped; equal on every rank.
 
-    Raises Unjudged on all ranks when more were dropped than `pool` allows.
+    Raises Unjudged on all ranks when more were dropped than `pool` allows, or all.
     """
     flat = [(prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group]
     texts = [text_of(response, tokenizer) for _, response in flat]
@@ -47,4 +47,6 @@ def judge(
     assert box[0] is not None
     judged = zip(flat, texts, box[0], strict=True)
     rollouts = [Rollout(*asked, text, verdict) for asked, text, verdict in judged if isinstance(verdict, Verdict)]
+    if flat and not rollouts:
+        raise Unjudged(f"none of {len(flat)} responses could be judged; the first: {box[0][0]}")
     return rollouts, len(flat) - len(rollouts)

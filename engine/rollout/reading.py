@@ -14,7 +14,7 @@ from engine.types import Sample, Step
 
 
 def per_token(policy: Policy, samples: Sequence[Sample], budget: int, read: Callable[[Step], list[Tensor]]) -> list[np.ndarray]:
-    """float32 [L] for each sample, equal on every rank; `read` is a verb of `policy`, such as logprobs or values.
+    """float32 [L], or [2, L], for each sample, equal on every rank; `read` is a verb of `policy`, such as logprobs or values.
 
     Raises FloatingPointError, naming the sample, where it is not finite.
     """
@@ -27,6 +27,7 @@ def per_token(policy: Policy, samples: Sequence[Sample], budget: int, read: Call
     whole = {i: values for part in parts for i, values in part.items()}
     for i in range(len(samples)):
         if not np.isfinite(whole[i]).all():
-            place = int((~np.isfinite(whole[i])).argmax())
-            raise FloatingPointError(f"the model says {whole[i][place]} at token {place} of sample {i}; lower its learning rate and resume")
+            place = tuple(np.argwhere(~np.isfinite(whole[i]))[0])
+            said = f"the model says {whole[i][place]} at token {place[-1]} of sample {i}"
+            raise FloatingPointError(f"{said}; lower its learning rate and resume")
     return [whole[i] for i in range(len(samples))]

@@ -14,18 +14,21 @@ from transformers import PreTrainedTokenizerFast
 from engine.megatron.decode import Drawing
 from engine.megatron.policy import Policy
 from engine.rollout.slots import Request, Slots, stream
+from engine.rollout.stopping import Until
 from engine.types import Prompt
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. temperature 0 takes the likeliest token; a response ends with a stop token, which it contains."""
+    """How responses are drawn. temperature 0 takes the likeliest token; a response ends with a stop token, or the last token of a stop
+    string, which it contains."""
 
     max_tokens: int
     stop: tuple[int, ...]
     temperature: float = 1.0
     top_k: int = 0  # 0: no limit
     top_p: float = 1.0
+    until: Until | None = None  # stop strings
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -44,6 +47,7 @@ class Slotting:
     gpus: int = 0  # ranks, the last of the world, that only generate; 0: those that train generate too
     lag: int = 0  # 1: while a step is learned the next is drawn, by the weights before it; needs gpus
     max_weight: float = 2.0  # with lag=1: the most that a token's loss is multiplied by to make up for that
+    share: bool = False  # compute and hold what all prompts begin with once: for many questions behind the same examples
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.cache_gb <= 0 or self.prefill < 1:
@@ -60,7 +64,7 @@ class Slotting:
 class Response:
     """What followed a prompt."""
 
-    tokens: np.ndarray  # int32 [n], a stop token at the end where `stopped`
+    tokens: np.ndarray  # int32 [n], what stopped it at the end where `stopped`
     logprobs: np.ndarray  # float32 [n], of the tempered distribution the token was drawn from (at temperature 0: of temperature 1's)
     stopped: bool
 
@@ -88,19 +92,22 @@ def generate(
     Raises ValueError for a prompt that is empty, or that leaves no room in the model's context for max_tokens.
     """
     _check(policy, prompts, sampling)
-    positions = max((len(prompt.tokens) for prompt in prompts), default=0) + sampling.max_tokens
+    prefix = common(prompts) if slotting.share else []
+    positions = max((len(prompt.tokens) for prompt in prompts), default=0) - len(prefix) + sampling.max_tokens
     place = defaultdict[int, Iterator[int]](count)  # of the next sample of each id
     requests = [
-        Request(prompt.tokens.tolist(), sampling.max_tokens, stream(*seed, prompt.id, next(place[prompt.id])), (index, sample))
+        Request(
+            prompt.tokens[len(prefix) :].tolist(), sampling.max_tokens, stream(*seed, prompt.id, next(place[prompt.id])), (index, sample)
+        )
         for index, prompt in enumerate(prompts)
         for sample in range(samples)
     ]
     mine = _share(requests, policy.grid.dp, policy.grid.dp_rank, whole_prompts=len(prompts) >= policy.grid.dp)
     # As many groups as there are stages, so that each stage always has one to compute.
-    slots = _slots(policy, slotting, positions, most=len(mine), groups=policy.grid.pp)
+    slots = _slots(policy, slotting, positions, len(prefix), most=len(mine), groups=policy.grid.pp)
     queue = deque(mine)
-    groups = [Slots(slots, queue, frozenset(sampling.stop), slotting.prefill) for _ in range(policy.grid.pp)]
-    policy.generate(groups, slots, positions, Drawing(sampling.temperature, sampling.top_k, sampling.top_p))
+    groups = [Slots(slots, queue, frozenset(sampling.stop), slotting.prefill, sampling.until) for _ in range(policy.grid.pp)]
+    policy.generate(groups, slots, positions, Drawing(sampling.temperature, sampling.top_k, sampling.top_p), prefix)
     return _together(policy, mine, len(prompts), samples)
 
 
@@ -114,6 +121,16 @@ def _check(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling) -> Non
                 f"prompt {index} has {len(prompt.tokens)} tokens; with max_tokens={sampling.max_tokens} that is over the model's context"
                 f" of {context}; shorten it or lower max_tokens"
             )
+
+
+def common(prompts: Sequence[Prompt]) -> list[int]:
+    """The tokens that all prompts begin with, less the last of any of them; none where there is but one prompt."""
+    if len(prompts) < 2:
+        return []
+    each = [prompt.tokens.tolist() for prompt in prompts]
+    first, last = min(each), max(each)  # what these two share, all share
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: min(next(differ, len(first)), *(len(tokens) - 1 for tokens in each))]
 
 
 def _share(requests: list[Request], ranks: int, rank: int, *, whole_prompts: bool) -> list[Request]:
@@ -131,9 +148,10 @@ def _share(requests: list[Request], ranks: int, rank: int, *, whole_prompts: boo
     return mine
 
 
-def _slots(policy: Policy, slotting: Slotting, positions: int, most: int, groups: int) -> int:
-    """Slots of each group: those asked for, as far as the requests need them and the memory holds them."""
-    held = int(slotting.cache_gb * 2**30) // max(1, policy.slot_bytes(positions))
+def _slots(policy: Policy, slotting: Slotting, positions: int, shared: int, most: int, groups: int) -> int:
+    """Slots of each group: those asked for, as far as the requests need them and the memory holds them beside what they share."""
+    room = max(0, int(slotting.cache_gb * 2**30) - policy.slot_bytes(shared))
+    held = room // max(1, policy.slot_bytes(positions))
     if held < groups:
         raise ValueError(
             f"cache_gb={slotting.cache_gb} holds {held} sequences of {positions} tokens, and {groups} pipeline stages need one each;"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +21,7 @@ class Request:
     index: tuple[int, int]  # (prompt, sample)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False  # by a stop token, which is the last of its tokens
+    stopped: bool = False  # by its last token
 
     @property
     def length(self) -> int:
@@ -30,8 +31,10 @@ class Request:
 class Slots:
     """A group of slots that takes requests from a queue. Rows 0 ... len(live) - 1 are live: decoding reads them as a view."""
 
-    def __init__(self, count: int, queue: deque[Request], stop: frozenset[int], prefill: int):
-        self.count, self.queue, self.stop, self.prefill = count, queue, stop, prefill
+    def __init__(
+        self, count: int, queue: deque[Request], stop: frozenset[int], prefill: int, until: Callable[[list[int]], bool] | None = None
+    ):
+        self.count, self.queue, self.stop, self.prefill, self.until = count, queue, stop, prefill, until
         self.live: list[Request] = []
 
     def plan(self) -> Wave | None:
@@ -66,7 +69,7 @@ class Slots:
         for request, token, logprob in zip(self.live, tokens_R, logprobs_R, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
-            request.stopped = token in self.stop
+            request.stopped = token in self.stop or (self.until is not None and self.until(request.tokens))
         moves, row = [], 0
         while row < len(self.live):
             if not self._done(self.live[row]):

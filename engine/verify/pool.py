@@ -13,7 +13,7 @@ from functools import lru_cache
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-from engine.verify.verdict import Unjudged, Verdict, Verifier
+from engine.verify.verdict import Unjudged, Verdict, Verifier, ruling
 from engine.verify.worker import Task, Worker
 
 ATTEMPTS = 2  # at a response whose worker is lost
@@ -135,7 +135,7 @@ class _Batch:
     def judge_inline(self) -> None:
         for index, (verifier, response, truth) in enumerate(self.cases):
             if verifier.inline:
-                self.answers[index] = verifier.judge(response, truth)
+                self.answers[index] = ruling(*verifier.judge(response, truth))
 
     def take(self, index: int, answer: Verdict | Unjudged) -> None:
         """Keep an answer, or ask again for one that is none."""

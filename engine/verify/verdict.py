@@ -21,6 +21,13 @@ class Unjudged(Exception):
     """
 
 
+def ruling(correct: object, reason: str) -> Verdict | Unjudged:
+    """What a verifier said, as a verdict; one that is neither right nor wrong is the verifier's own fault: NaN would count as right."""
+    if correct not in (True, False):
+        return Unjudged(f"its verdict is {correct!r}, neither True nor False")
+    return Verdict(bool(correct), reason)
+
+
 @dataclass(frozen=True)
 class Verifier:
     """One way to judge.

@@ -21,7 +21,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from engine.verify.verdict import Unjudged, Verdict
+from engine.verify.verdict import Unjudged, Verdict, ruling
 
 MEMORY_BYTES = 4 << 30  # of a worker's address space: an expression that would fill the machine fails here instead
 GRACE_S = 15.0  # how long after its limit a worker may stay silent before it is taken for stuck
@@ -135,7 +135,7 @@ def _answer(message: bytes) -> Verdict | Unjudged:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, task.limit_s)
         correct, reason = task.judge(task.response, task.truth)
-        return Verdict(bool(correct), reason[:REASON_CHARACTERS])
+        return ruling(correct, reason[:REASON_CHARACTERS])
     except Unjudged as failure:
         return Unjudged(str(failure))
     except MemoryError:

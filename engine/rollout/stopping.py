@@ -1,0 +1,30 @@
+"""What ends a response besides a stop token: a string in its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Until:
+    """Ends a response as soon as its text holds one of `strings`. A function of its tokens alone, so that all ranks agree."""
+
+    tokenizer: PreTrainedTokenizerFast
+    strings: tuple[str, ...]
+
+    def __call__(self, tokens: list[int]) -> bool:
+        """Whether `tokens`, of which all but the last did not, hold one."""
+        reach = max((len(string.encode()) for string in self.strings), default=0)  # a token is at least one byte of a string
+        text = self._text(tokens[-reach - 1 :]) if reach else ""
+        return any(string in text for string in self.strings)
+
+    def before(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, without special ones, as far as the first of the strings."""
+        text = self._text(tokens)
+        return text[: min((text.find(string) for string in self.strings if string in text), default=len(text))]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
