@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_nothing_starts_before_what_it_needs(pp: int, vpp: int, microbatches: in
             before = ops[(stage + step) % pp, Piece(kind, microbatch, (stage + step) // pp)]
             assert op.start >= before.end + (hop if pp > 1 else 0) - 1e-12
     for done in timeline.ranks:
-        assert all(a.end <= b.start + 1e-12 for a, b in zip(done, done[1:], strict=False))
+        assert all(a.end <= b.start + 1e-12 for a, b in pairwise(done))
 
 
 def test_a_slow_stage_paces_the_pipeline() -> None:
@@ -83,7 +84,9 @@ def test_what_each_rank_holds() -> None:
 
 
 def test_microbatches_that_do_not_come_round_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"microbatches=6 must be a multiple of parallel.pp=4 with parallel.vpp=2; use 4 or 8 microbatches"):
+    with pytest.raises(
+        ValueError, match=r"microbatches=6 must be a multiple of parallel.pp=4 with parallel.vpp=2; use 4 or 8 microbatches"
+    ):
         simulate([[1.0, 1.0]] * 4, [[1.0, 1.0]] * 4, 6)
     with pytest.raises(ValueError, match="use 4 microbatches"):
         order(4, 2, 3, 0)

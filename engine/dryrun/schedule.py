@@ -99,10 +99,11 @@ def simulate(
     microbatches: int,
     hop: float = 0.0,
     *,
+    first: Sequence[Sequence[float]] | None = None,
     forward_only: bool = False,
 ) -> Timeline:
-    """The timeline of a pipeline whose rank r takes forward[r][c] and backward[r][c] seconds for a microbatch of chunk c, and whose
-    messages between ranks take `hop` seconds, during which both compute.
+    """The timeline of a pipeline whose rank r takes forward[r][c] and backward[r][c] seconds for a microbatch of chunk c, but first[r][c]
+    for the first one's forward, and whose messages between ranks take `hop` seconds, during which both compute.
 
     Where all pieces take equally long and hop is 0, the bubble is (pp - 1) / (vpp * microbatches + pp - 1). Raises ValueError as `order`.
     """
@@ -123,6 +124,8 @@ def simulate(
                     break
                 now = max(now, ended[need] + (hop if need[0] != rank else 0.0))
             start, now = now, now + seconds[rank][piece.kind][piece.chunk]
+            if first is not None and piece.kind == "forward" and piece.microbatch == 0:
+                now = start + first[rank][piece.chunk]
             ended[rank, piece] = now
             ops.append(Op(piece, start, now))
         if len(ops) > before:
