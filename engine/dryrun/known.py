@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +39,40 @@ ROWS = {
 }
 
 
-def shape(model: Model) -> tuple[Llama, list[str]]:
-    """The shape of `model`, and what had to be assumed to know it.
-
-    Read from `init`, a folder's config.json, or the hub's files where they lie on this machine; else known by what the name contains.
-    Raises ValueError for a name that says nothing.
-    """
-    found, assumed = (model.init, []) if model.init else _stored(model.path) or _by_name(model.path)
-    return (found.with_scalar_head() if model.head == "scalar" else found), assumed
+def shape(model: Model) -> Llama:
+    """The shape of the weights that `model` names, as its folder's config.json says it, or the hub's where it lies on this machine; else
+    by what the name contains. Raises ValueError for a name that says nothing."""
+    return model.init or _stored(model.path) or _by_name(model.path)
 
 
-def _stored(path: str) -> tuple[Llama, list[str]] | None:
+def guessed(model: Model) -> str:
+    """What `shape` assumes of `model`; "" where it knows."""
+    if model.init or _stored(model.path):
+        return ""
+    found = _by_name(model.path)
+    return f"{model.path} is not on this machine; by its name it has {found.layers} layers of {found.hidden}, as the hub's config.json says"
+
+
+def _stored(path: str) -> Llama | None:
     from huggingface_hub import try_to_load_from_cache  # slow to import
 
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return shape_of(folder), []
+        return shape_of(folder)
     if path.count("/") == 1 and isinstance(config := try_to_load_from_cache(path, "config.json"), str):
-        return shape_of(Path(config).parent), []
+        return shape_of(Path(config).parent)
     return None
 
 
-def _by_name(path: str) -> tuple[Llama, list[str]]:
+def _by_name(path: str) -> Llama:
     name = path.lower()
-    for size, known in SHAPES.items():
-        if size in name.split("-") or size == name:
-            vocab = TULU_VOCAB if "tulu-3" in name else known.vocab
-            found = Llama(**{**known.__dict__, "vocab": vocab})
-            kind = f"Llama 3.1 {size.upper()}" if size != SMOLLM2 else "SmolLM2-135M"
-            reward = name.endswith("-rm")
-            head = " with a scalar head" if reward else ""
-            return (found.with_scalar_head() if reward else found), [f"{path} is not on this machine: by its name the shape of {kind}{head}"]
-    raise ValueError(
-        f"model.path={path!r} is not on this machine, and its name tells no shape ({', '.join(SHAPES)}); give a folder with config.json"
-    )
+    size = next((size for size in SHAPES if size == name or size in name.split("-")), None)
+    if size is None:
+        raise ValueError(
+            f"model.path={path!r} is not on this machine, and its name tells no shape ({', '.join(SHAPES)}); give a folder with config.json"
+        )
+    found = replace(SHAPES[size], vocab=TULU_VOCAB) if "tulu-3" in name else SHAPES[size]
+    return found.with_scalar_head() if name.endswith("-rm") else found
 
 
 def rows(sources: tuple[Source, ...]) -> int | None:

@@ -55,6 +55,11 @@ class Sequences:
         """Tokens that are drawn after each prompt."""
         return self.lengths_N + 1 - self.prompt_N
 
+    @property
+    def answered(self) -> float:
+        """The share of tokens that are learned from; 1 where it is not known."""
+        return float(self.response_N.sum() / self.lengths_N.sum()) if len(self.prompt_N) else 1.0
+
 
 def draw(algorithm: Any, seed: int = 0, given: Sequence[tuple[int, int]] = ()) -> Sequences:
     """One step's sequences for `algorithm`, from `given` pairs (tokens of prompt, of response) or else from this module's distributions.
