@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.checks import check_generation, check_head
 from engine.config import Llama, Model, Optim, Parallel
 from engine.hub import resolve
 from engine.megatron import seat
@@ -38,9 +39,8 @@ class Policy:
 
     def __init__(self, model: Model | Llama, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
         start = model if isinstance(model, Model) else Model(init=model)
-        self.folder = world.first(lambda: resolve(start.path)) if start.path else None
-        own = start.init or shape_of(self.folder)
-        self.model = own.with_scalar_head() if start.head == "scalar" else own
+        self.folder, own = located(start, world)
+        self.model = start.headed(own)
         self.has_fresh_head = self.folder is not None and self.model.head != own.head
         self.optim, self.parallel, self.world = optim, parallel, world
         self.dtype = dtype_of(start, world)
@@ -151,10 +151,7 @@ class Policy:
 
     def expect_head(self, head: Literal["lm", "scalar"]) -> None:
         """Raise ValueError when this model has another head than `head`."""
-        if self.model.head != head:
-            kinds = {"lm": "a language model", "scalar": "a reward model"}
-            way_out = "; to make one of it, train with model.head=scalar" if head == "scalar" else ""
-            raise ValueError(f"model {self.folder or 'init'} is {kinds[self.model.head]}, but {kinds[head]} is needed{way_out}")
+        check_head(self.model, head, f"model {self.folder or 'init'}")
 
     @torch.no_grad()
     def _per_token(self, step: Step, **how: Any) -> list[Tensor]:
@@ -180,10 +177,8 @@ class Policy:
         """
         from engine.megatron import decode
 
-        if self.world.on_gpu and self.parallel.pp == 2 and self.parallel.vpp > 1:
-            # Each is the other's next and previous, and nccl keeps to one order between two ranks: they would wait for each other.
-            raise ValueError(f"parallel.pp=2 with vpp={self.parallel.vpp} cannot generate on GPUs; use vpp=1, or more stages")
-
+        if self.world.on_gpu:
+            check_generation(self.parallel)
         self._settle()
         for stage in self.stages:
             stage.eval()
@@ -195,7 +190,7 @@ class Policy:
     def slot_bytes(self, positions: int) -> int:
         """Bytes of keys and values of one sequence of `positions` tokens on this rank."""
         layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
-        return 2 * layers * (self.model.kv_heads // self.grid.tp) * positions * self.model.head_dim * self.dtype.itemsize
+        return self.model.cache_bytes(layers, self.grid.tp, positions, self.dtype.itemsize)
 
     def weights_on_host(self) -> list[Tensor]:
         """A copy of this rank's weights in host memory."""
@@ -298,9 +293,17 @@ class Learner(NamedTuple):
     temperature: float = 1.0  # that log-probs are taken at
 
 
-def shape_of(folder: Path | None) -> Llama:
+def located(model: Model, world: World) -> tuple[Path | None, Llama]:
+    """Where the weights of `model` are (None: nowhere, they are random), fetched if need be, and the shape that they have there. All ranks
+    must call it. Raises ValueError when there is no such model."""
+    if model.init is not None:
+        return None, model.init
+    folder = world.first(lambda: resolve(model.path))
+    return folder, shape_of(folder)
+
+
+def shape_of(folder: Path) -> Llama:
     """The Llama that a folder's config.json describes. Raises ValueError when it describes none."""
-    assert folder is not None
     path = folder / "config.json"
     try:
         return Llama.from_hf(json.loads(path.read_text()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,18 @@ class Slotting:
     def __post_init__(self) -> None:
         if self.slots < 1 or self.cache_gb <= 0 or self.prefill < 1:
             raise ValueError(f"slots={self.slots}, cache_gb={self.cache_gb} and prefill={self.prefill} must be positive")
+
+    def held(self, slot_bytes: int, positions: int, groups: int) -> int:
+        """How many sequences of `positions` tokens, of `slot_bytes` each on this rank, the cache holds. Raises ValueError when that is less
+        than one for each of `groups` pipeline stages."""
+        held = int(self.cache_gb * 2**30) // max(1, slot_bytes)
+        if held < groups:
+            need = math.ceil(1000 * groups * slot_bytes / 2**30) / 1000
+            raise ValueError(
+                f"cache_gb={self.cache_gb} holds {held} sequences of {positions} tokens, and {groups} pipeline stages need one each; use "
+                f"cache_gb={need} or more, or shorter responses"
+            )
+        return held
 
 
 @dataclass(frozen=True)
@@ -124,12 +137,7 @@ def _share(requests: list[Request], ranks: int, rank: int, *, whole_prompts: boo
 
 def _slots(policy: Policy, slotting: Slotting, positions: int, most: int, groups: int) -> int:
     """Slots of each group: those asked for, as far as the requests need them and the memory holds them."""
-    held = int(slotting.cache_gb * 2**30) // max(1, policy.slot_bytes(positions))
-    if held < groups:
-        raise ValueError(
-            f"cache_gb={slotting.cache_gb} holds {held} sequences of {positions} tokens, and {groups} pipeline stages need one each;"
-            " raise it, or lower max_tokens"
-        )
+    held = slotting.held(policy.slot_bytes(positions), positions, groups)
     return max(1, min(slotting.slots, held, most) // groups)
 
 
