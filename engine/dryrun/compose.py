@@ -27,22 +27,29 @@ class Samples(NamedTuple):
 
 
 def composer(rehearse: Rehearse) -> Rehearse:
-    """What answers as `rehearse` does, from four small stages for each grid's tp and replicas, kind of recomputation and microbatch."""
+    """What answers as `rehearse` does, from four small stages for each tp, kind of recomputation and microbatch."""
 
     @cache
-    def samples(model: Llama, parallel: Parallel, world_size: int, lengths: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> Samples:
-        return Samples(*rehearse(model, parallel, world_size, lengths, **dict(options)))
+    def samples(model: Llama, parallel: Parallel, lengths: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> Samples:
+        """Of one replica: with more of them, only the optimizer differs."""
+        small = replace(parallel, pp=4, vpp=1, count_embedding=False, count_loss=False, stages=(1, 1, 2, 1))
+        return Samples(*rehearse(replace(model, layers=5), small, small.tp * small.pp, lengths, **dict(options)))
 
-    def composed(model: Llama, parallel: Parallel, world_size: int, lengths: Sequence[int], *, optim: Optim | None, **options: Any) -> list[Stage]:
+    def composed(
+        model: Llama, parallel: Parallel, world_size: int, lengths: Sequence[int], *, optim: Optim | None, **options: Any
+    ) -> list[Stage]:
         parallel.check(model, world_size)
         if model.tied and parallel.pp == 1:  # one stage has both ends, and their weight but once
             return rehearse(model, parallel, world_size, lengths, optim=optim, **options)
-        replicas = world_size // (parallel.tp * parallel.pp)
-        small = replace(parallel, pp=4, vpp=1, count_embedding=False, count_loss=False, stages=(1, 1, 2, 1))
-        known = samples(replace(model, layers=5), small, parallel.tp * 4 * replicas, tuple(lengths), (("optim", optim), *options.items()))
+        grid = replace(parallel, pp=1, vpp=1, count_embedding=False, count_loss=False, stages=())
+        known = samples(model, grid, tuple(lengths), (("optim", optim), *options.items()))
+        shares = world_size // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
         dealt = parallel.dealt(model)
         stages = [_stage(known, layers, place, len(dealt)) for place, layers in enumerate(dealt)]
-        placed = [replace(stage, pp=i % parallel.pp, chunk=i // parallel.pp) for i, stage in enumerate(stages)]
+        placed = [
+            replace(stage, pp=i % parallel.pp, chunk=i // parallel.pp, optimizer=stage.optimizer // shares)
+            for i, stage in enumerate(stages)
+        ]
         return sorted(placed, key=lambda stage: (stage.pp, stage.chunk))
 
     return composed

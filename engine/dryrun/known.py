@@ -1,12 +1,15 @@
-"""What recipes name and a machine without network cannot look up: shapes of models, rows of data sets. Nothing is ever downloaded."""
+"""What recipes name and a machine without network cannot look up: shapes of models, rows of data sets; and how many GPUs they
+are launched on. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import Llama, Model, RopeScaling
+from engine.config import Llama, Model, RopeScaling, Run
 from engine.data.rows import Source
 from engine.hub import SMOLLM2
 from engine.megatron.policy import shape_of
@@ -73,6 +76,15 @@ def _by_name(path: str) -> Llama:
         )
     found = replace(SHAPES[size], vocab=TULU_VOCAB) if "tulu-3" in name else SHAPES[size]
     return found.with_scalar_head() if name.endswith("-rm") else found
+
+
+def gpus(recipe: Path, run: Run) -> int:
+    """As many as the torchrun line in the recipe's docstring starts; without one, as many as one replica takes."""
+    said = ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""
+    told = dict(re.findall(r"--(nnodes|nproc-per-node) (\d+)", said))
+    if "nproc-per-node" not in told:
+        return run.parallel.tp * run.parallel.pp
+    return int(told.get("nnodes", 1)) * int(told["nproc-per-node"])
 
 
 def rows(sources: tuple[Source, ...]) -> int | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 
-from engine.algorithms.rlvr import RLVR, critic_grid
-from engine.checks import problems
+from engine.algorithms.rlvr import RLVR
+from engine.checks import Launch, problems
 from engine.config import Llama, Optim, Parallel, Run
 from engine.dryrun import known
 from engine.dryrun.clock import Clock, Update, by_rank
@@ -49,7 +49,7 @@ class Trained:
     @property
     def pipeline_seconds(self) -> float:
         """Of one optimizer step, as its microbatches really are."""
-        return self.update.timeline.seconds * self._share(self.step)
+        return self.scaled(self.update.timeline.seconds)
 
     @property
     def update_seconds(self) -> float:
@@ -60,6 +60,10 @@ class Trained:
         """Of a forward over all sequences."""
         forward = self.clock.forward(self.stages, self.reading.microbatches, self._message)
         return forward.seconds * self._share(self.reading)
+
+    def scaled(self, seconds: float) -> float:
+        """Of an optimizer step's microbatches as they really are, what `seconds` are of full ones."""
+        return seconds * self._share(self.step)
 
     @property
     def _message(self) -> float:
@@ -94,7 +98,7 @@ class Scene:
         """Rehearse `run`. Raises ValueError where it cannot start."""
         if gpus < 1:
             raise ValueError(f"gpus={gpus} must be at least 1")
-        if found := problems(run, known.shape, gpus):
+        if found := problems(run, known.shape, gpus, on_gpu=hardware.width == 2):
             raise ValueError("; also: ".join(found))
         sequences = draw(run.algorithm, run.seed, given)
 
@@ -104,7 +108,7 @@ class Scene:
         policy = trained("policy", run.model.headed(known.shape(run.model)), run.optim, run.parallel)
         critic = None
         if isinstance(run.algorithm, RLVR) and (asked := run.algorithm.critic) is not None:
-            critic = trained("critic", asked.model.headed(known.shape(asked.model)), asked.optim, critic_grid(run.parallel))
+            critic = trained("critic", asked.model.headed(known.shape(asked.model)), asked.optim, run.parallel.evenly())
         return Scene(run, gpus, hardware, sequences, policy, critic)
 
 
@@ -121,7 +125,7 @@ def _trained(
     step = reading if minibatches == 1 else cut(-(-count // minibatches))
     lengths = step.full(sequences.lengths_N, clock.parallel, run.tokens_per_microbatch)
     wanted = round(sum(lengths) * sequences.answered)
-    single = run.model.dtype == "fp32" or (run.model.dtype == "auto" and clock.hardware.width == 4)
+    single = Launch(run, clock.world_size, known.shape, on_gpu=clock.hardware.width == 2).itemsize == 4
     options = {"optim": optim, "rows": wanted, "dtype": "fp32" if single else "bf16"}
     stages = rehearse(model, clock.parallel, clock.world_size, lengths, **options)
     return Trained(name, model, clock, lengths, stages, step, reading)

@@ -11,7 +11,7 @@ from engine.dryrun.compose import composer
 from engine.dryrun.memory import ledger
 from engine.dryrun.scene import Rehearse, Scene
 
-MOST_GPUS = 8  # times as many GPUs as were asked for, before the search gives up
+MORE_GPUS = (2, 4, 8)  # times as many as were asked for, before there is said to be no way
 
 
 def way_out(scene: Scene, given: Sequence[tuple[int, int]], rehearse: Rehearse) -> str:
@@ -42,18 +42,10 @@ def _ways(scene: Scene) -> Iterator[tuple[int, list[str]]]:
     for extra in ([], everything):
         for settings in deeper:
             yield scene.gpus, _merged(extra, settings)
-    for times in _doublings():
+    for times in MORE_GPUS:
         for extra in ([], everything):
             for settings in ([], *deeper):
-                if extra or times > 1 or settings:
-                    yield times * scene.gpus, _merged(extra, settings)
-
-
-def _doublings() -> Iterator[int]:
-    times = 2
-    while times <= MOST_GPUS:
-        yield times
-        times *= 2
+                yield times * scene.gpus, _merged(extra, settings)
 
 
 def _merged(before: list[str], after: list[str]) -> list[str]:
