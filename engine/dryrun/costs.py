@@ -29,6 +29,7 @@ COLLECTIVES: dict[str, Literal["all_gather", "reduce_scatter", "all_reduce", "br
     "broadcast_": "broadcast",
 }
 MOVES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh", "set_", "resize_"}
+LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # of their first argument, the shape alone
 OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
 PICKS = {"index", "index_select", "embedding", "gather"}  # of their first argument, no more than comes out
 
@@ -71,12 +72,14 @@ def cost_of(call: Call) -> Cost:
     assert not call.multiplies, f"{call.space}.{call.name} multiplies matrices, and nothing here says which"
     if call.is_view or call.name in MOVES_NOTHING:
         return Cost(Work())
-    return Cost(Work(traffic=moved(call), kernels=1))
+    traffic = moved(call)
+    return Cost(Work(traffic=traffic, kernels=int(traffic > 0)))
 
 
 def moved(call: Call) -> int:
     """Bytes of every input read and every output written, once each."""
-    read = {name: value for name, value in call.given.items() if name != "out" and not (name == "self" and call.name in OVERWRITES)}
+    unread = {"out", "self"} if call.name in OVERWRITES | LIKE else {"out"}
+    read = {name: value for name, value in call.given.items() if name not in unread}
     written = size_of(call.out)
     if call.name in PICKS:
         return size_of(list(read.values())[1:]) + 2 * written

@@ -55,26 +55,27 @@ def _rmsnorm_backward(call: Call) -> Cost:
 
 def _logprob(call: Call) -> Cost:
     logits = call.given["logits"]
-    return Cost(_softmax(call, *logits.shape, logits.element_size()))
+    return _softmax(call, *logits.shape, logits.element_size())
 
 
-def _softmax(call: Call, rows: int, columns: int, itemsize: int) -> Work:
-    """Rows of logits read once; each rank's segments gathered, and merged."""
+def _softmax(call: Call, rows: int, columns: int, itemsize: int) -> Cost:
+    """Rows of logits read once; the segments of all ranks gathered, and merged."""
     group = call.given["group"]
-    width = 4 if call.given["entropy"] else 3
-    whole = SEGMENTS * width * rows * 4
+    whole = SEGMENTS * (4 if call.given["entropy"] else 3) * rows * 4
     said = Counter({Collective("all_gather", call.axes[group], whole, waits=True): 1}) if group else Counter()
-    return Work(traffic=rows * columns * itemsize + 2 * whole, kernels=2, collectives=said)
+    return Cost(Work(traffic=rows * columns * itemsize + 2 * whole, kernels=2, collectives=said), whole)
 
 
 def _linear_logprob(call: Call) -> Cost:
     """A product and a softmax a chunk. The last chunk is multiplied whole, however few its rows."""
     hidden, weight, chunk, keep = (call.given[name] for name in ("hidden", "weight", "chunk", "keep"))
     itemsize = call.given["logits_dtype"].itemsize
-    work = Work()
+    work, padding = _padded(hidden, chunk)
+    softmax = Cost(Work())
     for rows in _chunks(len(hidden), chunk):
-        work += _product(chunk, *weight.T.shape) + _softmax(call, rows, len(weight), itemsize)
-    return Cost(work, _padding(hidden, chunk) + (0 if keep else chunk * len(weight) * itemsize))
+        softmax = _softmax(call, rows, len(weight), itemsize)
+        work += _product(chunk, *weight.T.shape) + softmax.work
+    return Cost(work, padding + softmax.scratch + (0 if keep else chunk * len(weight) * itemsize))
 
 
 def _linear_logprob_backward(call: Call) -> Cost:
@@ -82,7 +83,7 @@ def _linear_logprob_backward(call: Call) -> Cost:
     hidden, weight, kept, chunk = (call.given[name] for name in ("hidden", "weight", "kept", "chunk"))
     dtype = call.given["logits_dtype"]
     vocab, width = weight.shape
-    work = Work()
+    work, scratch = Cost(Work()) if kept is not None else _padded(hidden, chunk)
     for rows in _chunks(len(hidden), chunk):
         if kept is None:
             work += _product(chunk, width, vocab)
@@ -91,11 +92,14 @@ def _linear_logprob_backward(call: Call) -> Cost:
             work += _product(rows, vocab, width)
         if call.given["needs_weight"]:
             work += _product(vocab, rows, width)
-    logits = _padding(hidden, chunk) + chunk * vocab * dtype.itemsize if kept is None else 0
-    spoiled = kept is None and dtype == weight.dtype
-    grad = 0 if spoiled else min(chunk, len(hidden)) * vocab * weight.element_size()
-    summed = weight.numel() * 4 if call.given["needs_weight"] and call.given["weight_grad"] is None else 0
-    return Cost(work, logits + grad + summed)
+    if kept is None:
+        scratch += chunk * vocab * dtype.itemsize
+    if kept is not None or dtype != weight.dtype:
+        scratch += min(chunk, len(hidden)) * vocab * weight.element_size()
+    if call.given["needs_weight"] and call.given["weight_grad"] is None:
+        work += Work(traffic=weight.numel() * (8 + weight.element_size()), kernels=2)  # made 0, and rounded at the end
+        scratch += weight.numel() * 4
+    return Cost(work, scratch)
 
 
 def _chunks(rows: int, chunk: int) -> list[int]:
@@ -106,9 +110,10 @@ def _product(m: int, k: int, n: int) -> Work:
     return Work(Counter({Matmul(m, k, n): 1}), kernels=1)
 
 
-def _padding(hidden: Tensor, chunk: int) -> int:
-    """The last chunk's rows, copied to where there is room for a whole one."""
-    return chunk * hidden.shape[1] * hidden.element_size() if len(hidden) % chunk else 0
+def _padded(hidden: Tensor, chunk: int) -> Cost:
+    """The rows of a last chunk that is not whole are copied to where there is room for one."""
+    size = chunk * hidden.shape[1] * hidden.element_size()
+    return Cost(Work(traffic=2 * size, kernels=1), size) if len(hidden) % chunk else Cost(Work())
 
 
 KERNELS: dict[str, Callable[[Call], Cost]] = {

@@ -46,7 +46,7 @@ def rehearse(
     parallel.check(model, world_size)
     if sum(lengths) % parallel.tp:
         raise ValueError(f"lengths={list(lengths)}: their sum {sum(lengths)} must be a multiple of parallel.tp={parallel.tp}")
-    packed = _microbatch(lengths, sum(lengths) if rows is None else rows)
+    packed = microbatch(lengths, sum(lengths) if rows is None else rows)
     known: dict[tuple[_Kind, ...], list[Stage]] = {}
     for pp in range(parallel.pp):
         if (kind := _kind(parallel, pp)) not in known:
@@ -88,7 +88,7 @@ def _kind(parallel: Parallel, pp: int) -> tuple[_Kind, ...]:
     return tuple(_Kind(i == 0, i == last, parallel.stages[i] if parallel.stages else None) for i in places)
 
 
-def _microbatch(lengths: Sequence[int], rows: int) -> Packed:
+def microbatch(lengths: Sequence[int], rows: int) -> Packed:
     """Sequences of these lengths, their ids all 0, the first `rows` tokens trained on."""
     tokens_T = torch.zeros(sum(lengths), dtype=torch.int64)
     positions_T = torch.cat([torch.arange(length) for length in lengths])
@@ -122,7 +122,7 @@ def _stage(policy: Policy, chunk: int, packed: Packed) -> Stage:
 
 def _inferred(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, int]:
     passage = Passage(policy, chunk, packed)
-    with _meter(policy) as meter:
+    with meter_of(policy) as meter:
         passage.infer()
     return meter.taken(), meter.peak
 
@@ -130,14 +130,14 @@ def _inferred(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, int]:
 def _learned(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, Work, int, int]:
     """(forward, backward, held, peak) of a microbatch."""
     passage = Passage(policy, chunk, packed)
-    with _meter(policy) as meter:
+    with meter_of(policy) as meter:
         passage.forward()
         forward, held = meter.taken(), meter.live - passage.shared
         passage.backward()
     return forward, meter.taken(), held, max(held, meter.peak)
 
 
-def _meter(policy: Policy) -> Meter:
+def meter_of(policy: Policy) -> Meter:
     grid = policy.grid
     axes: dict[str, Axis] = {grid.tp_group.group_name: "tp", grid.pp_group.group_name: "pp", grid.dp_group.group_name: "dp"}
     return Meter(policy.world.device, axes)
