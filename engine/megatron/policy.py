@@ -45,10 +45,12 @@ class Policy:
         self.optim, self.parallel, self.world = optim, parallel, world
         self.dtype = dtype_of(start, world)
         parallel.check(self.model, world.size)
-        self.seat = ExitStack()
-        self.seat.enter_context(seat.taken(world))
-        self.grid = seat.make_grid(parallel, world, seed)
-        self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
+        with ExitStack() as borrowed:
+            borrowed.enter_context(seat.taken(world))
+            self.grid = seat.make_grid(parallel, world, seed)
+            borrowed.callback(seat.leave_grid, self.grid)
+            self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
+            self.borrowed = borrowed.pop_all()
 
     def _build(self, seed: int, fill: bool) -> None:
         from engine.megatron import model, weights
@@ -77,8 +79,7 @@ class Policy:
 
     def close(self) -> None:
         """Give the seat and the grid back; the policy is of no use afterwards."""
-        seat.leave_grid(self.grid)
-        self.seat.close()
+        self.borrowed.close()
 
     @property
     def cut(self) -> dict[str, Any]:
@@ -228,13 +229,8 @@ class Policy:
         equal = [packed.padded(longest) for packed in step] if self.parallel.vpp > 1 else step
         flights = [self._flight(packed, every, temperature) for packed in equal]
 
-        def forward(flights: Any, model: Any) -> tuple[Tensor, Any]:
-            packed, flight = next(flights)
-            out = model(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=flight)
-            return out, partial(finish, packed)
-
         return get_forward_backward_func()(
-            forward_step_func=forward,
+            forward_step_func=partial(forward_step, finish),
             data_iterator=[iter(flights) for _ in self.stages],
             model=self.stages,
             num_microbatches=len(step),
@@ -317,6 +313,13 @@ def dtype_of(model: Model, world: World) -> torch.dtype:
     if model.dtype == "auto":
         return torch.float32 if world.seat == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
+
+
+def forward_step(finish: Finish, flights: Iterator[Any], stage: Any) -> tuple[Tensor, Any]:
+    """The next microbatch through a stage, as megatron's schedules ask for it: the output, and what to make of it at the end."""
+    packed, flight = next(flights)
+    out = stage(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=flight)
+    return out, partial(finish, packed)
 
 
 def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
