@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test check sanitize aot gpu bench clean
+.PHONY: build demo test launch check sanitize aot gpu bench clean
 
 build: $(VENV)/built
 
@@ -24,6 +24,10 @@ demo: build
 test: build
 	$(BIN)/python -m pytest --ignore tests/interpreted
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+
+# The recipe of 405B RLVR as torchrun starts it, on 16 CPU processes, with a tiny model in its place.
+launch: build
+	$(BIN)/python -m tests.launch_405b
 
 check: build
 	$(BIN)/ruff check .

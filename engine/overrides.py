@@ -82,7 +82,7 @@ def _parsed(text: str, kind: Any, name: str) -> Any:
         if kind is str:
             return text
     except (ValueError, TypeError) as error:
-        wanted = str(error) if origin is Literal or kind is bool else getattr(kind, "__name__", str(kind))
+        wanted = f"a JSON list ({error})" if origin is tuple else str(error) if origin is Literal or kind is bool else kind.__name__
         raise ValueError(f"{name}={text} cannot be read; it takes {wanted}") from None
     raise ValueError(f"{name} cannot be set from the command line; set it in the recipe")
 

@@ -27,11 +27,12 @@ def generation_problems(launch: Launch, slotting: Slotting, positions: int) -> I
 def slot_warnings(launch: Launch, slotting: Slotting, responses: int) -> Iterator[str]:
     """What is lost by the number of slots, when a step draws so many responses."""
     slots, pp, tp = slotting.slots, launch.run.parallel.pp, launch.run.parallel.tp
-    most = -(-responses // launch.dp)
+    most = max(pp * tp, -(-responses // launch.dp))
+    even = max(1, min(slots, most) // (pp * tp)) * pp * tp
     if slots > most:
-        yield f"algorithm.rollout.slots={slots} is more than the {most} responses that a replica draws; use {most}"
+        yield f"algorithm.rollout.slots={slots} is more than the {most} responses that a replica draws; use {even}"
     elif slots % (pp * tp):
         yield (
             f"algorithm.rollout.slots={slots} makes {max(1, slots // pp)} for each of parallel.pp={pp} stages, padded to a multiple of "
-            f"parallel.tp={tp} whenever they draw; use {max(1, slots // (pp * tp)) * pp * tp}"
+            f"parallel.tp={tp} whenever they draw; use {even}"
         )
