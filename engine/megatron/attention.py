@@ -78,6 +78,7 @@ class PackedAttention(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Flight, **__: Any) -> Tensor:
         flight = packed_seq_params
         query, key = rope(query, flight.cos_TK, flight.sin_TK), rope(key, flight.cos_TK, flight.sin_TK)
+        value = value.contiguous()  # it is a slice of the product that query and key came from, and would keep all of that until backward
         if flight.landing is not None:
             return flight.landing.attend(self.layer, query, key, value, flight, self.attend).flatten(1)
         return self.attend(query, key, value, flight).flatten(1)
