@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -14,6 +16,7 @@ from engine.world import World
 from tests import jobs
 
 HELD = "what is held is read here"
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 def allocated(compute: Callable[[], Any]) -> tuple[int, int]:
@@ -26,9 +29,20 @@ def allocated(compute: Callable[[], Any]) -> tuple[int, int]:
         if event.name() == HELD:
             held = live
         elif event.name() == "[memory]":
-            live += event.nbytes()
+            live += event.nbytes()  # type: ignore[attr-defined]
             peak = max(peak, live)
     return held, peak
+
+
+@contextmanager
+def giving_back() -> Iterator[None]:
+    """Tensors are given back to the operating system when they are freed; usually malloc would keep them, in pieces that fit nothing."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 def passage_memory(world: World, parallel: Parallel, model: Llama, lengths: list[int]) -> dict[str, tuple[int, int]]:
@@ -43,7 +57,7 @@ def passage_memory(world: World, parallel: Parallel, model: Llama, lengths: list
         def compute() -> Passage:
             passage = Passage(policy, 0, packed)
             passage.forward()
-            dist.barrier()  # gloo lets go of what it has sent a little later
+            time.sleep(0.2)  # until gloo's threads have let go of what they gathered
             with record_function(HELD):
                 pass
             passage.backward()
@@ -67,8 +81,9 @@ def step_memory(world: World, parallel: Parallel, model: Llama, lengths: list[in
     from engine.megatron.policy import Policy
 
     step = [microbatch(lengths, sum(lengths))] * microbatches
-    with closing(Policy(Model(init=model), jobs.OPTIM, parallel, world)) as policy:
-        policy.update(step, nll, 0.0)  # the first step makes what stays
+    with giving_back(), closing(Policy(Model(init=model), jobs.OPTIM, parallel, world)) as policy:
+        for _ in range(2):
+            policy.update(step, nll, 0.0)  # the first steps make what stays
         get_global_memory_buffer().buffer.clear()
         if not resident:
             return allocated(lambda: policy.update(step, nll, 0.0))[1]
