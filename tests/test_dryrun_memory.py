@@ -42,9 +42,9 @@ def test_a_microbatch_holds_what_was_foretold(parallel: Parallel) -> None:
     """By the allocator, to 64 KiB; and the meter reads the same off real tensors as off shapes."""
     measured = ranks(parallel.tp * parallel.pp).run(jobs_dryrun.passage_memory, parallel=parallel, model=TINY, lengths=LENGTHS)
     for (stage, output), found in zip(foretold(TINY, parallel), measured, strict=True):
-        print("passage", parallel.tp, parallel.pp, parallel.recompute, stage.pp, stage.held + output, stage.peak + output, found)
         held, peak = found["allocator"]
-        late = sum(LENGTHS) * TINY.hidden * 4 if parallel.tp > 1 else 0  # gloo may not yet have let go of the last tensor it gathered
+        # Threads of gloo's that wait for a busy processor may not yet have let go of what they last gathered.
+        late = 4 * sum(LENGTHS) * TINY.hidden * 4 if parallel.tp > 1 else 0
         assert -(1 << 16) < held - stage.held - output < late + (1 << 16)
         assert stage.peak + output == pytest.approx(peak, rel=0.1)
         assert (stage.held + output, stage.peak + output) == pytest.approx(found["meter"], rel=0.005, abs=1 << 16)
@@ -57,7 +57,6 @@ def test_a_step_takes_what_was_foretold(parallel: Parallel) -> None:
         jobs_dryrun.step_memory, parallel=parallel, model=TINY, lengths=LENGTHS, microbatches=2, resident=False
     )
     for (stage, output), peak in zip(foretold(TINY, parallel), measured, strict=True):
-        print("step", parallel.tp, parallel.pp, parallel.recompute, stage.pp, in_1f1b(stage, output, parallel), peak)
         assert in_1f1b(stage, output, parallel) == pytest.approx(peak, rel=0.1)
 
 
@@ -66,6 +65,5 @@ def test_what_is_resident_is_what_was_foretold() -> None:
     parallel = Parallel(pp=2)
     measured = ranks(2).run(jobs_dryrun.step_memory, parallel=parallel, model=TINY, lengths=LENGTHS, microbatches=2, resident=True)
     for (stage, output), peak in zip(foretold(TINY, parallel), measured, strict=True):
-        print("resident", stage.pp, in_1f1b(stage, output, parallel), peak)
         assert peak > 50 << 20  # or nothing is measured
         assert in_1f1b(stage, output, parallel) == pytest.approx(peak, rel=0.1)

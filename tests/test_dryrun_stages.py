@@ -100,6 +100,15 @@ def test_a_model_that_is_only_read() -> None:
     assert stage.peak == stage.inference_peak == trained.inference_peak < trained.held
 
 
+def test_a_critic_ends_in_a_number_a_token() -> None:
+    """No vocabulary to multiply with: beyond its layers a stage gathers T numbers, and that alone."""
+    critic = stages.rehearse(SMALL.with_scalar_head(), Parallel(2), 2, (48, 16), optim=OPTIM)[0]
+    policy = stages.rehearse(SMALL, Parallel(2), 2, (48, 16), optim=OPTIM)[0]
+    assert critic.forward.collectives[Collective("all_gather", "tp", 64 * 4, True)] == 1
+    assert critic.forward.matmuls[Matmul(32, 64, 1)] == 1
+    assert critic.parameters == policy.parameters - 512 // 2 * 64 + 64
+
+
 def test_a_tensor_parallel_layer_talks_eight_times() -> None:
     """Each of its two halves gathers its input and scatters its output; backward does both again the other way round, and while it
     multiplies gathers the input anew for the weight's gradient and scatters the input's gradient."""
