@@ -100,6 +100,15 @@ def test_a_model_that_is_only_read() -> None:
     assert stage.peak == stage.inference_peak == trained.inference_peak < trained.held
 
 
+def test_a_critic_ends_in_a_number_a_token() -> None:
+    """No vocabulary to multiply with: beyond its layers a stage gathers T numbers, and that alone."""
+    critic = stages.rehearse(SMALL.with_scalar_head(), Parallel(2), 2, (48, 16), optim=OPTIM)[0]
+    policy = stages.rehearse(SMALL, Parallel(2), 2, (48, 16), optim=OPTIM)[0]
+    assert critic.forward.collectives[Collective("all_gather", "tp", 64 * 4, True)] == 1
+    assert critic.forward.matmuls[Matmul(32, 64, 1)] == 1
+    assert critic.parameters == policy.parameters - 512 // 2 * 64 + 64
+
+
 def test_a_tensor_parallel_layer_talks_eight_times() -> None:
     """Each of its two halves gathers its input and scatters its output; backward does both again the other way round, and while it
     multiplies gathers the input anew for the weight's gradient and scatters the input's gradient."""
@@ -112,12 +121,19 @@ def test_a_tensor_parallel_layer_talks_eight_times() -> None:
 
 
 def held_by_a_layer(model: Llama, tokens: int, tp: int) -> int:
-    """Bytes in bf16, by hand: its input, what both norms and the attention's residual leave, each token on one rank; queries, keys and
-    values as they were (a slice of them pins all) and turned, and what attention leaves; the MLP's two branches and their product; and
-    in fp32 a number a token and norm, and one a token and head."""
-    whole, heads, kv = 4 * model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
-    numbers = whole + (heads + 2 * kv) + (heads + kv) + heads + 3 * model.ffn
+    """Bytes in bf16, by hand: its input, what both norms and the attention's residual leave, each token on one rank; queries, keys, values
+    and what attention makes of them; the MLP's two branches and their product; and in fp32 a number a token and norm, and one a token and
+    head."""
+    heads, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    numbers = 4 * model.hidden + 2 * heads + 2 * kv + 3 * model.ffn
     return tokens * (2 * numbers + 4 * (2 + model.heads)) // tp
+
+
+def test_a_layer_of_405b_holds_a_quarter_of_a_gigabyte() -> None:
+    """Of 4096 tokens. What is left of the stage's are the microbatch's own numbers: ids, angles, rows."""
+    layer = held_by_a_layer(LLAMA_405B, T, TP)
+    assert layer == 266_604_544
+    assert 0 < rehearsed()[1].held - 8 * layer < layer / 100
 
 
 def test_sixteen_layers_are_twice_eight() -> None:

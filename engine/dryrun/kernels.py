@@ -55,7 +55,8 @@ def _rmsnorm_backward(call: Call) -> Cost:
 
 def _logprob(call: Call) -> Cost:
     logits = call.given["logits"]
-    return _softmax(call, *logits.shape, logits.element_size())
+    rows, columns = logits.shape
+    return _softmax(call, rows, columns, logits.element_size())
 
 
 def _softmax(call: Call, rows: int, columns: int, itemsize: int) -> Cost:

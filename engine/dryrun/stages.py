@@ -138,6 +138,7 @@ def _learned(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, Work, in
 
 
 def meter_of(policy: Policy) -> Meter:
+    """A meter that knows the axes of this policy's grid."""
     grid = policy.grid
     axes: dict[str, Axis] = {grid.tp_group.group_name: "tp", grid.pp_group.group_name: "pp", grid.dp_group.group_name: "dp"}
     return Meter(policy.world.device, axes)

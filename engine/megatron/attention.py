@@ -80,6 +80,7 @@ class PackedAttention(torch.nn.Module):
         query, key = rope(query, flight.cos_TK, flight.sin_TK), rope(key, flight.cos_TK, flight.sin_TK)
         if flight.landing is not None:
             return flight.landing.attend(self.layer, query, key, value, flight, self.attend).flatten(1)
+        value = value.contiguous()  # a slice of the product that query and key came from would keep all of that until backward
         return self.attend(query, key, value, flight).flatten(1)
 
 
@@ -126,6 +127,7 @@ def attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, flight: Flight
 def _attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """(out [T, H, K], logsumexp [H, T]), kept for backward beside query, key and value: what flash attention's kernels keep, so that a
     rehearsal on meta tensors holds what a GPU will."""
+    assert sum(lengths) == len(query), f"sequences of {lengths} tokens are not {len(query)}"
     out, lse_HT = _flash_outputs(query)
     for part in _spans(lengths):
         of_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(part, query, key, value), 0.0, True)
