@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -29,12 +30,12 @@ PLAIN = Hardware(
     node=8,
     watts=0.0,
     gemm=Gemm(1.0, 0.0, 0.0),
-    inside=Link(0.1, 0.0, 0.0),
-    across=Link(0.01, 0.0, 0.0),
+    inside=Link(0.1, 0.0, 0.0, 0.0),
+    across=Link(0.01, 0.0, 0.0, 0.0),
 )
 
 
-def clock(hardware: Hardware = PLAIN, world_size: int = 8, **parallel: int) -> Clock:
+def clock(hardware: Hardware = PLAIN, world_size: int = 8, **parallel: Any) -> Clock:
     return Clock(hardware, Parallel(**parallel), world_size)
 
 
@@ -66,7 +67,7 @@ def test_rings() -> None:
     assert together.collective(gather._replace(axis="dp")) == pytest.approx(31 / 32 * 800 / 0.04)
     assert clock(world_size=64).collective(gather._replace(axis="dp")) == pytest.approx(63 / 64 * 800 / 0.08)
     assert inside.collective(gather._replace(axis="dp")) == 0  # alone
-    late = replace(PLAIN, inside=Link(0.1, latency=3.0, step=0.5), across=Link(0.01, latency=5.0, step=2.0))
+    late = replace(PLAIN, inside=Link(0.1, latency=3.0, step=0.5, message=7.0), across=Link(0.01, latency=5.0, step=2.0, message=0.0))
     assert clock(late, tp=4).collective(gather._replace(size=0)) == pytest.approx(3 + 3 * 0.5)
     assert clock(late, world_size=16).collective(Collective("all_reduce", "dp", 0, True)) == pytest.approx(5 + 2 * (2 + 14 * 0.5))
 
@@ -78,6 +79,7 @@ def test_where_axes_lie() -> None:
     assert not clock(world_size=8, tp=2, pp=2).crosses_nodes("pp")
     assert grid.hop(100) == pytest.approx(100 / 0.01)
     assert clock(tp=2, pp=4).hop(100) == pytest.approx(100 / 0.1)
+    assert clock(replace(PLAIN, inside=Link(0.1, 3.0, 0.5, message=7.0)), tp=2, pp=4).hop(100) == pytest.approx(7 + 100 / 0.1)
     assert clock().hop(100) == 0
 
 
@@ -114,6 +116,8 @@ def test_replicas_reduce_behind_the_last_backward_where_they_must() -> None:
     assert hidden.reduction == 0  # 200 seconds beside a backward of 300
     assert hidden.timeline.seconds == 5 * 450 + gather  # a single bucket, for which the first forward waits
     assert clock(world_size=2).update([stage(seconds=50.0)], 5, 0.0).reduction == reduce - 100
+    asked = replace(clock(world_size=4, pp=2), gathers_ahead=True).update([stage(0), stage(1)], 4, 0.0).timeline
+    assert asked.seconds == clock(world_size=4, pp=2).update([stage(0), stage(1)], 4, 0.0).timeline.seconds - gather
     whole = clock(world_size=2)
     whole = replace(whole, parallel=replace(whole.parallel, distributed_optimizer=False)).update([stage(seconds=50.0)], 5, 0.0)
     assert (whole.reduction, whole.timeline.seconds) == (2 * reduce - 100, 5 * 150)
@@ -143,7 +147,7 @@ def test_decoding_reads_weights_and_cache() -> None:
     h100 = clock(Hardware.load("h100"), world_size=1)
     weights, sequence = 2 * (LLAMA8B.parameters - LLAMA8B.vocab * LLAMA8B.hidden), 2 * 2 * 32 * 8 * 128
     floor = (weights + 16 * 1000 * sequence) / (0.8 * 3.35e12)
-    assert floor < round_seconds(replace(h100, hardware=replace(h100.hardware, dispatch=0.0)), LLAMA8B, 16, 1000) < 1.5 * floor
+    assert floor < round_seconds(replace(h100, hardware=replace(h100.hardware, dispatch=0.0)), LLAMA8B, 16, 1000) < 1.6 * floor
     assert round_seconds(h100, LLAMA8B, 16, 1000) == pytest.approx((32 * 40 + 30) * 8e-6)  # the host sets the pace
     assert wave(LLAMA8B, 1, 32, 16, 0, head=True).flops == pytest.approx(2 * 16 * weights / 2, rel=1e-4)
 

@@ -53,6 +53,7 @@ class Clock:
     hardware: Hardware
     parallel: Parallel
     world_size: int
+    gathers_ahead: bool = False  # a stage's weights are asked for before its first microbatch comes (megatron-core's param_sync_func)
 
     @cached_property
     def dp(self) -> int:
@@ -97,7 +98,7 @@ class Clock:
         """Of `size` bytes from a pipeline stage to the next: over the network, unless all stages are in one node."""
         ranks, stride = self._axis("pp")
         link = self.hardware.inside if ranks * stride <= self.hardware.node else self.hardware.across
-        return link.latency + size / link.bandwidth if ranks > 1 else 0.0
+        return link.message + size / link.bandwidth if ranks > 1 else 0.0
 
     def crosses_nodes(self, axis: Axis) -> bool:
         """Whether ranks that talk along `axis` are in different nodes."""
@@ -138,10 +139,11 @@ class Clock:
     def _gather(self, stage: Stage, forward: float) -> float:
         """What the first forward is longer by, because a sharded optimizer's parameters come in while it runs: one bucket on the very
         first stage, whose others are hidden; elsewhere megatron-core has but one bucket, and the forward waits for all of it."""
-        if not self.parallel.distributed_optimizer or self.dp == 1:
+        first = (stage.pp, stage.chunk) == (0, 0)
+        if not self.parallel.distributed_optimizer or self.dp == 1 or (self.gathers_ahead and not first):
             return 0.0
         whole = self.collective(Collective("all_gather", "dp", stage.weights, True))
-        if (stage.pp, stage.chunk) != (0, 0) or stage.parameters <= self._bucket:
+        if not first or stage.parameters <= self._bucket:
             return whole
         bucket = whole * self._bucket / stage.parameters
         return bucket + max(0.0, whole - bucket - self.hardware.overlap * forward)

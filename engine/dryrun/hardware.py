@@ -27,6 +27,7 @@ class Link:
     bandwidth: float  # bytes/s that each rank sends while all do
     latency: float  # seconds
     step: float  # seconds that each rank after the first adds
+    message: float  # seconds until one of no length has come from a pipeline stage to the next
 
 
 @dataclass(frozen=True)
