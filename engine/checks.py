@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from engine.config import Llama, Model, Parallel, Run, padded_vocab, spread
@@ -24,7 +25,7 @@ class Launch:
     shape: Shape
     on_gpu: bool = True
 
-    @property
+    @cached_property
     def model(self) -> Llama:
         return self.run.model.headed(self.shape(self.run.model))
 
@@ -93,7 +94,7 @@ def _wrong_tokenizer(launch: Launch, tokens: int | None) -> str:
         return ""
     name = launch.run.model.tokenizer
     whose = f"model.tokenizer={name}" if name else "the model's own tokenizer"
-    way_out = "leave model.tokenizer empty for the model's own" if name else "its folder is damaged, fetch it again"
+    way_out = "leave model.tokenizer empty for the model's own" if name else "its folder is damaged: fetch it again"
     return f"{whose} has {tokens} tokens, over the model's vocabulary of {launch.model.vocab}; {way_out}"
 
 
@@ -199,9 +200,10 @@ def _heavy_ends(parallel: Parallel, model: Llama) -> str:
     slots = round(vocabulary)
     better = spread(model.layers + 2 * slots, len(dealt))
     better[0], better[-1] = better[0] - slots, better[-1] - slots
+    way_out = f"parallel.stages={better}" if min(better) >= 0 else "a smaller parallel.pp"
     return (
         f"the embedding and the output layer weigh as much as {vocabulary:.1f} layers each: the stages that hold them are {excess:.0%} "
-        f"heavier than any other; use parallel.stages={better}"
+        f"heavier than any other; use {way_out}"
     )
 
 

@@ -13,7 +13,10 @@ import pytest
 from engine.__main__ import load_recipe
 from engine.checks import problems, warnings
 from engine.config import Run, override
+from tests import jobs
+from tests.launch_405b import RECIPE, prepared
 from tests.llamas import shape
+from tests.pool import ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,6 +155,17 @@ def test_a_planted_fault_is_found_and_mended_as_it_says(fault: Fault) -> None:
         value = re.escape(fault.named or setting.partition("=")[2])
         assert re.search(rf"(?<![\d.]){value}(?![\d.]*\d)", way_out), line
     assert complaints(fault, [*fault.settings, *fault.mended]) == []
+
+
+def test_run_refuses_before_a_weight_is_read(tmp_path: Path) -> None:
+    """Weights that cannot be read are not what it complains of."""
+    settings = [*prepared(tmp_path), "parallel.tp=1", "parallel.pp=1", f"out={tmp_path / 'out'}", "algorithm.rollout.cache_gb=1e-6"]
+    for name in ("policy", "critic"):
+        (tmp_path / name / "model.safetensors").write_bytes(b"no weights")
+    code, _, stderr = ranks(1).run(jobs.command, words=["run", str(ROOT / RECIPE), *settings])[0]
+    assert code == 1
+    assert "error: algorithm.rollout.cache_gb=1e-06 holds 0 sequences of 80 tokens, and 1 pipeline stages need one each; use" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_size_of_the_world_is_one() -> None:
