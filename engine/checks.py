@@ -12,6 +12,7 @@ from engine.config import Llama, Model, Parallel, Run, padded_vocab, spread
 
 HEAVY = 0.1  # by which the ends of a pipeline may outweigh its other stages, before it is said
 IDLE = 1 / 3  # of a step, before it is said
+KEPT = 30e9  # bytes of activations on a GPU, before it is said
 
 Shape = Callable[[Model], Llama]  # of a model's weights, or its `init`; the head that Model.head asks for is not its concern
 
@@ -173,6 +174,7 @@ def warnings(run: Run, shape: Shape, world_size: int, *, node: int = 8, tokens: 
         _uneven(launch, demands),
         _bubble(launch, demands, tokens or demands.longest.value),
         _apart(launch, demands),
+        _kept(launch),
     ]
     return [*filter(None, found), *demands.warnings]
 
@@ -248,4 +250,22 @@ def _apart(launch: Launch, demands: Demands) -> str:
     return (
         f"the two halves of a pair share a microbatch, and of {demands.longest.said} tokens they can be {need}, over tokens_per_microbatch="
         f"{budget}: if the data has such a pair, it is refused once it is read; use tokens_per_microbatch={need}"
+    )
+
+
+def _kept(launch: Launch) -> str:
+    """By what a layer keeps of each token from forward to backward: its input, the sum after attention and both norms' outputs; the product
+    of queries, keys and values, and queries and keys turned; attention's output; gates, ups and their product. The dry run counts them."""
+    run, model, grid = launch.run, launch.model, launch.run.parallel
+    if grid.recompute != "none":
+        return ""
+    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    layer = launch.itemsize * run.microbatch_tokens / grid.tp * (4 * model.hidden + 3 * query + 3 * kv + 3 * model.ffn)
+    turns = grid.pp if grid.vpp == 1 else 2 * (grid.pp - 1) + (grid.vpp - 1) * grid.pp + 1  # of the first rank, in flight at once
+    kept = turns * model.layers / (grid.pp * grid.vpp) * layer
+    if kept <= KEPT:
+        return ""
+    return (
+        f"parallel.recompute=none with tokens_per_microbatch={run.tokens_per_microbatch} keeps about {kept / 1e9:.0f} GB of activations on "
+        "the first stage's GPUs; parallel.recompute=selective keeps less than half of them, for about a quarter more time"
     )

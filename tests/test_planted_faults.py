@@ -199,6 +199,7 @@ WARNED = [
         "parallel.vpp=8",
     ),
     ("405b_dpo", ["tokens_per_microbatch=2048"], {}, "they can be 4096, over tokens_per_microbatch=2048", "tokens_per_microbatch=4096"),
+    ("405b_sft", ["parallel.recompute=none", "parallel.vpp=1"], {}, "keeps about 36 GB of activations", "parallel.recompute=selective"),
     ("405b_rlvr", ["algorithm.rollout.slots=1000"], {}, "is more than the 928 responses", "algorithm.rollout.slots=896"),
     ("405b_rlvr", ["algorithm.rollout.slots=500"], {}, "makes 31 for each of parallel.pp=16 stages", "algorithm.rollout.slots=384"),
 ]
