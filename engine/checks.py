@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from engine.config import Llama, Model, Parallel, Run, padded_vocab, spread
 
 HEAVY = 0.1  # by which the ends of a pipeline may outweigh its other stages, before it is said
 IDLE = 1 / 3  # of a step, before it is said
+KEPT = 30e9  # bytes of activations on a GPU, before it is said
 
 Shape = Callable[[Model], Llama]  # of a model's weights, or its `init`; the head that Model.head asks for is not its concern
 
@@ -24,7 +26,7 @@ class Launch:
     shape: Shape
     on_gpu: bool = True
 
-    @property
+    @cached_property
     def model(self) -> Llama:
         return self.run.model.headed(self.shape(self.run.model))
 
@@ -93,7 +95,7 @@ def _wrong_tokenizer(launch: Launch, tokens: int | None) -> str:
         return ""
     name = launch.run.model.tokenizer
     whose = f"model.tokenizer={name}" if name else "the model's own tokenizer"
-    way_out = "leave model.tokenizer empty for the model's own" if name else "its folder is damaged, fetch it again"
+    way_out = "leave model.tokenizer empty for the model's own" if name else "its folder is damaged: fetch it again"
     return f"{whose} has {tokens} tokens, over the model's vocabulary of {launch.model.vocab}; {way_out}"
 
 
@@ -172,6 +174,7 @@ def warnings(run: Run, shape: Shape, world_size: int, *, node: int = 8, tokens: 
         _uneven(launch, demands),
         _bubble(launch, demands, tokens or demands.longest.value),
         _apart(launch, demands),
+        _kept(launch),
     ]
     return [*filter(None, found), *demands.warnings]
 
@@ -199,9 +202,10 @@ def _heavy_ends(parallel: Parallel, model: Llama) -> str:
     slots = round(vocabulary)
     better = spread(model.layers + 2 * slots, len(dealt))
     better[0], better[-1] = better[0] - slots, better[-1] - slots
+    way_out = f"parallel.stages={better}" if min(better) >= 0 else "a smaller parallel.pp"
     return (
         f"the embedding and the output layer weigh as much as {vocabulary:.1f} layers each: the stages that hold them are {excess:.0%} "
-        f"heavier than any other; use parallel.stages={better}"
+        f"heavier than any other; use {way_out}"
     )
 
 
@@ -246,4 +250,22 @@ def _apart(launch: Launch, demands: Demands) -> str:
     return (
         f"the two halves of a pair share a microbatch, and of {demands.longest.said} tokens they can be {need}, over tokens_per_microbatch="
         f"{budget}: if the data has such a pair, it is refused once it is read; use tokens_per_microbatch={need}"
+    )
+
+
+def _kept(launch: Launch) -> str:
+    """By what a layer keeps of each token from forward to backward: its input, the sum after attention and both norms' outputs; the product
+    of queries, keys and values, and queries and keys turned; attention's output; gates, ups and their product. The dry run counts them."""
+    run, model, grid = launch.run, launch.model, launch.run.parallel
+    if grid.recompute != "none":
+        return ""
+    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    layer = launch.itemsize * run.microbatch_tokens / grid.tp * (4 * model.hidden + 3 * query + 3 * kv + 3 * model.ffn)
+    turns = grid.pp if grid.vpp == 1 else 2 * (grid.pp - 1) + (grid.vpp - 1) * grid.pp + 1  # of the first rank, in flight at once
+    kept = turns * model.layers / (grid.pp * grid.vpp) * layer
+    if kept <= KEPT:
+        return ""
+    return (
+        f"parallel.recompute=none with tokens_per_microbatch={run.tokens_per_microbatch} keeps about {kept / 1e9:.0f} GB of activations on "
+        "the first stage's GPUs; parallel.recompute=selective keeps less than half of them, for about a quarter more time"
     )

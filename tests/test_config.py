@@ -139,7 +139,8 @@ def test_padded_vocab(vocab: int, tp: int, padded: int) -> None:
         (
             Parallel(pp=4),
             4,
-            "pp=4 x parallel.vpp=1 must divide model.layers=30; use parallel.pp=1 or 2, or parallel.stages=[7, 8, 8, 7]",
+            "pp=4 x parallel.vpp=1 must divide model.layers=30; use parallel.pp=1 or 2, or parallel.count_embedding=true "
+            "with count_loss=true, or parallel.stages=[7, 8, 8, 7]",
         ),
         (
             Parallel(pp=3, count_loss=True),

@@ -43,7 +43,7 @@ def commands() -> list[Command]:
         asked = get_args_parser().parse_args(words)
         assert asked.module
         assert asked.training_script == "engine"
-        found.append(Command(line, int(asked.nnodes) * int(asked.nproc_per_node), asked.training_script_args))
+        found.append(Command(line, int(asked.nnodes.split(":")[-1]) * int(asked.nproc_per_node), asked.training_script_args))
     return found
 
 

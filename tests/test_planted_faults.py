@@ -13,7 +13,10 @@ import pytest
 from engine.__main__ import load_recipe
 from engine.checks import problems, warnings
 from engine.config import Run, override
+from tests import jobs
+from tests.launch_405b import RECIPE, prepared
 from tests.llamas import shape
+from tests.pool import ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,6 +157,17 @@ def test_a_planted_fault_is_found_and_mended_as_it_says(fault: Fault) -> None:
     assert complaints(fault, [*fault.settings, *fault.mended]) == []
 
 
+def test_run_refuses_before_a_weight_is_read(tmp_path: Path) -> None:
+    """Weights that cannot be read are not what it complains of."""
+    settings = [*prepared(tmp_path), "parallel.tp=1", "parallel.pp=1", f"out={tmp_path / 'out'}", "algorithm.rollout.cache_gb=1e-6"]
+    for name in ("policy", "critic"):
+        (tmp_path / name / "model.safetensors").write_bytes(b"no weights")
+    code, _, stderr = ranks(1).run(jobs.command, words=["run", str(ROOT / RECIPE), *settings])[0]
+    assert code == 1
+    assert "error: algorithm.rollout.cache_gb=1e-06 holds 0 sequences of 80 tokens, and 1 pipeline stages need one each; use" in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_size_of_the_world_is_one() -> None:
     (line,) = problems(recipe("405b_sft"), shape, 250)
     assert line.startswith("the world has 250 ranks, which parallel.tp=8 x parallel.pp=16 = 128 must divide")
@@ -185,6 +199,7 @@ WARNED = [
         "parallel.vpp=8",
     ),
     ("405b_dpo", ["tokens_per_microbatch=2048"], {}, "they can be 4096, over tokens_per_microbatch=2048", "tokens_per_microbatch=4096"),
+    ("405b_sft", ["parallel.recompute=none", "parallel.vpp=1"], {}, "keeps about 36 GB of activations", "parallel.recompute=selective"),
     ("405b_rlvr", ["algorithm.rollout.slots=1000"], {}, "is more than the 928 responses", "algorithm.rollout.slots=896"),
     ("405b_rlvr", ["algorithm.rollout.slots=500"], {}, "makes 31 for each of parallel.pp=16 stages", "algorithm.rollout.slots=384"),
 ]
