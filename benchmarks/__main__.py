@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import accuracy, batching, decontaminate, dryrun_published, evals, kernels, programs, throughput, verifiers
+from benchmarks import accuracy, batching, decontaminate, dryrun_published, dryrun_tulu, evals, kernels, programs, throughput, verifiers
 
 MODULES = (
     accuracy,
     batching,
     decontaminate,
     dryrun_published,
+    dryrun_tulu,
     evals,
     kernels,
     programs,

@@ -260,10 +260,11 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _dryrun(arguments: argparse.Namespace) -> int:
     from engine.dryrun import command
 
-    if not arguments.recipe:
-        if arguments.calibrate:
-            return 0
-        raise ValueError("dryrun takes a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml")
+    if bool(arguments.recipe) == bool(arguments.calibrate):
+        raise ValueError("dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml, for --device afterwards")
+    if arguments.calibrate:
+        command.calibrate(Path(arguments.calibrate))
+        return 0
     asked = command.Asked(
         recipe=Path(arguments.recipe),
         run=override(load_recipe(arguments.recipe), arguments.overrides),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from engine.dryrun import forecast as forecasting
 from engine.dryrun import known, lengths, telling
 from engine.dryrun import search as searching
 from engine.dryrun.hardware import Hardware
+from engine.world import World
 
 WIDTH = 160  # columns, where there is no terminal to ask
 
@@ -52,7 +53,6 @@ class Asked:
 def forecast(asked: Asked) -> bool:
     """Tell what the launch will be like; whether it fits. Raises ValueError for one that cannot start."""
     asked.check()
-    _quiet()
     found = forecasting.forecast(asked.run, asked.world, Hardware.load(asked.device), given=asked.given)
     telling.show(found, _console())
     _write(asked.json, telling.as_json(found))
@@ -64,7 +64,6 @@ def forecast(asked: Asked) -> bool:
 def search(asked: Asked) -> bool:
     """Tell the fastest layouts; whether any fits."""
     asked.check()
-    _quiet()
     found = searching.search(asked.run, asked.world, Hardware.load(asked.device), given=asked.given)
     console = _console()
     console.print(searching.table(found, asked.run))
@@ -78,13 +77,19 @@ def search(asked: Asked) -> bool:
     return bool(found)
 
 
+def calibrate(path: Path) -> None:
+    """Measure the machine of this process, or of all that torchrun started."""
+    from engine.dryrun import calibrate as measuring
+
+    with closing(World.start()) as world:
+        found = measuring.calibrate(world)
+        if world.rank == 0:
+            measuring.save(found, path)
+            print(f"what {world.size} {'process' if world.size == 1 else 'processes'} measured -> {path}")
+
+
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH)
-
-
-def _quiet() -> None:
-    """torch tells of every process group of a world that is only imagined."""
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 
 def _write(path: str | None, facts: dict[str, Any]) -> None:

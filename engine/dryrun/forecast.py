@@ -67,8 +67,8 @@ class Forecast:
 
     @property
     def energy_kwh(self) -> float | None:
-        """Of the devices at full power, for the whole recipe."""
-        return None if self.gpu_hours is None else self.gpu_hours * self.scene.hardware.watts / 1000
+        """Of the devices at full power, for the whole recipe; None where that power is not known."""
+        return self.gpu_hours * self.scene.hardware.watts / 1000 if self.gpu_hours and self.scene.hardware.watts else None
 
 
 def forecast(

@@ -121,12 +121,9 @@ def _grids(model: Llama, parallel: Parallel, gpus: int, hardware: Hardware) -> I
 
 
 def _dealt(model: Llama, grid: Parallel, gpus: int) -> Iterator[Parallel]:
-    by_hand = tuple(spread(model.layers, grid.pp * grid.vpp)) if grid.vpp == 1 < grid.pp else ()
-    ways = [
-        replace(grid, count_embedding=True, count_loss=True),
-        replace(grid, count_embedding=False, count_loss=False),
-        replace(grid, count_embedding=False, count_loss=False, stages=by_hand),
-    ]
+    plain = replace(grid, count_embedding=False, count_loss=False)
+    by_hand = replace(plain, stages=tuple(spread(model.layers, grid.pp)) if grid.vpp == 1 else ())
+    ways = [grid, replace(grid, count_embedding=True, count_loss=True), plain, by_hand]
     yield from [way for way in ways if way.holds(model, gpus)][:1]
 
 

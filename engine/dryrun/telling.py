@@ -81,7 +81,8 @@ def _lines(forecast: Forecast) -> Iterator[Text]:
     for phase in forecast.once:
         yield Text(f"once: {phase.name}, {phase.seconds / 3600:,.1f} hours")
     if forecast.gpu_hours is not None:
-        yield Text(f"whole recipe: {forecast.steps:,} steps, {forecast.gpu_hours:,.0f} GPU-hours, {forecast.energy_kwh:,.0f} kWh")
+        energy = f", {forecast.energy_kwh:,.0f} kWh" if forecast.energy_kwh else ""
+        yield Text(f"whole recipe: {forecast.steps:,} steps, {forecast.gpu_hours:,.1f} GPU-hours{energy}")
     yield Text(verdict(forecast), style="green" if forecast.fits else "bold red")
     yield from (Text(f"warning: {line}", style="yellow") for line in forecast.warnings)
     yield from (Text(f"assumed: {line}", style="dim") for line in forecast.assumptions)
