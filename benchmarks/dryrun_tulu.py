@@ -96,16 +96,16 @@ def page(facts: list[dict[str, Any]]) -> str:
     command = "python -m benchmarks dryrun_tulu --out PAGE --json FACTS"
     lines = heading("Tülu 3 405B's RLVR step: the training phase, as the dry run tells it", versions(), command)
     lines += [
-        f"They report about {REPORTED:,.0f} s of training a step on 240 H100s (arXiv 2411.15124). The seconds below are a forecast of this engine,",
-        "not a measurement: no GPU has run it. The ratio therefore compares a model with a measurement.",
+        f"They report about {REPORTED:,.0f} s of training a step on 240 H100s (arXiv 2411.15124). The seconds below are a forecast of this",
+        "engine, not a measurement: no GPU has run it. The ratio therefore compares a model with a measurement.",
         "",
         *table(HEADER, [_row(fact) for fact in facts]),
         "",
-        "Training is everything but generation and verification: log-probs of policy and reference, values of the critic, and all updates of",
-        "both. On 240 GPUs the critic has 30 of its 32 layers, so that 15 stages hold two each; the 16 other GPUs, which generate there, are",
-        "not counted. MFU: operations that the model's mathematics asks for, over what the GPUs could do in that time.",
+        "Training is everything but generation and verification: log-probs of policy and reference, values of the critic, and all",
+        "updates of both. On 240 GPUs the critic has 30 of its 32 layers, so that 15 stages hold two each; the 16 other GPUs, which",
+        "generate there, are not counted. MFU: operations that the model's mathematics asks for, over what the GPUs could do in that time.",
         "",
-        "Assumed besides benchmarks/results' page of published runs, to one of which the speed of matrix products is fitted:",
+        "The speed of matrix products is fitted to another published run (dryrun_published_2026-11-22.md). Assumed besides:",
         "",
         *(f"- {line}" for line in facts[0]["assumptions"]),
     ]
@@ -115,4 +115,12 @@ def page(facts: list[dict[str, Any]]) -> str:
 def _row(fact: dict[str, Any]) -> list[str]:
     numbers = [f"{fact['training'] - fact['updates']:.0f}", f"{fact['updates']:.0f}", f"{fact['training']:.0f}", f"{fact['ratio']:.0f}x"]
     fits = "" if fact["fits"] else " (does not fit)"
-    return [f"{fact['gpus']}", fact["layout"], f"{fact['prompt']}", f"{fact['passes']}", *numbers, f"{fact['mfu']:.0%}", f"{fact['peak_gb']:.0f}{fits}"]
+    return [
+        f"{fact['gpus']}",
+        fact["layout"],
+        f"{fact['prompt']}",
+        f"{fact['passes']}",
+        *numbers,
+        f"{fact['mfu']:.0%}",
+        f"{fact['peak_gb']:.0f}{fits}",
+    ]

@@ -93,11 +93,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dryrun_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = f"Exit code: 0 it fits, 1 it cannot start, {DOES_NOT_FIT} it can start but does not fit. Nothing is downloaded or launched."
+    parser.epilog = (
+        f"Exit code: 0 it fits, 1 it cannot start, {DOES_NOT_FIT} it can start but does not fit. Nothing is downloaded or launched."
+    )
     parser.add_argument("recipe", nargs="?", help="a Python file that defines run = Run(...), such as recipes/tulu3_405b_rlvr.py")
     parser.add_argument("--gpus", type=int, metavar="N", help="how many (default: as the torchrun line in the recipe's docstring says)")
-    parser.add_argument("--device", default="h100", metavar="NAME", help="h100, h200, b200, or a .toml that --calibrate wrote (default: h100)")
-    parser.add_argument("--lengths", metavar="F", help='a .jsonl file of sequences like those to come: {"prompt": tokens, "response": tokens}')
+    parser.add_argument(
+        "--device", default="h100", metavar="NAME", help="h100, h200, b200, or a .toml that --calibrate wrote (default: h100)"
+    )
+    parser.add_argument(
+        "--lengths", metavar="F", help='a .jsonl file of sequences like those to come: {"prompt": tokens, "response": tokens}'
+    )
     parser.add_argument("--json", metavar="F", help="the forecast for machines")
     parser.add_argument("--png", metavar="F", help="a picture of the pipeline in one optimizer step")
     parser.add_argument("--search", action="store_true", help="find the fastest layouts that fit, instead of forecasting the recipe's own")
@@ -261,7 +267,9 @@ def _dryrun(arguments: argparse.Namespace) -> int:
     from engine.dryrun import command
 
     if bool(arguments.recipe) == bool(arguments.calibrate):
-        raise ValueError("dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml, for --device afterwards")
+        raise ValueError(
+            "dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml, for --device afterwards"
+        )
     if arguments.calibrate:
         command.calibrate(Path(arguments.calibrate))
         return 0

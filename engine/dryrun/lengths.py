@@ -79,7 +79,7 @@ def draw(algorithm: Any, seed: int = 0, given: Sequence[tuple[int, int]] = ()) -
 
 def _texts(count: int, spread: Spread, most: int, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
     lengths = np.minimum(_given(given, count, generator).sum(1), most) if len(given) else spread.draw(count, most, generator)
-    return Sequences(lengths, np.full(count, -1), np.empty(0, np.int64), f"{_source(given, spread)} tokens, at most {most}")
+    return Sequences(lengths, np.full(count, -1), np.empty(0, np.int64), f"{_source(given, spread)}, at most {most} tokens")
 
 
 def _rollouts(algorithm: RLVR, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
@@ -91,7 +91,7 @@ def _rollouts(algorithm: RLVR, generator: np.random.Generator, given: Sequence[t
     else:
         asked = np.repeat(PROMPT.draw(prompts, int(most[0]), generator), samples)
         answered = RESPONSE.draw(prompts * samples, int(most[1]), generator)
-    said = f"prompts {_source(given, PROMPT)} tokens, at most {most[0]}; responses {_source(given, RESPONSE)}, at most {most[1]}"
+    said = f"prompts {_source(given, PROMPT)}, at most {most[0]} tokens; responses {_source(given, RESPONSE)}, at most {most[1]}"
     return Sequences(asked + answered - 1, np.full(len(asked), -1), asked, said)
 
 

@@ -86,5 +86,3 @@ def _moving(scene: Scene, algorithm: RLVR) -> float:
     if algorithm.reference == "resident":
         return 0.0
     return 3 * max(sum(stage.weights for stage in rank) for rank in scene.policy.ranks) / HOST_LINK
-
-

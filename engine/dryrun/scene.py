@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-
 from engine.algorithms.rlvr import RLVR
 from engine.checks import Launch, problems
 from engine.config import Llama, Optim, Parallel, Run
@@ -112,9 +111,7 @@ class Scene:
         return Scene(run, gpus, hardware, sequences, policy, critic)
 
 
-def _trained(
-    name: str, model: Llama, optim: Optim, clock: Clock, run: Run, sequences: Sequences, rehearse: Rehearse
-) -> Trained:
+def _trained(name: str, model: Llama, optim: Optim, clock: Clock, run: Run, sequences: Sequences, rehearse: Rehearse) -> Trained:
     def cut(count: int) -> Cut:
         lengths_N, group_N = sequences.lengths_N[:count], sequences.group_N[:count]
         return Cut.of(lengths_N, group_N, model, clock.parallel, clock.dp, run.tokens_per_microbatch)

@@ -11,7 +11,7 @@ from engine.dryrun.compose import composer
 from engine.dryrun.memory import ledger
 from engine.dryrun.scene import Rehearse, Scene
 
-MORE_GPUS = (2, 4, 8)  # times as many as were asked for, before there is said to be no way
+TIMES = (1, 2, 4, 8)  # as many GPUs as were asked for, before there is said to be no way
 
 
 def way_out(scene: Scene, given: Sequence[tuple[int, int]], rehearse: Rehearse) -> str:
@@ -38,14 +38,12 @@ def _ways(scene: Scene) -> Iterator[tuple[int, list[str]]]:
     for settings in [*changes, *together]:
         yield scene.gpus, settings
     everything = together[-1] if together else []
-    deeper = list(_deeper(scene.run, scene.gpus))
-    for extra in ([], everything):
-        for settings in deeper:
-            yield scene.gpus, _merged(extra, settings)
-    for times in MORE_GPUS:
+    for times in TIMES:
+        deeper = list(_deeper(scene.run, times * scene.gpus))
         for extra in ([], everything):
             for settings in ([], *deeper):
-                yield times * scene.gpus, _merged(extra, settings)
+                if times > 1 or settings:
+                    yield times * scene.gpus, _merged(extra, settings)
 
 
 def _merged(before: list[str], after: list[str]) -> list[str]:
