@@ -164,9 +164,11 @@ def test_a_forecast_of_rlvr_has_every_phase_and_everything_that_takes_memory() -
     assert as_json(offloaded)["phases"]["log-probs, reference"] > told["phases"]["log-probs, reference"]
     once = forecast(override(run, ["algorithm.epochs=1"]), 8, H100)
     assert told["phases"]["updates, policy"] == pytest.approx(4 * as_json(once)["phases"]["updates, policy"])
-    # 4 slots in each of 2 groups, 3 layers, keys and values of one of 2 heads of 16 numbers of 2 bytes, 768 positions.
-    generating = found.stages[0].moments["generation"] - found.stages[0].moments["reading, policy"]
-    assert generating == pytest.approx(2 * 4 * 3 * 2 * 16 * 2 * 768, rel=1)
+    # 4 slots in each of 2 groups, 3 layers, keys and values of one head of 16 numbers of 2 bytes, 768 positions.
+    settings = ["algorithm.rollout.slots=4", "algorithm.reference=offloaded"]
+    halved = forecast(override(run, settings), 8, H100).stages[0].moments["generation"]
+    spared = offloaded.stages[0].moments["generation"] - halved
+    assert spared == pytest.approx(2 * 2 * 3 * 2 * 16 * 2 * 768, rel=0.05)
 
 
 def test_405b_is_forecast_and_what_it_lacks_is_found() -> None:
@@ -189,9 +191,9 @@ def test_405b_is_forecast_and_what_it_lacks_is_found() -> None:
 
 
 def test_a_critic_that_is_too_large_is_found_and_more_gpus_are_named() -> None:
-    large = replace(SMALL, hidden=1024, ffn=4096, layers=12)
-    roomy = forecast(rlvr(), 8, H100)
-    tight = replace(H100, memory=1.2 * max(rank.peak_bytes for rank in roomy.stages))
+    large, bare = replace(SMALL, hidden=512, ffn=1024, layers=12), replace(H100, allowance=0.0)
+    roomy = forecast(rlvr(), 8, bare)
+    tight = replace(bare, memory=1.5 * max(rank.peak_bytes for rank in roomy.stages))
     assert forecast(rlvr(), 8, tight).fits
     found = forecast(rlvr(critic=large), 8, tight)
     assert not found.fits

@@ -59,12 +59,16 @@ def _stage(known: Samples, layers: int, place: int, count: int) -> Stage:
     first, last = int(place == 0), int(place == count - 1)
     # One layer is two - one; the constant is one - (two - one); the ends are first - one and last - one.
     shares = ((known.first, first), (known.one, 2 - layers - first - last), (known.two, layers - 1), (known.last, last))
-    there = [known.two, *([known.first] if first else []), *([known.last] if last else [])]
     sums = {name: sum(share * getattr(stage, name) for stage, share in shares) for name in SUMS}
     works = {name: _mixed((getattr(stage, name), share) for stage, share in shares) for name in WORKS}
-    peak = sums["held"] + max(stage.peak - stage.held for stage in there)
+    # Three moments: the backward of the last layer, when the head has let go; the head's own; and the embedding's, when all else has.
+    head = last * (known.last.held - known.one.held)
+    moments = [sums["held"] - head + known.two.peak - known.two.held]
+    moments += [sums["held"] + known.last.peak - known.last.held] if last else []
+    moments += [known.first.peak] if first else []
+    there = [known.two, *([known.first] if first else []), *([known.last] if last else [])]
     inferred = max(stage.inference_peak for stage in there)
-    return replace(known.one, layers=layers, **sums, **works, peak=peak, inference_peak=inferred)
+    return replace(known.one, layers=layers, **sums, **works, peak=max(moments), inference_peak=inferred)
 
 
 def _mixed(shares: Iterable[tuple[Work, int]]) -> Work:
