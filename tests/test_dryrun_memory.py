@@ -44,13 +44,14 @@ def in_1f1b(model: Llama, parallel: Parallel) -> list[int]:
 
 @pytest.mark.parametrize("parallel", GRIDS, ids=str)
 def test_a_microbatch_holds_what_was_foretold(parallel: Parallel) -> None:
-    """By the allocator, to 64 KiB; and the meter reads the same off real tensors as off shapes."""
+    """By the allocator, but for random states and 64 KiB; and the meter reads the same off real tensors as off shapes."""
     measured = ranks(parallel.tp * parallel.pp).run(jobs_dryrun.passage_memory, parallel=parallel, model=TINY, lengths=LENGTHS)
     for (stage, output), found in zip(foretold(TINY, parallel), measured, strict=True):
         held, peak = found["allocator"]
         # Threads of gloo's that wait for a busy processor may not yet have let go of what they last gathered.
         late = 4 * sum(LENGTHS) * TINY.hidden * 4 if parallel.tp > 1 else 0
-        assert -(1 << 16) < held - stage.held - output < late + (1 << 16)
+        random = 0 if parallel.recompute == "none" else stage.layers * 15 << 10
+        assert -(1 << 16) < held - stage.held - output < late + random + (1 << 16)
         assert stage.peak + output == pytest.approx(peak, rel=0.1)
         assert (stage.held + output, stage.peak + output) == pytest.approx(found["meter"], rel=0.005, abs=1 << 16)
 
