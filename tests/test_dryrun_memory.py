@@ -31,21 +31,27 @@ def foretold(model: Llama, parallel: Parallel) -> list[tuple[Stage, int]]:
     return [(stage, 0 if stage.pp == parallel.pp - 1 else output) for stage in stages for _ in range(parallel.tp)]
 
 
-def in_1f1b(stage: Stage, output: int, parallel: Parallel) -> int:
-    """Bytes at the worst moment of a step: a pipeline rank holds a microbatch for itself and each rank behind it."""
-    flying = parallel.pp - stage.pp
-    return (flying - 1) * stage.held + stage.peak + flying * output
+def in_1f1b(model: Llama, parallel: Parallel) -> list[int]:
+    """Bytes at the worst moment of a step on each rank: it holds a microbatch for itself and each pipeline rank behind it, and of the
+    next one what it was sent."""
+    received = sum(LENGTHS) // parallel.tp * model.hidden * 4
+    found = []
+    for stage, output in foretold(model, parallel):
+        flying = parallel.pp - stage.pp
+        found.append((flying - 1) * stage.held + stage.peak + flying * output + (received if stage.pp else 0))
+    return found
 
 
 @pytest.mark.parametrize("parallel", GRIDS, ids=str)
 def test_a_microbatch_holds_what_was_foretold(parallel: Parallel) -> None:
-    """By the allocator, to 64 KiB; and the meter reads the same off real tensors as off shapes."""
+    """By the allocator, but for random states and 64 KiB; and the meter reads the same off real tensors as off shapes."""
     measured = ranks(parallel.tp * parallel.pp).run(jobs_dryrun.passage_memory, parallel=parallel, model=TINY, lengths=LENGTHS)
     for (stage, output), found in zip(foretold(TINY, parallel), measured, strict=True):
         held, peak = found["allocator"]
         # Threads of gloo's that wait for a busy processor may not yet have let go of what they last gathered.
         late = 4 * sum(LENGTHS) * TINY.hidden * 4 if parallel.tp > 1 else 0
-        assert -(1 << 16) < held - stage.held - output < late + (1 << 16)
+        random = 0 if parallel.recompute == "none" else stage.layers * 15 << 10
+        assert -(1 << 16) < held - stage.held - output < late + random + (1 << 16)
         assert stage.peak + output == pytest.approx(peak, rel=0.1)
         assert (stage.held + output, stage.peak + output) == pytest.approx(found["meter"], rel=0.005, abs=1 << 16)
 
@@ -56,14 +62,12 @@ def test_a_step_takes_what_was_foretold(parallel: Parallel) -> None:
     measured = ranks(parallel.tp * parallel.pp).run(
         jobs_dryrun.step_memory, parallel=parallel, model=TINY, lengths=LENGTHS, microbatches=2, resident=False
     )
-    for (stage, output), peak in zip(foretold(TINY, parallel), measured, strict=True):
-        assert in_1f1b(stage, output, parallel) == pytest.approx(peak, rel=0.1)
+    assert in_1f1b(TINY, parallel) == pytest.approx(measured, rel=0.1)
 
 
 def test_what_is_resident_is_what_was_foretold() -> None:
     """What the operating system gives beyond what lay there before the step."""
     parallel = Parallel(pp=2)
     measured = ranks(2).run(jobs_dryrun.step_memory, parallel=parallel, model=TINY, lengths=LENGTHS, microbatches=2, resident=True)
-    for (stage, output), peak in zip(foretold(TINY, parallel), measured, strict=True):
-        assert peak > 50 << 20  # or nothing is measured
-        assert in_1f1b(stage, output, parallel) == pytest.approx(peak, rel=0.1)
+    assert min(measured) > 50 << 20  # or nothing is measured
+    assert in_1f1b(TINY, parallel) == pytest.approx(measured, rel=0.1)
