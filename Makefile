@@ -51,7 +51,7 @@ sanitize: build
 aot: build
 	$(BIN)/python -m benchmarks kernels
 
-# On one CUDA GPU, without network and with the python that is there: every kernel proven and timed, the engine's throughput; 5 minutes.
+# On one CUDA GPU, without network and with the python that is there: every kernel proven and timed, the engine's throughput, the dry run's predictions; 6 minutes.
 # WHEELS=folder: packages to use besides what is installed, peers to be measured against among them.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS))

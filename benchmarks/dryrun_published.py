@@ -263,6 +263,13 @@ def main(arguments: argparse.Namespace) -> int:
     return int(any(abs(fact["error"]) > LIMIT for fact in facts))
 
 
+def otherwise(run: Published, slots: Slots, hardware: Hardware) -> dict[int, float]:
+    """The error by virtual stages, for the counts that halve what was assumed."""
+    counts = [n for n in (1, 2, 4) if n < run.parallel.vpp and run.parallel.vpp % n == 0] if run.assumed else []
+    changed = [replace(run, parallel=replace(run.parallel, vpp=n)) for n in counts]
+    return {each.parallel.vpp: rate(each, timed(each, slots, hardware)) / run.rate - 1 for each in changed}
+
+
 def facts_of(run: Published, slots: Slots) -> dict[str, Any]:
     hardware = Hardware.load(run.device)
     update = timed(run, slots, hardware)
@@ -280,6 +287,7 @@ def facts_of(run: Published, slots: Slots) -> dict[str, Any]:
         "seconds": update.seconds,
         "traits": run.traits,
         "assumed": run.assumed,
+        "otherwise": otherwise(run, slots, hardware),
         "ceiling": hardware.gemm.ceiling,
         "fits": fitted(run, slots, hardware) if run.fitted else None,
     }
@@ -300,13 +308,15 @@ def page(facts: Sequence[dict[str, Any]]) -> str:
                 f"gemm.ceiling of {fact['device']}: {fact['ceiling']:g} in the file; {fact['fits']:.3f} gives the published number."
             )
     lines += [WORDS.rstrip(), "", "Sources, and what is changed or assumed:", ""]
-    for fact in facts:
-        changed = "; ".join(fact["traits"]) or "nothing changed"
-        lines.append(
-            f"- {fact['run']} on {fact['gpus']:,} GPUs: {fact['source']}; {changed}"
-            + (f"; assumed: {fact['assumed']}" * bool(fact["assumed"]))
-        )
+    lines += [_told(fact) for fact in facts]
     return "\n".join(lines) + "\n"
+
+
+def _told(fact: dict[str, Any]) -> str:
+    parts = [fact["source"], *(fact["traits"] or ["nothing changed"])]
+    parts += [f"assumed: {fact['assumed']}"] if fact["assumed"] else []
+    parts += [f"{error:+.1%} with {n} virtual stages a rank" for n, error in fact["otherwise"].items()]
+    return f"- {fact['run']} on {fact['gpus']:,} GPUs: {'; '.join(parts)}"
 
 
 def _row(fact: dict[str, Any]) -> list[str]:

@@ -67,13 +67,13 @@ ON_GPU = Sizes(
 )
 
 
-def calibrate(world: World) -> Hardware:
-    """The machine as `world` finds it. What cannot be measured here is as hardware.toml says of the device, where it knows it: its peak
-    rates and power; links between ranks, when there is one rank.
+def calibrate(world: World, sizes: Sizes | None = None) -> Hardware:
+    """The machine as `world` finds it, by measuring at `sizes` (default: what suits it). What cannot be measured here is as hardware.toml
+    says of the device, where it knows it: its peak rates and power; links between ranks, when there is one rank.
 
     All ranks must call it, without a policy open. Takes some seconds.
     """
-    sizes, before = ON_GPU if world.on_gpu else ON_CPU, _before(world)
+    sizes, before = sizes or (ON_GPU if world.on_gpu else ON_CPU), _before(world)
     with nullcontext() if world.on_gpu else in_onednn():
         found = _products(world, sizes, before)
         copied = _copying(world, sizes)
@@ -208,6 +208,9 @@ def _link(world: World, sizes: Sizes) -> Link | None:
     start = max(0.0, quick - (n - 1) / n * short / bandwidth)
     two = max(0.0, _gathering(world, short, pair, 2) - short / 2 / bandwidth) if n > 2 and n % 2 == 0 else start
     step = max(0.0, (start - two) / max(1, n - 2))
+    for group in pairs:
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
     return Link(bandwidth, max(0.0, start - (n - 1) * step), step, _sending(world, short))
 
 
