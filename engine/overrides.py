@@ -88,6 +88,8 @@ def _parsed(text: str, kind: Any, name: str) -> Any:
 
 
 def _element(value: Any, kind: Any) -> Any:
+    """An element of a tuple: as it is, or the dataclass `kind` made of it."""
+    make: Any = kind
     if not dataclasses.is_dataclass(kind):
         return value
-    return kind(**value) if isinstance(value, dict) else kind(value)
+    return make(**value) if isinstance(value, dict) else make(value)
