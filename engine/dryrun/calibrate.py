@@ -205,7 +205,7 @@ def _link(world: World, sizes: Sizes) -> Link | None:
     start = max(0.0, quick - (n - 1) / n * short / bandwidth)
     step = 0.0
     if n > 2 and n % 2 == 0:
-        pair, _ = dist.new_subgroups(2)
+        pair: Any = dist.new_subgroups(2)[0]
         two = max(0.0, _gathering(world, short, pair, 2) - short / 2 / bandwidth)
         step = max(0.0, (start - two) / (n - 2))
         dist.destroy_process_group(pair)
