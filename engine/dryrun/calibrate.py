@@ -198,19 +198,17 @@ def _link(world: World, sizes: Sizes) -> Link | None:
     """From gathers and scatters among all ranks and between two, of a short and of a long message; and from one rank to the next."""
     if world.size == 1:
         return None
-    pair_start = world.rank // 2 * 2
-    pairs = [dist.new_group([start, start + 1]) for start in range(0, world.size - 1, 2)]
-    pair = pairs[pair_start // 2] if pair_start + 1 < world.size else None
     short, long = sizes.messages
     quick, slow = (_gathering(world, size, None, world.size) for size in (short, long))
     n = world.size
     bandwidth = (n - 1) / n * (long - short) / max(slow - quick, 1e-9)
     start = max(0.0, quick - (n - 1) / n * short / bandwidth)
-    two = max(0.0, _gathering(world, short, pair, 2) - short / 2 / bandwidth) if n > 2 and n % 2 == 0 else start
-    step = max(0.0, (start - two) / max(1, n - 2))
-    for group in pairs:
-        if group is not dist.GroupMember.NON_GROUP_MEMBER:
-            dist.destroy_process_group(group)
+    step = 0.0
+    if n > 2 and n % 2 == 0:
+        pair: Any = dist.new_subgroups(2)[0]
+        two = max(0.0, _gathering(world, short, pair, 2) - short / 2 / bandwidth)
+        step = max(0.0, (start - two) / (n - 2))
+        dist.destroy_process_group(pair)
     return Link(bandwidth, max(0.0, start - (n - 1) * step), step, _sending(world, short))
 
 
