@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import dryrun_tulu
 from engine.__main__ import load_recipe, main
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.algorithms.sft import SFT
@@ -265,3 +266,11 @@ def test_what_does_not_fit_has_an_exit_code_and_what_is_wrong_has_one_line(tmp_p
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
         assert complaint in lines[0]
+
+
+def test_the_page_of_tulus_step_says_what_was_forecast() -> None:
+    fact = dryrun_tulu.fact_of(forecast(rlvr(epochs=2), 8, H100))
+    assert fact["training"] == pytest.approx(sum(s for name, s in fact["phases"].items() if name not in dryrun_tulu.GENERATES))
+    assert fact["ratio"] == pytest.approx(1500 / fact["training"])
+    row = next(line for line in dryrun_tulu.page([fact]).splitlines() if line.startswith("| 8 |"))
+    assert "TP2 PP2 DP2, none, 1024 tokens" in row

@@ -120,7 +120,7 @@ def _assumptions(scene: Scene) -> list[str]:
     said.append(f"lengths: {scene.sequences.said}")
     said.append(
         f"{hardware.name}: {hardware.peak / 1e12:.3g} TFLOP/s, of which matrix products reach {hardware.gemm.ceiling:.0%}, attention "
-        f"{hardware.attention:.0%}; {hardware.allowance / 1e9:.2g} GB a device for context, communication and fragments; all of it in hardware.toml, or the file given"
+        f"{hardware.attention:.0%}; {hardware.allowance / 1e9:.2g} GB a device is not for tensors; see hardware.toml, or the file given"
     )
     if isinstance(algorithm, RLVR):
         said.append(f"verification: {VERDICTS:.0f} responses a second, as `math` on two cores; the rest of the host's cores stand by")
