@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test check sanitize aot gpu bench clean
+.PHONY: build demo test launch check sanitize aot gpu bench clean
 
 build: $(VENV)/built
 
@@ -24,6 +24,10 @@ demo: build
 test: build
 	$(BIN)/python -m pytest --ignore tests/interpreted
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+
+# The recipe of 405B RLVR as torchrun starts it, on 16 CPU processes, with a tiny model in its place.
+launch: build
+	$(BIN)/python -m tests.launch_405b
 
 check: build
 	$(BIN)/ruff check .
@@ -47,7 +51,7 @@ sanitize: build
 aot: build
 	$(BIN)/python -m benchmarks kernels
 
-# On one CUDA GPU, without network and with the python that is there: every kernel proven and timed, the engine's throughput; 5 minutes.
+# On one CUDA GPU, without network and with the python that is there: every kernel proven and timed, the engine's throughput, the dry run's predictions; 6 minutes.
 # WHEELS=folder: packages to use besides what is installed, peers to be measured against among them.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS))

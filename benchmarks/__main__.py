@@ -5,9 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import accuracy, batching, decontaminate, evals, kernels, programs, throughput, verifiers
+from benchmarks import accuracy, batching, decontaminate, dryrun_published, dryrun_tulu, evals, kernels, programs, throughput, verifiers
 
-MODULES = (accuracy, batching, decontaminate, evals, kernels, programs, throughput, verifiers)  # each with add_arguments and main
+MODULES = (
+    accuracy,
+    batching,
+    decontaminate,
+    dryrun_published,
+    dryrun_tulu,
+    evals,
+    kernels,
+    programs,
+    throughput,
+    verifiers,
+)  # each with add_arguments and main
 COMMANDS = {module.__name__.removeprefix("benchmarks."): module for module in MODULES}
 
 

@@ -1,4 +1,4 @@
-"""The command line: python -m engine {run,score,export,generate,verify,eval,decontaminate} …, alone or under torchrun."""
+"""The command line: python -m engine {run,score,export,generate,verify,eval,decontaminate,dryrun} …, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ SAMPLING = (
     ("max-tokens", int, "tokens of a response at most (default: 256)"),
     ("seed", int, "equal seeds, equal responses, on any layout (default: 0)"),
 )
+DOES_NOT_FIT = 3  # the exit code of a dry run; argparse's own is 2
 ELSEWHERE = "Under torchrun it runs on all its processes: torchrun --nproc-per-node 2 -m engine ..."
 
 
@@ -36,13 +37,12 @@ def main(words: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")  # of libraries, about their own future; ours are printed
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except (ValueError, OSError, FloatingPointError, Unjudged) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most mistakes meet every rank: the first speaks for all, and takes the others down with it
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
-    return 0
 
 
 def _parsed(words: list[str] | None) -> argparse.Namespace:
@@ -88,7 +88,27 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--unsafe-code", action="store_true", help="let verifier=code run programs without isolation from this machine")
     _decontaminate_arguments(_command(commands, "decontaminate", _decontaminate, "find training prompts that repeat evaluations"))
     _eval_arguments(_command(commands, "eval", _eval, "ask a model the questions of evaluation suites, and judge its answers"))
+    _dryrun_arguments(_command(commands, "dryrun", _dryrun, "forecast a launch from this machine: memory, time, balance, mistakes"))
     return parser
+
+
+def _dryrun_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        f"Exit code: 0 it fits, 1 it cannot start, {DOES_NOT_FIT} it can start but does not fit. Nothing is downloaded or launched."
+    )
+    parser.add_argument("recipe", nargs="?", help="a Python file that defines run = Run(...), such as recipes/tulu3_405b_rlvr.py")
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many (default: as the torchrun line in the recipe's docstring says)")
+    parser.add_argument(
+        "--device", default="h100", metavar="NAME", help="h100, h200, b200, or a .toml that --calibrate wrote (default: h100)"
+    )
+    parser.add_argument(
+        "--lengths", metavar="F", help='a .jsonl file of sequences like those to come: {"prompt": tokens, "response": tokens}'
+    )
+    parser.add_argument("--json", metavar="F", help="the forecast for machines")
+    parser.add_argument("--png", metavar="F", help="a picture of the pipeline in one optimizer step")
+    parser.add_argument("--search", action="store_true", help="find the fastest layouts that fit, instead of forecasting the recipe's own")
+    parser.add_argument("--calibrate", metavar="OUT", help="measure this machine into a .toml for --device; needs no recipe")
+    _overrides(parser, "parallel.vpp=2 parallel.recompute=full tokens_per_microbatch=8192")
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,6 +261,29 @@ def _eval(arguments: argparse.Namespace) -> None:
             Console().print(table(results))
             if arguments.out:
                 write(results, settings, Path(arguments.out))
+
+
+def _dryrun(arguments: argparse.Namespace) -> int:
+    from engine.dryrun import command
+
+    if bool(arguments.recipe) == bool(arguments.calibrate):
+        raise ValueError(
+            "dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml, for --device afterwards"
+        )
+    if arguments.calibrate:
+        command.calibrate(Path(arguments.calibrate))
+        return 0
+    asked = command.Asked(
+        recipe=Path(arguments.recipe),
+        run=override(load_recipe(arguments.recipe), arguments.overrides),
+        gpus=arguments.gpus,
+        device=arguments.device,
+        lengths=arguments.lengths,
+        json=arguments.json,
+        png=arguments.png,
+    )
+    fits = command.search(asked) if arguments.search else command.forecast(asked)
+    return 0 if fits else DOES_NOT_FIT
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""A run as a typed Python value: frozen dataclasses that check themselves, and overrides by dotted name."""
+"""A run as a typed Python value: frozen dataclasses that check themselves."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-import types
-import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from engine.overrides import override as override
 
 CLASSIFIER = "LlamaForSequenceClassification"
 
@@ -60,10 +59,18 @@ class Llama:
     @property
     def parameters(self) -> int:
         """Parameters of one replica, without padding."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
         head_rows = 1 if self.head == "scalar" else 0 if self.tied else self.vocab
-        return self.layers * layer + self.hidden * (self.vocab + head_rows) + self.hidden
+        return self.layers * self.layer_parameters + self.hidden * (self.vocab + head_rows) + self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+
+    def cache_bytes(self, layers: int, tp: int, positions: int, itemsize: int) -> int:
+        """Of keys and values of `positions` tokens, on one of `tp` ranks that hold `layers` of the layers."""
+        return 2 * layers * (self.kv_heads // tp) * positions * self.head_dim * itemsize
 
     def with_scalar_head(self) -> Llama:
         """The same layers under a scalar head."""
@@ -174,6 +181,10 @@ class Model:
         if bool(self.path) == bool(self.init):
             raise ValueError("model: give either path (existing weights) or init (a Llama shape with random weights)")
 
+    def headed(self, own: Llama) -> Llama:
+        """`own`, the shape of the weights, under the head that is asked for."""
+        return own.with_scalar_head() if self.head == "scalar" else own
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -188,8 +199,12 @@ class Optim:
     clip: float = 1.0  # global gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or not 0 <= self.warmup < 1 or self.clip < 0:
-            raise ValueError(f"optim: lr={self.lr} and clip={self.clip} must not be negative, warmup={self.warmup} is a share in [0, 1)")
+        if not 0 <= self.lr <= 1:
+            raise ValueError(f"optim.lr={self.lr} must be from 0 to 1: AdamW moves a weight by about that much a step; use 1e-6, say")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optim.warmup={self.warmup} is a share of all steps, from 0 to below 1; use 0.03, say")
+        if not self.clip >= 0:
+            raise ValueError(f"optim.clip={self.clip} must not be negative; use 1.0, or 0 for no clipping")
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of `step` (from 0) of `steps`: linear warm-up to `lr`, then the schedule down to 0."""
@@ -224,35 +239,87 @@ class Parallel:
 
     def check(self, model: Llama, world_size: int) -> None:
         """Raise ValueError unless this grid can hold `model` on `world_size` ranks; the message names values that can."""
-        ranks = self.tp * self.pp
-        cut = (model.heads, model.kv_heads, model.ffn)
-        if any(size % self.tp for size in cut):
-            good = [n for n in range(1, model.kv_heads + 1) if not any(size % n for size in cut)]
-            sizes = f"model.heads={model.heads}, model.kv_heads={model.kv_heads} and model.ffn={model.ffn}"
-            raise ValueError(f"parallel.tp={self.tp} must divide {sizes}; use {_one_of(good)}")
-        if world_size % ranks:
-            raise ValueError(
-                f"the world has {world_size} ranks, which parallel.tp={self.tp} x parallel.pp={self.pp} = {ranks} must divide; "
-                f"start a multiple of {ranks} (torchrun --nproc-per-node {ranks} ...) or change parallel.tp or pp"
-            )
-        if self.stages:
-            self._check_stages(model)
-        else:
-            self._check_even_split(model)
+        if fault := self._fault(model, world_size):
+            raise ValueError(f"{fault}; use {self._way_out(model, world_size)}")
 
-    def _check_stages(self, model: Llama) -> None:
+    def evenly(self) -> Parallel:
+        """The same grid for another model, whose layers are dealt evenly."""
+        return replace(self, stages=(), count_embedding=False, count_loss=False)
+
+    def dealt(self, model: Llama) -> list[int]:
+        """Layers of each of the pp * vpp stages, in order; pipeline rank r holds stages r, r + pp, ..."""
         count = self.pp * self.vpp
-        if len(self.stages) != count or sum(self.stages) != model.layers or min(self.stages) < 0:
-            raise ValueError(
-                f"parallel.stages={list(self.stages)} must give the layers of pp x vpp = {count} stages, in sum model.layers={model.layers}"
-            )
+        layers = list(self.stages) or [self._slots(model) // count] * count
+        layers[0] -= 0 if self.stages else self.count_embedding
+        layers[-1] -= 0 if self.stages else self.count_loss
+        return layers
 
-    def _check_even_split(self, model: Llama) -> None:
-        slots = model.layers + self.count_embedding + self.count_loss
-        if slots % (self.pp * self.vpp):
-            good = _one_of([n for n in range(1, slots + 1) if slots % (n * self.vpp) == 0])
-            what = f"model.layers={model.layers}" + ("" if slots == model.layers else f" ({slots} slots with embedding and loss counted)")
-            raise ValueError(f"parallel.pp={self.pp} x vpp={self.vpp} must divide {what}; with vpp={self.vpp} use pp={good}, or set stages")
+    def most_layers(self, model: Llama) -> int:
+        """Layers of the pipeline rank that holds most."""
+        dealt = self.dealt(model)
+        return max(sum(dealt[rank :: self.pp]) for rank in range(self.pp))
+
+    def _slots(self, model: Llama) -> int:
+        return model.layers + self.count_embedding + self.count_loss
+
+    def _fault(self, model: Llama, world_size: int) -> str:
+        """Why this grid cannot hold `model`; "" when it can."""
+        ranks, count, slots = self.tp * self.pp, self.pp * self.vpp, self._slots(model)
+        if model.heads % self.tp or model.kv_heads % self.tp or model.ffn % self.tp:
+            sizes = f"model.heads={model.heads}, model.kv_heads={model.kv_heads} and model.ffn={model.ffn}"
+            return f"parallel.tp={self.tp} must divide {sizes}"
+        if self.stages and (len(self.stages) != count or sum(self.stages) != model.layers or min(self.stages) < 0):
+            given = f"parallel.stages={list(self.stages)}"
+            return f"{given} must give the layers of pp x vpp = {count} stages, in sum model.layers={model.layers}"
+        if not self.stages and slots % count:
+            counted = " and ".join(["embedding"] * self.count_embedding + ["loss"] * self.count_loss)
+            more = f" ({slots} slots with {counted} counted)" if counted else ""
+            return f"parallel.pp={self.pp} x parallel.vpp={self.vpp} must divide model.layers={model.layers}{more}"
+        if world_size % ranks:
+            return f"the world has {world_size} ranks, which parallel.tp={self.tp} x parallel.pp={self.pp} = {ranks} must divide"
+        return ""
+
+    def holds(self, model: Llama, world_size: int) -> bool:
+        """Whether this grid can hold `model` on `world_size` ranks."""
+        return not self._fault(model, world_size)
+
+    def alternatives(self, model: Llama, holds: Callable[[Parallel], bool]) -> list[str]:
+        """Values of tp, of pp and of vpp, the others left as they are, for which `holds`."""
+        ways = []
+        for name, most in (("tp", model.kv_heads), ("pp", model.layers + 2), ("vpp", model.layers + 2)):
+            least = 2 if name == "pp" and self.vpp > 1 else 1
+            upper = 1 if name == "vpp" and self.pp == 1 else most  # virtual stages want a pipeline
+            if good := [n for n in range(least, upper + 1) if holds(replace(self, **{name: n}))]:
+                ways.append(f"parallel.{name}={_one_of(good)}")
+        return ways
+
+    def _way_out(self, model: Llama, world_size: int) -> str:
+        """Values of one setting, the others left as they are, that do."""
+
+        def fits(**change: Any) -> bool:
+            return replace(self, **change).holds(model, world_size)
+
+        ways = self.alternatives(model, lambda other: other.holds(model, world_size))
+        if not self.stages and fits(count_embedding=True, count_loss=True):
+            ways.append("parallel.count_embedding=true with count_loss=true")
+        below = world_size - world_size % (self.tp * self.pp)
+        if good := [n for n in (below, below + self.tp * self.pp) if n and self.holds(model, n)]:
+            ways.append(f"{_one_of(good)} ranks")
+        by_hand = spread(model.layers, self.pp * self.vpp)
+        if (len(by_hand) <= 16 or not ways) and fits(stages=tuple(by_hand)):
+            ways.append(f"parallel.stages={by_hand}")
+        if not ways:
+            grids = ((tp, pp) for tp in range(model.kv_heads, 0, -1) for pp in range(self.pp, 0, -1))
+            tp, pp = next((tp, pp) for tp, pp in grids if fits(tp=tp, pp=pp, vpp=1, stages=()))
+            ways.append(f"parallel.tp={tp} with parallel.pp={pp} and vpp=1")
+        return ", or ".join(ways)
+
+
+def spread(layers: int, stages: int) -> list[int]:
+    """Layers dealt to stages as evenly as can be, the outer ones lighter: they have the embedding and the loss besides."""
+    share, left = divmod(layers, stages)
+    first = (stages - left) // 2
+    return [share + (first <= stage < first + left) for stage in range(stages)]
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
@@ -298,6 +365,11 @@ class Run:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
+    @property
+    def microbatch_tokens(self) -> int:
+        """How many real tokens a microbatch can hold: every rank of a tensor-parallel group holds equally many."""
+        return self.tokens_per_microbatch // self.parallel.tp * self.parallel.tp
+
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything but where and how it is computed, saved and logged."""
         elsewhere = {"parallel", "tokens_per_microbatch", "out", "save_every", "keep_last", "eval_every", "logging"}
@@ -320,60 +392,3 @@ def to_dict(config: Any) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return plain(config)
-
-
-def override(config: Any, assignments: list[str]) -> Any:
-    """`config` with dotted fields replaced: override(run, ["optim.lr=2e-6", "parallel.tp=2"]).
-
-    Values are read by the field's type; lists and tuples are written as JSON. Raises ValueError naming the nearest fields for an
-    unknown one.
-    """
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"override {assignment!r} is not of the form name=value, such as optim.lr=2e-6")
-        config = _replaced(config, name.split("."), text, name)
-    return config
-
-
-def _replaced(config: Any, path: list[str], text: str, whole: str) -> Any:
-    names = [f.name for f in fields(config)]
-    if path[0] not in names:
-        near = difflib.get_close_matches(path[0], names, n=3, cutoff=0.4)
-        prefix = whole[: len(whole) - len(".".join(path))]
-        nearest = f"; nearest: {', '.join(prefix + name for name in near)}" if near else ""
-        raise ValueError(f"unknown setting {whole!r}{nearest}; all there are: {', '.join(names)}")
-    value = getattr(config, path[0])
-    if len(path) > 1:
-        if not dataclasses.is_dataclass(value):
-            raise ValueError(f"{whole!r}: {'.'.join(path[:1])} is {value!r} and has no field {path[1]!r}")
-        return replace(config, **{path[0]: _replaced(value, path[1:], text, whole)})
-    return replace(config, **{path[0]: _parsed(text, typing.get_type_hints(type(config))[path[0]], whole)})
-
-
-def _parsed(text: str, kind: Any, name: str) -> Any:
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    try:
-        if origin in (typing.Union, types.UnionType):
-            if text.lower() in ("none", "null"):
-                return None
-            return _parsed(text, next(o for o in options if o is not type(None)), name)
-        if origin is Literal:
-            if text in options:
-                return text
-            raise ValueError(f"one of {', '.join(options)}")
-        if kind is bool:
-            if text.lower() in ("true", "1", "yes", "false", "0", "no"):
-                return text.lower() in ("true", "1", "yes")
-            raise ValueError("true or false")
-        if kind in (int, float):
-            return kind(text)
-        if origin is tuple:
-            value = json.loads(text)
-            return tuple(value) if isinstance(value, list) else (value,)
-        if kind is str:
-            return text
-    except ValueError as error:
-        wanted = str(error) if origin is Literal or kind is bool else getattr(kind, "__name__", str(kind))
-        raise ValueError(f"{name}={text} cannot be read; it takes {wanted}") from None
-    raise ValueError(f"{name} cannot be set from the command line; set it in the recipe")

@@ -1,4 +1,4 @@
-"""What every run on text does first: open its tokenizer, see that lengths fit, and tokenise its sources."""
+"""What every run on text does first: open its tokenizer, and tokenise its sources."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from engine.config import Run
+from transformers import PreTrainedTokenizerFast
+
+from engine.config import Model, Run
 from engine.data.rows import Source
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
@@ -17,25 +19,14 @@ from engine.megatron.policy import Policy
 Prepared = TypeVar("Prepared")  # a Corpus, or Pairs
 
 
-def microbatch_tokens(policy: Policy, run: Run) -> int:
-    """How many real tokens a microbatch can hold: every rank of a tensor-parallel group holds equally many."""
-    return run.tokens_per_microbatch // policy.parallel.tp * policy.parallel.tp
+def tokenizer_of(model: Model, folder: Path | None) -> PreTrainedTokenizerFast:
+    """The tokenizer that `model` names, or the one in the folder of its weights."""
+    return load_tokenizer(model.tokenizer or str(folder))
 
 
-def open_chat(policy: Policy, run: Run, chat_template: str, max_length: int) -> ChatTemplate:
-    """The run's tokenizer, with its own template or `chat_template`. Raises ValueError when it is of another model, or when a sequence of
-    `max_length` tokens has no place in a microbatch or in the model's context."""
-    longest = microbatch_tokens(policy, run)
-    if max_length > longest:
-        raise ValueError(f"algorithm.max_length={max_length} is over tokens_per_microbatch={longest}; raise the latter or lower the former")
-    if max_length > policy.model.max_length:
-        raise ValueError(f"algorithm.max_length={max_length} is over the model's context of {policy.model.max_length} tokens; lower it")
-    tokenizer = load_tokenizer(run.model.tokenizer or str(policy.folder))
-    if len(tokenizer) > policy.model.vocab:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {policy.model.vocab}; choose a tokenizer of this model"
-        )
-    return ChatTemplate(tokenizer, chat_template or None)
+def open_chat(policy: Policy, run: Run, chat_template: str) -> ChatTemplate:
+    """The run's tokenizer, with its own template or `chat_template`."""
+    return ChatTemplate(tokenizer_of(run.model, policy.folder), chat_template or None)
 
 
 def prepare_all(policy: Policy, sources: Sequence[Source], prepare: Callable[[Source, Path], Prepared]) -> list[Prepared]:

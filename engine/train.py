@@ -13,10 +13,12 @@ from typing import Protocol, runtime_checkable
 from transformers import PreTrainedTokenizerFast
 
 from engine.batching import batch
+from engine.checks import problems
 from engine.config import Run, to_dict
-from engine.megatron.policy import Learner, Policy
+from engine.megatron.policy import Learner, Policy, located
 from engine.ragged import Arena
 from engine.report import Report
+from engine.texts import tokenizer_of
 from engine.types import Sample
 from engine.world import World
 
@@ -61,6 +63,7 @@ def train(run: Run, world: World) -> None:
 
 def _train(run: Run, world: World, devices: int) -> None:
     out = Path(run.out)
+    check_launch(run, world)
     with ExitStack() as stack:
         policy = stack.enter_context(closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)))
         algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
@@ -83,6 +86,14 @@ def _train(run: Run, world: World, devices: int) -> None:
                 if due(step + 1, run.save_every) or step + 1 == steps:
                     save(algorithm, out, step + 1, run.keep_last)
             evaluate(algorithm, report, steps)
+
+
+def check_launch(run: Run, world: World) -> None:
+    """Raise ValueError for what settings, shapes and the tokenizer show to be wrong, before a weight is read."""
+    folder, _ = located(run.model, world)
+    tokens = len(tokenizer_of(run.model, folder))
+    if found := problems(run, lambda model: located(model, world)[1], world.size, on_gpu=world.on_gpu, tokens=tokens):
+        raise ValueError("; also: ".join(found))
 
 
 def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], budget: int, arena: Arena) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Tülu 3 405B, length-normalised DPO (arXiv 2411.15124, section 5), on 32 nodes of 8 GPUs; each node starts
+"""Tülu 3 405B, length-normalised DPO (arXiv 2411.15124, section 5), on 32 nodes of 8 GPUs (docs/launch.md); each node starts
 torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_405b_dpo.py
 The reference's log-probs are computed first, by the same processes, and kept in runs/tulu3_405b_dpo/reference: no second model is held."""
 
@@ -19,8 +19,8 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
-    # 126 layers, embedding and loss fill 128 slots: 8 on each of 16 stages.
-    parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True, recompute="selective"),
+    # 126 layers, embedding and loss are 128 slots: 16 stages of 8 turns. A pair of 2 x 2048 tokens fills a microbatch.
+    parallel=Parallel(tp=8, pp=16, vpp=8, count_embedding=True, count_loss=True, recompute="selective"),
     tokens_per_microbatch=4096,
     save_every=500,
     out="runs/tulu3_405b_dpo",

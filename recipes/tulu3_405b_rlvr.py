@@ -1,4 +1,4 @@
-"""Tülu 3 405B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 32 nodes of 8 GPUs; each node starts:
+"""Tülu 3 405B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 32 nodes of 8 GPUs (docs/launch.md); each node starts:
 torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_405b_rlvr.py
 The critic starts from the 8B reward model, as for every size there. The reference waits in host memory."""
 
@@ -20,13 +20,13 @@ run = Run(
         kl_coef=0.05,
         loss_average="sequence",
         reference="offloaded",
-        rollout=Slotting(slots=512, cache_gb=8.0),
+        rollout=Slotting(slots=896, cache_gb=12.0),
         chat_template="tulu",
     ),
     optim=Optim(lr=1e-7, schedule="linear", warmup=0.0, weight_decay=0.01, clip=1.0),
-    # 126 layers, embedding and loss fill 128 slots: 8 on each of 16 stages.
+    # 126 layers, embedding and loss are 128 slots, 8 on each of 16 stages; of the critic's 32 layers each has 2.
     parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True, recompute="selective"),
-    tokens_per_microbatch=8192,
+    tokens_per_microbatch=4096,
     steps=75,
     save_every=10,
     out="runs/tulu3_405b_rlvr",

@@ -1,4 +1,4 @@
-"""Tülu 3 405B, SFT (arXiv 2411.15124 and the model card), on 32 nodes of 8 GPUs; each node starts
+"""Tülu 3 405B, SFT (arXiv 2411.15124 and the model card), on 32 nodes of 8 GPUs (docs/launch.md); each node starts
 torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_405b_sft.py"""
 
 from engine.algorithms.sft import SFT
@@ -16,8 +16,8 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-6, schedule="linear", warmup=0.03, weight_decay=0.0, clip=1.0),
-    # 126 layers, embedding and loss fill 128 slots: 8 on each of 16 stages. Without the MLP's recomputation a stage does not fit 80 GB.
-    parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True, recompute="selective"),
+    # 126 layers, embedding and loss are 128 slots: 16 stages of 8 turns, as a step has few microbatches. MLPs are recomputed to fit 80 GB.
+    parallel=Parallel(tp=8, pp=16, vpp=8, count_embedding=True, count_loss=True, recompute="selective"),
     tokens_per_microbatch=4096,
     save_every=250,
     out="runs/tulu3_405b_sft",

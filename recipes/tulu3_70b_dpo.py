@@ -1,4 +1,4 @@
-"""Tülu 3 70B, length-normalised DPO (arXiv 2411.15124, section 5), on 8 nodes of 8 GPUs; each node starts
+"""Tülu 3 70B, length-normalised DPO (arXiv 2411.15124, section 5), on 8 nodes of 8 GPUs (docs/launch.md); each node starts
 torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_70b_dpo.py
 The reference's log-probs are computed first, by the same processes, and kept in runs/tulu3_70b_dpo/reference: no second model is held."""
 
@@ -19,7 +19,8 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
-    parallel=Parallel(tp=8, pp=4, recompute="selective"),
+    # Two turns of 4 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
+    parallel=Parallel(tp=8, pp=4, vpp=2, stages=(9, 10, 10, 11, 11, 10, 10, 9)),
     tokens_per_microbatch=4096,
     save_every=500,
     out="runs/tulu3_70b_dpo",

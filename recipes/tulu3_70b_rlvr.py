@@ -1,4 +1,4 @@
-"""Tülu 3 70B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 8 nodes of 8 GPUs; each node starts:
+"""Tülu 3 70B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 8 nodes of 8 GPUs (docs/launch.md); each node starts:
 torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_70b_rlvr.py
 The critic starts from the 8B reward model, as for every size there. The reference waits in host memory."""
 
@@ -23,12 +23,12 @@ run = Run(
         kl_coef=0.07,
         loss_average="sequence",
         reference="offloaded",
-        rollout=Slotting(slots=128, cache_gb=8.0),
+        rollout=Slotting(slots=320, cache_gb=16.0),
         chat_template="tulu",
     ),
     optim=Optim(lr=1e-7, schedule="linear", warmup=0.1, weight_decay=0.01, clip=1.0),
-    parallel=Parallel(tp=8, pp=4, recompute="selective"),
-    tokens_per_microbatch=8192,
+    parallel=Parallel(tp=8, pp=4),
+    tokens_per_microbatch=4096,
     steps=625,
     save_every=50,
     out="runs/tulu3_70b_rlvr",

@@ -19,7 +19,7 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=5e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
-    parallel=Parallel(tp=2, recompute="selective"),
+    parallel=Parallel(tp=2),
     tokens_per_microbatch=8192,
     save_every=500,
     out="runs/tulu3_8b_dpo",

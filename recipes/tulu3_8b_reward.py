@@ -17,7 +17,7 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=3e-6, schedule="linear", weight_decay=0.0, clip=1.0),
-    parallel=Parallel(tp=2, recompute="selective"),
+    parallel=Parallel(tp=2),
     tokens_per_microbatch=8192,
     save_every=200,
     out="runs/tulu3_8b_reward",

@@ -23,11 +23,11 @@ run = Run(
         kl_coef=0.05,
         loss_average="sequence",
         reference="offloaded",
-        rollout=Slotting(slots=64, cache_gb=16.0),
+        rollout=Slotting(slots=112, cache_gb=16.0),
         chat_template="tulu",
     ),
     optim=Optim(lr=3e-7, schedule="linear", warmup=0.0, weight_decay=0.01, clip=1.0),
-    parallel=Parallel(tp=2, recompute="selective"),
+    parallel=Parallel(tp=4),  # with tp=2 the two models' gradients and optimizer states alone are 70 GB a GPU
     tokens_per_microbatch=8192,
     steps=446,
     save_every=50,

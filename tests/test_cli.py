@@ -170,7 +170,7 @@ def test_an_empty_file(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("parallel.tp=3", "parallel.tp=3 must divide model.heads=8, model.kv_heads=4 and model.ffn=128; use 1, 2 or 4"),
+        ("parallel.tp=3", "parallel.tp=3 must divide model.heads=8, model.kv_heads=4 and model.ffn=128; use parallel.tp=1"),
         ("parallel.pp=2", "the world has 1 ranks, which parallel.tp=1 x parallel.pp=2 = 2 must divide"),
         ("optim.learning_rate=1", "unknown setting 'optim.learning_rate'; nearest: optim."),
         ("paralel.tp=1", "unknown setting 'paralel.tp'; nearest: parallel"),

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from engine.config import Llama, Model, Optim, Parallel, RopeScaling, Run, override, padded_vocab, to_dict
+from engine.algorithms.sft import SFT
+from engine.config import Llama, Model, Optim, Parallel, RopeScaling, Run, override, padded_vocab, spread, to_dict
+from engine.data.rows import Source
 
 SHAPE = Llama(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, tied=True)
 RUN = Run(Model(init=SHAPE), None, Optim(1e-3))
@@ -59,6 +61,29 @@ def test_override_refuses(assignment: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
+def test_overrides_are_taken_together_and_make_what_lies_in_tuples() -> None:
+    """Neither of two settings that need each other has to come first; a source is a path, or an object of its fields."""
+    assert override(RUN, ["parallel.vpp=2", "parallel.pp=3"]).parallel == Parallel(pp=3, vpp=2)
+    run = replace(RUN, algorithm=SFT((Source("a.jsonl"),)))
+    (named,) = override(run, ['algorithm.sources=["b.jsonl"]']).algorithm.sources
+    assert named == Source("b.jsonl")
+    mixed = override(run, ['algorithm.sources=["b.jsonl", {"path": "c", "weight": 2.0}]']).algorithm.sources
+    assert mixed == (Source("b.jsonl"), Source("c", weight=2.0))
+    for wrong in ('[{"where": "c"}]', '[{"path": "c", "weight": -1}]', "[3"):
+        with pytest.raises(ValueError, match=r"algorithm.sources=.* cannot be read"):
+            override(run, [f"algorithm.sources={wrong}"])
+    with pytest.raises(ValueError, match="parallel is set to '1' beside it"):
+        override(RUN, ["parallel=1", "parallel.tp=2"])
+
+
+def test_layers_are_dealt() -> None:
+    assert Parallel(pp=2, vpp=2, count_embedding=True, count_loss=True).dealt(SHAPE) == [7, 8, 8, 7]
+    assert Parallel(pp=3).dealt(SHAPE) == [10, 10, 10]
+    assert Parallel(pp=2, stages=(18, 12)).dealt(SHAPE) == [18, 12]
+    assert [sum(spread(layers, 4)) for layers in range(9)] == list(range(9))
+    assert spread(10, 4) == [2, 3, 3, 2]
+
+
 def test_schedules() -> None:
     linear = Optim(lr=1.0, warmup=0.1)
     assert [linear.lr_at(s, 20) for s in (0, 1, 2, 11, 19)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 1 / 18])
@@ -105,18 +130,27 @@ def test_padded_vocab(vocab: int, tp: int, padded: int) -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "expected"),
     [
-        (Parallel(tp=2), 2, "parallel.tp=2 must divide model.heads=9, model.kv_heads=3 and model.ffn=1536; use 1 or 3"),
-        (Parallel(tp=3, pp=2), 4, "the world has 4 ranks, which parallel.tp=3 x parallel.pp=2 = 6 must divide; start a multiple"),
+        (Parallel(tp=2), 2, "parallel.tp=2 must divide model.heads=9, model.kv_heads=3 and model.ffn=1536; use parallel.tp=1"),
+        (
+            Parallel(tp=3, pp=2),
+            4,
+            "the world has 4 ranks, which parallel.tp=3 x parallel.pp=2 = 6 must divide; use parallel.tp=1, or 6 ranks",
+        ),
         (
             Parallel(pp=4),
             4,
-            "pp=4 x vpp=1 must divide model.layers=30; with vpp=1 use pp=1, 2, 3, 5, 6, 10, 15 or 30, or set stages",
+            "pp=4 x parallel.vpp=1 must divide model.layers=30; use parallel.pp=1 or 2, or parallel.count_embedding=true "
+            "with count_loss=true, or parallel.stages=[7, 8, 8, 7]",
         ),
-        (Parallel(pp=3, count_loss=True), 3, "model.layers=30 (31 slots with embedding and loss counted)"),
+        (
+            Parallel(pp=3, count_loss=True),
+            3,
+            "model.layers=30 (31 slots with loss counted); use parallel.pp=1, or parallel.stages=[10, 10, 10]",
+        ),
         (
             Parallel(pp=2, stages=(18, 13)),
             2,
-            "stages=[18, 13] must give the layers of pp x vpp = 2 stages, in sum model.layers=30",
+            "stages=[18, 13] must give the layers of pp x vpp = 2 stages, in sum model.layers=30; use parallel.stages=[15, 15]",
         ),
     ],
 )

@@ -15,6 +15,8 @@ FLOORS = {
     "engine": 0,
     "engine.types": 0,
     "engine.config": 0,
+    "engine.overrides": 0,
+    "engine.checks": 1,
     "engine.world": 0,
     "engine.bridge": 0,
     "engine.shadow": 0,

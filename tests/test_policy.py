@@ -109,6 +109,23 @@ def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pyt
         assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, flight), expected)
 
 
+def test_attention_and_its_gradients_are_torchs_own() -> None:
+    """Bit for bit, sequence by sequence, for heads that share a key and sequences of one token."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(12, heads, 8, generator=draw, requires_grad=True) for heads in (4, 2, 2))
+    weight = torch.randn(12, 4, 8, generator=draw)
+    cu = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    out = by_sequence(query, key, value, cu)
+    found = [out, *torch.autograd.grad((out * weight).sum(), (query, key, value))]
+    parts = []
+    for start, end in ((0, 5), (5, 6), (6, 12)):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    expected = torch.cat(parts)
+    for ours, theirs in zip(found, [expected, *torch.autograd.grad((expected * weight).sum(), (query, key, value))], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_packed_attention_does_not_leak() -> None:
     """Changing one sequence of a pack leaves the others' outputs as they were, bit for bit."""
     draw = torch.Generator().manual_seed(0)

@@ -30,8 +30,9 @@ def interpreted() -> bool:
 
 
 def by_kernel(tensor: Tensor) -> bool:
-    """Whether work on `tensor` is done by a kernel."""
-    return tl is not None and (tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted()))
+    """Whether work on `tensor` is done by a kernel. Meta tensors, on which nothing is, stand for those of a GPU."""
+    place = tensor.device.type
+    return place == "meta" or (tl is not None and (place == "cuda" or (place == "cpu" and interpreted())))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from engine import losses
+from engine.checks import Asked, Demands, Launch
 from engine.config import Run
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
@@ -17,7 +18,7 @@ from engine.data.rows import Source
 from engine.logprobs import keep
 from engine.megatron.policy import Policy
 from engine.supervised import Supervised
-from engine.texts import microbatch_tokens, open_chat, prepare_all
+from engine.texts import open_chat, prepare_all
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,27 @@ class DPO:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
         for name in ("batch_size", "beta", "epochs", "max_length"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
         if not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
             raise ValueError(
                 f"algorithm: label_smoothing={self.label_smoothing} must be in [0, 0.5), nll_weight={self.nll_weight} not negative"
             )
 
+    def demands(self, launch: Launch) -> Demands:
+        """What engine/checks.py looks at before a run starts."""
+        longest, update = Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size)
+        return Demands("lm", longest, update, together=2)
+
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise the pairs and compute the reference's log-probs, as far as earlier starts have not. Raises ValueError for data that
         cannot be read or does not fit, and for log-probs beside the run that are of other weights or data."""
-        chat = open_chat(policy, run, self.chat_template, self.max_length)
+        chat = open_chat(policy, run, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
         read = prepare_all(policy, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
         for source, pairs in zip(sources, read, strict=True):
-            pairs.check_fit(source.path, microbatch_tokens(policy, run))
+            pairs.check_fit(source.path, run.microbatch_tokens)
         corpora = [pairs.corpus for pairs in read]
         say = partial(print, flush=True) if policy.world.rank == 0 else lambda _: None
         kept = keep(Path(run.out) / "reference", policy, corpora, run.tokens_per_microbatch, say)

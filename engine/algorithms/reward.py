@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from engine.checks import Asked, Demands, Launch
 from engine.config import Run
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
@@ -15,7 +16,7 @@ from engine.data.rows import Source
 from engine.losses import reward_bt
 from engine.megatron.policy import Policy
 from engine.supervised import Supervised
-from engine.texts import microbatch_tokens, open_chat, prepare_all
+from engine.texts import open_chat, prepare_all
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,23 @@ class Reward:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
-        if self.batch_size < 1 or self.epochs <= 0 or self.max_length < 1:
-            raise ValueError(
-                f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive"
-            )
+        for name in ("batch_size", "epochs", "max_length"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
+
+    def demands(self, launch: Launch) -> Demands:
+        """What engine/checks.py looks at before a run starts."""
+        longest, update = Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size)
+        return Demands("scalar", longest, update, together=2)
 
     def start(self, policy: Policy, run: Run) -> Supervised:
-        """Tokenise what is not in the cache yet. Raises ValueError for a model without a scalar head, and for data that cannot be read or
-        does not fit."""
-        policy.expect_head("scalar")
-        chat = open_chat(policy, run, self.chat_template, self.max_length)
+        """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
+        chat = open_chat(policy, run, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
         pairs = prepare_all(policy, sources, lambda source, cache: prepare_pairs(source, chat, **options, whole=True, cache=cache))
         for source, found in zip(sources, pairs, strict=True):
-            found.check_fit(source.path, microbatch_tokens(policy, run))
+            found.check_fit(source.path, run.microbatch_tokens)
         trained, held_out = pairs[: len(self.sources)], pairs[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         head = [f"{policy.folder} is a language model: its scalar head is drawn from N(0, 1 / sqrt({policy.model.hidden + 1}))"]

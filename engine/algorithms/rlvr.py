@@ -20,7 +20,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from engine.advantages import Kl, Whiten, by_critic, by_group, explained_variance, kl_estimate, off_policy
-from engine.config import Model, Optim, Parallel, Run, step_folder
+from engine.checks import Asked, Demands, Launch, critic_problems
+from engine.config import Model, Optim, Run, step_folder
 from engine.data.mixture import Mixture
 from engine.data.rows import Source
 from engine.data.tasks import Tasks, read_tasks
@@ -29,6 +30,7 @@ from engine.losses import Average, ppo_clip, value_clip
 from engine.megatron.policy import Learner, Policy
 from engine.rollout import apart
 from engine.rollout.apart import KEPT, Apart, Ask, Drawn
+from engine.rollout.fitting import generation_problems, slot_warnings
 from engine.rollout.judging import Rollout, judge
 from engine.rollout.reading import per_token
 from engine.rollout.reference import Offloaded, Reference, Resident
@@ -90,7 +92,9 @@ class RLVR:
             if getattr(self, name) < 1:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be at least 1")
         if self.temperature <= 0:
-            raise ValueError(f"algorithm.temperature={self.temperature} must be positive: a policy that does not vary cannot learn")
+            raise ValueError(
+                f"algorithm.temperature={self.temperature} must be positive: a policy that does not vary cannot learn; use 1.0"
+            )
         for name in ("correct", "no_stop"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be finite: it is a score")
@@ -102,16 +106,50 @@ class RLVR:
         if self.advantage == "group" and self.samples_per_prompt < 2:
             raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'")
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
-            raise ValueError(f"algorithm.minibatches={self.minibatches} is more than the responses of a step")
+            raise ValueError(
+                f"algorithm.minibatches={self.minibatches} is more than the responses of a step; use {self._responses} or fewer"
+            )
+
+    @property
+    def _responses(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def demands(self, launch: Launch) -> Demands:
+        """What engine/checks.py looks at before a run starts."""
+        whole = self.max_prompt + self.max_response
+        critic = critic_problems(launch, self.critic.model) if self.critic else ()
+        return Demands(
+            head="lm",
+            longest=Asked(whole - 1, f"algorithm.max_prompt={self.max_prompt} with max_response={self.max_response}", self._shorter),
+            update=Asked(self._responses // self.minibatches, self._update, self._larger),
+            context=whole,
+            problems=[*generation_problems(launch, self.rollout, whole), *critic],
+            warnings=slot_warnings(launch, self.rollout, self._responses),
+        )
+
+    @property
+    def _update(self) -> str:
+        parts = {"prompts_per_step": self.prompts_per_step, "samples_per_prompt": self.samples_per_prompt, "minibatches": self.minibatches}
+        first, *others = (f"algorithm.{name}={value}" for name, value in parts.items() if value > 1 or name == "prompts_per_step")
+        return " with ".join([first, *others])
+
+    def _larger(self, sequences: int) -> str:
+        """Settings for optimizer steps of at least `sequences`: fewer of them, else more prompts."""
+        if self._responses >= sequences:
+            return f"algorithm.minibatches={self._responses // sequences}"
+        return f"algorithm.prompts_per_step={math.ceil(sequences * self.minibatches / self.samples_per_prompt)}"
+
+    def _shorter(self, longest: int) -> str:
+        response = longest + 1 - self.max_prompt
+        return f"algorithm.max_response={response}" if response > 0 else f"algorithm.max_prompt={longest} with algorithm.max_response=1"
 
     def part(self, run: Run, world: World) -> World | None:
         """The ranks that train; see apart.part."""
         return apart.part(run, world, self.rollout)
 
     def start(self, policy: Policy, run: Run) -> Started:
-        """Read the prompts, and build critic and reference. Raises ValueError for what does not fit."""
-        policy.expect_head("lm")
-        chat = open_chat(policy, run, self.chat_template, self.max_prompt + self.max_response - 1)
+        """Read the prompts, and build critic and reference. Raises ValueError for data that cannot be read or does not fit."""
+        chat = open_chat(policy, run, self.chat_template)
         tasks = self._tasks(chat)
         trained, held_out = tasks[: len(self.sources)], tasks[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
@@ -145,14 +183,8 @@ class RLVR:
     def _critic(self, policy: Policy, run: Run, resources: ExitStack) -> Policy | None:
         if self.critic is None:
             return None
-        critic = Policy(self.critic.model, self.critic.optim, _grid(run.parallel), policy.world, seed=run.seed)
+        critic = Policy(self.critic.model, self.critic.optim, run.parallel.evenly(), policy.world, seed=run.seed)
         resources.callback(critic.close)
-        critic.expect_head("scalar")
-        if critic.model.vocab != policy.model.vocab:
-            raise ValueError(
-                f"algorithm.critic.model has a vocabulary of {critic.model.vocab}, the policy of {policy.model.vocab};"
-                " both must read the same ids"
-            )
         return critic
 
     def _reference(self, policy: Policy, run: Run, resources: ExitStack) -> Reference | None:
@@ -163,11 +195,6 @@ class RLVR:
         resident = Policy(run.model, None, run.parallel, policy.world, seed=run.seed)
         resources.callback(resident.close)
         return Resident(resident)
-
-
-def _grid(parallel: Parallel) -> Parallel:
-    """The policy's grid for another model: its layers are dealt evenly."""
-    return replace(parallel, stages=(), count_embedding=False, count_loss=False)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+from engine.checks import Asked, Demands, Launch
 from engine.config import Run
 from engine.data.corpus import TooLong, prepare
 from engine.data.mixture import Mixture
@@ -32,15 +33,17 @@ class SFT:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
-        if self.batch_size < 1 or self.epochs <= 0 or self.max_length < 1:
-            raise ValueError(
-                f"algorithm: batch_size={self.batch_size}, epochs={self.epochs} and max_length={self.max_length} must be positive"
-            )
+        for name in ("batch_size", "epochs", "max_length"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
+
+    def demands(self, launch: Launch) -> Demands:
+        """What engine/checks.py looks at before a run starts."""
+        return Demands("lm", Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size))
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
-        policy.expect_head("lm")
-        chat = open_chat(policy, run, self.chat_template, self.max_length)
+        chat = open_chat(policy, run, self.chat_template)
         sources = (*self.sources, *self.held_out)
         corpora = prepare_all(
             policy, sources, lambda source, cache: prepare(source, chat, max_length=self.max_length, too_long=self.too_long, cache=cache)

@@ -6,10 +6,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -82,11 +82,12 @@ class PackedAttention(torch.nn.Module):
         query, key = rope(query, flight.cos_TK, flight.sin_TK), rope(key, flight.cos_TK, flight.sin_TK)
         if flight.landing is not None:
             return flight.landing.attend(self.layer, query, key, value, flight, self.attend).flatten(1)
+        value = value.contiguous()  # a slice of the product that query and key came from would keep all of that until backward
         return self.attend(query, key, value, flight).flatten(1)
 
 
 def attend_for(on_gpu: bool) -> Attend:
-    """On GPUs flash-attn's varlen kernel where installed, else torch's own; elsewhere torch's attention sequence by sequence."""
+    """On GPUs flash-attn's varlen kernel where installed, else torch's own; elsewhere torch's CPU kernel sequence by sequence."""
     if not on_gpu:
         return attend_by_sequence
     try:
@@ -120,10 +121,67 @@ def _varlen() -> Attend:
 
 
 def attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
-    """The same in fp32 on CPU, one sequence at a time."""
-    parts = zip(*(x.split(flight.lengths) for x in (query, key, value)), strict=True)
-    out = []
-    for q, k, v in parts:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-    return torch.cat(out)
+    """The same where no GPU is: by torch's CPU kernel one sequence at a time, and on meta tensors as shapes alone."""
+    return _attention(query, key, value, list(flight.lengths))[0]
+
+
+@torch.library.custom_op("trivet::attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """(out [T, H, K], logsumexp [H, T]), kept for backward beside query, key and value: what flash attention's kernels keep, so that a
+    rehearsal on meta tensors holds what a GPU will."""
+    assert sum(lengths) == len(query), f"sequences of {lengths} tokens are not {len(query)}"
+    out, lse_HT = _flash_outputs(query)
+    for part in _spans(lengths):
+        of_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(part, query, key, value), 0.0, True)
+        out[part], lse_HT[:, part] = of_part[0][0].transpose(0, 1), of_part[1][0]
+    return out, lse_HT
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    return _flash_outputs(query)
+
+
+@torch.library.custom_op("trivet::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse_HT: Tensor, lengths: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    for part in _spans(lengths):
+        given = _heads_first(part, grad, query, key, value, out)
+        of_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, lse_HT[None, :, part], 0.0, True)
+        for whole, piece in zip(grads, of_part, strict=True):
+            whole[part] = piece[0].transpose(0, 1)
+    return grads
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.lengths = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_grads(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(grad, *ctx.saved_tensors, ctx.lengths), None
+
+
+_attention.register_autograd(_attention_grads, setup_context=_keep)
+
+
+def _flash_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+
+
+def _spans(lengths: list[int]) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(accumulate(lengths, initial=0)) if end > start]
+
+
+def _heads_first(part: slice, *tensors: Tensor) -> list[Tensor]:
+    """[T, H, K] -> [1, H, L, K] of one sequence."""
+    return [x[part].transpose(0, 1)[None] for x in tensors]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.checks import check_generation, check_head
 from engine.config import Llama, Model, Optim, Parallel
 from engine.hub import resolve
 from engine.megatron import seat
@@ -40,17 +41,18 @@ class Policy:
 
     def __init__(self, model: Model | Llama, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
         start = model if isinstance(model, Model) else Model(init=model)
-        self.folder = world.first(lambda: resolve(start.path)) if start.path else None
-        own = start.init or shape_of(self.folder)
-        self.model = own.with_scalar_head() if start.head == "scalar" else own
+        self.folder, own = located(start, world)
+        self.model = start.headed(own)
         self.has_fresh_head = self.folder is not None and self.model.head != own.head
         self.optim, self.parallel, self.world = optim, parallel, world
         self.dtype = dtype_of(start, world)
         parallel.check(self.model, world.size)
-        self.seat = ExitStack()
-        self.seat.enter_context(seat.taken(world))
-        self.grid = seat.make_grid(parallel, world, seed)
-        self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
+        with ExitStack() as borrowed:
+            borrowed.enter_context(seat.taken(world))
+            self.grid = seat.make_grid(parallel, world, seed)
+            borrowed.callback(seat.leave_grid, self.grid)
+            self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
+            self.borrowed = borrowed.pop_all()
 
     def _build(self, seed: int, fill: bool) -> None:
         from engine.megatron import model, weights
@@ -79,8 +81,7 @@ class Policy:
 
     def close(self) -> None:
         """Give the seat and the grid back; the policy is of no use afterwards."""
-        seat.leave_grid(self.grid)
-        self.seat.close()
+        self.borrowed.close()
 
     @property
     def cut(self) -> dict[str, Any]:
@@ -153,10 +154,7 @@ class Policy:
 
     def expect_head(self, head: Literal["lm", "scalar"]) -> None:
         """Raise ValueError when this model has another head than `head`."""
-        if self.model.head != head:
-            kinds = {"lm": "a language model", "scalar": "a reward model"}
-            way_out = "; to make one of it, train with model.head=scalar" if head == "scalar" else ""
-            raise ValueError(f"model {self.folder or 'init'} is {kinds[self.model.head]}, but {kinds[head]} is needed{way_out}")
+        check_head(self.model, head, f"model {self.folder or 'init'}")
 
     @torch.no_grad()
     def _per_token(self, step: Step, rows: tuple[int, ...] = (), **how: Any) -> list[Tensor]:
@@ -183,10 +181,8 @@ class Policy:
         """
         from engine.megatron import decode
 
-        if self.world.on_gpu and self.parallel.pp == 2 and self.parallel.vpp > 1:
-            # Each is the other's next and previous, and nccl keeps to one order between two ranks: they would wait for each other.
-            raise ValueError(f"parallel.pp=2 with vpp={self.parallel.vpp} cannot generate on GPUs; use vpp=1, or more stages")
-
+        if self.world.on_gpu:
+            check_generation(self.parallel)
         self._settle()
         for stage in self.stages:
             stage.eval()
@@ -199,9 +195,8 @@ class Policy:
         ring.run(groups, [decode.Cache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def slot_bytes(self, positions: int) -> int:
-        """Bytes of keys and values of one sequence of `positions` tokens on this rank."""
-        layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
-        return 2 * layers * (self.model.kv_heads // self.grid.tp) * positions * self.model.head_dim * self.dtype.itemsize
+        """Bytes of keys and values of one sequence of `positions` tokens, on the pipeline rank that holds most layers: all plan alike."""
+        return self.model.cache_bytes(self.parallel.most_layers(self.model), self.grid.tp, positions, self.dtype.itemsize)
 
     def weights_on_host(self) -> list[Tensor]:
         """A copy of this rank's weights in host memory."""
@@ -250,13 +245,8 @@ class Policy:
         equal = [packed.padded(longest) for packed in step] if self.parallel.vpp > 1 else step
         flights = [self._flight(packed, **how) for packed in equal]
 
-        def forward(flights: Any, model: Any) -> tuple[Tensor, Any]:
-            packed, flight = next(flights)
-            out = model(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=flight)
-            return out, partial(finish, packed)
-
         return get_forward_backward_func()(
-            forward_step_func=forward,
+            forward_step_func=partial(forward_step, finish),
             data_iterator=[iter(flights) for _ in self.stages],
             model=self.stages,
             num_microbatches=len(step),
@@ -325,9 +315,17 @@ class Learner(NamedTuple):
     temperature: float = 1.0  # that log-probs are taken at
 
 
-def shape_of(folder: Path | None) -> Llama:
+def located(model: Model, world: World) -> tuple[Path | None, Llama]:
+    """Where the weights of `model` are (None: nowhere, they are random), fetched if need be, and the shape that they have there. All ranks
+    must call it. Raises ValueError when there is no such model."""
+    if model.init is not None:
+        return None, model.init
+    folder = world.first(lambda: resolve(model.path))
+    return folder, shape_of(folder)
+
+
+def shape_of(folder: Path) -> Llama:
     """The Llama that a folder's config.json describes. Raises ValueError when it describes none."""
-    assert folder is not None
     path = folder / "config.json"
     try:
         return Llama.from_hf(json.loads(path.read_text()))
@@ -351,6 +349,13 @@ def _bucketed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             some = []
         some.append(tensor)
     yield some
+
+
+def forward_step(finish: Finish, flights: Iterator[Any], stage: Any) -> tuple[Tensor, Any]:
+    """The next microbatch through a stage, as megatron's schedules ask for it: the output, and what to make of it at the end."""
+    packed, flight = next(flights)
+    out = stage(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=flight)
+    return out, partial(finish, packed)
 
 
 def _told(kind: tuple[Any, ...], sums: list[float]) -> float:

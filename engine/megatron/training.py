@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
 from engine.config import Optim, Parallel
 from engine.megatron.model import PackedModel
@@ -70,6 +71,13 @@ def _allocate(adamw: torch.optim.AdamW) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def state_of(optimizer: Any) -> list[Tensor]:
+    """Every tensor that an optimizer keeps: weights as it knows them, masters of its own or views of the model's, and moments."""
+    inner = [chained.optimizer for chained in optimizer.chained_optimizers]
+    weights = [weight for each in inner for group in each.param_groups for weight in group["params"]]
+    return weights + [x for each in inner for state in each.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
 def settle(stages: list[DistributedDataParallel]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,18 @@ class Slotting:
             raise ValueError(f"rollout.lag={self.lag} is neither 0 nor 1; use 1 to draw a step ahead of learning, 0 to draw between steps")
         if self.lag and not self.gpus:
             raise ValueError("rollout.lag=1 and rollout.gpus=0: drawing ahead needs ranks of its own; set rollout.gpus, or rollout.lag=0")
+
+    def held(self, slot_bytes: int, positions: int, groups: int, beside: int = 0) -> int:
+        """How many sequences of `positions` tokens, of `slot_bytes` each on this rank, the cache holds beside so many other bytes. Raises
+        ValueError when that is less than one for each of `groups` pipeline stages."""
+        held = max(0, int(self.cache_gb * 2**30) - beside) // max(1, slot_bytes)
+        if held < groups:
+            need = math.ceil(1000 * (groups * slot_bytes + beside) / 2**30) / 1000
+            raise ValueError(
+                f"cache_gb={self.cache_gb} holds {held} sequences of {positions} tokens, and {groups} pipeline stages need one each; use "
+                f"cache_gb={need} or more, or shorter responses"
+            )
+        return held
 
 
 @dataclass(frozen=True)
@@ -150,13 +163,7 @@ def _share(requests: list[Request], ranks: int, rank: int, *, whole_prompts: boo
 
 def _slots(policy: Policy, slotting: Slotting, positions: int, shared: int, most: int, groups: int) -> int:
     """Slots of each group: those asked for, as far as the requests need them and the memory holds them beside what they share."""
-    room = max(0, int(slotting.cache_gb * 2**30) - policy.slot_bytes(shared))
-    held = room // max(1, policy.slot_bytes(positions))
-    if held < groups:
-        raise ValueError(
-            f"cache_gb={slotting.cache_gb} holds {held} sequences of {positions} tokens, and {groups} pipeline stages need one each;"
-            " raise it, or lower max_tokens"
-        )
+    held = slotting.held(policy.slot_bytes(positions), positions, groups, beside=policy.slot_bytes(shared))
     return max(1, min(slotting.slots, held, most) // groups)
 
 

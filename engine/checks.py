@@ -1,0 +1,271 @@
+"""What is wrong with a launch, as far as settings and shapes can tell: said before a weight is read or memory is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from engine.config import Llama, Model, Parallel, Run, padded_vocab, spread
+
+HEAVY = 0.1  # by which the ends of a pipeline may outweigh its other stages, before it is said
+IDLE = 1 / 3  # of a step, before it is said
+KEPT = 30e9  # bytes of activations on a GPU, before it is said
+
+Shape = Callable[[Model], Llama]  # of a model's weights, or its `init`; the head that Model.head asks for is not its concern
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run on a world of ranks that its grid divides."""
+
+    run: Run
+    world_size: int
+    shape: Shape
+    on_gpu: bool = True
+
+    @cached_property
+    def model(self) -> Llama:
+        return self.run.model.headed(self.shape(self.run.model))
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.run.parallel.tp * self.run.parallel.pp)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that the model computes with."""
+        dtype = self.run.model.dtype
+        return 4 if dtype == "fp32" or (dtype == "auto" and not self.on_gpu) else 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A number that settings come to: how they say it, and settings that would come to another."""
+
+    value: int
+    said: str
+    instead: Callable[[int], str]
+
+    @staticmethod
+    def by(name: str, value: int) -> Asked:
+        return Asked(value, f"{name}={value}", lambda other: f"{name}={other}")
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What an algorithm asks of a launch."""
+
+    head: Literal["lm", "scalar"]
+    longest: Asked  # predicted tokens of one sequence
+    update: Asked  # sequences (or pairs, which share a microbatch) of one optimizer step, over all ranks
+    together: int = 1  # sequences that share a microbatch
+    context: int = 0  # tokens that the model's context must hold; 0: the longest sequence's
+    problems: Iterable[str] = ()  # of the algorithm's own
+    warnings: Iterable[str] = ()
+
+
+def problems(run: Run, shape: Shape, world_size: int, *, on_gpu: bool = True, tokens: int | None = None) -> list[str]:
+    """A line for each reason why `run` cannot start on `world_size` ranks: the field, its value and one that works. Empty: none is known.
+
+    `tokens` is the size of the run's tokenizer, where it is at hand. Whether it all fits into memory is not asked here.
+    """
+    launch = Launch(run, world_size, shape, on_gpu)
+    try:
+        run.parallel.check(launch.model, world_size)
+    except ValueError as error:
+        return [str(error)]  # what is left is about the grid's parts
+    demands = run.algorithm.demands(launch)
+    found = [_wrong_head(launch, demands), _wrong_tokenizer(launch, tokens), _no_room(launch, demands), _too_few(launch, demands)]
+    return [*filter(None, found), *demands.problems]
+
+
+def _wrong_head(launch: Launch, demands: Demands) -> str:
+    try:
+        check_head(launch.model, demands.head, f"model {launch.run.model.path or 'init'}")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _wrong_tokenizer(launch: Launch, tokens: int | None) -> str:
+    if tokens is None or tokens <= launch.model.vocab:
+        return ""
+    name = launch.run.model.tokenizer
+    whose = f"model.tokenizer={name}" if name else "the model's own tokenizer"
+    way_out = "leave model.tokenizer empty for the model's own" if name else "its folder is damaged: fetch it again"
+    return f"{whose} has {tokens} tokens, over the model's vocabulary of {launch.model.vocab}; {way_out}"
+
+
+def _no_room(launch: Launch, demands: Demands) -> str:
+    longest, budget, tp = demands.longest, launch.run.microbatch_tokens, launch.run.parallel.tp
+    over = (demands.context or longest.value) - launch.model.max_length
+    if over > 0:
+        shorter = longest.instead(longest.value - over)
+        return f"{longest.said} is over the model's context of {launch.model.max_length} tokens; use {shorter}"
+    if longest.value > budget:
+        need = -(-longest.value // tp) * tp
+        shorter = f", or {longest.instead(budget)}" if budget else ""
+        of = f" (a multiple of parallel.tp={tp})" if budget != launch.run.tokens_per_microbatch else ""
+        return f"{longest.said} is over tokens_per_microbatch={budget}{of}; use tokens_per_microbatch={need}{shorter}"
+    return ""
+
+
+def _too_few(launch: Launch, demands: Demands) -> str:
+    update, pp, dp = demands.update, launch.run.parallel.pp, launch.dp
+    if update.value >= pp * dp:
+        return ""
+    where = f"the parallel.pp={pp} stages of each of {dp} replicas" if pp > 1 else f"{dp} replicas"
+    return f"{update.said} makes an optimizer step of {update.value}, too few to give {where} work; use {update.instead(pp * dp)}"
+
+
+def check_head(model: Llama, head: Literal["lm", "scalar"], name: str, setting: str = "model") -> None:
+    """Raise ValueError when `model`, called `name` and chosen by `setting`, has another head than `head`."""
+    if model.head != head:
+        kinds = {"lm": "a language model", "scalar": "a reward model"}
+        way_out = {"lm": f"choose one, with {setting}.head=auto", "scalar": f"to make one of it, train with {setting}.head=scalar"}
+        raise ValueError(f"{name} is {kinds[model.head]}, but {kinds[head]} is needed; {way_out[head]}")
+
+
+def check_generation(parallel: Parallel) -> None:
+    """Raise ValueError for a grid that cannot generate on GPUs."""
+    if parallel.pp == 2 and parallel.vpp > 1:
+        # Each is the other's next and previous, and nccl keeps to one order between two ranks: they would wait for each other.
+        raise ValueError(f"parallel.pp=2 with parallel.vpp={parallel.vpp} cannot generate on GPUs; use parallel.vpp=1, or more stages")
+
+
+def critic_problems(launch: Launch, model: Model) -> Iterator[str]:
+    """Why `model` cannot be the critic: its head, its place on the policy's grid, its vocabulary."""
+    field, critic, grid = "algorithm.critic.model", model.headed(launch.shape(model)), launch.run.parallel
+    try:
+        check_head(critic, "scalar", f"{field} {model.path or 'init'}", field)
+    except ValueError as error:
+        yield str(error)
+
+    def hold(parallel: Parallel) -> bool:
+        return parallel.holds(launch.model, launch.world_size) and parallel.evenly().holds(critic, launch.world_size)
+
+    if not hold(grid):
+        ways = " or ".join(grid.alternatives(launch.model, hold)) or "a critic of other sizes"
+        yield (
+            f"{field} has {critic.layers} layers, which parallel.pp={grid.pp} x parallel.vpp={grid.vpp} must divide, and {critic.kv_heads} "
+            f"key-value heads, which parallel.tp={grid.tp} must; use {ways}"
+        )
+    if critic.vocab != launch.model.vocab:
+        yield (
+            f"{field} {model.path or 'init'} has a vocabulary of {critic.vocab}, the policy of {launch.model.vocab}, and both must read "
+            f"the same ids; use a critic with a vocabulary of {launch.model.vocab}"
+        )
+
+
+def warnings(run: Run, shape: Shape, world_size: int, *, node: int = 8, tokens: float | None = None) -> list[str]:
+    """A line for each thing that slows a launch down, or that one would want to know. The launch must have no `problems`.
+
+    node: ranks that share fast links. tokens: the mean length of a sequence, where it is known; else none is shorter than the longest.
+    """
+    launch = Launch(run, world_size, shape)
+    demands = run.algorithm.demands(launch)
+    found = [
+        _across_nodes(run.parallel, node),
+        _heavy_ends(run.parallel, launch.model),
+        _padded(run.parallel, launch.model),
+        _uneven(launch, demands),
+        _bubble(launch, demands, tokens or demands.longest.value),
+        _apart(launch, demands),
+        _kept(launch),
+    ]
+    return [*filter(None, found), *demands.warnings]
+
+
+def _across_nodes(parallel: Parallel, node: int) -> str:
+    if node % parallel.tp == 0:
+        return ""
+    best = max(n for n in range(1, parallel.tp) if node % n == 0 and parallel.tp % n == 0)
+    return (
+        f"parallel.tp={parallel.tp} spans nodes of {node} GPUs: every layer waits for the network between them; "
+        f"use parallel.tp={best} and more stages"
+    )
+
+
+def _heavy_ends(parallel: Parallel, model: Llama) -> str:
+    """Weighed in parameters: memory at both ends, and work at the last."""
+    if parallel.pp == 1:
+        return ""
+    vocabulary = model.hidden * model.vocab / model.layer_parameters
+    dealt = parallel.dealt(model)
+    ends = (dealt[0] + vocabulary, dealt[-1] + (vocabulary if model.head == "lm" else 0))
+    excess = max(ends) / max(dealt) - 1
+    if excess <= HEAVY:
+        return ""
+    slots = round(vocabulary)
+    better = spread(model.layers + 2 * slots, len(dealt))
+    better[0], better[-1] = better[0] - slots, better[-1] - slots
+    way_out = f"parallel.stages={better}" if min(better) >= 0 else "a smaller parallel.pp"
+    return (
+        f"the embedding and the output layer weigh as much as {vocabulary:.1f} layers each: the stages that hold them are {excess:.0%} "
+        f"heavier than any other; use {way_out}"
+    )
+
+
+def _padded(parallel: Parallel, model: Llama) -> str:
+    padded = padded_vocab(model.vocab, parallel.tp)
+    if padded == model.vocab:
+        return ""
+    return (
+        f"model.vocab={model.vocab} over parallel.tp={parallel.tp} is {model.vocab / parallel.tp:g} rows a rank: padded to {padded}, "
+        f"{padded // parallel.tp} a rank, so that each share starts on 16 bytes; rows of padding are never drawn, and not exported"
+    )
+
+
+def _uneven(launch: Launch, demands: Demands) -> str:
+    update, dp = demands.update, launch.dp
+    if update.value % dp == 0:
+        return ""
+    even = -(-update.value // dp) * dp
+    return (
+        f"{update.said} does not divide over {dp} replicas: they get equal work in tokens, not in sequences; {update.instead(even)} would"
+    )
+
+
+def _bubble(launch: Launch, demands: Demands, tokens: float) -> str:
+    parallel = launch.run.parallel
+    microbatches = math.ceil(demands.update.value * demands.together * tokens / (launch.dp * launch.run.microbatch_tokens))
+    if parallel.vpp > 1:
+        microbatches = -(-microbatches // parallel.pp) * parallel.pp
+    idle = (parallel.pp - 1) / (parallel.vpp * microbatches + parallel.pp - 1)
+    if idle <= IDLE:
+        return ""
+    return (
+        f"{demands.update.said} makes {microbatches} microbatches a replica: parallel.pp={parallel.pp} stages stand idle {idle:.0%} of "
+        "the time; raise parallel.vpp or the batch, or lower parallel.pp or tokens_per_microbatch"
+    )
+
+
+def _apart(launch: Launch, demands: Demands) -> str:
+    need, budget = demands.together * demands.longest.value, launch.run.microbatch_tokens
+    if need <= budget:
+        return ""
+    return (
+        f"the two halves of a pair share a microbatch, and of {demands.longest.said} tokens they can be {need}, over tokens_per_microbatch="
+        f"{budget}: if the data has such a pair, it is refused once it is read; use tokens_per_microbatch={need}"
+    )
+
+
+def _kept(launch: Launch) -> str:
+    """By what a layer keeps of each token from forward to backward: its input, the sum after attention and both norms' outputs; the product
+    of queries, keys and values, and queries and keys turned; attention's output; gates, ups and their product. The dry run counts them."""
+    run, model, grid = launch.run, launch.model, launch.run.parallel
+    if grid.recompute != "none":
+        return ""
+    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    layer = launch.itemsize * run.microbatch_tokens / grid.tp * (4 * model.hidden + 3 * query + 3 * kv + 3 * model.ffn)
+    turns = grid.pp if grid.vpp == 1 else 2 * (grid.pp - 1) + (grid.vpp - 1) * grid.pp + 1  # of the first rank, in flight at once
+    kept = turns * model.layers / (grid.pp * grid.vpp) * layer
+    if kept <= KEPT:
+        return ""
+    return (
+        f"parallel.recompute=none with tokens_per_microbatch={run.tokens_per_microbatch} keeps about {kept / 1e9:.0f} GB of activations on "
+        "the first stage's GPUs; parallel.recompute=selective keeps less than half of them, for about a quarter more time"
+    )

@@ -1,0 +1,107 @@
+"""What one operation costs: from its name, what it was given and what came out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from engine.dryrun.work import Collective, Matmul, Work
+
+Axis = Literal["tp", "pp", "dp"]
+
+PRODUCTS = {"mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}
+COLLECTIVES: dict[str, Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]] = {
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "broadcast_": "broadcast",
+}
+MOVES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh", "set_", "resize_"}
+LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # of their first argument, the shape alone
+OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
+PICKS = {"index", "index_select", "embedding", "gather"}  # of their first argument, no more than comes out
+
+
+class Cost(NamedTuple):
+    """`scratch`: bytes that an operation takes and gives back while it runs."""
+
+    work: Work
+    scratch: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation as it was called, of which some tensor lies on the device."""
+
+    space: str  # "aten"
+    name: str  # "mm"
+    given: dict[str, Any]  # by the names of its schema
+    out: Any
+    is_view: bool
+    multiplies: bool  # so torch says
+    axes: Mapping[str, Axis]  # of process groups, by name
+
+    @staticmethod
+    def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, axes: Mapping[str, Axis]) -> Call:
+        space, _, name = str(func.overloadpacket).partition(".")
+        schema = func._schema
+        given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+        defaults = {a.name: a.default_value for a in schema.arguments if a.name not in given}
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        return Call(space, name, given | defaults, out, is_view, func.overloadpacket in flop_registry, axes)
+
+
+def cost_of(call: Call) -> Cost:
+    """Of an operation of torch's own. Of another, what a kernel costs that reads its inputs once and writes its outputs once."""
+    if call.space == "c10d":
+        return Cost(_said(call))
+    if call.space == "aten" and (factors := PRODUCTS.get(call.name.removesuffix("_"))):
+        return Cost(_multiplied(*(call.given[name] for name in factors)))
+    assert not call.multiplies, f"{call.space}.{call.name} multiplies matrices, and nothing here says which"
+    if call.is_view or call.name in MOVES_NOTHING:
+        return Cost(Work())
+    traffic = moved(call)
+    return Cost(Work(traffic=traffic, kernels=int(traffic > 0)))
+
+
+def moved(call: Call) -> int:
+    """Bytes of every input read and every output written, once each."""
+    unread = {"out", "self"} if call.name in OVERWRITES | LIKE else {"out"}
+    read = {name: value for name, value in call.given.items() if name not in unread}
+    written = size_of(call.out)
+    if call.name in PICKS:
+        return size_of(list(read.values())[1:]) + 2 * written
+    return size_of(read) + written
+
+
+def size_of(values: Any) -> int:
+    """Bytes of the tensors in `values`; of an expanded one, those that are there."""
+    tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+    return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Work:
+    times = a.shape[0] if a.ndim == 3 else 1
+    return Work(Counter({Matmul(a.shape[-2], a.shape[-1], b.shape[-1]): times}), kernels=1)
+
+
+def _said(call: Call) -> Work:
+    """Sends and receives are left out: they are the schedule's."""
+    if call.name not in COLLECTIVES:
+        return Work()
+    group = dist.ProcessGroup.unbox(call.given["process_group"]).group_name
+    size = max(size_of(value) for value in call.given.values())  # of what goes in and what comes out, the whole
+    collective = Collective(COLLECTIVES[call.name], call.axes[group], size, waits=not call.given["async_op"])
+    return Work(collectives=Counter({collective: 1}))

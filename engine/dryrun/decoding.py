@@ -1,0 +1,104 @@
+"""Seconds of generation as rollout/sampler.py does it: waves of tokens round the pipeline, slots filled anew as sequences end."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.config import Llama, padded_vocab
+from engine.dryrun.clock import Clock
+from engine.dryrun.work import Collective, Matmul, Work
+
+LAYER_KERNELS = (
+    40  # of a layer's forward in decoding: norms, products, rotary embedding, cache writes, collectives, views made whole. Counted roughly
+)
+HEAD_KERNELS = 30
+
+
+class Rollout(NamedTuple):
+    """Generation on one replica, in seconds, and what it was made of."""
+
+    prefill: float
+    decode: float
+    rounds: int  # tokens of the longest chain of sequences in one slot
+    tokens: int  # drawn
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill + self.decode
+
+
+def wave(model: Llama, tp: int, layers: int, rows: int, reach: float, *, prompts: Sequence[int] = (), head: bool, width: int = 2) -> Work:
+    """What one rank does when `rows` sequences advance by a token, each looking back over `reach` positions on average, and whole prompts
+    are taken in: `layers` layers, and the output layer where `head`. `width`: bytes of an element."""
+    tokens, drawn = rows + sum(prompts), rows + len(prompts)
+    tokens += -tokens % tp
+    query, key, ffn = model.heads * model.head_dim // tp, model.kv_heads * model.head_dim // tp, model.ffn // tp
+    shapes = [
+        Matmul(tokens, model.hidden, query + 2 * key),
+        Matmul(tokens, query, model.hidden),
+        Matmul(tokens, model.hidden, 2 * ffn),
+        Matmul(tokens, ffn, model.hidden),
+    ]
+    matmuls: Counter[Matmul] = Counter()
+    for shape in shapes:
+        matmuls[shape] += layers
+    cache = 2 * rows * reach * key
+    passing = tokens * (10 * model.hidden / tp + 6 * (query + 2 * key) + 6 * ffn)  # norms, residuals, rotary embedding, SwiGLU
+    attention = 4.0 * query * sum(length * (length + 1) / 2 for length in prompts)
+    gather, scatter = (Collective(kind, "tp", tokens * model.hidden * width, True) for kind in ("all_gather", "reduce_scatter"))
+    work = Work(
+        matmuls,
+        layers * attention,
+        layers * width * (cache + passing),
+        layers * LAYER_KERNELS,
+        Counter({gather: 2, scatter: 2} if tp > 1 else {}),
+    )
+    for each in work.collectives:
+        work.collectives[each] *= layers
+    if not head:
+        return work
+    vocab = padded_vocab(model.vocab, tp) // tp
+    told = Counter({gather: 1, Collective("all_reduce", "tp", 8 * drawn, True): 4} if tp > 1 else {})
+    # fp32 logits: written, tempered, drawn from, looked up.
+    return work + Work(Counter({Matmul(drawn, model.hidden, vocab): 1}), 0.0, 4 * 4.0 * drawn * vocab, HEAD_KERNELS, told)
+
+
+def round_seconds(clock: Clock, model: Llama, rows: int, reach: float, prompts: Sequence[int] = ()) -> float:
+    """Until every group of `rows` sequences, one group a pipeline stage, has its next token: each wave goes through all stages, and no
+    stage waits but for the messages. `prompts`: what one group takes in beside."""
+    parallel, width = clock.parallel, clock.hardware.width
+    stages = parallel.pp * parallel.vpp
+    layers = list(parallel.stages) or [model.layers * (i + 1) // stages - model.layers * i // stages for i in range(stages)]
+    times = [
+        clock.seconds(wave(model, parallel.tp, n, rows, reach, prompts=prompts, head=i == stages - 1, width=width))
+        for i, n in enumerate(layers)
+    ]
+    return sum(times) + stages * clock.hop((rows + sum(prompts)) / parallel.tp * model.hidden * width)
+
+
+def rollout(clock: Clock, model: Llama, prompts: Sequence[int], responses: Sequence[int], slots: int) -> Rollout:
+    """One replica answers prompts[i] tokens with responses[i] tokens, at most `slots` at once on each of its pipeline groups, in order,
+    the next as soon as a slot is free."""
+    groups = clock.parallel.pp
+    waiting = list(zip(prompts, responses, strict=True))[::-1]
+    live: list[tuple[int, int]] = []  # (the round in which it ends, its length then)
+    now, prefill, decode = 0, 0.0, 0.0
+    while waiting or live:
+        came = [waiting.pop() for _ in range(min(len(waiting), slots * groups - len(live)))]
+        for prompt, response in came:
+            heapq.heappush(live, (now + response, prompt + response))
+        rows = -(-len(live) // groups)
+        until = live[0][0]
+        reach = sum(length - (end - (now + until) / 2) for end, length in live) / len(live)
+        if came:
+            taken = [prompt for prompt, _ in came]
+            alone = round_seconds(clock, model, rows, reach)
+            prefill += max(0.0, round_seconds(clock, model, rows, reach, [sum(taken) // len(taken)] * -(-len(taken) // groups)) - alone)
+        decode += (until - now) * round_seconds(clock, model, rows, reach)
+        now = until
+        while live and live[0][0] <= now:
+            heapq.heappop(live)
+    return Rollout(prefill, decode, now, sum(responses))

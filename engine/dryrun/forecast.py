@@ -1,0 +1,130 @@
+"""From a recipe to a forecast: memory of every pipeline rank, seconds of every phase, and what would make it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.algorithms.rlvr import RLVR
+from engine.checks import warnings
+from engine.config import Run
+from engine.dryrun import known
+from engine.dryrun.hardware import Hardware
+from engine.dryrun.memory import Rank, ledger
+from engine.dryrun.phases import HOST_LINK, VERDICTS, Phase, once, phases
+from engine.dryrun.scene import Rehearse, Scene
+from engine.dryrun.stages import rehearse as rehearse_every_rank
+from engine.dryrun.ways import way_out
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a launch will be like."""
+
+    scene: Scene
+    stages: list[Rank]
+    phases: list[Phase]  # of one step
+    once: list[Phase]  # before the first
+    steps: int | None  # of the whole recipe; None where the size of its data is not known
+    way_out: str | None  # settings that make it fit; None where it fits, "" where none was found
+    warnings: list[str]
+    assumptions: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return all(rank.fits for rank in self.stages)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens of the sequences of one step, over all ranks."""
+        return int(self.scene.sequences.lengths_N.sum())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Of the whole step: floating-point operations that the model's mathematics asks for, over what the devices could do."""
+        return sum(phase.flops for phase in self.phases) / (self.step_seconds * self.scene.gpus * self.scene.hardware.peak)
+
+    @property
+    def bubble(self) -> float:
+        """The share of an optimizer step of the policy in which a pipeline rank waits."""
+        return self.scene.policy.update.timeline.bubble
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of the whole recipe."""
+        if self.steps is None:
+            return None
+        return self.scene.gpus * (sum(phase.seconds for phase in self.once) + self.steps * self.step_seconds) / 3600
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """Of the devices at full power, for the whole recipe; None where that power is not known."""
+        return self.gpu_hours * self.scene.hardware.watts / 1000 if self.gpu_hours and self.scene.hardware.watts else None
+
+
+def forecast(
+    run: Run,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    given: Sequence[tuple[int, int]] = (),
+    rehearse: Rehearse = rehearse_every_rank,
+    seek: bool = True,
+) -> Forecast:
+    """What `run` will be like on `gpus` of `hardware`.
+
+    given   tokens of (prompt, response) of sequences like those to come; none: drawn from lengths.py's distributions
+    seek    whether settings are sought that fit, where these do not
+
+    Raises ValueError where the run cannot start, with the field, its value and one that works.
+    """
+    scene = Scene.of(run, gpus, hardware, rehearse, given)
+    stages = ledger(scene)
+    steps = run.steps or _steps(run)
+    fits = all(rank.fits for rank in stages)
+    mean = float(scene.sequences.lengths_N.mean())
+    return Forecast(
+        scene=scene,
+        stages=stages,
+        phases=phases(scene),
+        once=once(scene, steps or 0),
+        steps=steps,
+        way_out=None if fits else way_out(scene, given, rehearse) if seek else "",
+        warnings=warnings(run, known.shape, gpus, node=hardware.node, tokens=mean),
+        assumptions=_assumptions(scene),
+    )
+
+
+def _steps(run: Run) -> int | None:
+    """As the algorithm itself counts them."""
+    if (rows := known.rows(run.algorithm.sources)) is None:
+        return None
+    if isinstance(run.algorithm, RLVR):
+        return math.ceil(rows / run.algorithm.prompts_per_step)
+    return math.ceil(run.algorithm.epochs * rows / run.algorithm.batch_size)
+
+
+def _assumptions(scene: Scene) -> list[str]:
+    algorithm, hardware = scene.run.algorithm, scene.hardware
+    models = [scene.run.model, *([algorithm.critic.model] if isinstance(algorithm, RLVR) and algorithm.critic else [])]
+    said = [line for model in models if (line := known.guessed(model))]
+    said.append(f"lengths: {scene.sequences.said}")
+    said.append(
+        f"{hardware.name}: {hardware.peak / 1e12:.3g} TFLOP/s, of which matrix products reach {hardware.gemm.ceiling:.0%}, attention "
+        f"{hardware.attention:.0%}; {hardware.allowance / 1e9:.2g} GB a device is not for tensors; see hardware.toml, or the file given"
+    )
+    if isinstance(algorithm, RLVR):
+        said.append(f"verification: {VERDICTS:.0f} responses a second, as `math` on two cores; the rest of the host's cores stand by")
+        if algorithm.kl_coef and algorithm.reference == "offloaded":
+            said.append(f"an offloaded reference moves at {HOST_LINK / 1e9:g} GB/s a GPU")
+    said.append("not counted: reading data, building batches, evaluation, checkpoints, stragglers, failures; watts are the data sheet's")
+    return said

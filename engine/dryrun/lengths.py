@@ -1,0 +1,129 @@
+"""How long the sequences of one step are, where nobody has read the data: drawn from stated distributions, or from given lengths."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.algorithms.dpo import DPO
+from engine.algorithms.reward import Reward
+from engine.algorithms.rlvr import RLVR
+from engine.algorithms.sft import SFT
+
+BYTES_A_TOKEN = 4.3  # of English text in Llama 3's vocabulary, assumed where a dataset card counts bytes
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A log-normal of tokens: its mean, and the standard deviation of its logarithm."""
+
+    mean: float
+    sigma: float
+
+    def draw(self, count: int, most: int, generator: np.random.Generator) -> np.ndarray:
+        """int64 [count], from 1 to `most`; what is longer is cut off there."""
+        mu = math.log(self.mean) - self.sigma**2 / 2
+        return np.clip(generator.lognormal(mu, self.sigma, count).round(), 1, most).astype(np.int64)
+
+    def __str__(self) -> str:
+        return f"log-normal, mean {self.mean:g}, sigma {self.sigma:g}"
+
+
+CONVERSATION = Spread(700, 0.9)  # tulu-3-sft-mixture: 2,914 MB in 939,343 rows
+HALF = Spread(950, 0.7)  # of a pair: tulu-3-405b-preference-mixture, 3,319 MB in 360,924 rows, each with its prompt three times
+PROMPT = Spread(450, 0.5)  # RLVR: 150 tokens of a MATH problem alone to 750 of GSM8K's with eight examples
+RESPONSE = Spread(400, 0.6)  # RLVR: about what Tülu 3's responses to MATH are
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The sequences of one step, over all ranks."""
+
+    lengths_N: np.ndarray  # int64, predicted tokens: one less than the sequence has
+    group_N: np.ndarray  # int64; equal for the halves of a pair, -1: alone
+    prompt_N: np.ndarray  # int64, of rollouts; else empty
+    said: str  # where the lengths come from
+
+    @property
+    def response_N(self) -> np.ndarray:
+        """Tokens that are drawn after each prompt."""
+        return self.lengths_N + 1 - self.prompt_N
+
+    @property
+    def answered(self) -> float:
+        """The share of tokens that are learned from; 1 where it is not known."""
+        return float(self.response_N.sum() / self.lengths_N.sum()) if len(self.prompt_N) else 1.0
+
+
+def draw(algorithm: Any, seed: int = 0, given: Sequence[tuple[int, int]] = ()) -> Sequences:
+    """One step's sequences for `algorithm`, from `given` pairs (tokens of prompt, of response) or else from this module's distributions.
+
+    Raises ValueError for an algorithm that this module does not know.
+    """
+    generator = np.random.default_rng(seed)
+    if isinstance(algorithm, RLVR):
+        return _rollouts(algorithm, generator, given)
+    if isinstance(algorithm, SFT):
+        return _texts(algorithm.batch_size, CONVERSATION, algorithm.max_length, generator, given)
+    if isinstance(algorithm, DPO | Reward):
+        halves = _texts(2 * algorithm.batch_size, HALF, algorithm.max_length, generator, given)
+        return replace(halves, group_N=np.arange(len(halves.lengths_N)) // 2, said=f"halves of pairs: {halves.said}")
+    raise ValueError(f"algorithm={type(algorithm).__name__} is not known to the dry run; it knows SFT, Reward, DPO and RLVR")
+
+
+def _texts(count: int, spread: Spread, most: int, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
+    lengths = np.minimum(_given(given, count, generator).sum(1), most) if len(given) else spread.draw(count, most, generator)
+    return Sequences(lengths, np.full(count, -1), np.empty(0, np.int64), f"{_source(given, spread)}, at most {most} tokens")
+
+
+def _rollouts(algorithm: RLVR, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
+    prompts, samples = algorithm.prompts_per_step, algorithm.samples_per_prompt
+    most = np.array([algorithm.max_prompt, algorithm.max_response])
+    if len(given):
+        pairs = np.clip(_given(given, prompts * samples, generator), 1, most)
+        asked, answered = np.repeat(pairs[::samples, 0], samples), pairs[:, 1]
+    else:
+        asked = np.repeat(PROMPT.draw(prompts, int(most[0]), generator), samples)
+        answered = RESPONSE.draw(prompts * samples, int(most[1]), generator)
+    said = f"prompts {_source(given, PROMPT)}, at most {most[0]} tokens; responses {_source(given, RESPONSE)}, at most {most[1]}"
+    return Sequences(asked + answered - 1, np.full(len(asked), -1), asked, said)
+
+
+def _source(given: Sequence[tuple[int, int]], spread: Spread) -> str:
+    return f"from {len(given)} given rows" if len(given) else str(spread)
+
+
+def _given(given: Sequence[tuple[int, int]], count: int, generator: np.random.Generator) -> np.ndarray:
+    """int64 [count, 2], in random order; each row once as long as they last."""
+    order = np.concatenate([generator.permutation(len(given)) for _ in range(-(-count // len(given)))])[:count]
+    return np.array(given, dtype=np.int64)[order]
+
+
+def read(path: str) -> list[tuple[int, int]]:
+    """Rows of {"prompt": tokens, "response": tokens} of a .jsonl file. Raises ValueError, naming the line, for anything else."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"--lengths {path}: {error.strerror}; give a .jsonl file") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            pair = (int(row["prompt"]), int(row["response"]))
+        except (ValueError, TypeError, KeyError):
+            pair = (-1, -1)
+        if min(pair) < 0 or sum(pair) < 1:
+            raise ValueError(f'--lengths {path}:{number}: a row is {{"prompt": tokens, "response": tokens}}, such as {_EXAMPLE}')
+        found.append(pair)
+    if not found:
+        raise ValueError(f"--lengths {path} has no rows; give {_EXAMPLE}")
+    return found
+
+
+_EXAMPLE = '{"prompt": 450, "response": 400}'
