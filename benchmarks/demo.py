@@ -23,7 +23,7 @@ from benchmarks.chain import TEMPERATURES, Measured, answers, exported, run_chai
 from benchmarks.tables import table
 from benchmarks.timing import RESULTS, environment
 from engine.config import Model
-from engine.data.wordproblems import tasks
+from engine.data.wordproblems import LONG, tasks
 from engine.generate import Generating, answer
 from engine.hub import SMOLLM2
 from engine.report import read_metrics
@@ -34,11 +34,11 @@ from matplotlib import pyplot
 
 Found = dict[str, dict[str, Measured]]
 MEANING = """\
-Imitation copies its teachers: more than half of them show no work, and so the model's likeliest answer is a guess. Preference pairs of
-its own right and wrong answers lean it towards work. The verifier sees only the last number; under it the model learns to work problems
-out where that is right more often than its guesses are, and to guess where it is not. That is selection and sharpening of what imitation
-had put there, not new arithmetic. The policy hardly leaves the clip and the critic explains little on a task this small; both are proven
-by tests, not by this demo."""
+Imitation copies its teachers: more than half of them show no work, and so the model's likeliest answer is a guess, at problems too long to
+guess. Preference pairs of its own right and wrong answers lean it towards work. The verifier sees only the last number; under it the model
+learns to work every problem out. That is selection and sharpening of what imitation had put there, not new arithmetic: where problems are
+easy enough to do in the head, the same training sharpens the guess instead. The policy hardly leaves the clip and the critic explains little
+on a task this small; both are proven by tests, not by this demo."""
 GATE = 0.9  # of worked answers are right, greedily, after RLVR
 
 
@@ -56,7 +56,7 @@ def main() -> None:
             started = time.monotonic()
             found[seed] = run_chain(seed, world)
             print(f"\nseed {seed}, {time.monotonic() - started:.0f} s\n" + "\n".join(lines(found[seed])), flush=True)
-        row = tasks(1, seed=7, held_out=True)[0]
+        row = tasks(1, seed=7, held_out=True, kind=LONG)[0]
         said = answers(exported("rlvr"), [row], world, temperature=0.0)[0][0][0]
         print(f"\n{row['prompt']}\n  the small model: {said}   (right: {row['truth']})")
         reply = answer(Generating(Model(SMOLLM2), temperature=0.0, max_tokens=48), "What is the capital of France?", world)[0]
