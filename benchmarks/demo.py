@@ -37,8 +37,8 @@ MEANING = """\
 Imitation copies its teachers: more than half of them show no work, and so the model's likeliest answer is a guess, at problems too long to
 guess. Preference pairs of its own right and wrong answers lean it towards work. The verifier sees only the last number; under it the model
 learns to work every problem out. That is selection and sharpening of what imitation had put there, not new arithmetic: where problems are
-easy enough to do in the head, the same training sharpens the guess instead. The policy hardly leaves the clip and the critic explains little
-on a task this small; both are proven by tests, not by this demo."""
+easy enough to do in the head, the same training sharpens the guess instead. The policy hardly leaves the clip and the critic explains
+little on a task this small; both are proven by tests, not by this demo."""
 GATE = 0.9  # of worked answers are right, greedily, after RLVR
 
 
