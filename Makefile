@@ -18,8 +18,9 @@ $(VENV)/built: setup.py pyproject.toml $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# Libraries raise UserWarnings about what is not installed; this project raises none.
 demo: build
-	$(BIN)/python -m benchmarks.demo
+	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m benchmarks.demo
 
 test: build
 	$(BIN)/python -m pytest --ignore tests/interpreted

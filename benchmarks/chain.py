@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import Model
-from engine.data.wordproblems import tasks, write
+from engine.data.wordproblems import LONG, tasks, write
 from engine.generate import Answering, Generating
 from engine.rollout.sampler import Slotting
 from engine.verify import verifier
@@ -75,7 +75,7 @@ def _stage(name: str, seed: int) -> None:
 def answers(folder: Path, rows: list[dict[str, Any]], world: World, **how: Any) -> list[list[tuple[str, bool, int]]]:
     """(text, whether it is right and ended, tokens) of each response to each row's prompt."""
     judged_by = verifier("gsm8k")
-    generating = Generating(Model(str(folder)), rollout=Slotting(slots=256, cache_gb=1.0), max_tokens=40, **how)
+    generating = Generating(Model(str(folder)), rollout=Slotting(slots=256, cache_gb=1.0), max_tokens=48, **how)
     with closing(Answering(generating, world)) as answering:
         said = [(answering.text(r), r.stopped, len(r.tokens)) for _, r in answering([{"prompt": row["prompt"]} for row in rows])]
     n = generating.n
@@ -87,7 +87,7 @@ def answers(folder: Path, rows: list[dict[str, Any]], world: World, **how: Any) 
 
 def measure(folder: Path, problems: int, world: World) -> dict[str, Measured]:
     """On `problems` held-out problems, the same ones always, greedily and at temperature 1."""
-    rows = tasks(problems, seed=99, held_out=True)
+    rows = tasks(problems, seed=99, held_out=True, kind=LONG)
     found = {}
     for name, temperature in TEMPERATURES.items():
         said = [response for group in answers(folder, rows, world, temperature=temperature) for response in group]
@@ -103,7 +103,7 @@ def make_pairs(folder: Path, seed: int, world: World) -> int:
     out.mkdir(parents=True)
     counts = {}
     for name, count, held_out in (("train", PAIRED, False), ("held_out", HELD_OUT_PAIRED, True)):
-        rows, draw = tasks(count, seed=1000 + seed, held_out=held_out), random.Random(seed)
+        rows, draw = tasks(count, seed=1000 + seed, held_out=held_out, kind=LONG), random.Random(seed)
         pairs = []
         for row, group in zip(rows, answers(folder, rows, world, n=SAMPLES, seed=seed), strict=True):
             right, wrong = ([text for text, is_right, _ in group if is_right == wanted and text] for wanted in (True, False))

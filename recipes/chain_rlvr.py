@@ -1,23 +1,24 @@
 """The chain in small, last stage: PPO against a verifier, which alone knows that working a problem out pays."""
 
+from functools import partial
 from pathlib import Path
 
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Run
 from engine.data.rows import Source
-from engine.data.wordproblems import generated, tasks
+from engine.data.wordproblems import LONG, generated, tasks
 from engine.rollout.sampler import Slotting
 
 run = Run(
     model=Model(path="runs/chain_dpo/export"),
     algorithm=RLVR(
-        sources=(Source(generated(Path("cache/chain/tasks.jsonl"), 3200, seed=3, make=tasks)),),
+        sources=(Source(generated(Path("cache/chain/problems.jsonl"), 3840, seed=3, make=partial(tasks, kind=LONG))),),
         verifier="gsm8k",
         critic=Critic(Model(path="runs/chain_reward/export"), Optim(lr=1e-3, weight_decay=0.01)),
         prompts_per_step=128,
         epochs=2,
         max_prompt=56,
-        max_response=40,
+        max_response=48,
         rollout=Slotting(slots=128, cache_gb=1.0),
     ),
     optim=Optim(lr=5e-4, weight_decay=0.01),

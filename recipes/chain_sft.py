@@ -6,14 +6,14 @@ from pathlib import Path
 from engine.algorithms.sft import SFT
 from engine.config import Llama, Model, Optim, Run
 from engine.data.rows import Source
-from engine.data.wordproblems import demonstrations, generated
+from engine.data.wordproblems import LONG, demonstrations, generated
 
 SHAPE = Llama(layers=2, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=111, max_length=128)
 
 run = Run(
     model=Model(init=SHAPE, tokenizer="words"),
     algorithm=SFT(
-        sources=(Source(generated(Path("cache/chain/train.jsonl"), 76800, seed=0, make=partial(demonstrations, terse=0.55))),),
+        sources=(Source(generated(Path("cache/chain/demonstrations.jsonl"), 76800, seed=0, make=partial(demonstrations, kind=LONG))),),
         batch_size=32,
         max_length=96,
     ),

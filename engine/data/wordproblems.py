@@ -7,7 +7,8 @@ import os
 import random
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,23 @@ _PHRASES = {
     "*": ("doubles them",),
 }
 _MISTAKEN = {"+": "-", "-": "+", "*": "+"}
-_LARGEST = 39  # every value on the way lies in 1..39
 
 Skeleton = tuple[int, tuple[tuple[str, int], ...]]  # start, and (operator, operand) of each step
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is asked: problems begin with a number in 2..start, and every value on the way lies in 1..largest."""
+
+    steps: Mapping[int, int]  # how many operations -> the weight of such problems
+    start: int
+    largest: int
+    distinct: bool = False  # no operand comes twice, so the place that work has reached can be told by the operand used last
+
+
+SHORT = Kind(steps={1: 15, 2: 40, 3: 45}, start=25, largest=39)
+LONG = Kind(steps={3: 1, 4: 1}, start=60, largest=99, distinct=True)  # a model of few layers must guess where it shows no work
+
 Rows = Callable[[int, int, bool], list[dict[str, Any]]]  # (count, seed, held_out) -> rows
 
 
@@ -48,11 +63,13 @@ def pairs(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]
     return rows
 
 
-def demonstrations(count: int, seed: int, held_out: bool = False, *, terse: float = 0.55, careless: float = 0.1) -> list[dict[str, Any]]:
+def demonstrations(
+    count: int, seed: int, held_out: bool = False, *, kind: Kind = SHORT, terse: float = 0.55, careless: float = 0.05
+) -> list[dict[str, Any]]:
     """As `problems`, by three annotators: a share of `terse` answers that show no work, a share of `careless` ones in which a step went
     wrong, and careful ones. Imitation copies all three; only a verifier knows which to follow."""
     draw, rows = random.Random(seed), []
-    for skeleton in islice(_skeletons(draw, held_out), count):
+    for skeleton in islice(_skeletons(draw, held_out, kind), count):
         question, right, who = _question(draw, skeleton), _values(skeleton), draw.random()
         if who < terse:
             answer = f"Answer: {right[-1]}"
@@ -62,10 +79,10 @@ def demonstrations(count: int, seed: int, held_out: bool = False, *, terse: floa
     return rows
 
 
-def tasks(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
+def tasks(count: int, seed: int, held_out: bool = False, *, kind: Kind = SHORT) -> list[dict[str, Any]]:
     """`count` rows {"prompt", "truth"} on such problems, a function of the arguments; the truth is a number, for the verifier gsm8k."""
     draw, rows = random.Random(seed), []
-    for skeleton in islice(_skeletons(draw, held_out), count):
+    for skeleton in islice(_skeletons(draw, held_out, kind), count):
         rows.append({"prompt": _question(draw, skeleton), "truth": str(_values(skeleton)[-1])})
     return rows
 
@@ -100,20 +117,22 @@ def generated(path: Path, count: int, seed: int, held_out: bool = False, make: R
     return str(path)
 
 
-def _skeletons(draw: random.Random, held_out: bool) -> Iterator[Skeleton]:
+def _skeletons(draw: random.Random, held_out: bool, kind: Kind = SHORT) -> Iterator[Skeleton]:
     while True:
-        skeleton = _skeleton(draw)
+        skeleton = _skeleton(draw, kind)
         if _is_held_out(skeleton) == held_out:
             yield skeleton
 
 
-def _skeleton(draw: random.Random) -> Skeleton:
+def _skeleton(draw: random.Random, kind: Kind) -> Skeleton:
     while True:
-        start = draw.randint(2, 25)
-        operators = draw.choices("+-*", (4, 4, 1), k=draw.choices((1, 2, 3), (15, 40, 45))[0])
-        steps = tuple((operator, 2 if operator == "*" else draw.randint(2, 9)) for operator in operators)
-        if all(1 <= value <= _LARGEST for value in _values((start, steps))):
-            return start, steps
+        start = draw.randint(2, kind.start)
+        operators = draw.choices("+-*", (4, 4, 1), k=draw.choices(tuple(kind.steps), tuple(kind.steps.values()))[0])
+        skeleton = start, tuple((operator, 2 if operator == "*" else draw.randint(2, 9)) for operator in operators)
+        operands = [operand for operator, operand in skeleton[1] if operator != "*"]
+        repeats = kind.distinct and len(set(operands)) < len(operands)
+        if not repeats and all(1 <= value <= kind.largest for value in _values(skeleton)):
+            return skeleton
 
 
 def _values(skeleton: Skeleton, slip: tuple[int, int] = (-1, 0)) -> list[int]:
