@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import accuracy, batching, decontaminate, evals, kernels, programs, throughput, verifiers
+from benchmarks import accuracy, batching, bench_rlvr, decontaminate, evals, kernels, programs, throughput, verifiers
 
-MODULES = (accuracy, batching, decontaminate, evals, kernels, programs, throughput, verifiers)  # each with add_arguments and main
-COMMANDS = {module.__name__.removeprefix("benchmarks."): module for module in MODULES}
+# Each with add_arguments and main.
+MODULES = (accuracy, batching, bench_rlvr, decontaminate, evals, kernels, programs, throughput, verifiers)
+COMMANDS = {module.__name__.removeprefix("benchmarks.").removeprefix("bench_"): module for module in MODULES}
 
 
 def main() -> int:
