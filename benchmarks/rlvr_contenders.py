@@ -75,6 +75,7 @@ def ours(given: list[Row], samples: int, length: int, parallel: Parallel, budget
         prompts_per_step=len(given),
         samples_per_prompt=samples,
         epochs=1,
+        max_prompt=budget - length,
         max_response=length,
         kl_coef=0.0,
         rollout=Slotting(slots=len(given) * samples),
