@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=4, help="of each prompt (default: %(default)s)")
     parser.add_argument("--length", type=int, default=48, help="tokens of every response (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="one step of each contender (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=WHAT, default=list(WHAT), help="of the contenders, where memory is short of all")
     parser.add_argument("--quick", action="store_true", help="4 prompts, 2 samples, 8 tokens, 1 round, and no page: does it run?")
 
 
@@ -52,9 +53,10 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         arguments.prompts, arguments.samples, arguments.length, arguments.rounds = 4, 2, 8, 1
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("prompts", "samples", "length")]
-    command = " ".join(["python -m benchmarks rlvr", *sizes, f"--rounds={arguments.rounds}"])
+    only = [] if arguments.only == list(WHAT) else ["--only", *arguments.only]
+    command = " ".join(["python -m benchmarks rlvr", *sizes, f"--rounds={arguments.rounds}", *only])
     facts = environment() | {"date": date.today().isoformat(), "command": command}
-    contenders = [_contender(name) for name in WHAT if name not in PEERS or importlib.util.find_spec("trl")]
+    contenders = [_contender(name) for name in arguments.only if name not in PEERS or importlib.util.find_spec("trl")]
 
     def read(contender: Contender, round_: int) -> Reading:
         return read_processes(contender, *sizes, f"--round={round_}")
