@@ -1,6 +1,7 @@
 """Real word problems for SFT and RLVR, of SVAMP (arXiv 2103.07191), split by problem: python -m benchmarks.svamp SVAMP.jsonl cache/svamp
 
-Writes demonstrations.jsonl (worked answers to some), tasks.jsonl (what RLVR asks: others, with the truth alone) and held_out.jsonl.
+Writes demonstrations.jsonl (worked answers to some), tasks.jsonl (what RLVR asks: others, with the truth alone) and held_out.jsonl. SVAMP
+tells some hundred stories again and again, with other numbers and questions: problems of one story may be in several files.
 """
 
 from __future__ import annotations
