@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import accuracy, batching, decontaminate, dryrun_published, dryrun_tulu, evals, kernels, programs, throughput, verifiers
-
-MODULES = (
+from benchmarks import (
     accuracy,
     batching,
+    bench_rlvr,
     decontaminate,
     dryrun_published,
     dryrun_tulu,
@@ -18,8 +17,23 @@ MODULES = (
     programs,
     throughput,
     verifiers,
-)  # each with add_arguments and main
-COMMANDS = {module.__name__.removeprefix("benchmarks."): module for module in MODULES}
+)
+
+# Each with add_arguments and main.
+MODULES = (
+    accuracy,
+    batching,
+    bench_rlvr,
+    decontaminate,
+    dryrun_published,
+    dryrun_tulu,
+    evals,
+    kernels,
+    programs,
+    throughput,
+    verifiers,
+)
+COMMANDS = {module.__name__.removeprefix("benchmarks.").removeprefix("bench_"): module for module in MODULES}
 
 
 def main() -> int:

@@ -1,13 +1,17 @@
-"""The curves of preference runs, side by side: python -m benchmarks.curves runs/gsm8k_dpo runs/gsm8k_dpo_plain
+"""The curves of preference runs, or of RLVR runs, side by side: python -m benchmarks.curves runs/gsm8k_dpo runs/gsm8k_dpo_plain
 
-Draws held-out accuracy, loss and length bias over steps into results/dpo_curves_cpu<cores>_<date>.png, and writes the page beside it.
+Draws what was found on held-out data over steps into results/<dpo|rlvr>_curves_cpu<cores>_<date>.png, and writes the page beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,38 @@ from engine.report import read_metrics
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-DRAWN = ("accuracy", "loss", "margin", "length_bias")
-TOLD = ("accuracy", "loss", "margin", "length_bias", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+Record = dict[str, Any]
+Story = list[Record]  # what metrics.jsonl holds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is shown of a kind of runs. A metric with a standard error beside it, solve_rate_se, is shown and drawn with it."""
+
+    stem: str
+    title: str
+    drawn: tuple[str, ...]  # held out
+    told: tuple[str, ...]
+    on_the_way: tuple[str, ...] = ()  # of the training steps between two evaluations, their mean; the first is drawn too
+    note: str = ""
+
+
+PREFERENCES = Kind(
+    stem="dpo",
+    title="Preference runs, on held-out pairs",
+    drawn=("accuracy", "loss", "margin", "length_bias"),
+    told=("accuracy", "loss", "margin", "length_bias", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
+    note="While the policy still is the reference (step 0), margins are rounding errors, and accuracy and length_bias are of those.",
+)
+RLVR = Kind(
+    stem="rlvr",
+    title="Rewarded for right answers, on held-out problems",
+    drawn=("solve_rate", "solve_rate_greedy"),
+    told=("solve_rate", "solve_rate_greedy", "length", "length_greedy"),
+    on_the_way=("solve_rate", "agreeing", "no_stop", "length", "entropy", "sampler_gap_max", "clip_fraction", "seconds"),
+    note="solve_rate is at the sampling temperature, ± binomial standard errors; a change's is that of two independent shares, though the"
+    " same problems are asked before and after. Numbers of training steps are means over the responses that were learned from.",
+)
 
 
 def main() -> None:
@@ -30,50 +64,97 @@ def main() -> None:
     arguments = parser.parse_args()
     stories = {run.name: read_metrics(run) for run in arguments.runs}
     for name, story in stories.items():
-        if not any(record["kind"] == "evaluation" for record in story):
+        if not _evaluations(story):
             parser.error(f"{name} has no evaluation yet; it needs algorithm.held_out, and a finished step")
     RESULTS.mkdir(parents=True, exist_ok=True)
     facts = environment() | {
         "date": date.today().isoformat(),
         "command": f"python -m benchmarks.curves {' '.join(map(str, arguments.runs))}",
     }
-    stem = f"dpo_curves_cpu{facts['cores']}_{facts['date']}"
-    _draw(stories, RESULTS / f"{stem}.png")
     settings = {run.name: json.loads((run / "run.json").read_text())["run"] for run in arguments.runs}
-    text = page(stories, settings, facts, stem)
+    kinds = {RLVR if setting["algorithm"]["is"] == "RLVR" else PREFERENCES for setting in settings.values()}
+    if len(kinds) > 1:
+        parser.error("these runs are of several kinds; give preference runs, or RLVR runs")
+    (kind,) = kinds
+    stem = f"{kind.stem}_curves_cpu{facts['cores']}_{facts['date']}"
+    _draw(kind, stories, RESULTS / f"{stem}.png")
+    text = page(kind, stories, settings, facts, stem)
     (RESULTS / f"{stem}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def page(stories: dict[str, list[dict[str, Any]]], settings: dict[str, dict[str, Any]], facts: dict[str, Any], stem: str) -> str:
+def page(kind: Kind, stories: dict[str, Story], settings: dict[str, Record], facts: Record, stem: str) -> str:
     """The Markdown page of runs: name -> records of metrics.jsonl, and name -> run.json; `facts` say where, `stem` names the picture."""
-    blocks = [f"# Preference runs, on held-out pairs\n\n![curves]({stem}.png)"]
+    blocks = [f"# {kind.title}\n\n![curves]({stem}.png)"]
     for name, story in stories.items():
-        algorithm = {k: v for k, v in settings[name]["algorithm"].items() if not isinstance(v, list | dict)}
-        said = ", ".join(f"{key}={value}" for key, value in {"lr": settings[name]["optim"]["lr"], **algorithm}.items() if value != "")
-        head = f"| after step | {' | '.join(TOLD)} |\n{'|---' * (len(TOLD) + 1)}|"
-        told = [record for record in story if record["kind"] == "evaluation"]
-        rows = [f"| {r['step']} | {' | '.join(_number(r[key]) for key in TOLD)} |" for r in told]
+        told = _evaluations(story)
         minutes = (story[-1]["time"] - story[0]["time"]) / 60
-        blocks.append("\n".join([f"## {name}\n\n{said}. {minutes:.1f} minutes from the first evaluation to the last.\n", head, *rows]))
-    blocks.append(
-        "While the policy still is the reference (step 0), margins are rounding errors, and accuracy and length_bias are of those."
-    )
-    blocks.append("\n".join(["## Where\n", *(f"- {key}: {value}" for key, value in facts.items())]))
+        said = f"{_said(settings[name])}. {minutes:.1f} minutes from the first evaluation to the last."
+        blocks += [f"## {name}\n\n{said}", _table("after step", kind.told, told)]
+        blocks += [_risen(metric, told[0], told[-1]) for metric in kind.told if f"{metric}_se" in told[0]]
+        if kind.on_the_way:
+            blocks.append(_table("training steps up to", kind.on_the_way, _on_the_way(kind, story)))
+    blocks += [kind.note, "\n".join(["## Where\n", *(f"- {key}: {value}" for key, value in facts.items())])]
     return "\n\n".join(blocks) + "\n"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _said(settings: Record) -> str:
+    algorithm = {k: v for k, v in settings["algorithm"].items() if not isinstance(v, list | dict)}
+    return ", ".join(f"{key}={value}" for key, value in {"lr": settings["optim"]["lr"], **algorithm}.items() if value != "")
 
 
-def _draw(stories: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    figure, axes = pyplot.subplots(1, len(DRAWN), figsize=(4 * len(DRAWN), 3.2), layout="constrained")
-    for axis, metric in zip(axes, DRAWN, strict=True):
+def _table(first: str, columns: Sequence[str], records: Iterable[Record]) -> str:
+    head = f"| {first} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|"
+    return "\n".join([head, *(f"| {r['step']} | {' | '.join(_number(r, key) for key in columns)} |" for r in records)])
+
+
+def _number(record: Record, name: str) -> str:
+    value, error = record.get(name), record.get(f"{name}_se")
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _risen(metric: str, first: Record, last: Record) -> str:
+    """How far a share with a standard error has come, in units of that of the difference."""
+    risen, error = last[metric] - first[metric], math.hypot(first[f"{metric}_se"], last[f"{metric}_se"])
+    in_errors = f", {risen / error:.1f} standard errors" if error else ""
+    return f"{metric}: {first[metric]:.3f} -> {last[metric]:.3f}, a change of {risen:+.3f} ± {error:.3f}{in_errors}."
+
+
+def _on_the_way(kind: Kind, story: Story) -> list[Record]:
+    """The mean of each metric over the training steps from one evaluation to the next."""
+    ends = [record["step"] for record in _evaluations(story)]
+    found = []
+    for start, end in pairwise(ends):
+        steps = [r for r in _steps(story) if start <= r["step"] < end]
+        found.append({"step": end} | {name: _mean(r.get(name) for r in steps) for name in kind.on_the_way})
+    return found
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _evaluations(story: Story) -> Story:
+    return [record for record in story if record["kind"] == "evaluation"]
+
+
+def _steps(story: Story) -> Story:
+    return [record for record in story if record["kind"] == "step"]
+
+
+def _draw(kind: Kind, stories: dict[str, Story], path: Path) -> None:
+    drawn = [(f"held-out {metric}", _evaluations, metric) for metric in kind.drawn]
+    drawn += [(f"{metric} while training", _steps, metric) for metric in kind.on_the_way[:1]]
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(4 * len(drawn), 3.2), layout="constrained")
+    for axis, (title, chosen, metric) in zip(axes, drawn, strict=True):
         for name, story in stories.items():
-            told = [record for record in story if record["kind"] == "evaluation" and record[metric] is not None]
-            axis.plot([r["step"] for r in told], [r[metric] for r in told], marker="o", label=name)
-        axis.set(xlabel="steps", title=f"held-out {metric.replace('_', ' ')}")
+            told = [record for record in chosen(story) if record[metric] is not None]
+            errors = [record.get(f"{metric}_se", 0.0) for record in told]
+            axis.errorbar([r["step"] for r in told], [r[metric] for r in told], yerr=errors, marker=".", capsize=3, label=name)
+        axis.set(xlabel="steps", title=title.replace("_", " "))
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=120)

@@ -1,32 +1,34 @@
-"""SmolLM2-135M, fine-tuned on word problems, is rewarded for right answers. Two CPU processes: first recipes/smollm2_sft.py, exported to
-runs/smollm2_sft/export; then torchrun --nproc-per-node 2 -m engine run recipes/smollm2_rlvr.py parallel.pp=2 'parallel.stages=[17,13]'"""
+"""SmolLM2-135M, after recipes/svamp_sft.py, is rewarded for right answers to other problems of SVAMP. First: python -m engine export
+runs/svamp_sft runs/svamp_sft/export. Then, on two CPU processes: torchrun --nproc-per-node 2 -m engine run recipes/smollm2_rlvr.py
+parallel.pp=2 'parallel.stages=[17,13]'; and the curves: python -m benchmarks.curves runs/smollm2_rlvr"""
 
-from pathlib import Path
-
-from engine.algorithms.rlvr import RLVR, Critic
+from engine.algorithms.rlvr import RLVR
 from engine.config import Model, Optim, Run
 from engine.data.rows import Source
-from engine.data.wordproblems import generated, tasks
 from engine.rollout.sampler import Slotting
 
-START = "runs/smollm2_sft/export"
-
 run = Run(
-    model=Model(START),
+    model=Model("runs/svamp_sft/export"),
     algorithm=RLVR(
-        sources=(Source(generated(Path("cache/smollm2_rlvr/tasks.jsonl"), 2000, seed=5, make=tasks)),),
-        held_out=(Source(generated(Path("cache/smollm2_rlvr/held_out.jsonl"), 96, seed=6, held_out=True, make=tasks)),),
+        sources=(Source("cache/svamp/tasks.jsonl"),),
+        held_out=(Source("cache/svamp/held_out.jsonl"),),
         verifier="gsm8k",
-        critic=Critic(Model(START, head="scalar"), Optim(lr=1e-5)),
-        prompts_per_step=32,
-        epochs=2,
-        max_prompt=96,
-        max_response=48,
-        rollout=Slotting(slots=32, cache_gb=1.0),
+        advantage="group",
+        prompts_per_step=16,
+        samples_per_prompt=8,
+        skip_agreeing=True,
+        minibatches=2,
+        epochs=1,
+        max_prompt=128,
+        max_response=32,
+        kl_coef=0.0,
+        rollout=Slotting(slots=64, cache_gb=1.0),
+        chat_template="chatml",
     ),
-    optim=Optim(lr=3e-6, weight_decay=0.01),
-    tokens_per_microbatch=1024,
-    steps=30,
+    optim=Optim(lr=2e-5, warmup=0.05),
+    tokens_per_microbatch=256,
+    steps=40,
     eval_every=10,
+    save_every=10,
     out="runs/smollm2_rlvr",
 )

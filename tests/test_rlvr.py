@@ -198,6 +198,18 @@ def test_groups_need_no_critic() -> None:
     check_same(2, Parallel(pp=2), found, **how)
 
 
+def test_groups_that_agree_may_be_left_out() -> None:
+    """Their gradient is zero: without them the sum of gradients is the same, over fewer tokens."""
+    how = {"advantage": "group", "critic": None, "samples_per_prompt": 4, "kl_coef": 0.0, "epochs": 1, "minibatches": 1, "steps": 1}
+    whole, part = one_rank(**how)[0], one_rank(**how, skip_agreeing=True)[0]
+    assert part["samples"] == whole["samples"]
+    trained = [sum(sample["mask"]) for sample in whole["samples"]]
+    taught = [count for count, sample in zip(trained, whole["samples"], strict=True) if any(sample["advantage"])]
+    assert 0 < sum(taught) < sum(trained)
+    gradient, wanted = part["learned"]["grad_norm"] * sum(taught), whole["learned"]["grad_norm"] * sum(trained)
+    assert gradient == pytest.approx(wanted, rel=1e-5)
+
+
 def test_trained_tokens_are_the_sampled_ids(tmp_path: Path) -> None:
     """Invalid UTF-8 does not survive decoding and encoding: what is trained on was never text."""
     (step,) = ranks(1).run(jobs_rlvr.steps, folder=tmp_path, parallel=Parallel(), steps=1)[0]
@@ -257,6 +269,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
         ({"correct": float("nan")}, "algorithm.correct=nan must be finite"),
         ({"no_stop": float("-inf")}, "algorithm.no_stop=-inf must be finite"),
         ({"kl_coef": float("nan")}, "algorithm.kl_coef=nan"),
+        ({"skip_agreeing": True}, "skip_agreeing needs"),
     ],
     ids=str,
 )

@@ -62,6 +62,7 @@ class RLVR:
     critic: Critic | None = None  # for advantage="critic"
     advantage: Literal["critic", "group"] = "critic"  # group: against the prompt's other samples (GRPO, RLOO); no critic
     group_scale: Literal["std", "none"] = "std"
+    skip_agreeing: bool = False  # leave out of the update what has no gradient: groups whose samples all have the same score
     prompts_per_step: int = 224
     samples_per_prompt: int = 1
     minibatches: int = 1  # optimizer steps an epoch
@@ -105,6 +106,11 @@ class RLVR:
             raise ValueError(f"algorithm.advantage={self.advantage!r} and algorithm.critic is {has}; 'critic' needs one, 'group' none")
         if self.advantage == "group" and self.samples_per_prompt < 2:
             raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'")
+        if self.skip_agreeing and (self.advantage != "group" or self.kl_coef):
+            raise ValueError(
+                f"algorithm.skip_agreeing needs advantage='group' and kl_coef=0, else such groups have a gradient;"
+                f" these are {self.advantage!r} and {self.kl_coef}"
+            )
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
             raise ValueError(
                 f"algorithm.minibatches={self.minibatches} is more than the responses of a step; use {self._responses} or fewer"
@@ -319,7 +325,12 @@ class Started:
         return samples, {name: float(value) for name, value in said.items()}
 
     def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
-        """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts."""
+        """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts.
+
+        With skip_agreeing, those that have an advantage, while there are enough of them for every part.
+        """
+        taught = [sample for sample in samples if np.any(sample.advantage)] if self.config.skip_agreeing else samples
+        samples = taught if len(taught) >= self.config.minibatches else samples
         for epoch in range(self.config.epochs):
             order = np.random.default_rng((self.run.seed, step, epoch)).permutation(len(samples))
             for part in np.array_split(order, min(self.config.minibatches, len(samples))):  # fewer where responses were dropped

@@ -214,7 +214,9 @@ class Ring:
             hidden = torch.empty(len(tokens_T) // grid.tp, 1, self.model.hidden, dtype=chunk.config.pipeline_dtype, device=self.device)
             dist.recv(hidden, self._peer(-1), group=grid.pp_group)
             chunk.set_input_tensor(hidden)
-        out = chunk(tokens_T[None], None, None, packed_seq_params=flight)
+        # Nothing in here makes a tensor by a device's name: the seat need not look at every call, 140 a layer.
+        with torch._C.DisableTorchFunction():
+            out = chunk(tokens_T[None], None, None, packed_seq_params=flight)
         if not last:
             self._send(out.contiguous())
         if grid.pp == 1:
