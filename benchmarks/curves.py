@@ -29,7 +29,7 @@ Story = list[Record]  # what metrics.jsonl holds
 
 @dataclass(frozen=True)
 class Kind:
-    """What is shown of a kind of runs. A metric with a standard error beside it, solve_rate_se, is shown and drawn with it."""
+    """What is shown of a kind of runs. A solve rate is shown and drawn with its standard error."""
 
     stem: str
     title: str
@@ -53,7 +53,7 @@ RLVR = Kind(
     told=("solve_rate", "solve_rate_greedy", "length", "length_greedy"),
     on_the_way=("solve_rate", "agreeing", "no_stop", "length", "entropy", "sampler_gap_max", "clip_fraction", "seconds"),
     note="solve_rate is at the sampling temperature, ± binomial standard errors; a change's is that of two independent shares, though the"
-    " same problems are asked before and after. Numbers of training steps are means over the responses that were learned from.",
+    " same problems are asked before and after. Numbers of training steps are means over all responses drawn.",
 )
 
 
@@ -91,7 +91,7 @@ def page(kind: Kind, stories: dict[str, Story], settings: dict[str, Record], fac
         minutes = (story[-1]["time"] - story[0]["time"]) / 60
         said = f"{_said(settings[name])}. {minutes:.1f} minutes from the first evaluation to the last."
         blocks += [f"## {name}\n\n{said}", _table("after step", kind.told, told)]
-        blocks += [_risen(metric, told[0], told[-1]) for metric in kind.told if f"{metric}_se" in told[0]]
+        blocks += [_risen(metric, told[0], told[-1]) for metric in kind.told if _error(told[0], metric) is not None]
         if kind.on_the_way:
             blocks.append(_table("training steps up to", kind.on_the_way, _on_the_way(kind, story)))
     blocks += [kind.note, "\n".join(["## Where\n", *(f"- {key}: {value}" for key, value in facts.items())])]
@@ -109,15 +109,21 @@ def _table(first: str, columns: Sequence[str], records: Iterable[Record]) -> str
 
 
 def _number(record: Record, name: str) -> str:
-    value, error = record.get(name), record.get(f"{name}_se")
+    value, error = record.get(name), _error(record, name)
     if value is None:
         return "-"
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    shown = f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:.4f}"
+    return shown if error is None else f"{shown} ± {error:.4f}"
+
+
+def _error(record: Record, name: str) -> float | None:
+    """The standard error of a solve rate, as RLVR calls it: of solve_rate_greedy it is solve_rate_se_greedy."""
+    return record.get(name.replace("solve_rate", "solve_rate_se")) if name.startswith("solve_rate") else None
 
 
 def _risen(metric: str, first: Record, last: Record) -> str:
     """How far a share with a standard error has come, in units of that of the difference."""
-    risen, error = last[metric] - first[metric], math.hypot(first[f"{metric}_se"], last[f"{metric}_se"])
+    risen, error = last[metric] - first[metric], math.hypot(_error(first, metric) or 0.0, _error(last, metric) or 0.0)
     in_errors = f", {risen / error:.1f} standard errors" if error else ""
     return f"{metric}: {first[metric]:.3f} -> {last[metric]:.3f}, a change of {risen:+.3f} ± {error:.3f}{in_errors}."
 
@@ -152,7 +158,7 @@ def _draw(kind: Kind, stories: dict[str, Story], path: Path) -> None:
     for axis, (title, chosen, metric) in zip(axes, drawn, strict=True):
         for name, story in stories.items():
             told = [record for record in chosen(story) if record[metric] is not None]
-            errors = [record.get(f"{metric}_se", 0.0) for record in told]
+            errors = [_error(record, metric) or 0.0 for record in told]
             axis.errorbar([r["step"] for r in told], [r[metric] for r in told], yerr=errors, marker=".", capsize=3, label=name)
         axis.set(xlabel="steps", title=title.replace("_", " "))
         axis.grid(alpha=0.3)

@@ -40,7 +40,7 @@ def test_rlvr_runs_are_told_with_their_errors(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(curves, "RESULTS", tmp_path / "results")
     folder = tmp_path / "rewarded"
     folder.mkdir()
-    tasks = {"solve_rate_greedy": 0.5, "length": 9.0, "length_greedy": 9.0}
+    tasks = {"solve_rate_greedy": 0.5, "solve_rate_se_greedy": 0.05, "length": 9.0, "length_greedy": 9.0}
     records = [
         {"kind": "evaluation", "step": 0, "time": 0.0, "solve_rate": 0.1, "solve_rate_se": 0.03, **tasks},
         *({"kind": "step", "step": step, "time": 30.0 * step, "solve_rate": step / 10, "seconds": 30.0} for step in range(4)),
@@ -52,7 +52,7 @@ def test_rlvr_runs_are_told_with_their_errors(tmp_path: Path, monkeypatch: pytes
     curves.main()
     (page,) = (tmp_path / "results").glob("rlvr_curves_*.md")
     text = page.read_text()
-    assert "| 4 | 0.5000 ± 0.0400 | 0.5000 |" in text
+    assert "| 4 | 0.5000 ± 0.0400 | 0.5000 ± 0.0500 |" in text
     assert "solve_rate: 0.100 -> 0.500, a change of +0.400 ± 0.050, 8.0 standard errors." in text
     assert "| training steps up to | solve_rate |" in text
     assert "| 4 | 0.1500 | - |" in text
