@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,9 +23,10 @@ from engine.data.wordproblems import write
 from engine.hub import SMOLLM2, resolve
 from engine.megatron.policy import Policy
 from engine.ragged import Arena
-from engine.rollout.sampler import Response, Slotting
+from engine.rollout.apart import Ask, Drawn
+from engine.rollout.sampler import Slotting
 from engine.train import learn
-from engine.types import Prompt, Sample
+from engine.types import Sample
 from engine.world import World
 
 WORK = Path("runs/bench_rlvr")
@@ -100,9 +101,9 @@ def _put(path: Path, given: list[Row]) -> None:
 
 def _timed(started: Started, watch: Stopwatch) -> Started:
     class Timed(Started):
-        def _generate(self, prompts: Sequence[Prompt], temperature: float, samples: int, step: int) -> list[list[Response]]:
+        def _draw(self, step: int, ask: Ask) -> Drawn:
             with watch.generating():
-                return super()._generate(prompts, temperature, samples, step)
+                return super()._draw(step, ask)
 
     return Timed(**{field.name: getattr(started, field.name) for field in fields(started)})
 

@@ -45,6 +45,10 @@ class Algorithm(Protocol):
 class Parting(Protocol):
     """The config of an algorithm that keeps ranks for itself, beside those that train."""
 
+    def trainers(self, run: Run, world_size: int) -> int:
+        """How many of so many ranks train. Raises ValueError when it cannot be done."""
+        ...
+
     def part(self, run: Run, world: World) -> World | None:
         """The world of the ranks that train; None on the others, which serve those until they are done."""
         ...
@@ -56,14 +60,15 @@ def train(run: Run, world: World) -> None:
     Raises ValueError before anything is written when a setting, the data or the model does not fit, or when `run.out` holds another run.
     """
     check_folder(Path(run.out), run)
-    trainers = run.algorithm.part(run, world) if isinstance(run.algorithm, Parting) else world
+    parting = run.algorithm if isinstance(run.algorithm, Parting) else None
+    check_launch(run, world, parting.trainers(run, world.size) if parting else world.size)
+    trainers = parting.part(run, world) if parting else world
     if trainers is not None:
         _train(run, trainers, devices=world.size)
 
 
 def _train(run: Run, world: World, devices: int) -> None:
     out = Path(run.out)
-    check_launch(run, world)
     with ExitStack() as stack:
         policy = stack.enter_context(closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)))
         algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
@@ -88,11 +93,11 @@ def _train(run: Run, world: World, devices: int) -> None:
             evaluate(algorithm, report, steps)
 
 
-def check_launch(run: Run, world: World) -> None:
-    """Raise ValueError for what settings, shapes and the tokenizer show to be wrong, before a weight is read."""
+def check_launch(run: Run, world: World, trainers: int) -> None:
+    """Raise ValueError for what settings, shapes and the tokenizer show to be wrong on so many ranks, before a weight is read."""
     folder, _ = located(run.model, world)
     tokens = len(tokenizer_of(run.model, folder))
-    if found := problems(run, lambda model: located(model, world)[1], world.size, on_gpu=world.on_gpu, tokens=tokens):
+    if found := problems(run, lambda model: located(model, world)[1], trainers, on_gpu=world.on_gpu, tokens=tokens):
         raise ValueError("; also: ".join(found))
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from engine.advantages import Kl, Whiten, by_critic, by_group, explained_variance, kl_estimate, off_policy
+from engine.advantages import Kl, Whiten, by_critic, by_group, off_policy
 from engine.checks import Asked, Demands, Launch, critic_problems
 from engine.config import Model, Optim, Run, step_folder
 from engine.data.mixture import Mixture
@@ -32,6 +32,7 @@ from engine.rollout import apart
 from engine.rollout.apart import KEPT, Apart, Ask, Drawn
 from engine.rollout.fitting import generation_problems, slot_warnings
 from engine.rollout.judging import Rollout, judge
+from engine.rollout.metrics import described
 from engine.rollout.reading import per_token
 from engine.rollout.reference import Offloaded, Reference, Resident
 from engine.rollout.sampler import Sampling, Slotting, stop_tokens
@@ -148,6 +149,10 @@ class RLVR:
     def _shorter(self, longest: int) -> str:
         response = longest + 1 - self.max_prompt
         return f"algorithm.max_response={response}" if response > 0 else f"algorithm.max_prompt={longest} with algorithm.max_response=1"
+
+    def trainers(self, run: Run, world_size: int) -> int:
+        """How many ranks train; see apart.trainers."""
+        return apart.trainers(run.parallel, world_size, self.rollout.gpus)
 
     def part(self, run: Run, world: World) -> World | None:
         """The ranks that train; see apart.part."""
@@ -374,37 +379,3 @@ class Clock:
         now = time.perf_counter()
         self.laps[f"seconds_{name}"] = now - self.since
         self.since = now
-
-
-def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[str, float]:
-    """The field's numbers for a step's responses.
-
-    kl          mean over responses of the sum over tokens of log(policy / reference), in nats (k1); kl3: mean over tokens of k3
-    entropy     mean over tokens of the entropy of the policy's distribution at the sampling temperature, in nats
-    surprise    mean over tokens of -log p of the drawn token, in nats: its estimate from what was drawn
-    sampler_gap |log-prob of the sampler - log-prob of the trainer| of the drawn tokens
-    agreeing    share of prompts whose samples all have the same score: they teach nothing to advantage="group"
-    """
-    drawn = [s.old_logprob[s.mask > 0] for s in samples if s.old_logprob is not None]
-    gap = np.abs(np.concatenate(drawn) - np.concatenate([r.response.logprobs for r in rollouts]))
-    scores: dict[int, set[float]] = {}
-    for rollout, sample in zip(rollouts, samples, strict=True):
-        scores.setdefault(rollout.prompt.id, set()).add(sample.reward or 0.0)
-    found = {
-        "reward": np.mean([s.reward or 0.0 for s in samples]),
-        "solve_rate": np.mean([r.verdict.correct and r.response.stopped for r in rollouts]),
-        "length": np.mean([len(r.response.tokens) for r in rollouts]),
-        "no_stop": np.mean([not r.response.stopped for r in rollouts]),
-        "entropy": np.concatenate([s.entropy[s.mask > 0] for s in samples if s.entropy is not None]).mean(),
-        "surprise": -np.concatenate(drawn).mean(),
-        "sampler_gap": gap.mean(),
-        "sampler_gap_max": gap.max(),
-        "agreeing": np.mean([len(found) == 1 for found in scores.values()]),
-    }
-    if samples[0].ref_logprob is not None:
-        pairs = [(s.old_logprob[s.mask > 0], s.ref_logprob[s.mask > 0]) for s in samples]  # type: ignore[index]
-        found["kl"] = np.mean([kl_estimate(old, ref, "k1").sum() for old, ref in pairs])
-        found["kl3"] = np.concatenate([kl_estimate(old, ref, "k3") for old, ref in pairs]).mean()
-    if samples[0].value is not None:
-        found["explained_variance"] = explained_variance(samples)
-    return {name: float(value) for name, value in found.items()}

@@ -77,13 +77,9 @@ class Drawn:
 
 
 def part(run: Run, world: World, slotting: Slotting) -> World | None:
-    """The world of the ranks that train `run`. The last slotting.gpus ranks draw for them, and return None when those are done.
-
-    Raises ValueError, on all ranks, when these are not replicas of the trainer's grid or leave none to train.
-    """
+    """The world of the ranks that train `run`. The last slotting.gpus ranks draw for them, and return None when those are done."""
     if not slotting.gpus:
         return world
-    _check(slotting.gpus, run.parallel, world.size)
     mine = world.parted(slotting.gpus)
     assert mine.bridge is not None
     if not mine.bridge.is_far:
@@ -93,7 +89,8 @@ def part(run: Run, world: World, slotting: Slotting) -> World | None:
     return None
 
 
-def _check(gpus: int, parallel: Parallel, size: int) -> None:
+def trainers(parallel: Parallel, size: int, gpus: int) -> int:
+    """How many of `size` ranks train. Raises ValueError when the last `gpus` are no replicas of the trainer, or leave none."""
     ranks = parallel.tp * parallel.pp
     if gpus % ranks:
         raise ValueError(
@@ -102,6 +99,7 @@ def _check(gpus: int, parallel: Parallel, size: int) -> None:
         )
     if gpus >= size:
         raise ValueError(f"rollout.gpus={gpus} leaves none of the world's {size} ranks to train; start more ranks, or lower it")
+    return size - gpus
 
 
 def _serve(policy: Policy, slotting: Slotting) -> None:
