@@ -1,4 +1,4 @@
-"""What tests of the dry run measure on ranks: the memory of real steps, by torch's own record of allocations and by what is resident."""
+"""What tests of the dry run measure on ranks: the memory of real steps, by torch's own record of allocations."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def passage_memory(world: World, parallel: Parallel, model: Llama, lengths: list
         return {"allocator": (held - shared, peak), "meter": (metered - shared, meter.peak)}
 
 
-def step_memory(world: World, parallel: Parallel, model: Llama, lengths: list[int], microbatches: int, resident: bool) -> int:
-    """Bytes that a whole step takes on this rank at its worst moment: resident, or by the allocator, the less of two steps, for a thread of
-    gloo's may be late in letting go."""
+def step_memory(world: World, parallel: Parallel, model: Llama, lengths: list[int], microbatches: int) -> int:
+    """Bytes that a whole step takes on this rank at its worst moment, by the allocator: the less of two steps, for gloo's threads may be
+    late in letting go."""
     from megatron.core.parallel_state import get_global_memory_buffer
 
     from engine.dryrun.stages import microbatch
@@ -92,9 +92,4 @@ def step_memory(world: World, parallel: Parallel, model: Llama, lengths: list[in
             return allocated(learn)[1]
 
         learn()  # the first time makes what stays
-        if not resident:
-            return min(worst(), worst())
-        learn()  # and the second brings in the last pages of code
-        before = jobs._from_here()
-        learn()
-        return jobs._resident("VmHWM") - before
+        return min(worst(), worst())
