@@ -89,7 +89,8 @@ def page(kind: Kind, stories: dict[str, Story], settings: dict[str, Record], fac
     for name, story in stories.items():
         told = _evaluations(story)
         minutes = (story[-1]["time"] - story[0]["time"]) / 60
-        said = f"{_said(settings[name])}. {minutes:.1f} minutes from the first evaluation to the last."
+        passed = ", ".join(f"{(record['time'] - story[0]['time']) / 60:.1f}" for record in told)
+        said = f"{_said(settings[name])}. {minutes:.1f} minutes from the first evaluation to the last ({passed})."
         blocks += [f"## {name}\n\n{said}", _table("after step", kind.told, told)]
         blocks += [_risen(metric, told[0], told[-1]) for metric in kind.told if _error(told[0], metric) is not None]
         if kind.on_the_way:
