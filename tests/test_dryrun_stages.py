@@ -184,7 +184,7 @@ def test_the_process_is_left_as_it_was(where: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_cannot_be_rehearsed_is_named() -> None:
-    with pytest.raises(ValueError, match=r"parallel.tp=3 must divide .* use 1, 2 or 4"):
+    with pytest.raises(ValueError, match=r"parallel.tp=3 must divide .* use parallel.tp=1"):
         stages.rehearse(SMALL, Parallel(3), 3, (63,), optim=None)
     with pytest.raises(ValueError, match=r"their sum 63 must be a multiple of parallel.tp=2"):
         stages.rehearse(SMALL, Parallel(2), 2, (63,), optim=None)
