@@ -1,4 +1,4 @@
-# make demo    the chain in small: imitation, preference, verified reward (3 minutes on 2 cores)
+# make demo    the chain in small: imitation, preference, verified reward
 # make test    prove it right        make check   lint, types, the house (a minute)        make build   only install        make bench   measure
 # make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3

@@ -62,7 +62,7 @@ def test_tp2_is_refused_with_what_works(rows: Path, tmp_path: Path) -> None:
     found = ranks(2).run(jobs.command, words=words)
     for code, _, stderr in found:
         assert code == 1
-        assert "parallel.tp=2 must divide model.heads=9, model.kv_heads=3 and model.ffn=1536; use 1 or 3" in stderr
+        assert "parallel.tp=2 must divide model.heads=9, model.kv_heads=3 and model.ffn=1536; use parallel.tp=1" in stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")

@@ -170,5 +170,5 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: str) -> Non
 
 def test_a_tp_that_does_not_divide_names_what_does() -> None:
     smollm2 = Llama(30, 576, 1536, 9, 3, 49152, tied=True)
-    with pytest.raises(ValueError, match=r"tp=2 must divide model.heads=9, model.kv_heads=3 .*; use 1 or 3"):
+    with pytest.raises(ValueError, match=r"tp=2 must divide model.heads=9, model.kv_heads=3 .*; use parallel.tp=1"):
         Parallel(tp=2).check(smollm2, 2)
