@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from typing import Any
+from contextlib import closing
 
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from engine.config import Llama, Model, Parallel
 from engine.losses import nll
 from engine.world import World
 from tests import jobs
-
-HELD = "what is held is read here"
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
-
-
-def allocated(compute: Callable[[], Any]) -> tuple[int, int]:
-    """(bytes at the mark HELD, at the worst moment) above what was there before, as torch's CPU allocator recorded them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        compute()
-    events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
-    held = live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == HELD:
-            held = live
-        elif event.name() == "[memory]":
-            live += event.nbytes()  # type: ignore[attr-defined]
-            peak = max(peak, live)
-    return held, peak
-
-
-@contextmanager
-def giving_back() -> Iterator[None]:
-    """Tensors are given back to the operating system when they are freed; usually malloc would keep them, in pieces that fit nothing."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+from tests.allocator import HELD, allocated
 
 
 def passage_memory(world: World, parallel: Parallel, model: Llama, lengths: list[int]) -> dict[str, tuple[int, int]]:
@@ -82,7 +51,7 @@ def step_memory(world: World, parallel: Parallel, model: Llama, lengths: list[in
     from engine.megatron.policy import Policy
 
     step = [microbatch(lengths, sum(lengths))] * microbatches
-    with giving_back(), closing(Policy(Model(init=model), jobs.OPTIM, parallel, world)) as policy:
+    with closing(Policy(Model(init=model), jobs.OPTIM, parallel, world)) as policy:
 
         def learn() -> None:
             policy.update(step, nll, 0.0)
