@@ -3,7 +3,8 @@ step."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,21 @@ def ppo_clip(
     )
     named = {"loss": stats.loss, "clip_fraction": stats.clip_fraction, "approx_kl": stats.approx_kl}
     return Loss(total, count, {name: (value, count) for name, value in named.items()})
+
+
+def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **how: Any) -> Loss:
+    """`ppo_clip` where the policy that learns is still the one that drew: the ratio is 1, of which the gradient is left (REINFORCE's).
+
+    output_2T are log-probs and entropies, old_logprob_T the sampler's log-probs. Metrics beside those of ppo_clip: entropy, and
+    sampler_gap, |log-prob of the sampler - logprob_T|, each a mean over response tokens; sampler_gap_max.
+    """
+    assert packed.old_logprob_T is not None
+    logprob_T, entropy_T = output_2T.unbind()
+    found = ppo_clip(logprob_T, replace(packed, old_logprob_T=logprob_T.detach()), average=average, **how)
+    gap_T = ((logprob_T.detach() - packed.old_logprob_T) * packed.mask_T).abs()
+    tokens = int(packed.mask_T.sum())
+    said = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "sampler_gap": (gap_T.sum(), tokens)}
+    return replace(found, metrics=found.metrics | said, maxima={"sampler_gap_max": gap_T.max()})
 
 
 def value_clip(value_T: Tensor, packed: Packed, *, average: Average, clip: float, coef: float) -> Loss:

@@ -105,10 +105,11 @@ def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], bu
     """Every learner's updates on every minibatch; the mean over them of what each said."""
     said: dict[str, list[float]] = {}
     for minibatch in algorithm.minibatches(step, samples):
-        for name, policy, loss, temperature in algorithm.learners:
+        for name, policy, loss, temperature, entropy in algorithm.learners:
             assert policy.optim is not None
             lr = policy.optim.lr_at(step, steps)
-            metrics = policy.update(batch(minibatch, budget, **policy.cut, out=arena), loss, lr, temperature) | {"lr": lr}
+            packed = batch(minibatch, budget, **policy.cut, out=arena)
+            metrics = policy.update(packed, loss, lr, temperature, entropy=entropy) | {"lr": lr}
             for key, value in metrics.items():
                 said.setdefault(f"{name}/{key}" if name else key, []).append(value)
     return {key: sum(values) / len(values) for key, values in said.items()}

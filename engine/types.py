@@ -127,6 +127,7 @@ class Loss:
     count: int  # what the total of the whole step is divided by, summed over microbatches and ranks
     metrics: dict[str, tuple[torch.Tensor | float, int]]  # name -> (sum, count)
     correlations: dict[str, Moments] = field(default_factory=dict)  # what a mean cannot tell; reported beside the metrics
+    maxima: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> the largest, which is reported beside the metrics too
 
 
 LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, or value_T of a scalar head; microbatch) -> Loss

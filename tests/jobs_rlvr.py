@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,26 @@ def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
         logging=Logging(tensorboard=False),
         **defaults,
     )
+
+
+@dataclass(frozen=True)
+class ReadFirst(RLVR):
+    """Takes the trainer's log-probs before every update, though it be the only one."""
+
+    learns_once = False  # type: ignore[assignment]
+
+
+def read_first(world: World, folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """`steps` on one rank, as ReadFirst takes them."""
+    from engine.megatron.policy import Policy
+
+    settings = asked(folder, Parallel(), **changes)
+    settings = replace(settings, algorithm=ReadFirst(**vars(settings.algorithm)), out=f"{settings.out}-first")
+    with (
+        closing(Policy(settings.model, settings.optim, Parallel(), world, seed=settings.seed)) as policy,
+        closing(settings.algorithm.start(policy, settings)) as algorithm,
+    ):
+        return learned(algorithm, settings)
 
 
 def plain(samples: list[Sample]) -> list[dict[str, Any]]:

@@ -165,6 +165,8 @@ def test_a_forecast_of_rlvr_has_every_phase_and_everything_that_takes_memory() -
     assert as_json(offloaded)["phases"]["log-probs, reference"] > told["phases"]["log-probs, reference"]
     once = forecast(override(run, ["algorithm.epochs=1"]), 8, H100)
     assert told["phases"]["updates, policy"] == pytest.approx(4 * as_json(once)["phases"]["updates, policy"])
+    alone = forecast(override(run, ["algorithm.epochs=1", "algorithm.kl_coef=0"]), 8, H100)
+    assert not {"log-probs, policy", "log-probs, reference"} & as_json(alone)["phases"].keys()  # a single update reads them itself
     # 4 slots in each of 2 groups, 3 layers, keys and values of one head of 16 numbers of 2 bytes, 768 positions.
     settings = ["algorithm.rollout.slots=4", "algorithm.reference=offloaded"]
     halved = forecast(override(run, settings), 8, H100).stages[0].moments["generation"]

@@ -19,6 +19,7 @@ from engine.batching import batch
 from engine.config import Model, Parallel
 from engine.losses import ppo_clip, value_clip
 from engine.report import read_metrics
+from engine.rollout.sampler import Slotting
 from engine.types import Sample
 from tests import jobs, jobs_rlvr
 from tests import ppo_definition as definition
@@ -153,6 +154,36 @@ def test_the_first_update_starts_from_ratio_one() -> None:
     assert found["said"]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert found["said"]["entropy"] == pytest.approx(found["said"]["surprise"], rel=0.1)
     assert found["said"]["entropy"] != found["said"]["surprise"]
+
+
+ONCE = {"advantage": "group", "critic": None, "samples_per_prompt": 4, "prompts_per_step": 4, "epochs": 1, "minibatches": 1}
+
+
+def test_a_single_update_reads_its_own_logprobs() -> None:
+    """The same two steps as when log-probs are computed before: what is said, and by whom, differs."""
+    found = one_rank(**ONCE)
+    wanted = ranks(1).run(jobs_rlvr.read_first, folder=FOLDER, **ONCE)[0]
+    read = ("entropy", "sampler_gap", "sampler_gap_max")
+    for got, theirs in zip(found, wanted, strict=True):
+        assert not set(read) & set(got["said"])
+        theirs["learned"] |= {name: theirs["said"][name] for name in read}
+    assert found[1]["said"]["kl3"] > 1e-6  # the first update moved the policy
+    check_steps(found, wanted)
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(2, Parallel()), (2, Parallel(pp=2, vpp=2)), (4, Parallel(tp=2, pp=2))], ids=str)
+def test_a_single_update_in_any_layout(size: int, parallel: Parallel) -> None:
+    check_same(size, parallel, one_rank(**ONCE), **ONCE)
+
+
+def test_what_needs_logprobs_before_the_update() -> None:
+    group = jobs_rlvr.asked(FOLDER, Parallel(), **ONCE).algorithm
+    assert group.learns_once
+    critic = jobs_rlvr.asked(FOLDER, Parallel(), epochs=1, minibatches=1).algorithm
+    assert not critic.learns_once  # KL in the reward
+    assert replace(critic, kl_coef=0.0).learns_once
+    for changes in ({"epochs": 2}, {"minibatches": 2}, {"rollout": Slotting(gpus=1, lag=1)}):
+        assert not replace(group, **changes).learns_once
 
 
 def test_it_exercises_what_it_must() -> None:

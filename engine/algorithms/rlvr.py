@@ -1,7 +1,8 @@
 """Reinforcement learning with verifiable rewards: PPO against 10 or 0 (arXiv 2411.15124, section 6).
 
 A step draws responses from the policy, has them verified, recomputes their log-probs with the trainer, takes those of the reference and
-the critic's values, and turns all that into advantages. K epochs of clipped updates of policy and critic follow.
+the critic's values, and turns all that into advantages. K epochs of clipped updates of policy and critic follow. Where there is but one
+update, it computes the log-probs itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from engine.data.mixture import Mixture
 from engine.data.rows import Source
 from engine.data.tasks import Tasks, read_tasks
 from engine.data.template import ChatTemplate
-from engine.losses import Average, ppo_clip, value_clip
+from engine.losses import Average, ppo_clip, ppo_first, value_clip
 from engine.megatron.policy import Learner, Policy
 from engine.rollout import apart
 from engine.rollout.apart import KEPT, Apart, Ask, Drawn
@@ -120,6 +121,13 @@ class RLVR:
     @property
     def _responses(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def learns_once(self) -> bool:
+        """Whether a step's responses are learned from by the weights that drew them and never again: then the update itself is the first
+        to need their log-probs, and they are not computed before."""
+        in_reward = self.kl_coef and self.advantage == "critic"
+        return self.epochs * self.minibatches == 1 and not self.rollout.lag and not in_reward
 
     def demands(self, launch: Launch) -> Demands:
         """What engine/checks.py looks at before a run starts."""
@@ -236,8 +244,9 @@ class Started:
         """The policy, and the critic where there is one."""
         c = self.config
         kl_coef = c.kl_coef if c.advantage == "group" else 0.0
-        clipped = partial(ppo_clip, average=c.loss_average, clip_low=c.clip_low, clip_high=c.clip_high, kl=c.kl, kl_coef=kl_coef)
-        learners = [Learner("", self.policy, clipped, c.temperature)]
+        how = {"average": c.loss_average, "clip_low": c.clip_low, "clip_high": c.clip_high, "kl": c.kl, "kl_coef": kl_coef}
+        loss = partial(ppo_first if c.learns_once else ppo_clip, **how)
+        learners = [Learner("", self.policy, loss, c.temperature, entropy=c.learns_once)]
         if self.critic is not None and c.critic is not None:
             learners.append(
                 Learner("critic", self.critic, partial(value_clip, average=c.loss_average, clip=c.critic.clip, coef=c.critic.coef))
@@ -284,8 +293,10 @@ class Started:
     def _sample(self, rollout: Rollout, version: int) -> Sample:
         prompt, response = rollout.prompt.tokens, rollout.response.tokens
         mask = np.zeros(len(prompt) + len(response) - 1, np.uint8)
-        mask[len(prompt) - 1 :] = 1
-        return Sample(np.concatenate([prompt, response]), mask, reward=self._score(rollout), version=version)
+        logprob = np.zeros(len(mask), np.float32)
+        mask[len(prompt) - 1 :], logprob[len(prompt) - 1 :] = 1, rollout.response.logprobs
+        tokens = np.concatenate([prompt, response])
+        return Sample(tokens, mask, reward=self._score(rollout), old_logprob=logprob, version=version)
 
     def _score(self, rollout: Rollout) -> float:
         if not rollout.response.stopped:
@@ -293,13 +304,16 @@ class Started:
         return self.config.correct if rollout.verdict.correct else 0.0
 
     def _read(self, samples: list[Sample]) -> list[Sample]:
-        """With the log-probs of policy and reference, at the sampling temperature, and the critic's values."""
+        """With the log-probs of policy (but for `learns_once`: its sampler's stay) and reference, at the sampling temperature, and the
+        critic's values."""
         budget, temperature = self.run.tokens_per_microbatch, self.config.temperature
 
         def logprobs(policy: Policy, entropy: bool = False) -> list[np.ndarray]:
             return per_token(policy, samples, budget, partial(policy.logprobs, temperature=temperature, masked=True, entropy=entropy))
 
-        samples = [replace(s, old_logprob=x, entropy=h) for s, (x, h) in zip(samples, logprobs(self.policy, entropy=True), strict=True)]
+        if not self.config.learns_once:
+            found = logprobs(self.policy, entropy=True)
+            samples = [replace(s, old_logprob=x, entropy=h) for s, (x, h) in zip(samples, found, strict=True)]
         if self.reference is not None:
             with self.reference.speaking() as speaker:
                 samples = [replace(s, ref_logprob=x) for s, x in zip(samples, logprobs(speaker), strict=True)]

@@ -61,7 +61,8 @@ def _rlvr(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
     whole = {trained.name: forward_flops(trained.model, lengths_N) for trained in scene.trained}
     yield from _generation(scene, algorithm)
     yield Phase("verification", len(lengths_N) / VERDICTS)
-    yield Phase("log-probs, policy", scene.policy.reading_seconds, whole["policy"])
+    if not algorithm.learns_once:
+        yield Phase("log-probs, policy", scene.policy.reading_seconds, whole["policy"])
     if algorithm.kl_coef:
         yield Phase("log-probs, reference", scene.policy.reading_seconds + _moving(scene, algorithm), whole["policy"])
     if scene.critic is not None:

@@ -106,9 +106,9 @@ class Policy:
         whole = {name: digest for part in parts for name, digest in part.items()}
         return hashlib.sha256(json.dumps([str(self.dtype), sorted(whole.items())]).encode()).hexdigest()
 
-    def update(self, step: Step, loss: LossFunction, lr: float, temperature: float = 1.0) -> dict[str, float]:
+    def update(self, step: Step, loss: LossFunction, lr: float, temperature: float = 1.0, *, entropy: bool = False) -> dict[str, float]:
         """One optimizer step on the gradient of sum of totals / sum of counts, over all microbatches of all ranks. The loss is given
-        log-probs at `temperature`.
+        log-probs at `temperature`, and with `entropy` what `logprobs` says with it.
 
         Returns the loss function's metrics (each its global sum / global count) and `grad_norm` before clipping, equal on every rank.
         Raises FloatingPointError on all ranks, with weights and optimizer as they were, when the gradient is not finite.
@@ -120,8 +120,8 @@ class Policy:
             stage.train()
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(step, partial(_finish_loss, loss), forward_only=False, temperature=temperature)
-        metrics = self._reduced([out["metrics"] for out in outputs])
+        outputs = self._run(step, partial(_finish_loss, loss), forward_only=False, temperature=temperature, entropy=entropy)
+        metrics = self._reduced(outputs)
         grad_norm = training.step(self.optimizer, self.optim, lr)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
@@ -134,7 +134,7 @@ class Policy:
         """The loss function's metrics on `step`, forward only; equal on every rank."""
         for stage in self.stages:
             stage.eval()
-        return self._reduced([out["metrics"] for out in self._run(step, partial(_finish_loss, loss), forward_only=True)])
+        return self._reduced(self._run(step, partial(_finish_loss, loss), forward_only=True))
 
     def logprobs(self, step: Step, temperature: float = 1.0, *, masked: bool = False, entropy: bool = False) -> list[Tensor]:
         """logprob_T of every token of each microbatch, float32 on the host; the same on every rank of a replica. `masked`: only of those
@@ -261,21 +261,31 @@ class Policy:
         rows_M = torch.arange(len(packed.tokens_T)) if every else packed.mask_T.nonzero()[:, 0]
         return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature, entropy)
 
-    def _reduced(self, metrics: list[dict[str, tuple[Any, ...]]]) -> dict[str, float]:
-        """Each metric over the microbatches of all replicas: its sum over its count, or its correlation; told to every stage."""
+    def _reduced(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
+        """Each metric over the microbatches of all replicas: its sum over its count, its correlation or the largest; told to all stages."""
         found: dict[str, float] = {}
-        if metrics:
+        if outputs:
+            metrics: list[dict[str, tuple[Any, ...]]] = [out["metrics"] for out in outputs]
             names = sorted(metrics[0])
             rows = [[torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for name in names for x in m[name]] for m in metrics]
             sums = torch.stack([torch.stack(row) for row in rows]).sum(0)
             dist.all_reduce(sums, group=self.grid.dp_group)
             left = iter(sums.tolist())
             found = {name: _told(metrics[0][name], list(islice(left, len(metrics[0][name])))) for name in names}
+            found |= self._largest([out["maxima"] for out in outputs])
         if self.parallel.pp > 1:
             box = [found]
             dist.broadcast_object_list(box, src=self.grid.last_stage, group=self.grid.pp_group)
             found = box[0]
         return found
+
+    def _largest(self, maxima: list[dict[str, Tensor]]) -> dict[str, float]:
+        names = sorted(maxima[0])
+        if not names:
+            return {}
+        largest = torch.stack([torch.stack([found[name].double() for name in names]) for found in maxima]).amax(0)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.grid.dp_group)
+        return dict(zip(names, largest.tolist(), strict=True))
 
     def save(self, out: Path, step: int, assets: Path | None = None, keep_last: int = 2, beside: Mapping[str, bytes] | None = None) -> None:
         """Write the checkpoint `out/step-N`, whole or not at all; see checkpoint.save."""
@@ -313,6 +323,7 @@ class Learner(NamedTuple):
     policy: Policy
     loss: LossFunction
     temperature: float = 1.0  # that log-probs are taken at
+    entropy: bool = False  # whether the loss wants that too
 
 
 def located(model: Model, world: World) -> tuple[Path | None, Llama]:
@@ -367,7 +378,11 @@ def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
 
 def _finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     found = loss(output_T, packed)
-    return found.total, torch.as_tensor(found.count, dtype=torch.int), {"metrics": found.metrics | found.correlations}
+    return (
+        found.total,
+        torch.as_tensor(found.count, dtype=torch.int),
+        {"metrics": found.metrics | found.correlations, "maxima": found.maxima},
+    )
 
 
 def _finish_per_token(packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -17,11 +17,11 @@ def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[st
     kl          mean over responses of the sum over tokens of log(policy / reference), in nats (k1); kl3: mean over tokens of k3
     entropy     mean over tokens of the entropy of the policy's distribution at the sampling temperature, in nats
     surprise    mean over tokens of -log p of the drawn token, in nats: its estimate from what was drawn
-    sampler_gap |log-prob of the sampler - log-prob of the trainer| of the drawn tokens
+    sampler_gap |log-prob of the sampler - log-prob of the trainer| of the drawn tokens; it and entropy are left to the update that learns
+                from the samples where that is what reads them
     agreeing    share of prompts whose samples all have the same score: they teach nothing to advantage="group"
     """
     drawn = [s.old_logprob[s.mask > 0] for s in samples if s.old_logprob is not None]
-    gap = np.abs(np.concatenate(drawn) - np.concatenate([r.response.logprobs for r in rollouts]))
     scores: dict[int, set[float]] = {}
     for rollout, sample in zip(rollouts, samples, strict=True):
         scores.setdefault(rollout.prompt.id, set()).add(sample.reward or 0.0)
@@ -30,12 +30,13 @@ def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[st
         "solve_rate": np.mean([r.verdict.correct and r.response.stopped for r in rollouts]),
         "length": np.mean([len(r.response.tokens) for r in rollouts]),
         "no_stop": np.mean([not r.response.stopped for r in rollouts]),
-        "entropy": np.concatenate([s.entropy[s.mask > 0] for s in samples if s.entropy is not None]).mean(),
         "surprise": -np.concatenate(drawn).mean(),
-        "sampler_gap": gap.mean(),
-        "sampler_gap_max": gap.max(),
         "agreeing": np.mean([len(found) == 1 for found in scores.values()]),
     }
+    if samples[0].entropy is not None:
+        gap = np.abs(np.concatenate(drawn) - np.concatenate([r.response.logprobs for r in rollouts]))
+        entropy = np.concatenate([s.entropy[s.mask > 0] for s in samples])  # type: ignore[index]
+        found |= {"entropy": entropy.mean(), "sampler_gap": gap.mean(), "sampler_gap_max": gap.max()}
     if samples[0].ref_logprob is not None:
         pairs = [(s.old_logprob[s.mask > 0], s.ref_logprob[s.mask > 0]) for s in samples]  # type: ignore[index]
         found["kl"] = np.mean([kl_estimate(old, ref, "k1").sum() for old, ref in pairs])
