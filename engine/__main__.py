@@ -20,7 +20,7 @@ from engine.verify import VERIFIERS, Unjudged
 
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 SAMPLING = (
-    ("n", int, "responses to each prompt (default: 1)"),
+    ("n", int, "responses to each prompt (default: 1); under torchrun, which takes --n for its own, n=4"),
     ("temperature", float, "0 takes the likeliest token (default: 1)"),
     ("top-p", float, "only the likeliest tokens that together reach this probability (default: 1, all)"),
     ("top-k", int, "only the k likeliest tokens (default: 0, all)"),
