@@ -95,9 +95,9 @@ def _notes(arguments: argparse.Namespace, readings: Readings) -> list[str]:
         f"the first round), {arguments.samples} samples of each at temperature 1, {arguments.length} tokens in every response (no token",
         "ends one of ours; TRL suppresses the end of turn), and one update on all of them: group advantages, no KL term, and AdamW with",
         "a learning rate of 0, so that all sample from the same weights. Every second response is rewarded. Processes are fresh, have",
-        "taken a small step before and made the optimizer's state. Ours also decodes and judges the texts, and recomputes the responses'",
-        "log-probs with the trainer before the update; TRL takes them from the update's own forward. On CPU this engine computes fp32",
-        "products in oneDNN, TRL in torch's default, MKL; on AMD's processors much of the ratio is that.",
+        "taken a small step before and made the optimizer's state. Ours also decodes and judges the texts. There is one update a step:",
+        "both take the log-probs of the policy that drew from its own forward. On CPU this engine computes fp32 products in oneDNN, TRL in",
+        "torch's default, MKL; on AMD's processors much of the ratio is that.",
     ]
 
 
