@@ -15,8 +15,8 @@ from torch.distributed.run import get_args_parser
 from engine.__main__ import _parsed, load_recipe
 from engine.checks import problems
 from engine.config import override
+from engine.dryrun.known import shape
 from engine.export import Exporting
-from tests.llamas import shape
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "launch.md").read_text()

@@ -13,9 +13,9 @@ import pytest
 from engine.__main__ import load_recipe
 from engine.checks import problems, warnings
 from engine.config import Run, override
+from engine.dryrun.known import shape
 from tests import jobs
 from tests.launch_405b import RECIPE, prepared
-from tests.llamas import shape
 from tests.pool import ranks
 
 ROOT = Path(__file__).parents[1]

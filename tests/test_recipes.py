@@ -13,9 +13,9 @@ from engine.__main__ import load_recipe
 from engine.batching import plan
 from engine.checks import problems, warnings
 from engine.config import Optim, Parallel, Run, override
+from engine.dryrun.known import shape
 from tests import jobs_rlvr
 from tests.launch_405b import RECIPE, check_same, prepared, told
-from tests.llamas import shape
 from tests.pool import ranks
 
 ROOT = Path(__file__).parents[1]

@@ -93,6 +93,13 @@ class Clock:
         steps, bandwidth, latency = self._ring(collective.axis)
         return latency + rounds * (steps + (ranks - 1) / ranks * collective.size / bandwidth)
 
+    def handed(self, size: float, listeners: int, apart: bool) -> float:
+        """Of `size` bytes that each rank of a replica tells as many `listeners` at its own place of theirs, which are in other nodes where
+        `apart`: over its own adapter, and through memory as it is made one piece and taken to pieces again."""
+        link = self.hardware.across if apart else self.hardware.inside
+        copied = 4 * size / (self.hardware.bandwidth * self.hardware.streaming)
+        return link.latency + listeners * link.step + size / link.bandwidth + copied
+
     def hop(self, size: float) -> float:
         """Of `size` bytes from a pipeline stage to the next: over the network, unless all stages are in one node."""
         ranks, stride = self._axis("pp")

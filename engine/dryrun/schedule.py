@@ -102,9 +102,9 @@ def simulate(
     gather: Sequence[Sequence[float]] | None = None,
     forward_only: bool = False,
 ) -> Timeline:
-    """The timeline of a pipeline whose rank r takes forward[r][c] and backward[r][c] seconds for a microbatch of chunk c, and whose messages
-    between ranks take `hop` seconds, during which both compute. The first forward of a chunk waits until its weights have come, which
-    takes gather[r][c] seconds, one chunk at a time, from when it is asked for them.
+    """The timeline of a pipeline whose rank r takes forward[r][c] and backward[r][c] seconds for a microbatch of chunk c, and whose
+    messages between ranks take `hop` seconds, during which both compute. The first forward of a chunk waits until its weights have come:
+    gather[r][c] seconds from when they are asked for, one chunk at a time.
 
     Where all pieces take equally long and hop is 0, the bubble is (pp - 1) / (vpp * microbatches + pp - 1). Raises ValueError as `order`.
     """
