@@ -12,7 +12,7 @@ from engine.__main__ import load_recipe
 from engine.algorithms.rlvr import RLVR
 from engine.config import Run
 from engine.dryrun import known
-from engine.dryrun.forecast import Forecast, forecast
+from engine.dryrun.forecast import forecast
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.search import ROOM, search
 
@@ -50,7 +50,7 @@ def fact_of(path: Path) -> dict[str, Any]:
     assert beside is not None
     return {
         "gpus": gpus,
-        "layout": layout(found),
+        "layout": layout(run, gpus),
         "step_seconds": found.step_seconds,
         "tokens_per_second_per_gpu": found.tokens_per_second / gpus,
         "mfu": found.mfu,
@@ -63,7 +63,7 @@ def fact_of(path: Path) -> dict[str, Any]:
         "fits": found.fits and most.fits,
         "warnings": found.warnings,
         "best": {
-            "layout": layout(beside),
+            "layout": layout(beside.scene.run, gpus),
             "settings": best.settings,
             "step_seconds": best.step_seconds,
             "peak_bytes": best.peak_bytes,
@@ -77,13 +77,11 @@ def longest(run: Run) -> list[tuple[int, int]]:
     return [(algorithm.max_prompt, algorithm.max_response) if isinstance(algorithm, RLVR) else (0, algorithm.max_length)]
 
 
-def layout(found: Forecast) -> str:
+def layout(run: Run, gpus: int) -> str:
     """The grid, and how microbatches go through it."""
-    run = found.scene.run
-    virtual = f" x {run.parallel.vpp}" if run.parallel.vpp > 1 else ""
-    return (
-        f"tp{run.parallel.tp} pp{run.parallel.pp}{virtual} dp{found.scene.replicas}, {run.parallel.recompute}, {run.tokens_per_microbatch}"
-    )
+    grid = run.parallel
+    virtual = f" x {grid.vpp}" if grid.vpp > 1 else ""
+    return f"tp{grid.tp} pp{grid.pp}{virtual} dp{gpus // (grid.tp * grid.pp)}, {grid.recompute}, {run.tokens_per_microbatch}"
 
 
 def page(facts: dict[str, dict[str, Any]]) -> str:

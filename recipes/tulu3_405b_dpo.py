@@ -22,6 +22,6 @@ run = Run(
     # 126 layers, embedding and loss are 128 slots: 16 stages of 8 turns. A pair has 4096 tokens at most.
     parallel=Parallel(tp=8, pp=16, vpp=8, count_embedding=True, count_loss=True, recompute="selective"),
     tokens_per_microbatch=6144,
-    save_every=500,
+    save_every=200,
     out="runs/tulu3_405b_dpo",
 )

@@ -20,6 +20,6 @@ run = Run(
     # with a budget of 4096 it would be 32, all padded to the longest. MLPs are recomputed to fit 80 GB.
     parallel=Parallel(tp=8, pp=16, vpp=8, count_embedding=True, count_loss=True, recompute="selective"),
     tokens_per_microbatch=8192,
-    save_every=250,
+    save_every=500,
     out="runs/tulu3_405b_sft",
 )

@@ -19,6 +19,6 @@ run = Run(
     # Four turns of 4 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
     parallel=Parallel(tp=8, pp=4, vpp=4, stages=(4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4)),
     tokens_per_microbatch=8192,
-    save_every=500,
+    save_every=1000,
     out="runs/tulu3_70b_sft",
 )

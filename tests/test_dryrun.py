@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from engine.algorithms.sft import SFT
 from engine.config import Llama, Model, Optim, Parallel, Run, override
 from engine.data.rows import Source
 from engine.dryrun import known, lengths
+from engine.dryrun import search as searching
 from engine.dryrun.compose import composer
 from engine.dryrun.cut import Cut, cost
 from engine.dryrun.forecast import Forecast, forecast
@@ -30,6 +32,12 @@ from engine.rollout.sampler import Slotting
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = Llama(layers=6, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=320, max_length=4096)
 H100 = Hardware.load("h100")
+PARTS = composer(rehearse)  # what is rehearsed for one test serves the others
+
+
+def foretold(run: Run, gpus: int, hardware: Hardware = H100) -> Forecast:
+    """A forecast from parts, which are those of a rehearsal: see test_stages_from_parts_are_the_rehearsed_ones."""
+    return forecast(run, gpus, hardware, rehearse=PARTS)
 
 
 def sft(**parallel: Any) -> Run:
@@ -162,14 +170,14 @@ def test_a_forecast_of_rlvr_has_every_phase_and_everything_that_takes_memory() -
     stage = told["stages"][0]
     assert stage["bytes"]["reference"] == stage["bytes"]["weights"]
     assert stage["moments"].keys() == {"generation", "reading, policy", "reading, critic", "update, policy", "update, critic"}
-    offloaded = forecast(override(run, ["algorithm.reference=offloaded"]), 8, H100)
+    offloaded = foretold(override(run, ["algorithm.reference=offloaded"]), 8)
     assert "reference" not in offloaded.stages[0].parts
     assert as_json(offloaded)["phases"]["log-probs, reference"] > told["phases"]["log-probs, reference"]
-    once = forecast(override(run, ["algorithm.epochs=1"]), 8, H100)
+    once = foretold(override(run, ["algorithm.epochs=1"]), 8)
     assert told["phases"]["updates, policy"] == pytest.approx(4 * as_json(once)["phases"]["updates, policy"])
     # 4 slots in each of 2 groups, 3 layers, keys and values of one head of 16 numbers of 2 bytes, 768 positions.
     settings = ["algorithm.rollout.slots=4", "algorithm.reference=offloaded"]
-    halved = forecast(override(run, settings), 8, H100).stages[0].moments["generation"]
+    halved = foretold(override(run, settings), 8).stages[0].moments["generation"]
     spared = offloaded.stages[0].moments["generation"] - halved
     assert spared == pytest.approx(2 * 2 * 3 * 2 * 16 * 2 * 768, rel=0.05)
 
@@ -179,9 +187,9 @@ def test_ranks_that_only_generate_are_a_launch_beside_the_one_that_learns(epochs
     """8 ranks learn as a launch of 8 does, and 4 draw as one of 4; the weights go from the first to the second. A step ahead, the longer
     of both counts."""
     run = rlvr(epochs=epochs)
-    learning, drawing = (as_json(forecast(run, gpus, H100))["phases"] for gpus in (8, 4))
+    learning, drawing = (as_json(foretold(run, gpus))["phases"] for gpus in (8, 4))
     between, ahead = (
-        check_sums(forecast(override(run, ["algorithm.rollout.gpus=4", f"algorithm.rollout.lag={lag}"]), 12, H100)) for lag in (0, 1)
+        check_sums(foretold(override(run, ["algorithm.rollout.gpus=4", f"algorithm.rollout.lag={lag}"]), 12)) for lag in (0, 1)
     )
     for told in (between, ahead):
         assert told["generating"]["dp"] == 1
@@ -200,7 +208,7 @@ def test_ranks_that_only_generate_are_a_launch_beside_the_one_that_learns(epochs
 
 def test_ranks_that_only_generate_hold_weights_and_a_cache() -> None:
     run = override(rlvr(), ["algorithm.rollout.gpus=4"])
-    found, alone = forecast(run, 12, H100), forecast(rlvr(), 4, H100)
+    found, alone = foretold(run, 12), foretold(rlvr(), 4)
     for near, far, both in zip(found.stages, found.generating, alone.stages, strict=True):
         assert far.parts.keys() == {"weights", "context", "cache", "activations"}
         assert far.moments["generation"] == both.moments["generation"] - sum(
@@ -208,55 +216,56 @@ def test_ranks_that_only_generate_hold_weights_and_a_cache() -> None:
         )
         assert "generation" not in near.moments
         assert near.moments["handing weights"] <= near.moments["update, policy"] + near.parts["weights"]
-    assert "generation" in forecast(override(run, ['algorithm.held_out=["allenai/RLVR-GSM"]']), 12, H100).stages[0].moments
+    assert "generation" in foretold(override(run, ['algorithm.held_out=["allenai/RLVR-GSM"]']), 12).stages[0].moments
     with pytest.raises(ValueError, match=r"rollout.gpus=3 must be a multiple of .* = 4.*use 4"):
-        forecast(override(run, ["algorithm.rollout.gpus=3"]), 12, H100)
-    assert not forecast(run, 12, replace(H100, memory=float(max(rank.peak_bytes for rank in found.generating) - 1))).fits
+        foretold(override(run, ["algorithm.rollout.gpus=3"]), 12)
+    assert not foretold(run, 12, replace(H100, memory=float(max(rank.peak_bytes for rank in found.generating) - 1))).fits
 
 
 def test_405b_is_forecast_and_what_it_lacks_is_found() -> None:
     """The recipe fits; with a gigabyte less than it needs it does not, and the way out that is named then does."""
     run = load_recipe(str(RECIPES / "tulu3_405b_sft.py"))
-    found = forecast(run, 256, H100)
+    found = foretold(run, 256)
     check_sums(found)
     assert found.fits
     assert found.way_out is None
     assert sum(rank.params for rank in found.stages) * 8 == pytest.approx(405.85e9, rel=1e-3)
     need = max(rank.peak_bytes for rank in found.stages)
     smaller = replace(H100, memory=float(need - 10**9))
-    tight = forecast(run, 256, smaller)
+    tight = foretold(run, 256, smaller)
     assert not tight.fits
     assert tight.way_out
     words = tight.way_out.split()
     gpus = int(words[words.index("--gpus") + 1]) if "--gpus" in words else 256
     settings = [word for word in words if "=" in word]
-    assert forecast(override(run, settings), gpus, smaller).fits
+    assert foretold(override(run, settings), gpus, smaller).fits
 
 
 def test_a_critic_that_is_too_large_is_found_and_what_helps_is_named() -> None:
     large, bare = replace(SMALL, hidden=512, ffn=1024, layers=12), replace(H100, allowance=0.0)
-    roomy = forecast(rlvr(), 8, bare)
+    roomy = foretold(rlvr(), 8, bare)
     tight = replace(bare, memory=4.0 * max(rank.peak_bytes for rank in roomy.stages))
-    assert forecast(rlvr(), 8, tight).fits
-    found = forecast(rlvr(critic=large), 8, tight)
+    assert foretold(rlvr(), 8, tight).fits
+    found = foretold(rlvr(critic=large), 8, tight)
     assert not found.fits
     worst = max(found.stages, key=lambda rank: rank.peak_bytes)
     assert worst.parts["critic"] > worst.parts["weights"] + worst.parts["optimizer"]
     assert found.way_out
-    assert forecast(override(rlvr(critic=large), found.way_out.split()), 8, tight).fits
+    assert foretold(override(rlvr(critic=large), found.way_out.split()), 8, tight).fits
 
 
-def test_search_finds_the_layout_that_trying_all_finds() -> None:
+def test_search_finds_the_layout_that_trying_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "BUDGETS", 3)
     run = replace(sft(), model=Model(init=replace(SMALL, layers=2, kv_heads=1)))
     whole = forecast(run, 2, H100, seek=False)
     tight = replace(H100, memory=float(whole.stages[0].peak_bytes - 1))  # not as the recipe has it
     room = ROOM * tight.memory
-    found = search(run, 2, tight, confirm=2)
+    found = search(run, 2, tight, confirm=1)
     assert found
     tried = []
     for pp in (1, 2):
         for recompute in ("none", "selective", "full"):
-            for budget in (512, 768, 1024, 1536, 2048):
+            for budget in (512, 768, 1024):
                 settings = [f"parallel.pp={pp}", f"parallel.recompute={recompute}", f"tokens_per_microbatch={budget}"]
                 other = forecast(override(run, settings), 2, tight, seek=False)
                 tried += [other.step_seconds] if other.fullest.peak_bytes <= room else []
@@ -311,8 +320,14 @@ def test_what_does_not_fit_has_an_exit_code_and_what_is_wrong_has_one_line(tmp_p
         assert complaint in lines[0]
 
 
+def test_a_picture_needs_matplotlib(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["dryrun", recipe(tmp_path), "--png", str(tmp_path / "f.png")]) == 1
+    assert "f.png needs the package matplotlib; pip install matplotlib, or leave it out" in capsys.readouterr().err
+
+
 def test_the_page_of_tulus_step_says_what_was_forecast() -> None:
-    fact = dryrun_tulu.fact_of(forecast(rlvr(epochs=2), 8, H100))
+    fact = dryrun_tulu.fact_of(foretold(rlvr(epochs=2), 8))
     assert fact["training"] == pytest.approx(sum(s for name, s in fact["phases"].items() if name not in dryrun_tulu.GENERATES))
     assert fact["ratio"] == pytest.approx(1500 / fact["training"])
     row = next(line for line in dryrun_tulu.page([fact]).splitlines() if line.startswith("| 8 |"))

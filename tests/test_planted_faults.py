@@ -58,9 +58,9 @@ FAULTS = [
     Fault("405b_sft", ["algorithm.batch_size=16"], "algorithm.batch_size=16 makes an optimizer step of 16", ["algorithm.batch_size=32"]),
     Fault(
         "405b_sft",
-        ["algorithm.max_length=8190"],
-        "algorithm.max_length=8190 is over tokens_per_microbatch=4096",
-        ["tokens_per_microbatch=8192"],
+        ["algorithm.max_length=16380"],
+        "algorithm.max_length=16380 is over tokens_per_microbatch=8192",
+        ["tokens_per_microbatch=16384"],
     ),
     Fault(
         "405b_sft",
@@ -118,7 +118,7 @@ FAULTS = [
     Fault(
         "405b_rlvr",
         ["algorithm.max_response=4096"],
-        "algorithm.max_prompt=2048 with max_response=4096 is over tokens_per_microbatch=4096",
+        "algorithm.max_prompt=2048 with max_response=4096 is over tokens_per_microbatch=3072",
         ["tokens_per_microbatch=6144"],
     ),
     Fault(

@@ -155,12 +155,10 @@ def _batch(trained: Trained) -> dict[str, Any]:
 
 
 def draw(forecast: Forecast, path: Path) -> None:
-    """A PNG of one optimizer step of the policy: pipeline ranks downwards, seconds to the right. Raises ValueError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(f"--png {path} needs the package matplotlib; pip install matplotlib, or leave it out") from None
+    """A PNG of one optimizer step of the policy: pipeline ranks downwards, seconds to the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not everyone has it
+    from matplotlib.figure import Figure
+
     timeline, parallel = forecast.scene.policy.update.timeline, forecast.scene.run.parallel
     figure = Figure(figsize=(14, 1.5 + 0.3 * parallel.pp), layout="constrained")
     FigureCanvasAgg(figure)
