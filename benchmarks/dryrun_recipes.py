@@ -19,7 +19,7 @@ from engine.dryrun.search import ROOM, search
 RECIPES = sorted(Path("recipes").glob("tulu3_*.py"))
 DEVICE = "h100"
 STEP = ("recipe", "GPUs", "layout", "s a step", "tokens/s a GPU", "MFU", "idle", "steps", "GPU-hours")
-MEMORY = ("recipe", "GB", "when", "GB at most", "the search's best", "s a step", "GB", "shipped / best")
+MEMORY = ("recipe", "GB", "when", "GB, all longest", "the search's best", "s a step", "GB", "shipped / best")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +99,8 @@ def page(facts: dict[str, dict[str, Any]]) -> str:
         "",
         *table(MEMORY, [_memory(name, fact) for name, fact in facts.items()]),
         "",
-        "GB: of the fullest GPU, 4 GB for CUDA, NCCL and fragments among them; at most: were all sequences as long as the recipe lets them",
-        f"be. The search (`--search`) goes through layouts of the same GPUs that fill at most {ROOM:.0%} of the 80 GB.",
+        "GB: of the fullest GPU, 4 GB for CUDA, NCCL and fragments among them; all longest: were each as long as the recipe lets it.",
+        f"The search (`--search`) goes through layouts of the same GPUs that fill at most {ROOM:.0%} of the 80 GB.",
     ]
     return "\n".join(lines) + "\n"
 
