@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Look at each recipe and write the page after it; 1 where one does not fit."""
+    facts: dict[str, Any] = {}
     for path in arguments.recipes:
         fact = fact_of(path)
         others = json.loads(arguments.json.read_text(encoding="utf-8"))["recipes"] if arguments.json.exists() else {}

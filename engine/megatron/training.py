@@ -32,7 +32,8 @@ def wrap(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataP
     shared.no_sync_func = _each(stages, "no_sync")
     shared.grad_sync_func = _each(stages, "start_grad_sync")
     if parallel.distributed_optimizer and len(stages) > 1:
-        shared.param_sync_func = [partial(ask, stage) for stage in stages]
+        functions: Any = [partial(ask, stage) for stage in stages]
+        shared.param_sync_func = functions
     return stages
 
 
