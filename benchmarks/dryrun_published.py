@@ -154,7 +154,7 @@ def _sum(parts: Sequence[Stage], run: Published) -> Stage:
 def timed(run: Published, slots: Slots, hardware: Hardware) -> Update:
     """The run's optimizer step."""
     message = 2 * sum(run.lengths) / run.parallel.tp * run.model.hidden
-    return Clock(hardware, run.parallel, run.gpus, gathers_ahead=True).update(staged(run, slots), run.microbatches, message)
+    return Clock(hardware, run.parallel, run.gpus).update(staged(run, slots), run.microbatches, message)
 
 
 def rate(run: Published, update: Update) -> float:

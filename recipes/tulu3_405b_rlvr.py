@@ -24,9 +24,10 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=1e-7, schedule="linear", warmup=0.0, weight_decay=0.01, clip=1.0),
-    # 126 layers, embedding and loss are 128 slots, 8 on each of 16 stages; of the critic's 32 layers each has 2.
-    parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True, recompute="selective"),
-    tokens_per_microbatch=4096,
+    # 126 layers, embedding and loss are 128 slots, 8 on each of 16 stages; of the critic's 32 layers each has 2. Microbatches no larger
+    # than the longest sequence leave room for all activations: nothing is recomputed.
+    parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True),
+    tokens_per_microbatch=3072,
     steps=75,
     save_every=10,
     out="runs/tulu3_405b_rlvr",

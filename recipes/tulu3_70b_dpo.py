@@ -19,9 +19,9 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
-    # Two turns of 4 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
-    parallel=Parallel(tp=8, pp=4, vpp=2, stages=(9, 10, 10, 11, 11, 10, 10, 9)),
-    tokens_per_microbatch=4096,
+    # Eight turns of 2 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
+    parallel=Parallel(tp=8, pp=2, vpp=8, stages=(4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4)),
+    tokens_per_microbatch=8192,
     save_every=500,
     out="runs/tulu3_70b_dpo",
 )

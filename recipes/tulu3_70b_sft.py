@@ -16,9 +16,9 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-6, schedule="linear", warmup=0.03, weight_decay=0.0, clip=1.0),
-    # Two turns of 4 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
-    parallel=Parallel(tp=8, pp=4, vpp=2, stages=(9, 10, 10, 11, 11, 10, 10, 9)),
-    tokens_per_microbatch=4096,
-    save_every=500,
+    # Eight turns of 2 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
+    parallel=Parallel(tp=8, pp=2, vpp=8, stages=(4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4)),
+    tokens_per_microbatch=6144,
+    save_every=1000,
     out="runs/tulu3_70b_sft",
 )

@@ -256,6 +256,26 @@ def bad_step(world: World, parallel: Parallel, model: Model) -> tuple[str, dict[
     return complaint, results[0], results[1]
 
 
+def asked_ahead(world: World, parallel: Parallel, model: Model) -> list[bool]:
+    """Of every time that a forward of a second step waits for gathered weights: whether their gathering had been started."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    from engine.megatron.policy import Policy
+
+    asked: list[bool] = []
+    finish = Group.finish_param_sync
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> None:
+        asked.append(self.param_gather_dispatched)
+        finish(self, *arguments, **options)
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        policy.update(batch(samples(0), 64, **policy.cut), nll, OPTIM.lr)
+        with mock.patch.object(Group, "finish_param_sync", watched):
+            policy.update(batch(samples(1), 64, **policy.cut), nll, OPTIM.lr)
+    return asked
+
+
 def _resident(name: str) -> int:
     """A line of /proc/self/status, in bytes."""
     return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))

@@ -116,8 +116,8 @@ def test_replicas_reduce_behind_the_last_backward_where_they_must() -> None:
     assert hidden.reduction == 0  # 200 seconds beside a backward of 300
     assert hidden.timeline.seconds == 5 * 450 + gather  # a single bucket, for which the first forward waits
     assert clock(world_size=2).update([stage(seconds=50.0)], 5, 0.0).reduction == reduce - 100
-    asked = replace(clock(world_size=4, pp=2), gathers_ahead=True).update([stage(0), stage(1)], 4, 0.0).timeline
-    assert asked.seconds == clock(world_size=4, pp=2).update([stage(0), stage(1)], 4, 0.0).timeline.seconds - gather
+    staged = clock(world_size=4, pp=2).update([stage(0), stage(1)], 4, 0.0).timeline
+    assert staged.seconds == (4 + 1) * 300 + gather  # stages gather beside each other, at the start
     whole = clock(world_size=2)
     whole = replace(whole, parallel=replace(whole.parallel, distributed_optimizer=False)).update([stage(seconds=50.0)], 5, 0.0)
     assert (whole.reduction, whole.timeline.seconds) == (2 * reduce - 100, 5 * 150)

@@ -15,8 +15,8 @@ from torch.distributed.run import get_args_parser
 from engine.__main__ import _parsed, load_recipe
 from engine.checks import problems
 from engine.config import override
+from engine.dryrun.known import shape
 from engine.export import Exporting
-from tests.llamas import shape
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "launch.md").read_text()
@@ -94,17 +94,19 @@ def test_the_slurm_script_is_shell() -> None:
 
 
 def test_rows_are_prepared_as_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The page's program on a small recipe: the second time, as a run, it finds what the first has made."""
+    """The page's program on small recipes: the second time, as a run, it finds what the first has made."""
     (program,) = blocks("python")
-    small = program.replace("tulu3_405b_sft", "tiny_sft").replace("/shared/models/Llama-3.1-405B", "bytes")
-    assert small.count("tiny_sft") == 1
+    small = program.replace("tulu3_405b_", "tiny_").replace("/shared/models/Llama-3.1-405B", "bytes")
+    assert small.count("recipes/tiny_{name}") == 1
     assert '"bytes"' in small
     monkeypatch.setenv("TRIVET_CACHE", str(tmp_path))
     monkeypatch.chdir(ROOT)
     for _ in range(2):
         exec(compile(small, "docs/launch.md", "exec"), {})
-        assert "2000 rows, 0 truncated" in capsys.readouterr().out
-        assert len(list((tmp_path / "corpora").iterdir())) == 1
+        said = capsys.readouterr().out
+        for line in ("2000 rows, 0 truncated", "1000 rows, 0 truncated", "tasks.jsonl: 64 prompts"):
+            assert line in said
+        assert len(list((tmp_path / "corpora").iterdir())) == 2
 
 
 def test_the_launch_in_small_is_where_the_page_says() -> None:

@@ -13,9 +13,9 @@ import pytest
 from engine.__main__ import load_recipe
 from engine.checks import problems, warnings
 from engine.config import Run, override
+from engine.dryrun.known import shape
 from tests import jobs
 from tests.launch_405b import RECIPE, prepared
-from tests.llamas import shape
 from tests.pool import ranks
 
 ROOT = Path(__file__).parents[1]
@@ -58,9 +58,9 @@ FAULTS = [
     Fault("405b_sft", ["algorithm.batch_size=16"], "algorithm.batch_size=16 makes an optimizer step of 16", ["algorithm.batch_size=32"]),
     Fault(
         "405b_sft",
-        ["algorithm.max_length=8190"],
-        "algorithm.max_length=8190 is over tokens_per_microbatch=4096",
-        ["tokens_per_microbatch=8192"],
+        ["algorithm.max_length=16380"],
+        "algorithm.max_length=16380 is over tokens_per_microbatch=8192",
+        ["tokens_per_microbatch=16384"],
     ),
     Fault(
         "405b_sft",
@@ -118,7 +118,7 @@ FAULTS = [
     Fault(
         "405b_rlvr",
         ["algorithm.max_response=4096"],
-        "algorithm.max_prompt=2048 with max_response=4096 is over tokens_per_microbatch=4096",
+        "algorithm.max_prompt=2048 with max_response=4096 is over tokens_per_microbatch=3072",
         ["tokens_per_microbatch=6144"],
     ),
     Fault(

@@ -28,6 +28,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Para
         assert after == clean
 
 
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(pp=2), Parallel(pp=2, vpp=2)], ids=str)
+def test_weights_are_asked_for_before_a_forward_waits_for_them(parallel: Parallel) -> None:
+    """Along a pipeline, what each stage waits for adds up."""
+    for asked in ranks(2).run(jobs.asked_ahead, parallel=parallel, model=Model(init=jobs.TINY)):
+        assert asked
+        assert all(asked)
+
+
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Tensor]:
     """Log-probs at temperature 0.7, and entropy below them, [2, L], of what jobs.logprobs reads: transformers, in float64."""

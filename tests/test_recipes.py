@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.dryrun_recipes import layout, longest
 from engine.__main__ import load_recipe
 from engine.batching import plan
 from engine.checks import problems, warnings
 from engine.config import Optim, Parallel, Run, override
+from engine.dryrun.compose import composer
+from engine.dryrun.forecast import forecast
+from engine.dryrun.hardware import Hardware
+from engine.dryrun.known import shape
+from engine.dryrun.scene import Rehearse
+from engine.dryrun.search import ROOM
+from engine.dryrun.stages import rehearse
 from tests import jobs_rlvr
 from tests.launch_405b import RECIPE, check_same, prepared, told
-from tests.llamas import shape
 from tests.pool import ranks
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +46,32 @@ def test_nothing_is_wrong_and_only_the_padding_is_worth_a_word(name: str) -> Non
     assert problems(run, shape, gpus(name)) == []
     said = warnings(run, shape, gpus(name))
     assert [line.split(" over ")[0] for line in said] == ["model.vocab=128264"] * (shape(run.model).vocab == 128264)
+
+
+@lru_cache
+def composed() -> Rehearse:
+    """Stages of all recipes, those that are alike rehearsed once."""
+    return composer(rehearse)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_were_every_sequence_as_long_as_may_be(name: str) -> None:
+    run = recipe(name)
+    found = forecast(run, gpus(name), Hardware.load("h100"), given=longest(run), rehearse=composed(), seek=False)
+    assert found.fits
+    assert all(line.startswith("model.vocab=128264 over ") for line in found.warnings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_forecast_is_on_the_page_and_nearly_the_best(name: str) -> None:
+    """benchmarks/results/dryrun_recipes_*: of the recipe as it is now, with room to spare, no slower than the search's best by 5 %."""
+    facts = json.loads(max((ROOT / "benchmarks/results").glob("dryrun_recipes_*.json")).read_text())
+    fact, run = facts["recipes"][name], recipe(name)
+    assert fact["layout"] == layout(run, fact["gpus"])
+    assert fact["gpus"] == gpus(name)
+    assert fact["fits"]
+    assert fact["peak_bytes"] <= ROOM * Hardware.load("h100").memory
+    assert fact["step_seconds"] <= 1.05 * fact["best"]["step_seconds"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +137,7 @@ def test_the_405b_recipe_on_four_ranks(tmp_path: Path) -> None:
     """With a tiny model in the place of 405B, by settings alone; python -m tests.launch_405b does it by torchrun on 16."""
     run = override(load_recipe(str(ROOT / RECIPE)), prepared(tmp_path))
     alone, four = (replace(run, parallel=replace(run.parallel, tp=n, pp=n), out=str(tmp_path / f"out-{n}")) for n in (1, 2))
-    assert four.parallel == Parallel(tp=2, pp=2, count_embedding=True, count_loss=True, recompute="selective")
+    assert four.parallel == Parallel(tp=2, pp=2, count_embedding=True, count_loss=True)
     ranks(1).run(jobs_rlvr.trained, run=alone)
     ranks(4).run(jobs_rlvr.trained, run=four)
     check_same(told(tmp_path / "out-2"), told(tmp_path / "out-1"))

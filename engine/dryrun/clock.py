@@ -53,7 +53,6 @@ class Clock:
     hardware: Hardware
     parallel: Parallel
     world_size: int
-    gathers_ahead: bool = False  # a stage's weights are asked for before its first microbatch comes (megatron-core's param_sync_func)
 
     @cached_property
     def dp(self) -> int:
@@ -94,6 +93,13 @@ class Clock:
         steps, bandwidth, latency = self._ring(collective.axis)
         return latency + rounds * (steps + (ranks - 1) / ranks * collective.size / bandwidth)
 
+    def handed(self, size: float, listeners: int, apart: bool) -> float:
+        """Of `size` bytes that each rank of a replica tells as many `listeners` at its own place of theirs, which are in other nodes where
+        `apart`: over its own adapter, and through memory as it is made one piece and taken to pieces again."""
+        link = self.hardware.across if apart else self.hardware.inside
+        copied = 4 * size / (self.hardware.bandwidth * self.hardware.streaming)
+        return link.latency + listeners * link.step + size / link.bandwidth + copied
+
     def hop(self, size: float) -> float:
         """Of `size` bytes from a pipeline stage to the next: over the network, unless all stages are in one node."""
         ranks, stride = self._axis("pp")
@@ -131,19 +137,18 @@ class Clock:
         ranks = by_rank(stages)
         forward = [[self.seconds(stage.forward) for stage in rank] for rank in ranks]
         backward = [[self.seconds(stage.backward) for stage in rank] for rank in ranks]
-        first = [[time + self._gather(stage, time) for stage, time in zip(*pair, strict=True)] for pair in zip(ranks, forward, strict=True)]
-        timeline = simulate(forward, backward, microbatches, self.hop(message), first=first)
+        gather = [[self._gather(stage, time) for stage, time in zip(*pair, strict=True)] for pair in zip(ranks, forward, strict=True)]
+        timeline = simulate(forward, backward, microbatches, self.hop(message), gather=gather)
         reduced = max(self._reduced(rank, timeline, microbatches) for rank in ranks)
         return Update(timeline, max(0.0, reduced - timeline.seconds), self._optimizer(ranks))
 
     def _gather(self, stage: Stage, forward: float) -> float:
-        """What the first forward is longer by, because a sharded optimizer's parameters come in while it runs: one bucket on the very
-        first stage, whose others are hidden; elsewhere megatron-core has but one bucket, and the forward waits for all of it."""
-        first = (stage.pp, stage.chunk) == (0, 0)
-        if not self.parallel.distributed_optimizer or self.dp == 1 or (self.gathers_ahead and not first):
+        """How long the first forward waits for a sharded optimizer's parameters once they are asked for: for one bucket on the very first
+        stage, whose others are hidden beside it as far as it goes; elsewhere megatron-core has but one bucket."""
+        if not self.parallel.distributed_optimizer or self.dp == 1:
             return 0.0
         whole = self.collective(Collective("all_gather", "dp", stage.weights, True))
-        if not first or stage.parameters <= self._bucket:
+        if (stage.pp, stage.chunk) != (0, 0) or stage.parameters <= self._bucket:
             return whole
         bucket = whole * self._bucket / stage.parameters
         return bucket + max(0.0, whole - bucket - self.hardware.overlap * forward)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ class Asked:
         return lengths.read(self.lengths) if self.lengths else ()
 
     def check(self) -> None:
-        """Raise ValueError for files that could not be written, before anything is computed."""
+        """Raise ValueError for files that could not be written or drawn, before anything is computed."""
         for option, path in (("--json", self.json), ("--png", self.png)):
             if path and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{option} {path}: its folder does not exist; make it first")
+        if self.png and find_spec("matplotlib") is None:
+            raise ValueError(f"--png {self.png} needs the package matplotlib; pip install matplotlib, or leave it out")
 
 
 def forecast(asked: Asked) -> bool:

@@ -12,7 +12,7 @@ from engine.config import Run
 from engine.dryrun import known
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.memory import Rank, ledger
-from engine.dryrun.phases import HOST_LINK, VERDICTS, Phase, once, phases
+from engine.dryrun.phases import HOST_LINK, VERDICTS, Phase, once, phases, seconds_of
 from engine.dryrun.scene import Rehearse, Scene
 from engine.dryrun.stages import rehearse as rehearse_every_rank
 from engine.dryrun.ways import way_out
@@ -23,7 +23,8 @@ class Forecast:
     """What a launch will be like."""
 
     scene: Scene
-    stages: list[Rank]
+    stages: list[Rank]  # that train
+    generating: list[Rank]  # that only generate
     phases: list[Phase]  # of one step
     once: list[Phase]  # before the first
     steps: int | None  # of the whole recipe; None where the size of its data is not known
@@ -33,11 +34,19 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        return all(rank.fits for rank in self.stages)
+        return all(rank.fits for rank in self.ranks)
+
+    @property
+    def ranks(self) -> list[Rank]:
+        return [*self.stages, *self.generating]
+
+    @property
+    def fullest(self) -> Rank:
+        return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     @property
     def step_seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases)
+        return seconds_of(self.phases)
 
     @property
     def tokens(self) -> int:
@@ -88,18 +97,19 @@ def forecast(
     Raises ValueError where the run cannot start, with the field, its value and one that works.
     """
     scene = Scene.of(run, gpus, hardware, rehearse, given)
-    stages = ledger(scene)
+    ranks = ledger(scene)
     steps = run.steps or _steps(run)
-    fits = all(rank.fits for rank in stages)
+    fits = all(rank.fits for rank in ranks)
     mean = float(scene.sequences.lengths_N.mean())
     return Forecast(
         scene=scene,
-        stages=stages,
+        stages=[rank for rank in ranks if rank.trains],
+        generating=[rank for rank in ranks if not rank.trains],
         phases=phases(scene),
         once=once(scene, steps or 0),
         steps=steps,
         way_out=None if fits else way_out(scene, given, rehearse) if seek else "",
-        warnings=warnings(run, known.shape, gpus, node=hardware.node, tokens=mean),
+        warnings=warnings(run, known.shape, scene.policy.clock.world_size, node=hardware.node, tokens=mean),
         assumptions=_assumptions(scene),
     )
 

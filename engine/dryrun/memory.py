@@ -9,6 +9,7 @@ from engine.algorithms.dpo import DPO
 from engine.algorithms.rlvr import RLVR
 from engine.dryrun.scene import Scene, Trained
 from engine.dryrun.work import Stage
+from engine.megatron.policy import BUCKET_BYTES
 
 IDS = 3 * 8 + 1 + 8  # bytes of a token on the device: ids, targets and positions as int64, the mask, its place among the wanted rows
 COLUMNS = {RLVR: 5, DPO: 1}  # float32 values a token brings along: advantage, old and reference log-prob, value, return
@@ -25,6 +26,7 @@ class Rank:
     moment: str
     moments: dict[str, int]  # peak of each moment
     capacity: int
+    trains: bool = True  # False: it only generates
 
     @property
     def peak_bytes(self) -> int:
@@ -36,13 +38,14 @@ class Rank:
 
 
 def ledger(scene: Scene) -> list[Rank]:
-    """Every pipeline rank's memory."""
-    return [_rank(scene, pp, stages) for pp, stages in enumerate(scene.policy.ranks)]
+    """Every pipeline rank's memory: of those that train, then of those that only generate."""
+    kinds = (True,) if scene.generator is None else (True, False)
+    return [_rank(scene, pp, stages, trains) for trains in kinds for pp, stages in enumerate(scene.policy.ranks)]
 
 
-def _rank(scene: Scene, pp: int, stages: list[Stage]) -> Rank:
-    lasting = _lasting(scene, pp)
-    moments = {name: lasting | added for name, added in _moments(scene, pp)}
+def _rank(scene: Scene, pp: int, stages: list[Stage], trains: bool) -> Rank:
+    lasting = _lasting(scene, pp) if trains else _read_only(scene, pp)
+    moments = {name: lasting | added for name, added in (_moments if trains else _moments_apart)(scene, pp)}
     worst = max(moments, key=lambda name: sum(moments[name].values()))
     return Rank(
         pp=pp,
@@ -52,7 +55,12 @@ def _rank(scene: Scene, pp: int, stages: list[Stage]) -> Rank:
         moment=worst,
         moments={name: sum(parts.values()) for name, parts in moments.items()},
         capacity=int(scene.hardware.memory),
+        trains=trains,
     )
+
+
+def _read_only(scene: Scene, pp: int) -> dict[str, int]:
+    return {"weights": sum(stage.weights for stage in scene.policy.ranks[pp]), "context": int(scene.hardware.allowance)}
 
 
 def _lasting(scene: Scene, pp: int) -> dict[str, int]:
@@ -73,15 +81,30 @@ def _lasting(scene: Scene, pp: int) -> dict[str, int]:
 
 
 def _moments(scene: Scene, pp: int) -> Iterator[tuple[str, dict[str, int]]]:
-    if isinstance(scene.run.algorithm, RLVR):
-        yield "generation", _generation(scene, scene.run.algorithm, pp)
+    algorithm = scene.run.algorithm
+    if isinstance(algorithm, RLVR) and (scene.generator is None or algorithm.held_out):  # the policy itself is evaluated
+        yield "generation", _generation(scene, algorithm, pp)
+    if scene.generator is not None:
+        yield "handing weights", _handing(scene, pp)
     for trained in scene.trained:
-        if scene.run.algorithm.__class__ in COLUMNS:  # reads log-probs or values before it learns
+        if algorithm.__class__ in COLUMNS:  # reads log-probs or values before it learns
             read = max(stage.inference_peak for stage in trained.ranks[pp])
             yield f"reading, {trained.name}", {"activations": read, "batch": _batch(scene, trained, trained.reading.tokens, pp)}
         held, peak = ([getattr(stage, what) for stage in trained.ranks[pp]] for what in ("held", "peak"))
         most = trained.update.timeline.most_held(pp, held, peak)
         yield f"update, {trained.name}", {"activations": int(most), "batch": _batch(scene, trained, trained.step.tokens, pp)}
+
+
+def _moments_apart(scene: Scene, pp: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Of ranks that only generate: the cache is made for each step's responses, and let go."""
+    assert isinstance(scene.run.algorithm, RLVR)
+    yield "generation", _generation(scene, scene.run.algorithm, pp)
+    yield "handing weights", _handing(scene, pp)
+
+
+def _handing(scene: Scene, pp: int) -> dict[str, int]:
+    """Weights travel some at a time, in one piece."""
+    return {"batch": min(BUCKET_BYTES, sum(stage.weights for stage in scene.policy.ranks[pp]))}
 
 
 def _batch(scene: Scene, trained: Trained, tokens: int, pp: int) -> int:
@@ -97,7 +120,7 @@ def slots(scene: Scene, algorithm: RLVR) -> int:
     """Sequences under way at once on each replica, in each of its groups: rollout/sampler.py's rule, where the cache holds least. Raises
     ValueError for a cache that does not hold one for each group."""
     groups, positions = scene.run.parallel.pp, algorithm.max_prompt + algorithm.max_response
-    most = -(-len(scene.sequences.lengths_N) // scene.replicas)
+    most = -(-len(scene.sequences.lengths_N) // scene.draws.dp)
     bytes_of = max(_slot_bytes(scene, pp, positions) for pp in range(groups))
     return max(1, min(algorithm.rollout.slots, algorithm.rollout.held(bytes_of, positions, groups), most) // groups)
 

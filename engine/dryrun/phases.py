@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from engine.algorithms.dpo import DPO
 from engine.algorithms.rlvr import RLVR
 from engine.config import Llama
+from engine.dryrun.clock import Clock
 from engine.dryrun.decoding import rollout
 from engine.dryrun.memory import slots
 from engine.dryrun.scene import Scene
@@ -17,17 +18,21 @@ from engine.dryrun.scene import Scene
 VERDICTS = 685.0  # a second, of `math` on two cores: benchmarks/results/verifiers_cpu2_2026-11-22.md
 HOST_LINK = 5e9  # bytes/s of a GPU between its memory and pageable memory of the host, all of a node at once; assumed
 
+DRAWING = ("prefill", "decoding")
+
 
 class Phase(NamedTuple):
-    """`flops`: of all GPUs together, without padding and recomputation."""
+    """`flops`: of all GPUs together, without padding and recomputation. `beside`: on ranks of their own, while others go through the
+    phases that are not."""
 
     name: str
     seconds: float
     flops: float = 0.0
+    beside: bool = False
 
 
 def phases(scene: Scene) -> list[Phase]:
-    """Of one step of the recipe, in order."""
+    """Of one step of the recipe, in order; of a step in the middle, where the next one's responses are drawn ahead."""
     algorithm = scene.run.algorithm
     return list(_rlvr(scene, algorithm)) if isinstance(algorithm, RLVR) else list(_supervised(scene))
 
@@ -57,9 +62,26 @@ def _supervised(scene: Scene) -> Iterator[Phase]:
 
 
 def _rlvr(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
+    drawing, learning = list(_generation(scene, algorithm)), list(_learning(scene, algorithm))
+    if scene.generator is None:
+        yield from [*drawing, *learning]
+        return
+    ahead = algorithm.rollout.lag > 0
+    yield from (phase._replace(beside=ahead) for phase in drawing)
+    yield Phase("handing weights", _handing(scene, scene.generator))
+    if ahead:
+        yield Phase("waiting for responses", max(0.0, seconds_of(drawing) - seconds_of(learning)))
+    yield from learning
+
+
+def seconds_of(phases: Iterable[Phase]) -> float:
+    """Of phases one after the other."""
+    return sum(phase.seconds for phase in phases if not phase.beside)
+
+
+def _learning(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
     lengths_N = scene.sequences.lengths_N
     whole = {trained.name: forward_flops(trained.model, lengths_N) for trained in scene.trained}
-    yield from _generation(scene, algorithm)
     yield Phase("verification", len(lengths_N) / VERDICTS)
     if not algorithm.learns_once:
         yield Phase("log-probs, policy", scene.policy.reading_seconds, whole["policy"])
@@ -75,11 +97,17 @@ def _rlvr(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
 def _generation(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
     """Of the replica that got the first of each `replicas` sequences; all have nearly the same."""
     sequences, model = scene.sequences, scene.policy.model
-    prompts, responses = (column[:: scene.replicas].tolist() for column in (sequences.prompt_N, sequences.response_N))
-    drawn = rollout(scene.policy.clock, model, prompts, responses, slots(scene, algorithm))
+    prompts, responses = (column[:: scene.draws.dp].tolist() for column in (sequences.prompt_N, sequences.response_N))
+    drawn = rollout(scene.draws, model, prompts, responses, slots(scene, algorithm))
     asked = forward_flops(model, sequences.prompt_N)
-    yield Phase("prefill", drawn.prefill, asked)
-    yield Phase("decoding", drawn.decode, forward_flops(model, sequences.lengths_N) - asked)
+    drawing = ((drawn.prefill, asked), (drawn.decode, forward_flops(model, sequences.lengths_N) - asked))
+    yield from (Phase(name, *costs) for name, costs in zip(DRAWING, drawing, strict=True))
+
+
+def _handing(scene: Scene, generator: Clock) -> float:
+    """Weights go from the first replica that trains to all that only generate, which are in other nodes where the launch has several."""
+    largest = max(sum(stage.weights for stage in rank) for rank in scene.policy.ranks)
+    return generator.handed(largest, generator.dp, apart=scene.gpus > scene.hardware.node)
 
 
 def _moving(scene: Scene, algorithm: RLVR) -> float:

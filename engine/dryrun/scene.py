@@ -83,10 +83,17 @@ class Scene:
     sequences: Sequences
     policy: Trained
     critic: Trained | None
+    generator: Clock | None  # of ranks that only generate, on the policy's tp and pp; None: those that train generate too
 
     @property
     def replicas(self) -> int:
+        """That train."""
         return self.policy.clock.dp
+
+    @property
+    def draws(self) -> Clock:
+        """Of the ranks that generate."""
+        return self.generator or self.policy.clock
 
     @property
     def trained(self) -> list[Trained]:
@@ -97,20 +104,20 @@ class Scene:
         """Rehearse `run`. Raises ValueError where it cannot start."""
         if gpus < 1:
             raise ValueError(f"gpus={gpus} must be at least 1")
-        if isinstance(run.algorithm, RLVR) and (apart := run.algorithm.rollout.gpus):
-            raise ValueError(f"algorithm.rollout.gpus={apart}: the dry run does not know ranks apart yet; use algorithm.rollout.gpus=0")
-        if found := problems(run, known.shape, gpus, on_gpu=hardware.width == 2):
+        trainers = run.algorithm.trainers(run, gpus) if isinstance(run.algorithm, RLVR) else gpus
+        if found := problems(run, known.shape, trainers, on_gpu=hardware.width == 2):
             raise ValueError("; also: ".join(found))
         sequences = draw(run.algorithm, run.seed, given)
 
         def trained(name: str, model: Llama, optim: Optim, parallel: Parallel) -> Trained:
-            return _trained(name, model, optim, Clock(hardware, parallel, gpus), run, sequences, rehearse)
+            return _trained(name, model, optim, Clock(hardware, parallel, trainers), run, sequences, rehearse)
 
         policy = trained("policy", run.model.headed(known.shape(run.model)), run.optim, run.parallel)
         critic = None
         if isinstance(run.algorithm, RLVR) and (asked := run.algorithm.critic) is not None:
             critic = trained("critic", asked.model.headed(known.shape(asked.model)), asked.optim, run.parallel.evenly())
-        return Scene(run, gpus, hardware, sequences, policy, critic)
+        generator = Clock(hardware, run.parallel, gpus - trainers) if trainers < gpus else None
+        return Scene(run, gpus, hardware, sequences, policy, critic, generator)
 
 
 def _trained(name: str, model: Llama, optim: Optim, clock: Clock, run: Run, sequences: Sequences, rehearse: Rehearse) -> Trained:

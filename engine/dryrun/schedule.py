@@ -99,11 +99,12 @@ def simulate(
     microbatches: int,
     hop: float = 0.0,
     *,
-    first: Sequence[Sequence[float]] | None = None,
+    gather: Sequence[Sequence[float]] | None = None,
     forward_only: bool = False,
 ) -> Timeline:
-    """The timeline of a pipeline whose rank r takes forward[r][c] and backward[r][c] seconds for a microbatch of chunk c, but first[r][c]
-    for the first one's forward, and whose messages between ranks take `hop` seconds, during which both compute.
+    """The timeline of a pipeline whose rank r takes forward[r][c] and backward[r][c] seconds for a microbatch of chunk c, and whose
+    messages between ranks take `hop` seconds, during which both compute. The first forward of a chunk waits until its weights have come:
+    gather[r][c] seconds from when they are asked for, one chunk at a time.
 
     Where all pieces take equally long and hop is 0, the bubble is (pp - 1) / (vpp * microbatches + pp - 1). Raises ValueError as `order`.
     """
@@ -112,6 +113,7 @@ def simulate(
     todo = [order(pp, vpp, microbatches, rank, forward_only=forward_only) for rank in range(pp)]
     ranks: list[list[Op]] = [[] for _ in range(pp)]
     ended: dict[tuple[int, Piece], float] = {}
+    come = [0.0] * pp  # when the weights that each rank asked for last are there
     ready = list(range(pp))
     while ready:
         rank = ready.pop()
@@ -123,15 +125,22 @@ def simulate(
                 if need not in ended:
                     break
                 now = max(now, ended[need] + (hop if need[0] != rank else 0.0))
+            if gather is not None and piece.kind == "forward" and piece.microbatch == 0:
+                come[rank] = max(come[rank], _asked(ops, rank, piece.chunk, pp)) + gather[rank][piece.chunk]
+                now = max(now, come[rank])
             start, now = now, now + seconds[rank][piece.kind][piece.chunk]
-            if first is not None and piece.kind == "forward" and piece.microbatch == 0:
-                now = start + first[rank][piece.chunk]
             ended[rank, piece] = now
             ops.append(Op(piece, start, now))
         if len(ops) > before:
             ready = [*{*ready, (rank + 1) % pp, (rank - 1) % pp} - {rank}]
     assert all(len(ops) == len(pieces) for ops, pieces in zip(ranks, todo, strict=True)), "the schedule waits for itself"
     return Timeline(tuple(tuple(ops) for ops in ranks))
+
+
+def _asked(ops: list[Op], rank: int, chunk: int, pp: int) -> float:
+    """When a rank asks for the weights of `chunk`, as megatron-core does: of the first two at the start, of another when the pipeline's
+    last rank takes its first microbatch of the chunk before, which is that many microbatches earlier on the others."""
+    return 0.0 if chunk < 2 else ops[(chunk - 1) * pp - rank].start
 
 
 def _needs(rank: int, piece: Piece, pp: int, vpp: int) -> tuple[int, Piece] | None:

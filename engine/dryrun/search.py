@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 
 from engine.algorithms.rlvr import RLVR
+from engine.checks import Launch
 from engine.config import Llama, Parallel, Run, override, spread
 from engine.dryrun import known
 from engine.dryrun.compose import composer
 from engine.dryrun.forecast import Forecast, forecast
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.memory import ledger
-from engine.dryrun.phases import phases
+from engine.dryrun.phases import phases, seconds_of
 from engine.dryrun.scene import Rehearse, Scene
 from engine.dryrun.stages import rehearse as rehearse_every_rank
 
-BUDGETS = 3  # sizes of a microbatch that are tried: the least power of two that holds the longest sequence, and its doubles
+BUDGETS = 5  # sizes of a microbatch that are tried: powers of two and one and a half times such, from the least that holds the longest
 DEEPEST = 8  # virtual stages of a pipeline rank
-LOOKED_AT = 16  # layouts that fit, in order of the least time they can take, before the search ends
+LOOKED_AT = 20  # layouts that fit, in order of the least time they can take, before the search ends
+ROOM = 0.9  # of a device's memory: what a layout may fill, for the allocator and NCCL are only guessed at
+RECOMPUTES = ("none", "selective", "full")  # each slower than the one before, and smaller
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Layout:
 
     @property
     def peak_bytes(self) -> int:
-        return max(rank.peak_bytes for rank in self.confirmed.stages) if self.confirmed else self.memory
+        return self.confirmed.fullest.peak_bytes if self.confirmed else self.memory
 
 
 def search(
@@ -51,26 +56,30 @@ def search(
     rehearse: Rehearse = rehearse_every_rank,
     confirm: int = 3,
 ) -> list[Layout]:
-    """Layouts of `run` that fit on `gpus` of `hardware`, the fastest first; the first `confirm` are rehearsed whole, and are ahead of all
-    others. Empty where none fits.
+    """Layouts of `run` that fill at most ROOM of each of `gpus` of `hardware`, the fastest first; the first `confirm` are rehearsed whole,
+    and are ahead of all others. Empty where none does.
 
-    Candidates are met in order of the least time that an optimizer step can take; LOOKED_AT that fit are timed with all their phases.
+    Candidates are met in order of the least time that an optimizer step can take, those that are too large again with more recomputed;
+    LOOKED_AT that fit are timed with all their phases.
     """
     composed = composer(rehearse)
-    candidates = []
-    for settings in _candidates(run, gpus, hardware):
-        try:
+    waiting: list[tuple[float, int, list[str], Scene]] = []
+
+    def consider(settings: list[str]) -> None:
+        with suppress(ValueError):  # such a run cannot start
             scene = Scene.of(override(run, settings), gpus, hardware, composed, given)
-        except ValueError:  # such a run cannot start
-            continue
-        candidates.append((_least(scene), len(candidates), settings, scene))
+            heapq.heappush(waiting, (_least(scene), len(waiting), settings, scene))
+
+    for settings in _candidates(run, gpus, hardware):
+        consider(settings)
     fitting: list[Layout] = []
-    for _, _, settings, scene in sorted(candidates, key=lambda candidate: candidate[:2]):
-        if len(fitting) == LOOKED_AT:
-            break
+    while waiting and len(fitting) < LOOKED_AT:
+        _, _, settings, scene = heapq.heappop(waiting)
         memory = max(rank.peak_bytes for rank in ledger(scene))
-        if memory <= hardware.memory:
-            fitting.append(Layout(_differing(run, settings), sum(phase.seconds for phase in phases(scene)), memory))
+        if memory <= ROOM * hardware.memory:
+            fitting.append(Layout(_differing(run, settings), seconds_of(phases(scene)), memory))
+        elif harder := RECOMPUTES[RECOMPUTES.index(scene.run.parallel.recompute) + 1 :]:
+            consider([*settings[:-1], f"parallel.recompute={harder[0]}"])
     ranked = sorted(fitting, key=lambda layout: layout.seconds)
     return _confirmed(ranked, run, gpus, hardware, given, rehearse, confirm)
 
@@ -82,7 +91,7 @@ def _confirmed(ranked: list[Layout], run: Run, gpus: int, hardware: Hardware, gi
     while left and len(whole) < count:
         layout = left.pop(0)
         found = forecast(override(run, layout.settings), gpus, hardware, given=given, rehearse=rehearse, seek=False)
-        if found.fits:
+        if found.fullest.peak_bytes <= ROOM * hardware.memory:
             whole.append(replace(layout, confirmed=found))
     return sorted(whole, key=lambda layout: layout.step_seconds) + left
 
@@ -96,15 +105,16 @@ def _least(scene: Scene) -> float:
 
 
 def _candidates(run: Run, gpus: int, hardware: Hardware) -> Iterator[list[str]]:
+    """Every layout without recomputation, which is the last of its settings."""
     model = run.model.headed(known.shape(run.model))
-    for grid in _grids(model, run.parallel, gpus, hardware):
+    trainers = gpus - (run.algorithm.rollout.gpus if isinstance(run.algorithm, RLVR) else 0)
+    for grid in _grids(model, run.parallel, trainers, hardware):
         dealt = f"parallel.stages={list(grid.stages)}"
         ends = [f"parallel.count_{name}={str(on).lower()}" for name, on in (("embedding", grid.count_embedding), ("loss", grid.count_loss))]
         depth = [f"parallel.pp={grid.pp}", f"parallel.vpp={grid.vpp}"]  # virtual stages need a pipeline: they come after it and go before
         layout = [*(depth if grid.vpp > 1 else depth[::-1]), f"parallel.tp={grid.tp}", *ends, dealt]
-        for recompute in ("none", "selective", "full"):
-            for budget in _budgets(run):
-                yield [*layout, f"parallel.recompute={recompute}", f"tokens_per_microbatch={budget}"]
+        for budget in _budgets(run, trainers):
+            yield [*layout, f"tokens_per_microbatch={budget}", f"parallel.recompute={RECOMPUTES[0]}"]
 
 
 def _grids(model: Llama, parallel: Parallel, gpus: int, hardware: Hardware) -> Iterator[Parallel]:
@@ -127,12 +137,11 @@ def _dealt(model: Llama, grid: Parallel, gpus: int) -> Iterator[Parallel]:
     yield from [way for way in ways if way.holds(model, gpus)][:1]
 
 
-def _budgets(run: Run) -> list[int]:
-    """Powers of two; a pair's halves share a microbatch."""
-    algorithm = run.algorithm
-    longest = algorithm.max_prompt + algorithm.max_response - 1 if isinstance(algorithm, RLVR) else algorithm.max_length
-    least = 1 << (longest - 1).bit_length()
-    return [least << i for i in range(BUDGETS)]
+def _budgets(run: Run, gpus: int) -> list[int]:
+    demands = run.algorithm.demands(Launch(run, gpus, known.shape))
+    longest = demands.together * demands.longest.value
+    sizes = sorted(size << i for i in range(longest.bit_length() + BUDGETS) for size in (2, 3))
+    return [size for size in sizes if size >= longest][:BUDGETS]
 
 
 def _differing(run: Run, settings: list[str]) -> list[str]:

@@ -10,9 +10,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from engine.dryrun.clock import Clock
 from engine.dryrun.forecast import Forecast
 from engine.dryrun.memory import Rank
-from engine.dryrun.phases import Phase
+from engine.dryrun.phases import DRAWING, Phase
 from engine.dryrun.scene import Trained
 from engine.dryrun.schedule import Op
 
@@ -22,7 +23,10 @@ COLOURS = ("#4477aa", "#cc6677")  # of forwards and backwards; a chunk's shade t
 
 def show(forecast: Forecast, console: Console) -> None:
     """Print all of it."""
-    console.print(Group(Text(_headline(forecast), style="bold"), memory_table(forecast), phase_table(forecast), *_lines(forecast)))
+    memory = [memory_table(forecast.stages, "GB on each GPU of a pipeline stage, when it holds most")]
+    if forecast.generating:
+        memory.append(memory_table(forecast.generating, "GB on each GPU that only generates"))
+    console.print(Group(Text(_headline(forecast), style="bold"), *memory, phase_table(forecast), *_lines(forecast)))
 
 
 def _headline(forecast: Forecast) -> str:
@@ -30,16 +34,17 @@ def _headline(forecast: Forecast) -> str:
     virtual = f" x {parallel.vpp} virtual stages" if parallel.vpp > 1 else ""
     grid = f"tp{parallel.tp} pp{parallel.pp}{virtual} dp{scene.replicas}"
     kind = type(scene.run.algorithm).__name__
-    return f"{kind} of {scene.policy.model.parameters / 1e9:.1f}B parameters on {scene.gpus} x {scene.hardware.name}, {grid}"
+    apart = f", and dp{scene.generator.dp} that only generates" if scene.generator else ""
+    return f"{kind} of {scene.policy.model.parameters / 1e9:.1f}B parameters on {scene.gpus} x {scene.hardware.name}, {grid}{apart}"
 
 
-def memory_table(forecast: Forecast) -> Table:
+def memory_table(ranks: list[Rank], title: str) -> Table:
     """A row for each run of pipeline ranks that need the same."""
-    used = [name for name in COLUMNS if any(name in rank.parts for rank in forecast.stages)]
-    table = Table("stage", "layers", "params", *used, "peak", "of", "when", title="GB on each GPU of a pipeline stage, when it holds most")
+    used = [name for name in COLUMNS if any(name in rank.parts for rank in ranks)]
+    table = Table("stage", "layers", "params", *used, "peak", "of", "when", title=title)
     for column in table.columns[1:-1]:
         column.justify = "right"
-    for first, last, rank in _alike(forecast.stages):
+    for first, last, rank in _alike(ranks):
         parts = [f"{rank.parts[name] / 1e9:.1f}" if name in rank.parts else "" for name in used]
         peak = Text(f"{rank.peak_bytes / 1e9:.1f}", style="" if rank.fits else "bold red")
         name = str(first) if first == last else f"{first}-{last}"
@@ -63,14 +68,16 @@ def _shown(rank: Rank) -> tuple[Any, ...]:
 
 
 def phase_table(forecast: Forecast) -> Table:
-    """Seconds of a step's phases."""
+    """Seconds of a step's phases; in brackets of those that go on beside the others, on ranks of their own."""
     table = Table("phase", "seconds", "share", "MFU", title="one step")
     for column in table.columns[1:]:
         column.justify = "right"
     devices = forecast.scene.gpus * forecast.scene.hardware.peak
-    for name, seconds, flops in [*forecast.phases, Phase("step", forecast.step_seconds, forecast.mfu * forecast.step_seconds * devices)]:
+    whole = Phase("step", forecast.step_seconds, forecast.mfu * forecast.step_seconds * devices)
+    for name, seconds, flops, beside in [*forecast.phases, whole]:
         useful = f"{flops / seconds / devices:.1%}" if flops and seconds else ""
-        table.add_row(name, f"{seconds:.2f}", f"{seconds / forecast.step_seconds:.1%}", useful)
+        cells = (f"{seconds:.2f}", f"{seconds / forecast.step_seconds:.1%}")
+        table.add_row(name, *(f"({cell})" if beside else cell for cell in cells), useful)
     return table
 
 
@@ -78,6 +85,9 @@ def _lines(forecast: Forecast) -> Iterator[Text]:
     yield Text(f"{forecast.tokens:,} tokens a step: {forecast.tokens_per_second:,.0f} a second; pipeline idle {forecast.bubble:.1%}")
     for trained in forecast.scene.trained:
         yield Text(f"{trained.name}: {_batch_line(trained)}")
+    if generator := forecast.scene.generator:
+        drawing = sum(phase.seconds for phase in forecast.phases if phase.name in DRAWING)
+        yield Text(f"{generator.world_size} GPUs only generate, and wait {1 - drawing / forecast.step_seconds:.0%} of a step")
     for phase in forecast.once:
         yield Text(f"once: {phase.name}, {phase.seconds / 3600:,.1f} hours")
     if forecast.gpu_hours is not None:
@@ -95,25 +105,29 @@ def _batch_line(trained: Trained) -> str:
 
 def verdict(forecast: Forecast) -> str:
     """Whether it fits, and if not, by how much it fails and what would help."""
-    worst = max(forecast.stages, key=lambda rank: rank.peak_bytes)
-    need = f"stage {worst.pp} needs {worst.peak_bytes / 1e9:.1f} GB of {worst.capacity / 1e9:.0f} GB ({worst.moment})"
+    worst = forecast.fullest
+    name = f"stage {worst.pp}" if worst.trains else f"stage {worst.pp} of those that generate"
+    need = f"{name} needs {worst.peak_bytes / 1e9:.1f} GB of {worst.capacity / 1e9:.0f} GB ({worst.moment})"
     if forecast.fits:
         return f"it fits: {need}"
     return f"it does not fit: {need}; " + (f"this fits: {forecast.way_out}" if forecast.way_out else "no setting that was tried fits")
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:
-    """Plain values. Bytes and seconds; `stages` are pipeline ranks."""
+    """Plain values. Bytes and seconds; `stages` are pipeline ranks. A step takes as long as its `phases` that are not `beside`; these go on
+    meanwhile, on ranks that only generate."""
     scene = forecast.scene
     return {
         "ranks": scene.gpus,
         "device": scene.hardware.name,
         "grid": {"tp": scene.run.parallel.tp, "pp": scene.run.parallel.pp, "vpp": scene.run.parallel.vpp, "dp": scene.replicas},
+        "generating": _generating(forecast, scene.generator) if scene.generator else None,
         "fits": forecast.fits,
         "way_out": forecast.way_out,
         "stages": [_stage(rank) for rank in forecast.stages],
         "step_seconds": forecast.step_seconds,
         "phases": {phase.name: phase.seconds for phase in forecast.phases},
+        "beside": [phase.name for phase in forecast.phases if phase.beside],
         "once": {phase.name: phase.seconds for phase in forecast.once},
         "mfu": forecast.mfu,
         "tokens_per_second": forecast.tokens_per_second,
@@ -124,6 +138,10 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "warnings": forecast.warnings,
         "assumptions": forecast.assumptions,
     }
+
+
+def _generating(forecast: Forecast, grid: Clock) -> dict[str, Any]:
+    return {"ranks": grid.world_size, "dp": grid.dp, "stages": [_stage(rank) for rank in forecast.generating]}
 
 
 def _stage(rank: Rank) -> dict[str, Any]:
@@ -137,12 +155,10 @@ def _batch(trained: Trained) -> dict[str, Any]:
 
 
 def draw(forecast: Forecast, path: Path) -> None:
-    """A PNG of one optimizer step of the policy: pipeline ranks downwards, seconds to the right. Raises ValueError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(f"--png {path} needs the package matplotlib; pip install matplotlib, or leave it out") from None
+    """A PNG of one optimizer step of the policy: pipeline ranks downwards, seconds to the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not everyone has it
+    from matplotlib.figure import Figure
+
     timeline, parallel = forecast.scene.policy.update.timeline, forecast.scene.run.parallel
     figure = Figure(figsize=(14, 1.5 + 0.3 * parallel.pp), layout="constrained")
     FigureCanvasAgg(figure)

@@ -116,6 +116,7 @@ class Policy:
         from engine.megatron import training
 
         assert self.optim is not None, "this policy was built without an optimizer"
+        training.ask(self.stages[0])  # megatron's schedule would, but only of virtual stages
         for stage in self.stages:
             stage.train()
             stage.zero_grad_buffer()

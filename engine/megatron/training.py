@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from engine.megatron.model import PackedModel
 
 def wrap(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataParallel]:
     """Each stage inside megatron's DDP: fp32 gradient buffers, reduced over replicas while backward still runs; a sharded optimizer's
-    parameters are gathered while the next forward does."""
+    parameters are gathered while the next forward does, those of a virtual stage while the one before it has its turn."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -30,6 +31,9 @@ def wrap(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataP
     shared.finalize_model_grads_func = finalize_model_grads
     shared.no_sync_func = _each(stages, "no_sync")
     shared.grad_sync_func = _each(stages, "start_grad_sync")
+    if parallel.distributed_optimizer and len(stages) > 1:
+        functions: Any = [partial(ask, stage) for stage in stages]
+        shared.param_sync_func = functions
     return stages
 
 
@@ -37,6 +41,14 @@ def _each(stages: list[DistributedDataParallel], name: str) -> Any:
     """megatron's schedules take a list of functions for virtual stages, and one function otherwise."""
     functions = [getattr(stage, name) for stage in stages]
     return functions if len(functions) > 1 else functions[0]
+
+
+def ask(stage: DistributedDataParallel, *_: Any) -> None:
+    """Start gathering the parameters that this stage's forward needs first, unless that was done since the last step; each bucket asks
+    for the next. megatron itself starts when a forward already waits, and along a pipeline those waits add up."""
+    first = stage.bucket_groups[-1]  # in the order of backward
+    if stage.ddp_config.overlap_param_gather and not first.param_gather_dispatched:
+        first.start_param_sync()
 
 
 def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel: Parallel, dtype: torch.dtype) -> Any:

@@ -25,7 +25,8 @@ def generation_problems(launch: Launch, slotting: Slotting, positions: int) -> I
 def slot_warnings(launch: Launch, slotting: Slotting, responses: int) -> Iterator[str]:
     """What is lost by the number of slots, when a step draws so many responses."""
     slots, pp, tp = slotting.slots, launch.run.parallel.pp, launch.run.parallel.tp
-    most = max(pp * tp, -(-responses // launch.dp))
+    replicas = slotting.gpus // (pp * tp) or launch.dp
+    most = max(pp * tp, -(-responses // replicas))
     even = max(1, min(slots, most) // (pp * tp)) * pp * tp
     if slots > most:
         yield f"algorithm.rollout.slots={slots} is more than the {most} responses that a replica draws; use {even}"
