@@ -33,7 +33,8 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
     """Row r of the queries attends to the first lengths[r] positions of slot r; not differentiable.
 
     query         [n, H, K], bfloat16, float16 or float32
-    keys, values  [slots, KV, positions, K] of the same dtype, n <= slots; H / KV query heads in a row share a key's head
+    keys, values  [slots, KV, positions, K] of the same dtype, n <= slots, a head's positions adjacent or they are copied; H / KV query
+                  heads in a row share a key's head
     lengths       [n], int32 or int64, at most `positions`, which nobody checks on a device; of a row of length 0 nothing is read
 
     Returns [n, H, K] of the query's dtype, accumulated in float32; 0 where the length is 0. What lies beyond a row's length has to be
@@ -42,7 +43,9 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
     _check(query, keys, values, lengths)
     if not by_kernel(query):
         return _reference(query, keys, values, lengths)
-    return _by_triton(query.contiguous(), keys.contiguous(), values.contiguous(), lengths)
+    if keys.stride() != values.stride() or keys.stride()[2:] != (query.shape[2], 1):
+        keys, values = keys.contiguous(), values.contiguous()
+    return _by_triton(query.contiguous(), keys, values, lengths.contiguous())
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
