@@ -26,7 +26,7 @@ from engine.megatron.seat import Graphs, Grid
 from engine.world import World
 from triton_kernels import decode_attention
 from triton_kernels.launch import by_kernel
-from triton_kernels.tiles import parts, power_of_2
+from triton_kernels.tiles import power_of_2
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Decoder:
     def _padded(self, rows: int) -> int:
         """Rows that so many are computed as: a multiple of tp, and where shapes are captured one of few."""
         unit = lcm(self.tp, min(8, power_of_2(rows))) if self.graphs else self.tp
-        return min(parts(rows, unit) * unit, self.cache.slots)
+        return min(rows + -rows % unit, self.cache.slots)
 
     def _through(self, rows: int, stage: int) -> Tensor:
         """Captured when a shape comes for the second time: what runs only once, such as a kernel's compilation, is done by then."""
