@@ -57,8 +57,8 @@ def check_a_row_does_not_know_its_batch() -> None:
     """Its bits are the same alone, in a longer cache, and in a second run."""
     query, keys, values, lengths = problem([300, 5, 0, 513, 256], 2, 3, 16, 520)
     whole = decode_attention(query, keys, values, lengths)
-    longer = [torch.nn.functional.pad(kept, (0, 0, 0, 4000)) for kept in (keys, values)]
-    assert torch.equal(decode_attention(query, *longer, lengths), whole)
+    more_keys, more_values = (torch.nn.functional.pad(kept, (0, 0, 0, 4000)) for kept in (keys, values))
+    assert torch.equal(decode_attention(query, more_keys, more_values, lengths), whole)
     for row in range(len(query)):
         part = slice(row, row + 1)
         assert torch.equal(decode_attention(query[part], keys[part], values[part], lengths[part].long()), whole[part])
