@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ROWS = 256  # sequences sampled at a time
+REACH = 2048  # positions that the longest of them looks back over; the others spread evenly below it
 LAUNCH = 3e-6  # seconds; one launch takes 3 to 5 microseconds, so a shorter floor is not to be reached
 
 
@@ -99,6 +100,18 @@ def _draw(shape: Shape) -> Work:
     return Work(ROWS * (shape.vocab // shape.tp * 4 + 8 + 8))
 
 
+def reaches() -> list[int]:
+    """Positions that each of the sequences sampled at a time looks back over."""
+    return [REACH * (row + 1) // ROWS for row in range(ROWS)]
+
+
+def _decode_attention(shape: Shape) -> Work:
+    """The keys and values that are looked at; a query in and a result out. Two products of each pair of a query head and a position."""
+    seen, heads = sum(reaches()), shape.heads // shape.tp
+    cached = 2 * seen * shape.kv_heads // shape.tp * shape.head_size * 2
+    return Work(cached + 2 * ROWS * heads * shape.head_size * 2, 4 * seen * heads * shape.head_size)
+
+
 def _linear_logprob(products: int) -> Callable[[Shape], Work]:
     """`products` of [tokens, hidden] by [hidden, vocab]: operands read each way, gradients written, and no logits."""
 
@@ -124,6 +137,7 @@ OPERATIONS: dict[str, Callable[[Shape], Work]] = {
     "logprob backward": _logprob(2),
     "logprob forward and backward": _logprob(3),
     "draw": _draw,
+    "decode_attention": _decode_attention,
     "linear_logprob forward": _linear_logprob(1),
     "linear_logprob forward and backward": _linear_logprob(3),
     "linear_logprob forward and backward, recomputed": _linear_logprob(4),

@@ -10,8 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.floors import ROWS, Shape
-from triton_kernels import dpo_norm, draw, gae, linear_logprob, linear_policy_loss, logprob, ppo_loss, rmsnorm, rope, swiglu
+from benchmarks.floors import REACH, ROWS, Shape, reaches
+from triton_kernels import (
+    decode_attention,
+    dpo_norm,
+    draw,
+    gae,
+    linear_logprob,
+    linear_policy_loss,
+    logprob,
+    ppo_loss,
+    rmsnorm,
+    rope,
+    swiglu,
+)
 
 EPS = 1e-5
 BETA = 5.0
@@ -99,6 +111,13 @@ def _draw_inputs(shape: Shape, device: torch.device) -> Tensors:
     return {"logits": _normal(ROWS, shape.vocab // shape.tp, device=device, scale=3.5, dtype=torch.float32), "keys": keys}
 
 
+def _decoding_inputs(shape: Shape, device: torch.device) -> Tensors:
+    heads, kv_heads = shape.heads // shape.tp, shape.kv_heads // shape.tp
+    keys, values = (_normal(ROWS, kv_heads, REACH, shape.head_size, device=device) for _ in range(2))
+    query, lengths = _normal(ROWS, heads, shape.head_size, device=device), torch.tensor(reaches(), dtype=torch.int32, device=device)
+    return {"query": query, "keys": keys, "values": values, "lengths": lengths}
+
+
 def _linear_inputs(shape: Shape, device: torch.device) -> Tensors:
     vocab = shape.vocab // shape.tp
     hidden = _normal(shape.tokens, shape.hidden, device=device)
@@ -130,6 +149,10 @@ def _logprob(t: Tensors) -> Tensor:
 
 def _draw(t: Tensors) -> Tensor:
     return draw(t["logits"], t["keys"])
+
+
+def _decode_attention(t: Tensors) -> Tensor:
+    return decode_attention(t["query"], t["keys"], t["values"], t["lengths"])
 
 
 def _linear(**how: Any) -> Contender:
@@ -182,6 +205,7 @@ OPERATIONS: dict[str, Operation] = {  # by the names of floors.OPERATIONS
     "logprob backward": Operation(_logits_inputs, _LOGPROB, "backward", ("logits",)),
     "logprob forward and backward": Operation(_logits_inputs, _LOGPROB, "both", ("logits",)),
     "draw": Operation(_draw_inputs, {OURS: plain(_draw)}),
+    "decode_attention": Operation(_decoding_inputs, {OURS: plain(_decode_attention)}),
     "rmsnorm forward fused": Operation(_norm_inputs, _NORM),
     "rmsnorm backward fused": Operation(_norm_inputs, _NORM, "backward", ("x", "residual", "weight")),
     "swiglu forward": Operation(_swiglu_inputs, _SWIGLU),

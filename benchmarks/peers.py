@@ -76,6 +76,14 @@ def eager_draw(t: Tensors) -> Outputs:
     return torch.multinomial(t["logits"].softmax(-1), 1)[:, 0]
 
 
+def eager_decode_attention(t: Tensors) -> Outputs:
+    """Over as many positions as the longest row has, masked: a query's heads stand in a row behind their key's head."""
+    keys, values, (rows, _, size) = t["keys"], t["values"], t["query"].shape
+    seen = torch.arange(keys.shape[2], device=keys.device) < t["lengths"][:, None]
+    grouped = t["query"].view(rows, keys.shape[1], -1, size)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None]).view_as(t["query"])
+
+
 def eager_linear(t: Tensors) -> Outputs:
     """As transformers does: a product in the weights' type, its logits raised to float32."""
     return F.cross_entropy(F.linear(t["hidden"], t["weight"]).float(), t["target"], reduction="none")
@@ -175,6 +183,13 @@ def flash_attn_logprob(t: Tensors) -> Call:
     return lambda: cross_entropy_loss(t["logits"], t["target"])[0]
 
 
+def flash_attn_decode_attention(t: Tensors) -> Call:
+    """It wants keys and values as [slots, positions, heads, size]."""
+    attend = _found("flash_attn", "flash_attn_with_kvcache")
+    keys, values = (t[name].transpose(1, 2).contiguous() for name in ("keys", "values"))
+    return lambda: attend(t["query"][:, None], keys, values, cache_seqlens=t["lengths"])
+
+
 def quack_rmsnorm(t: Tensors) -> Call:
     rmsnorm = _found("quack.rmsnorm", "rmsnorm")
     return lambda: rmsnorm(t["x"], t["weight"], residual=t["residual"], eps=EPS, prenorm=True)
@@ -221,6 +236,7 @@ PEERS: dict[str, dict[str, Contender]] = {  # by operation; what has none here h
     "logprob backward": _LOGPROB,  # Liger's gradient is made in its forward pass
     "logprob forward and backward": _LOGPROB | {"Liger": liger_logprob},
     "draw": _torch(eager_draw),
+    "decode_attention": {"flash-attn": flash_attn_decode_attention, **_torch(eager_decode_attention)},
     "rmsnorm forward fused": _NORM,
     "rmsnorm backward fused": _NORM,
     "swiglu forward": _SWIGLU,

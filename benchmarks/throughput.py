@@ -1,4 +1,5 @@
-"""python -m benchmarks throughput: SFT steps of the engine on one GPU with random weights: tokens a second, memory, share of the peak rate.
+"""python -m benchmarks throughput: SFT steps of the engine on one GPU with random weights: tokens a second, memory, share of the peak rate;
+and the same model drawing responses, its launches issued one by one or replayed from CUDA graphs.
 
 A step is the engine's own: random ragged sequences packed, forward, backward, gradient norm, AdamW. Only reading data is left out.
 """
@@ -22,6 +23,7 @@ from engine.config import Llama, Model, Optim, Parallel
 
 PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bfloat16 FLOP/s of the data sheets
 WARM_UP, FEWEST, MOST = 2, 3, 20  # steps
+ROWS, PROMPT, RESPONSE, ROUNDS = 64, 16, 128, 3  # responses at once, tokens, and how often they are drawn
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
             once = [step() for _ in range(WARM_UP)][-1]
             times = [step() for _ in range(max(FEWEST, min(MOST, int(seconds / once))))]
             tokens, peak_gb = int(lengths.sum()), world.peak_memory_gb()
+            drawn = decode(policy)
     finally:
         world.close()
     rate = [tokens / taken for taken in times]
@@ -93,7 +96,28 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
         "tokens_per_s": rate,
         "peak_gb": peak_gb,
         "flops_per_s": flops(case.model, lengths) / min(times),
+        "decode": drawn,
     }
+
+
+def decode(policy: Any, rows: int = ROWS, response: int = RESPONSE) -> dict[str, Any]:
+    """Tokens a second of `rows` responses drawn at once, prompts and captures included: without CUDA graphs and with them in turn, after a
+    round that is not counted. Where that fails, why."""
+    from engine.rollout.sampler import Sampling, Slotting, generate
+    from engine.types import Prompt
+
+    prompts = [Prompt(np.full(PROMPT, i, np.int32), id=i) for i in range(rows)]
+    how = Sampling(response, stop=(policy.model.vocab,))  # which no row draws: all go on to the end
+    rates: dict[str, list[float]] = {"launched": [], "replayed": []}
+    try:
+        for _ in range(1 + ROUNDS):
+            for name, found in rates.items():
+                began = time.perf_counter()
+                generate(policy, prompts, how, Slotting(rows, graphs=name == "replayed"))
+                found.append(rows * response / (time.perf_counter() - began))
+    except Exception as error:
+        return {"error": why(error)}
+    return {name: found[1:] for name, found in rates.items()}
 
 
 def flops(model: Llama, lengths: np.ndarray) -> float:
@@ -116,7 +140,20 @@ def page(rows: list[dict[str, Any]]) -> list[str]:
     measured = [_cells(row, peak) for row in rows if "error" not in row]
     lines += table(("model", "tokens a step", "tokens/s", "TFLOP/s", "of the data sheet's peak", "peak GiB"), measured) if measured else []
     lines += [f"- {row['case']}: not measured: {row['error']}" for row in rows if "error" in row]
-    return lines if rows else [*lines, "There is no GPU here."]
+    return [*lines, *_decoding(rows)] if rows else [*lines, "There is no GPU here."]
+
+
+def _decoding(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of responses drawn, and what kept the others from it."""
+    asked = [(row["case"], row["decode"]) for row in rows if "decode" in row]
+    cells = []
+    for name, drawn in asked:
+        if "error" not in drawn:
+            launched, replayed = drawn["launched"], drawn["replayed"]
+            cells.append([name, Spread.of(launched).text(0), Spread.of(replayed).text(0), f"{max(replayed) / max(launched):.2f}x"])
+    said = f"{ROWS} responses of {RESPONSE} tokens at once to prompts of {PROMPT}, tokens a second, prompts and captures included."
+    lines = ["", said, "", *table(("model", "launch by launch", "in CUDA graphs", "best to best"), cells)] if cells else []
+    return lines + [f"- {name}, decoding: not measured: {drawn['error']}" for name, drawn in asked if "error" in drawn]
 
 
 def _cells(row: dict[str, Any], peak: float | None) -> list[str]:

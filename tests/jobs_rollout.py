@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.batching import batch, scatter
 from engine.config import Model, Optim, Parallel
@@ -50,6 +53,7 @@ def responses(
     prefill: int = 64,
     prefix: int = 0,
     share: bool = False,
+    graphs: bool = False,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Tokens and log-probs of every response, and the largest difference to the trainer's log-probs of the same tokens.
@@ -61,7 +65,7 @@ def responses(
     from engine.rollout.sampler import Sampling, Slotting, generate
 
     how = Sampling(max_tokens=24, stop=STOP, **sampling)
-    slotting, asked = Slotting(slots, cache_gb, prefill, share=share), prompts(prefix=prefix)
+    slotting, asked = Slotting(slots, cache_gb, prefill, share=share, graphs=graphs), prompts(prefix=prefix)
     optim: Optim | None = OPTIM if trained else None
     with closing(Policy(model, optim, parallel, world)) as policy:
         found = generate(policy, asked, how, slotting, samples=samples_each, seed=(3,))
@@ -85,6 +89,35 @@ def responses(
             "stopped": [response.stopped for _, response in flat],
             "from_trainer": worst,
         }
+
+
+class _NoReading(TorchDispatchMode):
+    """Fails on what reads a tensor's numbers, for which a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), func
+        return func(*args, **(kwargs or {}))
+
+
+def captured(world: World, **how: Any) -> dict[str, Any]:
+    """As `responses`, and how many shapes were captured; by a stand-in, which fails on what a GPU's capture would not survive."""
+    from megatron.core.tensor_parallel import random
+
+    from engine.megatron import seat
+
+    count = 0
+
+    def capture(graphs: seat.Graphs, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        nonlocal count
+        count += 1
+        touched = mock.Mock(side_effect=AssertionError("the state of a generator is touched"))
+        states = mock.patch.multiple(random, _get_cuda_rng_state=touched, _set_cuda_rng_state=touched)
+        with seat.without_random_states(), _NoReading(), states:
+            compute()
+        return compute
+
+    with mock.patch.object(seat.Graphs, "capture", capture):
+        return responses(world, graphs=True, **how) | {"captured": count}
 
 
 def _mask(prompt: int, response: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.floors import CHIPS, OPERATIONS, SHAPES
+from benchmarks.floors import CHIPS, OPERATIONS, SHAPES, reaches
 
 H100, H200, B200 = CHIPS
 
@@ -42,6 +42,12 @@ def test_layers_move_each_tensor_once() -> None:
     assert OPERATIONS["swiglu forward"](shape).bytes == 3 * 8192 * 14336 * 2
     assert OPERATIONS["swiglu backward"](shape).bytes == 5 * 8192 * 14336 * 2
     assert OPERATIONS["rope"](shape).bytes == 2 * 8192 * 40 * 128 * 2 + 2 * 8192 * 128 * 2
+
+
+def test_decoding_reads_what_is_looked_at() -> None:
+    """256 rows of 8 to 2048 positions, 1028 on average: 8 heads of 128 bfloat16 keys and values each."""
+    assert sum(reaches()) == 256 * 1028
+    assert OPERATIONS["decode_attention"](SHAPES["8b-tp1"]).bytes == 256 * (1028 * 2 * 8 * 128 * 2 + 2 * 32 * 128 * 2)
 
 
 def test_what_a_floor_goes_to() -> None:

@@ -150,6 +150,17 @@ def test_flops_of_a_step() -> None:
     assert throughput.flops(model, torch.tensor([3, 5]).numpy()) == 6 * matrices * 8 + 6 * 2 * 8 * (9 + 25)
 
 
+def test_decoding_is_told_or_why_it_was_not() -> None:
+    rows = [
+        {"case": "one", "decode": {"launched": [90.0, 100.0], "replayed": [300.0, 250.0]}},
+        {"case": "two", "decode": {"error": "no room"}},
+    ]
+    page = "\n".join(throughput._decoding(rows))
+    assert "| one | 95 (90..100) | 275 (250..300) | 3.00x |" in page
+    assert "- two, decoding: not measured: no room" in page
+    assert throughput._decoding([{"case": "three", "error": "no GPU"}]) == []
+
+
 def test_a_run_reports_what_failed_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write = "import json, sys; json.dump({'said': 1}, open(sys.argv[1], 'w')); print('noise\\n# A page\\n\\nits text')"
     parts = (

@@ -64,6 +64,31 @@ def test_layouts_change_nothing(size: int, parallel: Parallel, temperature: floa
     check_same(size, parallel, one_rank(temperature=temperature), temperature=temperature)
 
 
+PADDED = [
+    (1, Parallel(), 3),
+    (1, Parallel(), 16),
+    (2, Parallel(), 8),
+    (2, Parallel(tp=2), 11),
+    (2, Parallel(pp=2), 24),
+    (2, Parallel(pp=2, vpp=2), 16),
+    (4, Parallel(tp=2, pp=2), 10),
+]
+
+
+@pytest.mark.parametrize(("size", "parallel", "slots"), PADDED, ids=str)
+def test_rows_that_pad_change_nothing(size: int, parallel: Parallel, slots: int) -> None:
+    """As they do where shapes are captured in CUDA graphs."""
+    check_same(size, parallel, one_rank(temperature=1.0), temperature=1.0, slots=slots, graphs=True)
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel(recompute="selective")), (2, Parallel(tp=2)), (2, Parallel(pp=2))], ids=str)
+def test_what_is_captured_waits_for_nothing(size: int, parallel: Parallel) -> None:
+    """And sets no generator's state, which megatron does around what it recomputes, and around everything under tensor parallelism."""
+    for found in ranks(size).run(jobs_rollout.captured, parallel=parallel, model=MODEL, temperature=1.0, slots=8):
+        assert found["captured"] >= 3  # of 8, 4 and 2 rows
+        assert found["tokens"] == one_rank(temperature=1.0)["tokens"]
+
+
 SHARING = [(1, Parallel(), 4), (1, Parallel(), 64), (2, Parallel(), 16), (2, Parallel(tp=2), 16), (2, Parallel(pp=2), 16)]
 
 

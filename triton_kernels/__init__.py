@@ -1,5 +1,6 @@
 """Kernels of post-training, and nothing of the engine. Each file holds its torch reference, its kernel and its public function."""
 
+from triton_kernels.decode_attention import decode_attention
 from triton_kernels.dpo import DpoMetrics, dpo_norm
 from triton_kernels.draw import draw
 from triton_kernels.gae import gae, merge_partials
@@ -15,6 +16,7 @@ from triton_kernels.swiglu import swiglu
 __all__ = [
     "DpoMetrics",
     "PpoStats",
+    "decode_attention",
     "dpo_norm",
     "draw",
     "gae",

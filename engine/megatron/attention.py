@@ -36,7 +36,7 @@ class Flight(PackedSeqParams):
     def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device, inv_temp: float = 1.0, entropy: bool = False) -> Flight:
         """`packed` is on the host; what the model needs of it goes to `device`."""
         lengths = packed.cu_seqlens.diff().tolist()
-        cos, sin = rope_angles(packed.positions_T, model)
+        cos, sin = rope_angles(packed.positions_T, rope_frequencies(model))
         cu_seqlens = packed.cu_seqlens.to(device)
         longest = max(lengths)
         return Flight(
@@ -54,9 +54,9 @@ class Flight(PackedSeqParams):
         )
 
 
-def rope_angles(positions_T: Tensor, model: Llama) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, float32 [T, K/2], where the positions are."""
-    angles = positions_T.float()[:, None] * rope_frequencies(model).to(positions_T.device)
+def rope_angles(positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, float32 [T, K/2]."""
+    angles = positions_T.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 

@@ -7,9 +7,11 @@ rank of a replica plans the same waves, knows their shapes without asking, and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property, partial
+from math import lcm
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import Llama
-from engine.megatron.attention import Attend, Flight, rope_angles
+from engine.megatron.attention import Attend, Flight, rope_angles, rope_frequencies
 from engine.megatron.prefix import Shared, attend_behind, decode_behind
-from engine.megatron.seat import Grid
+from engine.megatron.seat import Graphs, Grid
+from engine.world import World
+from triton_kernels import decode_attention
+from triton_kernels.launch import by_kernel
+from triton_kernels.tiles import power_of_2
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Cache:
         self.layers = {
             layer: (like.new_zeros(slots, heads, positions, size), like.new_zeros(slots, heads, positions, size)) for layer in layers
         }
-        self.positions, self.first = positions, prefix.positions if prefix else 0
+        self.slots, self.positions, self.first = slots, positions, prefix.positions if prefix else 0
         self.shared: dict[int, Shared] = {layer: (pair[0][0], pair[1][0]) for layer, pair in prefix.layers.items()} if prefix else {}
 
     def move(self, source: int, target: int, positions: int) -> None:
@@ -99,26 +105,33 @@ class Landing:
     """Where a wave's keys and values go, and how its tokens are drawn; rides in the flight."""
 
     cache: Cache
-    wave: Wave
     drawing: Drawing
-    rows_n: Tensor
-    positions_n: Tensor
-    mask_n: Tensor  # [n, 1, 1, reach], what each decoding row may look at
+    positions_n: Tensor  # of the rows that decode, 0 ... n - 1; -1: a row that pads, whose keys and values go where nobody looks
     keys_R2: Tensor
+    reach: int  # as the wave's
+    prompts: Sequence[int] = ()
+    rows: Sequence[list[int]] = ()
 
-    @staticmethod
-    def of(cache: Cache, wave: Wave, drawing: Drawing, positions_T: Tensor) -> Landing:
-        positions_n = positions_T[: wave.decode]
-        reach = torch.arange(wave.reach, device=positions_T.device)
-        rows_n, keys = torch.arange(wave.decode, device=positions_T.device), torch.from_numpy(wave.keys_R2).to(positions_T.device)
-        return Landing(cache, wave, drawing, rows_n, positions_n, (reach <= positions_n[:, None])[:, None, None], keys)
+    @cached_property
+    def rows_n(self) -> Tensor:
+        return torch.arange(len(self.positions_n), device=self.positions_n.device)
+
+    @cached_property
+    def lengths_n(self) -> Tensor:
+        """Positions that each decoding row looks back over, its own included."""
+        return self.positions_n + 1
+
+    @cached_property
+    def mask_n(self) -> Tensor:
+        """[n, 1, 1, reach], what each decoding row may look at."""
+        return (torch.arange(self.reach, device=self.positions_n.device) < self.lengths_n[:, None])[:, None, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, flight: Flight, attend: Attend) -> Tensor:
         """Attention of rows that decode over what is cached, of prompts over themselves; both leave their keys and values behind."""
         keys, values = self.cache.layers[layer]
-        n = self.wave.decode
-        ends = np.cumsum([n, *self.wave.prompts])
-        for rows, start, end in zip(self.wave.rows, ends[:-1], ends[1:], strict=True):
+        n = len(self.positions_n)
+        ends = np.cumsum([n, *self.prompts])
+        for rows, start, end in zip(self.rows, ends[:-1], ends[1:], strict=True):
             keys[rows, :, : end - start] = key[start:end].transpose(0, 1)
             values[rows, :, : end - start] = value[start:end].transpose(0, 1)
         shared = self.cache.shared.get(layer)
@@ -129,24 +142,46 @@ class Landing:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _decode(self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, shared: Shared | None) -> Tensor:
-        n, heads, size = query.shape
         keys[self.rows_n, :, self.positions_n] = key
         values[self.rows_n, :, self.positions_n] = value
+        if by_kernel(query) and not shared:
+            return decode_attention(query, keys, values, self.lengths_n)
+        n, heads, size = query.shape
         grouped = query.view(n, keys.shape[1], -1, size)  # a key's query heads stand in a row: nothing is expanded
-        keys, values = (kept[:n, :, : self.wave.reach] for kept in (keys, values))
+        keys, values = (kept[:n, :, : self.reach] for kept in (keys, values))
         if shared:
             return decode_behind(shared, grouped, keys, values, self.mask_n).reshape(n, heads, size)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask_n).reshape(n, heads, size)
 
 
-def flight_of(cache: Cache, wave: Wave, drawing: Drawing, model: Llama, multiple: int, device: torch.device) -> tuple[Tensor, Flight]:
-    """The tokens of a wave [T], padded to a multiple, and the flight that carries them. Its sequences are the prompts (and the padding)."""
+@dataclass
+class Step:
+    """A wave as this rank computes it."""
+
+    live: int  # R, rows that draw a token
+    tokens: int  # T, the padding's included
+    draws: int  # R, the padding's included
+    through: Callable[[int], Tensor]  # one of this rank's stages: its number -> its output
+    hidden: Tensor | None = None  # [T / tp, 1, D], where the hidden states of the stage before have to be; None: anywhere
+
+
+class Drawn(NamedTuple):
+    """What a step drew, or will have drawn."""
+
+    both: Tensor  # float64 [2, R], tokens and log-probs, the padding's at the end
+    work: Any  # what to wait for, if anything
+    live: int
+
+
+def mixed(chunks: Sequence[Any], cache: Cache, wave: Wave, drawing: Drawing, model: Llama, multiple: int, device: torch.device) -> Step:
+    """A wave that takes prompts in, its tokens padded to a multiple. Sequences of its flight are the prompts (and the padding)."""
     extra = -len(wave.tokens) % multiple
     tokens_T = torch.tensor(wave.tokens + [0] * extra, device=device)
     positions_T = torch.tensor(wave.positions + list(range(extra)), device=device)
     lengths = [*wave.prompts, extra] if extra else wave.prompts
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-    cos, sin = rope_angles(positions_T + cache.first, model)
+    cos, sin = rope_angles(positions_T + cache.first, rope_frequencies(model).to(device))
+    keys_R2 = torch.from_numpy(wave.keys_R2).to(device)
     longest = max(lengths, default=0)
     flight = Flight(
         qkv_format="thd",
@@ -158,9 +193,63 @@ def flight_of(cache: Cache, wave: Wave, drawing: Drawing, model: Llama, multiple
         cos_TK=cos,
         sin_TK=sin,
         rows_M=torch.tensor(wave.wanted_R, device=device),
-        landing=Landing.of(cache, wave, drawing, positions_T),
+        landing=Landing(cache, drawing, positions_T[: wave.decode], keys_R2, wave.reach, wave.prompts, wave.rows),
     )
-    return tokens_T, flight
+    draws = len(wave.wanted_R)
+    return Step(draws, len(tokens_T), draws, lambda stage: chunks[stage](tokens_T[None], None, None, packed_seq_params=flight))
+
+
+PADDING = np.array([[0], [-1], [0]])  # token, position and key of a row that pads
+
+
+class Decoder:
+    """The waves of one group in which every row decodes. They are computed on tensors that stay where they are, of few shapes where
+    `graphs` are captured, and all that the device is told of a wave is one copy from the host."""
+
+    def __init__(self, chunks: Sequence[Any], cache: Cache, drawing: Drawing, model: Llama, tp: int, world: World, graphs: Graphs | None):
+        self.chunks, self.cache, self.drawing, self.tp = chunks, cache, drawing, tp
+        self.graphs = None if cache.shared else graphs  # shapes behind a prefix depend on how far rows look back
+        self.frequencies = rope_frequencies(model).to(world.device)
+        self.host = torch.empty(3 * cache.slots, dtype=torch.int64, pin_memory=world.on_gpu)
+        self.told = self.host.to(world.device)
+        config = chunks[0].config
+        self.hidden = torch.empty(cache.slots // tp, 1, config.hidden_size, dtype=config.pipeline_dtype, device=world.device)
+        self.reach = 0
+        self.computed: set[tuple[int, int]] = set()  # (stage, rows)
+        self.captured: dict[tuple[int, int], Callable[[], Tensor]] = {}
+
+    def step(self, wave: Wave) -> Step:
+        """Tell the device of `wave`."""
+        rows = self._padded(wave.decode)
+        told = self.host[: 3 * rows].view(3, rows).numpy()
+        told[:] = PADDING
+        told[:, : wave.decode] = wave.tokens, wave.positions, wave.keys_R2.view(np.int64)[:, 0]
+        if self.told is not self.host:
+            self.told[: 3 * rows].copy_(self.host[: 3 * rows], non_blocking=True)
+        self.reach = wave.reach
+        return Step(wave.decode, rows, rows, partial(self._through, rows), self.hidden[: rows // self.tp])
+
+    def _padded(self, rows: int) -> int:
+        """Rows that so many are computed as: a multiple of tp, and where shapes are captured one of few."""
+        unit = lcm(self.tp, min(8, power_of_2(rows))) if self.graphs else self.tp
+        return min(rows + -rows % unit, self.cache.slots)
+
+    def _through(self, rows: int, stage: int) -> Tensor:
+        """Captured when a shape comes for the second time: what runs only once, such as a kernel's compilation, is done by then."""
+        shape = stage, rows
+        if shape not in self.captured:
+            if self.graphs is None or shape not in self.computed:
+                self.computed.add(shape)
+                return self._compute(rows, stage)
+            self.captured[shape] = self.graphs.capture(partial(self._compute, rows, stage))
+        return self.captured[shape]()
+
+    def _compute(self, rows: int, stage: int) -> Tensor:
+        tokens_n, positions_n, keys_n = self.told[: 3 * rows].view(3, rows)
+        landing = Landing(self.cache, self.drawing, positions_n, keys_n.view(torch.int32).view(rows, 2), self.reach)
+        cos, sin = rope_angles(positions_n + self.cache.first, self.frequencies)
+        flight = Flight(qkv_format="thd", cos_TK=cos, sin_TK=sin, rows_M=landing.rows_n, landing=landing)
+        return self.chunks[stage](tokens_n[None], None, None, packed_seq_params=flight)
 
 
 def layers_of(chunks: Sequence[Any]) -> list[int]:
@@ -171,60 +260,66 @@ def layers_of(chunks: Sequence[Any]) -> list[int]:
 class Ring:
     """The pipeline as generation sees it: group after group, stage after stage, and the tokens back to every stage."""
 
-    def __init__(self, chunks: Sequence[Any], model: Llama, grid: Grid, drawing: Drawing, device: torch.device):
-        self.chunks, self.model, self.grid, self.drawing, self.device = chunks, model, grid, drawing, device
+    def __init__(self, chunks: Sequence[Any], model: Llama, grid: Grid, drawing: Drawing, world: World, graphs: Graphs | None = None):
+        self.chunks, self.model, self.grid, self.drawing, self.world, self.graphs = chunks, model, grid, drawing, world, graphs
         self.sending: list[tuple[Any, Tensor]] = []  # gloo's sends wait for their receiver: kept until it has come
 
     @torch.no_grad()
     def run(self, groups: Sequence[Group], caches: Sequence[Cache]) -> None:
         """Until every group's plan is empty. The same calls on every rank of a replica; nothing is said to other replicas."""
-        drawn: dict[int, tuple[Tensor, Any]] = {}
+        decoders = [Decoder(self.chunks, cache, self.drawing, self.model, self.grid.tp, self.world, self.graphs) for cache in caches]
+        drawn: dict[int, Drawn] = {}
         while True:
-            flights: dict[int, tuple[Wave, Tensor, Flight]] = {}
+            steps: dict[int, Step] = {}
             for stage in range(len(self.chunks)):
-                for g, (group, cache) in enumerate(zip(groups, caches, strict=True)):
+                for g, (group, decoder) in enumerate(zip(groups, decoders, strict=True)):
                     if stage == 0:
-                        self._absorb(group, cache, drawn.pop(g, None))
+                        self._absorb(group, decoder.cache, drawn.pop(g, None))
                         if (wave := group.plan()) is None:
                             continue
-                        flights[g] = (wave, *flight_of(cache, wave, self.drawing, self.model, self.grid.tp, self.device))
-                    if g in flights:
-                        drawn[g] = self._fly(stage, *flights[g])
-            if not flights:
+                        steps[g] = self._step(decoder, wave)
+                    if g in steps:
+                        drawn[g] = self._fly(stage, steps[g])
+            if not steps:
                 break
         for work, _ in self.sending:
             work.wait()
         self.sending.clear()
 
-    def _absorb(self, group: Group, cache: Cache, drawn: tuple[Tensor, Any] | None) -> None:
+    def _step(self, decoder: Decoder, wave: Wave) -> Step:
+        if not wave.prompts:
+            return decoder.step(wave)
+        return mixed(self.chunks, decoder.cache, wave, self.drawing, self.model, self.grid.tp, self.world.device)
+
+    def _absorb(self, group: Group, cache: Cache, drawn: Drawn | None) -> None:
         if drawn is None:
             return
-        both, work = drawn
-        if work is not None:
-            work.wait()
-        tokens, logprobs = both.tolist()
+        if drawn.work is not None:
+            drawn.work.wait()
+        tokens, logprobs = (row[: drawn.live] for row in drawn.both.tolist())
         for move in group.absorb([int(token) for token in tokens], logprobs):
             cache.move(*move)
 
-    def _fly(self, stage: int, wave: Wave, tokens_T: Tensor, flight: Flight) -> tuple[Tensor, Any]:
-        """One wave through one of this rank's stages; (what it drew, or will have drawn: [2, R] float64, what to wait for)."""
+    def _fly(self, stage: int, step: Step) -> Drawn:
+        """One wave through one of this rank's stages."""
         grid, chunk = self.grid, self.chunks[stage]
         first, last = grid.pp_rank == 0 and stage == 0, grid.pp_rank == grid.pp - 1 and stage == len(self.chunks) - 1
         if not first:
-            hidden = torch.empty(len(tokens_T) // grid.tp, 1, self.model.hidden, dtype=chunk.config.pipeline_dtype, device=self.device)
+            hidden = step.hidden
+            if hidden is None:
+                shape = (step.tokens // grid.tp, 1, self.model.hidden)
+                hidden = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device=self.world.device)
             dist.recv(hidden, self._peer(-1), group=grid.pp_group)
             chunk.set_input_tensor(hidden)
         # Nothing in here makes a tensor by a device's name: the seat need not look at every call, 140 a layer.
         with torch._C.DisableTorchFunction():
-            out = chunk(tokens_T[None], None, None, packed_seq_params=flight)
+            out = step.through(stage)
         if not last:
             self._send(out.contiguous())
-        if grid.pp == 1:
-            return out, None
-        if stage < len(self.chunks) - 1:
-            return out, None
-        both = out if last else torch.empty(2, len(wave.wanted_R), dtype=torch.float64, device=self.device)
-        return both, dist.broadcast(both, grid.last_stage, group=grid.pp_group, async_op=True)
+        if grid.pp == 1 or stage < len(self.chunks) - 1:
+            return Drawn(out, None, step.live)
+        both = out if last else torch.empty(2, step.draws, dtype=torch.float64, device=self.world.device)
+        return Drawn(both, dist.broadcast(both, grid.last_stage, group=grid.pp_group, async_op=True), step.live)
 
     def _send(self, hidden: Tensor) -> None:
         self.sending.append((dist.isend(hidden, self._peer(1), group=self.grid.pp_group), hidden))

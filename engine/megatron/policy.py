@@ -173,9 +173,11 @@ class Policy:
         dist.broadcast(flat, src=self.grid.last_stage, group=self.grid.pp_group)
         return list(flat.cpu().split(sizes, -1))
 
-    def generate(self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing, prefix: Sequence[int] = ()) -> None:
+    def generate(
+        self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing, prefix: Sequence[int] = (), *, graphs: bool = False
+    ) -> None:
         """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens, all of
-        which go on from the tokens of `prefix`.
+        which go on from the tokens of `prefix`. `graphs`: decode in CUDA graphs, which live as long as the caches: until this returns.
 
         All ranks of a replica call it with equal groups; replicas do not wait for each other. Raises ValueError for virtual stages over two
         GPUs.
@@ -189,10 +191,11 @@ class Policy:
             stage.eval()
         layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
-        ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world.device)
+        ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world, seat.Graphs(self.world) if graphs else None)
         shared = decode.Cache(layers, 1, heads, len(prefix), size, like) if prefix else None
         if shared:
             ring.run([decode.Prefill(list(prefix))], [shared])
+        slots += -slots % self.grid.tp  # rows that pad have slots of their own
         ring.run(groups, [decode.Cache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def slot_bytes(self, positions: int) -> int:

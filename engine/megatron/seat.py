@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
@@ -52,6 +53,8 @@ SITES: tuple[Site, ...] = (
     (TORCH_STRATEGY, "mcore_to_pyt_state_dict", (), SAVING),
     (TORCH_STRATEGY, "_replace_state_dict_keys_with_sharded_keys", (), SAVING),
     ("tensor_parallel.random", "model_parallel_cuda_manual_seed", ("seed", "force_reset_rng"), "random states"),
+    ("tensor_parallel.random", "CudaRNGStatesTracker.fork", (), "no random states in CUDA graphs"),
+    ("tensor_parallel.random", "_get_all_rng_states", (), "no random states in CUDA graphs"),
     ("parallel_state", "initialize_model_parallel", ("create_gloo_process_groups",), "the grid"),
 )
 
@@ -119,6 +122,49 @@ def taken(world: World) -> Iterator[None]:
             stack.enter_context(in_onednn())
         stack.enter_context(_Redirect(world.device))
         yield
+
+
+@contextmanager
+def without_random_states() -> Iterator[None]:
+    """For a forward that learns nothing, and so draws nothing at random: megatron sets the states of generators all the same, around the
+    embedding, the layers and what is recomputed, and a GPU's must not be touched while a graph is captured."""
+    from megatron.core.tensor_parallel import random
+
+    with mock.patch.object(random.get_cuda_rng_tracker(), "fork", nullcontext), mock.patch.object(random, "_get_all_rng_states", tuple):
+        yield
+
+
+class Graphs:
+    """CUDA graphs in one pool of memory, as large as the largest of them needs: they are replayed one after the other."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.pool = torch.cuda.graph_pool_handle() if world.on_gpu else None
+
+    def capture(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What does as `compute` would do now, in one launch; without a GPU, `compute`. It has to have run before, to work on tensors that
+        stay where they are, and not to wait for the device."""
+        if not self.world.on_gpu:
+            return compute
+        from megatron.core.parallel_state import get_global_memory_buffer
+
+        graph = torch.cuda.CUDAGraph()
+        # What other threads do with the device, such as nccl's, is no part of it and does not spoil it.
+        with without_random_states(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            out = compute()
+        # megatron gathers hidden states in memory that it exchanges when it needs more: the graph goes on using what it knows.
+        return _Captured(graph, out, list(get_global_memory_buffer().buffer.values()))
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: Any
+    out: Tensor
+    used: list[Tensor]
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.out.clone()  # the next replay of any graph may write over it
 
 
 @dataclass(frozen=True)

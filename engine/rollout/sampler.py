@@ -49,6 +49,7 @@ class Slotting:
     lag: int = 0  # 1: while a step is learned the next is drawn, by the weights before it; needs gpus
     max_weight: float = 2.0  # with lag=1: the most that a token's loss is multiplied by to make up for that
     share: bool = False  # compute and hold what all prompts begin with once: for many questions behind the same examples
+    graphs: bool = False  # decode in CUDA graphs, but behind what prompts share; on CPU rows are padded as for them, and no more
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.cache_gb <= 0 or self.prefill < 1:
@@ -120,7 +121,8 @@ def generate(
     slots = _slots(policy, slotting, positions, len(prefix), most=len(mine), groups=policy.grid.pp)
     queue = deque(mine)
     groups = [Slots(slots, queue, frozenset(sampling.stop), slotting.prefill, sampling.until) for _ in range(policy.grid.pp)]
-    policy.generate(groups, slots, positions, Drawing(sampling.temperature, sampling.top_k, sampling.top_p), prefix)
+    drawing = Drawing(sampling.temperature, sampling.top_k, sampling.top_p)
+    policy.generate(groups, slots, positions, drawing, prefix, graphs=slotting.graphs)
     return _together(policy, mine, len(prompts), samples)
 
 

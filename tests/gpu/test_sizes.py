@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import check_decode_attention as decoding
 from tests import layers
 from tests import test_linear_logprob as linear
 from tests import test_logprob as logits
-from triton_kernels import linear_logprob, linear_policy_loss, logprob, rmsnorm, rope, swiglu
+from triton_kernels import decode_attention, linear_logprob, linear_policy_loss, logprob, rmsnorm, rope, swiglu
 from triton_kernels.linear_logprob import Mode
 
 WIDTH, SHARD = 4096, 16032  # hidden states of Llama 8B, and an eighth of its vocabulary
@@ -133,6 +134,26 @@ def test_swiglu_and_rope(dtype: torch.dtype) -> None:
     layers.check_swiglu(513, 14336, dtype)
     layers.check_swiglu(70000, 128, dtype)
     layers.check_rope(1025, 40, 128, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "group", "size"), [(8, 4, 128), (1, 16, 128), (3, 3, 64), (2, 4, 96)])
+def test_decode_attention(heads: int, group: int, size: int, dtype: torch.dtype) -> None:
+    decoding.check([1, 4096, 0, 257, 2048, 1000], heads, group, size, 4096, dtype=dtype, spare=1)
+
+
+def test_attention_of_a_row_has_the_same_bits_in_any_batch_and_run() -> None:
+    decoding.check_a_row_does_not_know_its_batch()
+    given = decoding.problem([2000] * 64, 8, 4, 128, 2048, torch.bfloat16)
+    assert torch.equal(decode_attention(*given), decode_attention(*given))
+
+
+def test_slots_beyond_2_31_elements() -> None:
+    query, keys, values, lengths = decoding.problem([5, 9, 3, 8], 2, 2, 16, 9, torch.bfloat16)
+    far = torch.empty(3 * 2**30 + keys[0].numel(), dtype=torch.bfloat16).as_strided(keys.shape, (2**30, *keys.stride()[1:]))
+    for kept in (keys, values):
+        far.copy_(kept)
+        assert torch.equal(decode_attention(query, far, far, lengths), decode_attention(query, kept, kept, lengths))
 
 
 @pytest.mark.parametrize("layer", [lambda x: rmsnorm(x, torch.ones(8), 1e-5), swiglu, lambda x: rope(x[:, None], *layers.angles(4, 8))])
