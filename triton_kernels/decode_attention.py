@@ -177,18 +177,25 @@ def _merged(tile: dict[str, int]) -> dict[str, int]:
 def aot_cases() -> list[AotCase]:
     """Llama 8B's heads, those of a tensor-parallel rank of 70B and 405B, SmolLM2's; heads of 96, which tiles pad; float32."""
     shapes = ((4, 128, "bf16"), (8, 128, "bf16"), (16, 128, "bf16"), (3, 64, "bf16"), (4, 96, "bf16"), (4, 128, "fp32"))
-    return [case for shape in shapes for case in _cases(*shape)]
+    kinds = dict.fromkeys((size, dtype) for _, size, dtype in shapes)
+    return [*(_spans_case(*shape) for shape in shapes), *(_merge_case(*kind) for kind in kinds)]
 
 
-def _cases(group: int, size: int, dtype: str) -> list[AotCase]:
+def _spans_case(group: int, size: int, dtype: str) -> AotCase:
     width = 4 if dtype == "fp32" else 2
-    tile, name = _tile(group, size, width), f"{group}x{size} {dtype}"
-    parts, lengths = dict.fromkeys(("SUMS", "STATS"), "*fp32"), {"LENGTHS": "*i32"}
-    given = parts | dict.fromkeys(("QUERY", "KEYS", "VALUES"), f"*{dtype}") | lengths
-    strides, counts = dict.fromkeys(("slot_stride", "head_stride"), "i32"), dict.fromkeys(("heads", "spans"), "i32")
-    signature, divisible = given | strides | counts | {"scale": "fp32"}, (*given, *strides)
-    merging = {"OUT": f"*{dtype}"} | parts | lengths
-    return [
-        AotCase(f"decode_attention {name}", _spans_kernel, signature, tile, divisible, WARPS[width], STAGES),
-        AotCase(f"decode_attention merged {name}", _merge_kernel, merging | counts, _merged(tile), tuple(merging), MERGING_WARPS),
-    ]
+    pointers = _pointers() | dict.fromkeys(("QUERY", "KEYS", "VALUES"), f"*{dtype}")
+    strides = ("slot_stride", "head_stride")
+    signature = {**pointers, **dict.fromkeys((*strides, "heads", "spans"), "i32"), "scale": "fp32"}
+    name, tile = f"decode_attention {group}x{size} {dtype}", _tile(group, size, width)
+    return AotCase(name, _spans_kernel, signature, tile, (*pointers, *strides), WARPS[width], STAGES)
+
+
+def _merge_case(size: int, dtype: str) -> AotCase:
+    pointers = _pointers() | {"OUT": f"*{dtype}"}
+    signature = pointers | dict.fromkeys(("heads", "spans"), "i32")
+    name, tile = f"decode_attention merged {size} {dtype}", _merged(_tile(1, size, 2))
+    return AotCase(name, _merge_kernel, signature, tile, tuple(pointers), MERGING_WARPS)
+
+
+def _pointers() -> dict[str, str]:
+    return {"SUMS": "*fp32", "STATS": "*fp32", "LENGTHS": "*i32"}
