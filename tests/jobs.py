@@ -289,6 +289,17 @@ def _from_here() -> int:
     return _resident("VmRSS")
 
 
+def longest(world: World, parallel: Parallel, model: Model) -> float:
+    """The largest position in a batch, as a loss says it of each microbatch."""
+    from engine.megatron.policy import Policy
+
+    def loss(logprob_T: Tensor, packed: Packed) -> Loss:
+        return replace(nll(logprob_T, packed), maxima={"position": packed.positions_T.max()})
+
+    with closing(Policy(model, None, parallel, world)) as policy:
+        return policy.evaluate(batch(samples(0), 32, **policy.cut), loss)["position"]
+
+
 def load_memory(world: World, parallel: Parallel, model: Model) -> float:
     """The peak of resident memory while `model` is built and filled, over the bytes of this rank's parameters."""
     from engine.megatron.policy import Policy

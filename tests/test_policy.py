@@ -28,6 +28,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Para
         assert after == clean
 
 
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(pp=2))], ids=str)
+def test_the_largest_is_found_wherever_it_is_computed(size: int, parallel: Parallel) -> None:
+    wanted = max(sample.length for sample in jobs.samples(0)) - 1
+    assert ranks(size).run(jobs.longest, parallel=parallel, model=Model(init=jobs.TINY)) == [wanted] * size
+
+
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(pp=2), Parallel(pp=2, vpp=2)], ids=str)
 def test_weights_are_asked_for_before_a_forward_waits_for_them(parallel: Parallel) -> None:
     """Along a pipeline, what each stage waits for adds up."""
