@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from contextlib import closing
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import preferences, trl_dpo
+from benchmarks.tables import table
+from benchmarks.timing import RESULTS, environment
 from engine import losses
 from engine.batching import batch, scatter
 from engine.config import Model, Optim, Parallel
@@ -114,5 +116,17 @@ def test_loss_and_gradient_are_trls(tmp_path: Path) -> None:
         assert cosine >= 0.99999, kind
 
 
+def page(model: str, count: int, found: dict[str, tuple[float, float]]) -> str:
+    """What `difference` found, and where."""
+    rows = [[kind, f"{apart:.1e}", f"{1 - cosine:.1e}"] for kind, (apart, cosine) in found.items()]
+    facts = environment() | {"date": date.today().isoformat(), "command": f"python -m tests.test_dpo_trl {model} {count}"}
+    where = [f"- {key}: {value}" for key, value in facts.items()]
+    said = f"{model}, fp32, {count} real pairs, references a little off the policy. How far this engine is from TRL's DPOTrainer:"
+    header = ["loss", "difference of the losses", "1 - cosine of the gradients"]
+    return "\n".join(["# DPO's loss and gradient beside TRL's", "", said, "", *table(header, rows), "", *where]) + "\n"
+
+
 if __name__ == "__main__":  # python -m tests.test_dpo_trl smollm2-135m-instruct 32: the same with a real model, some minutes
-    print(json.dumps(difference(resolve(sys.argv[1]), Path("runs/trl"), int(sys.argv[2]))))
+    text = page(sys.argv[1], int(sys.argv[2]), difference(resolve(sys.argv[1]), Path("runs/trl"), int(sys.argv[2])))
+    (RESULTS / f"dpo_equal_{date.today().isoformat()}.md").write_text(text, encoding="utf-8")
+    print(text)
