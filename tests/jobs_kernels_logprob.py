@@ -40,7 +40,7 @@ def sharded_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """linear_policy_loss: the total, and the same gradients."""
     hidden, mine, how = _shard(world, hidden, weight, valid, padded)
-    total, _ = linear_policy_loss(hidden, mine, target, token_weight, **how)
+    total, _, _ = linear_policy_loss(hidden, mine, target, token_weight, **how)
     grad_hidden, grad_weight = torch.autograd.grad(total, (hidden, mine))
     return total.detach(), grad_hidden, grad_weight
 
