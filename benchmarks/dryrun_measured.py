@@ -33,7 +33,7 @@ from engine.dryrun.calibrate import calibrate
 from engine.dryrun.clock import Clock
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.stages import rehearse
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.megatron.policy import Policy
 from engine.types import Sample
 from engine.world import World
@@ -133,7 +133,7 @@ def _visit(world: World, case: Case) -> tuple[list[float], int]:
                 torch.cuda.synchronize()
             torch.distributed.barrier()
             began = time.perf_counter()
-            policy.update(step, nll, 1e-5)
+            policy.update(step, SFT_LOSS, 1e-5)
             if world.on_gpu:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)

@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
 def train(case: Case, seconds: float) -> dict[str, Any]:
     """Steps of `case` for about `seconds`, in a world of one."""
     from engine.batching import batch  # here, because they need packages that a bare GPU machine may lack
-    from engine.losses import nll
+    from engine.losses import SFT_LOSS
     from engine.megatron.policy import Policy
     from engine.types import Sample
     from engine.world import World
@@ -78,7 +78,7 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
 
             def step() -> float:
                 began = time.perf_counter()
-                policy.update(batch(samples, case.tokens_per_microbatch, **policy.cut), nll, 1e-5)
+                policy.update(batch(samples, case.tokens_per_microbatch, **policy.cut), SFT_LOSS, 1e-5)
                 if world.on_gpu:
                     torch.cuda.synchronize()
                 return time.perf_counter() - began

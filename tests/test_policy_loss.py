@@ -12,7 +12,6 @@ from torch import Tensor
 from tests.test_linear_logprob import check_close, problem
 from triton_kernels import linear_logprob, linear_policy_loss
 
-
 SETTINGS = (0.2, 0.2, "k3", 0.0, "", 0, None, 1.0, True, 4, torch.float32)  # of the operation, from clip_low to logits_dtype
 
 

@@ -111,8 +111,8 @@ def _linear_policy_loss(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total; log-probs and, if asked for, entropy below them [1 or 2, N]; gradients of hidden and weight, each empty where it is not needed
-    or was added to weight_grad)."""
+    """(total; log-probs and, if asked for, entropy below them [1 or 2, N]; gradients of hidden and weight, each empty where it is not
+    needed or was added to weight_grad)."""
     shard = Shard.of(len(weight), group, vocab_start, vocab_valid)
     shard.check(target)
     terms = Terms(token_weight, old_logp, advantage, ref_logp, clip_low, clip_high, kl, kl_coef)
@@ -184,7 +184,9 @@ class _PolicyLoss(torch.autograd.Function):
         grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)]
         if ctx.accumulates:
             if grad_total.device.type == "cpu" and grad_total != 1:
-                raise ValueError(f"the gradient of the total is {grad_total.item()}, but weight_grad was given that of 1; scale token_weight")
+                raise ValueError(
+                    f"the gradient of the total is {grad_total.item()}, but weight_grad was given that of 1; scale token_weight"
+                )
             grads[1] = None
         else:
             grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in grads]

@@ -27,7 +27,7 @@ from engine.data.mixture import Mixture
 from engine.data.rows import Source
 from engine.data.tasks import Tasks, read_tasks
 from engine.data.template import ChatTemplate
-from engine.losses import Average, ppo_clip, ppo_first, value_clip
+from engine.losses import Average, ppo, value_clip
 from engine.megatron.policy import Learner, Policy
 from engine.rollout import apart
 from engine.rollout.apart import KEPT, Apart, Ask, Drawn
@@ -245,8 +245,7 @@ class Started:
         c = self.config
         kl_coef = c.kl_coef if c.advantage == "group" else 0.0
         how = {"average": c.loss_average, "clip_low": c.clip_low, "clip_high": c.clip_high, "kl": c.kl, "kl_coef": kl_coef}
-        loss = partial(ppo_first if c.learns_once else ppo_clip, **how)
-        learners = [Learner("", self.policy, loss, c.temperature, entropy=c.learns_once)]
+        learners = [Learner("", self.policy, ppo(c.learns_once, **how), c.temperature, entropy=c.learns_once)]
         if self.critic is not None and c.critic is not None:
             learners.append(
                 Learner("critic", self.critic, partial(value_clip, average=c.loss_average, clip=c.critic.clip, coef=c.critic.coef))

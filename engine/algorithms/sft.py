@@ -12,7 +12,7 @@ from engine.config import Run
 from engine.data.corpus import TooLong, prepare
 from engine.data.mixture import Mixture
 from engine.data.rows import Source
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.megatron.policy import Policy
 from engine.supervised import Supervised
 from engine.texts import open_chat, prepare_all
@@ -52,7 +52,7 @@ class SFT:
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         return Supervised(
             policy=policy,
-            loss=nll,
+            loss=SFT_LOSS,
             batches=partial(mixture.batch, size=self.batch_size),
             budget=run.tokens_per_microbatch,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),

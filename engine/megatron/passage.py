@@ -10,7 +10,8 @@ from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
-from engine.megatron.policy import Policy, forward_step
+from engine.megatron.microbatch import forward_step
+from engine.megatron.policy import Policy
 from engine.types import Packed
 
 
