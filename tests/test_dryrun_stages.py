@@ -231,6 +231,7 @@ def cases() -> dict[str, tuple[str, str, tuple[Any, ...]]]:
     rstd = torch.empty(600, dtype=torch.float32, device="meta")
     narrow_grad, narrow, wide_grad, wide = tensors((600, 128), (600, 128), (600, 32768), (600, 32768))
     whole, tail = ("", 0, 8000, 1.0, False), (4, torch.float32)
+    tokens, clips = (hidden, weight, target, stats[0]), (0.2, 0.2, "k3", 0.0)
     given, wanted = (hidden, weight, target, stats, grad_stats), (True, True)
     return {
         "kept": ("linear_logprob", "_linear_logprob", (hidden, weight, target, main_grad, *whole, True, *tail)),
@@ -240,6 +241,8 @@ def cases() -> dict[str, tuple[str, str, tuple[Any, ...]]]:
         "its own gradient": ("linear_logprob", "_linear_logprob_backward", (*given, kept, None, *wanted, *whole, *tail)),
         "spoiled": ("linear_logprob", "_linear_logprob_backward", (*given, None, main_grad, *wanted, *whole, 4, torch.bfloat16)),
         "hidden alone": ("linear_logprob", "_linear_logprob_backward", (*given, None, None, True, False, *whole, *tail)),
+        "policy loss": ("policy_loss", "_linear_policy_loss", (*tokens, None, None, None, main_grad, *clips, *whole, *tail, *wanted)),
+        "policy loss, its own gradient": ("policy_loss", "_linear_policy_loss", (*tokens, *[None] * 4, *clips, *whole, *tail, *wanted)),
         "logprob": ("logprob", "_logprob", (kept[:10], target, *whole)),
         "rmsnorm": ("rmsnorm", "_backward", (narrow_grad, None, narrow, narrow[0], rstd)),
         "rmsnorm, wide": ("rmsnorm", "_backward", (wide_grad, None, wide, wide[0], rstd)),

@@ -151,7 +151,8 @@ class Terms(NamedTuple):
         weight, old_logp, advantage, ref_logp = (None if each is None else each[part] for each in self[:4])
         assert weight is not None
         if advantage is None:
-            return torch.where(weight != 0, -weight * logp, 0.0).sum(), -weight
+            slope = -weight
+            return (slope * logp).masked_fill_(weight == 0, 0.0).sum(), slope
         old_logp = logp if old_logp is None else old_logp
         return policy_term(weight, logp, old_logp, advantage, ref_logp, self.clip_low, self.clip_high, self.kl, self.kl_coef)
 

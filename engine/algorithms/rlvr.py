@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -57,6 +57,8 @@ class Critic:
 @dataclass(frozen=True)
 class RLVR:
     """PPO against verifiers. One step: `prompts_per_step` prompts, `samples_per_prompt` responses to each, over all ranks."""
+
+    token_loss: ClassVar[bool] = True
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; the share solved is reported

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from engine.checks import Asked, Demands, Launch
 from engine.config import Run
@@ -21,6 +22,8 @@ from engine.texts import open_chat, prepare_all
 @dataclass(frozen=True)
 class SFT:
     """Fine-tune on conversations. `batch_size` sequences make one optimizer step, over all ranks."""
+
+    token_loss: ClassVar[bool] = True  # whether the loss is a sum over tokens: then the output layer makes its gradient
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; its loss is reported

@@ -103,6 +103,34 @@ def _linear_logprob_backward(call: Call) -> Cost:
     return Cost(work, scratch)
 
 
+def _linear_policy_loss(call: Call) -> Cost:
+    """Forward and backward of linear_logprob a chunk, and between them each token's slope."""
+    hidden, weight, chunk, accumulated = (call.given[name] for name in ("hidden", "weight", "chunk", "weight_grad"))
+    logits, own = call.given["logits_dtype"].itemsize, weight.element_size()
+    vocab, width = weight.shape
+    tokens = len(hidden)
+    work, padding = _padded(hidden, chunk)
+    work += Work(traffic=12 * 4 * tokens, kernels=5)  # slopes made 0, totals added up, statistics copied out
+    slopes = 6 if call.given["advantage"] is None else 2
+    softmax = Cost(Work())
+    for rows in _chunks(tokens, chunk):
+        softmax = _softmax(call, rows, vocab, logits)
+        work += _product(chunk, width, vocab) + softmax.work + Work(traffic=12 * 4 * rows, kernels=slopes)
+        if call.given["needs_hidden"] or call.given["needs_weight"]:
+            work += Work(traffic=rows * vocab * (logits + own), kernels=1)
+        if call.given["needs_hidden"]:
+            work += _product(rows, vocab, width)
+        if call.given["needs_weight"]:
+            work += _product(vocab, rows, width)
+    scratch = padding + softmax.scratch + chunk * vocab * logits
+    if logits != own and (call.given["needs_hidden"] or call.given["needs_weight"]):
+        scratch += chunk * vocab * own
+    if call.given["needs_weight"] and accumulated is None:
+        work += Work(traffic=weight.numel() * (8 + own), kernels=2)
+        scratch += weight.numel() * 4
+    return Cost(work, scratch)
+
+
 def _chunks(rows: int, chunk: int) -> list[int]:
     return [min(chunk, rows - start) for start in range(0, rows, chunk)]
 
@@ -124,4 +152,5 @@ KERNELS: dict[str, Callable[[Call], Cost]] = {
     "logprob": _logprob,
     "linear_logprob": _linear_logprob,
     "linear_logprob_backward": _linear_logprob_backward,
+    "linear_policy_loss": _linear_policy_loss,
 }
