@@ -260,7 +260,7 @@ def test_formulas_are_what_the_code_of_our_kernels_does(case: str, monkeypatch: 
         monkeypatch.setattr(import_module(f"triton_kernels.{name}"), "launch", lambda kernel, *_, **__: launches.append(kernel))
     closed, live, peak = metered(lambda: getattr(module, operation)(*arguments))
     assert not launches
-    opened, opened_live, opened_peak = metered(lambda: getattr(module, operation)._init_fn(*arguments))
+    opened, opened_live, opened_peak = metered(lambda: getattr(module, operation).function(*arguments))
     assert closed.matmuls == opened.matmuls
     assert closed.kernels == opened.kernels + len(launches)
     assert closed.traffic >= opened.traffic

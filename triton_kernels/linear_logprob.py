@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from triton_kernels.launch import by_kernel
 from triton_kernels.logprob import ENTROPY, LOGP, LSE, check_target, write_grads, write_stats
+from triton_kernels.operator import operator
 from triton_kernels.shard import Shard
 
 Mode = Literal["save", "recompute", "nograd"]
@@ -91,7 +92,7 @@ def check_linear(
     check_target(target, len(hidden), inv_temp)
 
 
-@torch.library.custom_op("trivet::linear_logprob", mutates_args=())
+@operator("linear_logprob")
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -125,7 +126,7 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *how: Any) -> tuple[Tensor
     return stats, hidden.new_empty(_kept_shape(hidden, weight, chunk, keep), dtype=logits_dtype)
 
 
-@torch.library.custom_op("trivet::linear_logprob_backward", mutates_args=("weight_grad",))
+@operator("linear_logprob_backward", mutates=("weight_grad",))
 def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.launch import by_kernel, constexpr, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.shard import SEGMENTS, Shard
 
 LOWEST = constexpr(-3.4028234663852886e38)  # of float32: the maximum of nothing, finite so that differences to it are no NaN
@@ -82,7 +83,7 @@ def check_target(target: Tensor, rows: int, inv_temp: float) -> None:
         raise ValueError(f"inv_temp={inv_temp} must be positive: 1 / temperature")
 
 
-@torch.library.custom_op("trivet::logprob", mutates_args=())
+@operator("logprob")
 def _logprob(
     logits: Tensor, target: Tensor, group: str, vocab_start: int, vocab_valid: int | None, inv_temp: float, entropy: bool
 ) -> Tensor:
@@ -98,7 +99,7 @@ def _(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((5, target.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("trivet::logprob_backward", mutates_args=())
+@operator("logprob_backward")
 def _logprob_backward(
     logits: Tensor,
     target: Tensor,

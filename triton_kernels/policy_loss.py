@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from triton_kernels.linear_logprob import Gradients, check_linear, chunks, logits_buffer, write_logits
 from triton_kernels.logprob import ENTROPY, LOGP, write_grads, write_stats
+from triton_kernels.operator import operator
 from triton_kernels.ppo import Kl, check_kl, policy_term
 from triton_kernels.shard import Shard
 
@@ -72,7 +73,7 @@ def linear_policy_loss(
     hidden, *others = tokens
     needs = [torch.is_grad_enabled() and each.requires_grad for each in (hidden_ND, weight_VD)]
     how = (clip_low, clip_high, kl, kl_coef, group, vocab_start, vocab_valid, inv_temp, entropy, chunk, logits_dtype, *needs)
-    total, stats = _PolicyLoss.apply(hidden, weight_VD, weight_grad is not None, *others, weight_grad, *how)
+    total, stats, _, _ = _linear_policy_loss(hidden, weight_VD, *others, weight_grad, *how)
     if rows is not None:
         stats = stats.new_zeros((len(stats), len(target_N))).index_copy(1, rows, stats)
     return total, stats[0], stats[1] if entropy else None
@@ -87,7 +88,7 @@ def _check_tokens(count: int, values: dict[str, Tensor | None]) -> None:
             raise ValueError(f"advantage is missing beside {name}: pass it for PPO's loss, or neither for the negative log-likelihood")
 
 
-@torch.library.custom_op("trivet::linear_policy_loss", mutates_args=("weight_grad",))
+@operator("linear_policy_loss", mutates=("weight_grad",))
 def _linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -168,30 +169,24 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, *res
     )
 
 
-class _PolicyLoss(torch.autograd.Function):
-    """An operation that adds to one of its inputs can have no autograd formula of its own."""
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, stats, *grads = output
+    ctx.save_for_backward(*grads)
+    ctx.accumulates = inputs[7] is not None
+    ctx.mark_non_differentiable(stats, *grads)
+    ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, accumulates: bool, *others: Any) -> tuple[Tensor, Tensor]:
-        total, stats, *grads = _linear_policy_loss(hidden, weight, *others)
-        ctx.save_for_backward(*grads)
-        ctx.accumulates = accumulates
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return total, stats
 
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)]
-        if ctx.accumulates:
-            if grad_total.device.type == "cpu" and grad_total != 1:
-                raise ValueError(
-                    f"the gradient of the total is {grad_total.item()}, but weight_grad was given that of 1; scale token_weight"
-                )
-            grads[1] = None
-        else:
-            grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in grads]
-        return *grads, *[None] * 20
+def _backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)]
+    if not ctx.accumulates:
+        grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in grads]
+    elif grad_total.device.type == "cpu" and grad_total != 1:
+        raise ValueError(f"the gradient of the total is {grad_total.item()}, but weight_grad was given that of 1; scale token_weight")
+    return grads[0], None if ctx.accumulates else grads[1], *[None] * 19
+
+
+_linear_policy_loss.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.trivet.linear_policy_loss)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.launch import by_kernel, counter, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.packed import check_floats, result_dtype
 from triton_kernels.tiles import parts
 
@@ -148,7 +149,7 @@ def _check(weight: Tensor, tensors: dict[str, Tensor | None]) -> None:
         raise ValueError("weight is bfloat16, in which weights of tokens do not add up to 1; pass float32")
 
 
-@torch.library.custom_op("trivet::ppo", mutates_args=())
+@operator("ppo")
 def _ppo(
     weight: Tensor,
     logp: Tensor | None,

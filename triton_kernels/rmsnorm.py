@@ -22,6 +22,7 @@ from torch import Tensor
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_like, check_shape
 from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PARTS = 256  # programs of the backward pass: enough to fill a GPU, few enough that their partial sums are little traffic
@@ -60,7 +61,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
         check_like("residual", residual, "x", x)
 
 
-@torch.library.custom_op("trivet::rmsnorm", mutates_args=())
+@operator("rmsnorm")
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed [N, D], total [N, D] or nothing where there is no residual, rstd [N])."""
     compute = _forward_by_triton if by_kernel(x) else _forward_reference
@@ -72,7 +73,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[T
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("trivet::rmsnorm_backward", mutates_args=())
+@operator("rmsnorm_backward")
 def _backward(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of total [N, D], of weight [D])."""
     compute = _backward_by_triton if by_kernel(total) else _backward_reference

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_shape
 from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PAIRS = 2048  # of one program: 8 to 16 a thread, in 128-bit loads
@@ -42,7 +43,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         check_device(name, angles, "x", x)
 
 
-@torch.library.custom_op("trivet::rope", mutates_args=())
+@operator("rope")
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return _by_triton(x, cos, sin, inverse) if by_kernel(x) else _reference(x, cos, sin, inverse)
 
