@@ -175,7 +175,7 @@ def test_registered_well_and_compiled(accumulate: bool) -> None:
         ("advantage is missing beside old_logp", {"old_logp_N": torch.ones(3)}),
         ("kl_coef=0.1 needs ref_logp", {"advantage_N": torch.ones(3), "kl_coef": 0.1}),
         ("clip_low=-1 must not be negative", {"clip_low": -1}),
-        ("chunk=0 must be at least 1", {"chunk": 0}),
+        ("chunk=0 must be 1 to 1024 rows", {"chunk": 0}),
     ],
 )
 def test_complaints(complaint: str, change: dict[str, Any]) -> None:

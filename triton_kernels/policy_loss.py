@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from triton_kernels.linear_logprob import Gradients, check_linear, chunks, logits_buffer, write_logits
+from triton_kernels.linear_logprob import Gradients, check_linear, chunk_rows, chunks, logits_buffer, write_logits
 from triton_kernels.logprob import ENTROPY, LOGP, write_grads, write_stats
 from triton_kernels.operator import operator
 from triton_kernels.ppo import Kl, check_kl, policy_term
@@ -44,7 +44,7 @@ def linear_policy_loss(
     vocab_valid: int | None = None,
     inv_temp: float = 1.0,
     entropy: bool = False,
-    chunk: int = 4096,
+    chunk: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -63,6 +63,7 @@ def linear_policy_loss(
     autograd). A log-ratio is held within ±20. ValueError for wrong types and shapes; in host memory, backward also raises it for another
     gradient than 1 where there is a weight_grad.
     """
+    chunk = chunk_rows(len(weight_VD)) if chunk is None else chunk
     check_linear(hidden_ND, weight_VD, target_N, inv_temp, chunk, logits_dtype, weight_grad)
     check_kl(kl, kl_coef, ref_logp_N, clip_low=clip_low, clip_high=clip_high)
     policy = {"old_logp": old_logp_N, "advantage": advantage_N, "ref_logp": ref_logp_N if kl_coef else None}
@@ -120,10 +121,10 @@ def _linear_policy_loss(
     stats = hidden.new_empty((5, len(target)), dtype=torch.float32)
     slopes = torch.zeros_like(stats)
     totals = [token_weight.new_zeros(())]
-    gradients = Gradients(hidden, weight, weight_grad, needs_hidden, needs_weight)
+    gradients = Gradients(hidden, weight, weight_grad, needs_hidden, needs_weight, chunk)
     buffer = logits_buffer(hidden, weight, chunk, logits_dtype)
     for part in chunks(len(target), chunk):
-        logits = write_logits(buffer, hidden[part], weight)
+        logits = write_logits(buffer, hidden[part], weight, chunk)
         write_stats(stats[:, part], logits, target[part], shard, inv_temp, entropy)
         total, slopes[LOGP, part] = terms.part(part, stats[LOGP, part])
         totals.append(total)

@@ -24,7 +24,7 @@ from engine.megatron.seat import Grid
 from engine.types import TokenTerms
 from engine.world import World
 from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob, rmsnorm, swiglu
-from triton_kernels.linear_logprob import write_logits
+from triton_kernels.linear_logprob import multiply
 
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
 
@@ -203,7 +203,8 @@ class Vocabulary(NamedTuple):
 
 def _drawn(hidden_TD: Tensor, weight: Tensor, flight: Flight, vocabulary: Vocabulary) -> Tensor:
     hidden_RD = hidden_TD[flight.rows_M]
-    logits_RV = write_logits(weight.new_empty((len(hidden_RD), len(weight)), dtype=torch.float32), hidden_RD, weight)
+    logits_RV = weight.new_empty((len(hidden_RD), len(weight)), dtype=torch.float32)
+    multiply(logits_RV, hidden_RD, weight.T)
     how, keys_R2 = flight.landing.drawing, flight.landing.keys_R2
     token_R = draw(logits_RV, keys_R2, **asdict(how), **vocabulary._asdict())
     logp_R = logprob(logits_RV, token_R, **vocabulary._asdict(), inv_temp=1 / (how.temperature or 1.0))[0]
