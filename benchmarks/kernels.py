@@ -26,6 +26,7 @@ COLUMNS: dict[str, Cell] = {
     "spilled bytes": lambda report: str(report.spill_bytes),
     "shared bytes": lambda report: str(report.shared),
     "128-bit loads": lambda report: str(report.vector_loads),
+    "asynchronous": lambda report: str(report.async_copies),
     "matrix instructions": lambda report: ", ".join(report.matrix_instructions) or "none",
     "occupancy": lambda report: f"{report.occupancy:.0%}",
 }
@@ -42,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     shapes = [SHAPES[name] for name in arguments.shape]
     if torch.cuda.is_available():
         return _on_gpu(shapes, arguments.seconds, arguments.json)
-    reports = [[aot.compile_case(case, arch) for arch in aot.CHIPS] for case in aot.all_cases()]
+    reports = [[aot.compile_case(case, arch) for arch in case.archs] for case in aot.all_cases()]
     as_file(arguments.json, as_json(reports, shapes))
     print(page(reports, shapes))
     return int(any(report.faults for row in reports for report in row))
@@ -75,7 +76,7 @@ def as_json(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape])
 
 
 def compiled(report: aot.AotReport) -> dict[str, Any]:
-    facts = ("arch", "registers", "spill_bytes", "shared", "vector_loads", "matrix_instructions", "occupancy", "faults")
+    facts = ("arch", "registers", "spill_bytes", "shared", "vector_loads", "async_copies", "matrix_instructions", "occupancy", "faults")
     launch = {"name": report.case.name, "num_warps": report.case.num_warps, "num_stages": report.case.num_stages}
     return launch | {"constexprs": report.case.constexprs} | {fact: getattr(report, fact) for fact in facts}
 
@@ -93,7 +94,8 @@ def page(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape]) ->
 
 def _gate(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:
     faults = [f"- {fault}" for row in reports for report in row for fault in report.faults]
-    passed = f"All {sum(map(len, reports))} pass: no spills, shared memory within limits, 128-bit loads where rows are aligned."
+    passed = f"All {sum(map(len, reports))} pass: no spills, shared memory within limits, 128-bit loads where rows are aligned,"
+    passed += " asynchronous copies in kernels that prefetch."
     return ["## The gate", "", *(faults or [passed])]
 
 
