@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import timed
 from benchmarks.clock import CudaClock
+from benchmarks.facts import Facts, read
 from benchmarks.floors import CHIPS, OPERATIONS, SHAPES, Shape
 from benchmarks.peers import PEERS
 from benchmarks.tables import as_file, heading, table, versions
@@ -34,7 +35,8 @@ COLUMNS: dict[str, Cell] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of a model and its ranks (default: all)")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument("--json", type=Path, metavar="F", help="without a GPU: also write everything to this file")
+    parser.add_argument("--facts", type=Path, metavar="F", help="on a GPU: append facts to this file, and leave out what it has")
     parser.add_argument("--seconds", type=float, default=math.inf, help="on a GPU: start no measurement after so many")
 
 
@@ -42,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Prints the report as Markdown; 1 when a kernel fails the gate."""
     shapes = [SHAPES[name] for name in arguments.shape]
     if torch.cuda.is_available():
-        return _on_gpu(shapes, arguments.seconds, arguments.json)
+        return _on_gpu(shapes, arguments.seconds, arguments.facts)
     reports = [[aot.compile_case(case, arch) for arch in case.archs] for case in aot.all_cases()]
     as_file(arguments.json, as_json(reports, shapes))
     print(page(reports, shapes))
@@ -50,13 +52,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _on_gpu(shapes: Sequence[Shape], seconds: float, file: Path | None) -> int:
-    device = torch.device("cuda")
+    device, facts, known = torch.device("cuda"), Facts(file), read(file)
+    facts.add({"versions": versions()})
+    said: list[dict[str, Any]] = []
 
-    def save(found: dict[str, Any]) -> None:
-        as_file(file, {"versions": versions(), **found})
+    def save(fact: dict[str, Any]) -> None:
+        facts.add(fact)
+        said.append(fact)
 
-    found = timed.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save)
-    save(found)
+    timed.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save, known=known)
+    found = timed.assembled([*known, *said])
     print("\n".join([*heading("Kernels on a GPU", versions(), "python -m benchmarks kernels"), *timed.page(found, shapes)]))
     return 0
 

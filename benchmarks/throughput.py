@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.facts import Facts
 from benchmarks.peers import why
-from benchmarks.tables import as_file, heading, table, versions
+from benchmarks.tables import heading, table, versions
 from benchmarks.timing import Spread
 from engine.config import Llama, Model, Optim, Parallel
 
@@ -45,18 +46,18 @@ CASES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of steps for each model (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument("--facts", type=Path, metavar="F", help="append each row to this file as it comes")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints the page as Markdown. What keeps the engine from running is a line of it."""
-    rows = []
+    facts, rows = Facts(arguments.facts), []
     for case in CASES if torch.cuda.is_available() else ():
         try:
             rows.append({"case": case.name} | train(case, arguments.seconds))
         except Exception as error:
             rows.append({"case": case.name, "error": why(error)})
-    as_file(arguments.json, {"versions": versions(), "rows": rows})
+        facts.add(rows[-1])
     print("\n".join(page(rows)))
     return 0
 
