@@ -81,7 +81,8 @@ def main(arguments: argparse.Namespace) -> int:
             if arguments.again:
                 (folder / f"{part.name}.jsonl").unlink(missing_ok=True)
             print(f"{part.name}: {run(part, folder, environment, arguments.budget - (time.monotonic() - began))}", flush=True)
-            written = gpu_page.write(folder, chip, tuple(PARTS))  # after every part: the next one may be the last
+            gpu_page.write(folder, chip, tuple(PARTS))  # after every part: the next one may be the last
+    written = gpu_page.write(folder, chip, tuple(PARTS))
     print(f"{written.read_text(encoding='utf-8')}\nWritten to {written}, facts to {folder}")
     return int(any(failed(folder / f"{name}.jsonl") for name in arguments.parts or PARTS))
 
