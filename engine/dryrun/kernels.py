@@ -92,7 +92,7 @@ def _linear_logprob_backward(call: Call) -> Cost:
         if call.given["needs_hidden"]:
             work += _product(rows, vocab, width)
         if call.given["needs_weight"]:
-            work += _product(vocab, rows, width)
+            work += _product(vocab, rows, width, accumulates=True)
     if kept is None:
         scratch += chunk * vocab * dtype.itemsize
     if kept is not None or dtype != weight.dtype:
@@ -107,8 +107,8 @@ def _chunks(rows: int, chunk: int) -> list[int]:
     return [min(chunk, rows - start) for start in range(0, rows, chunk)]
 
 
-def _product(m: int, k: int, n: int) -> Work:
-    return Work(Counter({Matmul(m, k, n): 1}), kernels=1)
+def _product(m: int, k: int, n: int, accumulates: bool = False) -> Work:
+    return Work(Counter({Matmul(m, k, n, accumulates): 1}), kernels=1)
 
 
 def _padded(hidden: Tensor, chunk: int) -> Cost:

@@ -28,7 +28,7 @@ from triton_kernels.linear_logprob import write_logits
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
 
 
-def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype, learns: bool) -> TransformerConfig:
     """megatron's description of `model` on this grid. Weights are left uninitialised: weights.py fills every one."""
     return TransformerConfig(
         num_layers=model.layers,
@@ -58,7 +58,7 @@ def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: to
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, of dense models too
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=world.seat != "cpu",  # gloo may still be sending them
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=learns,  # into main_grad, which only a model in training.wrap has
         bias_activation_fusion=False,
         use_te_activation_func=True,  # that is: the activation of the layer's spec, which is ours
         bias_dropout_fusion=False,
@@ -235,9 +235,9 @@ class ValueModel(PackedModel):
             self.output_layer = ScalarHead(self.config, device, self.pg_collection.tp)
 
 
-def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype) -> list[PackedModel]:
-    """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made."""
-    config = transformer_config(model, parallel, world, dtype)
+def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype, *, learns: bool) -> list[PackedModel]:
+    """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made. `learns`: training.wrap follows."""
+    config = transformer_config(model, parallel, world, dtype, learns)
     return [_build_stage(model, parallel, grid, world, config, stage) for stage in range(parallel.vpp)]
 
 
