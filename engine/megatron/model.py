@@ -4,7 +4,7 @@ logits."""
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config import Llama, Parallel, padded_vocab
-from engine.megatron.attention import Flight, PackedAttention, attend_for
+from engine.megatron.attention import Flight, PackedAttention, PackedSelfAttention, attend_for
+from engine.megatron.layer import FinalNorm, Layer, RMSNorm
 from engine.megatron.seat import Grid
 from engine.world import World
-from triton_kernels import draw, linear_logprob, logprob, rmsnorm, swiglu
+from triton_kernels import draw, linear_logprob, logprob, swiglu
 from triton_kernels.linear_logprob import write_logits
 
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
@@ -94,20 +95,6 @@ def _recompute(parallel: Parallel) -> dict[str, Any]:
     if parallel.recompute == "selective":  # the MLP: with flash attention, recomputing attention would save nothing
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     return {}
-
-
-class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arXiv 1910.07467)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, device: torch.device, eps: float = 1e-5, **_: Any):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        # megatron sums the gradients of such weights over the tensor-parallel group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, self.eps)
 
 
 class SwiGLU(MegatronModule):
@@ -243,26 +230,33 @@ def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: tor
 
 def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> PackedModel:
     vp_stage = stage if parallel.vpp > 1 else None
+    last = grid.pp_rank == grid.pp - 1 and stage == parallel.vpp - 1
     headed: Any = partial(LogprobModel, model.vocab) if model.head == "lm" else partial(ValueModel, world.device)
     return headed(
         config=config,
-        transformer_layer_spec=_layers(config, world, vp_stage),
+        transformer_layer_spec=_layers(config, world, vp_stage, last),
         vocab_size=padded_vocab(model.vocab, parallel.tp),
         max_sequence_length=model.max_length,
         pre_process=grid.pp_rank == 0 and stage == 0,
-        post_process=grid.pp_rank == grid.pp - 1 and stage == parallel.vpp - 1,
+        post_process=last,
         position_embedding_type="none",
         share_embeddings_and_output_weights=model.tied,
         vp_stage=vp_stage,
     )
 
 
-def _layers(config: TransformerConfig, world: World, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _layers(config: TransformerConfig, world: World, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
+    """Of a stage, which is the `last` or not: whether it ends in the final norm."""
     layer: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    norm = ModuleSpec(module=RMSNorm, params={"device": world.device})
+    norm, final = (ModuleSpec(module=kind, params={"device": world.device}) for kind in (RMSNorm, FinalNorm))
+    layer.module = Layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.mlp.submodules.activation_func = SwiGLU
+    layer.submodules.self_attention.module = PackedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention, params={"attend": attend_for(world.on_gpu)}
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    added = [config.recompute_granularity == "full" or (i == count - 1 and not last) for i in range(count)]
+    layers = [replace(layer, params={"adds": adds}) for adds in added]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final)
