@@ -8,7 +8,7 @@ last for its final norm leaves that to it. With full recomputation each layer ad
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import checkpoint
@@ -20,11 +20,17 @@ from engine.megatron.attention import Flight
 from triton_kernels import rmsnorm
 
 
-class Addends(NamedTuple):
-    """Hidden states before their last addition, each [T / tp, 1, D]."""
+class Addends:
+    """Hidden states before their last addition, two of [T / tp, 1, D]. They are taken once: megatron's loop over layers keeps this object
+    while the next layer runs, and must not keep them."""
 
-    x: Tensor
-    residual: Tensor
+    def __init__(self, x: Tensor, residual: Tensor):
+        self._both = [x, residual]
+
+    def take(self) -> list[Tensor]:
+        """x and residual."""
+        both, self._both = self._both, []
+        return both
 
 
 class RMSNorm(torch.nn.Module):
@@ -40,7 +46,8 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: Tensor | Addends) -> Any:
         """(normed, hidden states), the latter added up where they were not."""
         if isinstance(hidden, Addends):
-            return rmsnorm(hidden.x, self.weight, self.eps, hidden.residual)
+            x, residual = hidden.take()
+            return rmsnorm(x, self.weight, self.eps, residual)
         return rmsnorm(hidden, self.weight, self.eps), hidden
 
 
@@ -64,7 +71,7 @@ class Layer(TransformerLayer):
     ) -> tuple[Tensor | Addends, None]:
         """As megatron's, with nothing for cross-attention."""
         normed, total = self.input_layernorm(hidden_states)
-        attended, _bias = self.self_attention(normed, packed_seq_params=packed_seq_params)
-        normed, total = self.pre_mlp_layernorm(Addends(attended, total))
+        addends = Addends(self.self_attention(normed, packed_seq_params=packed_seq_params)[0], total)
+        normed, total = self.pre_mlp_layernorm(addends)
         out, _bias = checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
         return (out + total if self.adds else Addends(out, total)), None
