@@ -16,6 +16,7 @@ from benchmarks import (
     evals,
     kernels,
     programs,
+    stage_changes,
     throughput,
     verifiers,
 )
@@ -32,6 +33,7 @@ MODULES = (
     evals,
     kernels,
     programs,
+    stage_changes,
     throughput,
     verifiers,
 )
