@@ -25,6 +25,7 @@ MODULES = (
     "kernels",
     "programs",
     "smoke",
+    "stage_changes",
     "throughput",
     "verifiers",
 )

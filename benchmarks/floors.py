@@ -90,6 +90,12 @@ def _rope(shape: Shape) -> Work:
     return Work(2 * turned * 2 + 2 * shape.tokens * shape.head_size * 2)
 
 
+def _rope_qkv(shape: Shape) -> Work:
+    """Queries, keys and values, each with its cos and sin: out of one product, or into its gradient."""
+    heads = (shape.heads + 2 * shape.kv_heads) // shape.tp
+    return Work(2 * shape.tokens * heads * shape.head_size * 2 + shape.tokens * shape.head_size * 2)
+
+
 def _logprob(passes: int) -> Callable[[Shape], Work]:
     """`passes` over the logits, a target and three float32 results a row."""
     return lambda shape: Work(shape.tokens * (passes * shape.vocab // shape.tp * 2 + 8 + 12))
@@ -133,6 +139,8 @@ OPERATIONS: dict[str, Callable[[Shape], Work]] = {
     "swiglu forward": _swiglu(3),
     "swiglu backward": _swiglu(5),
     "rope": _rope,
+    "rope_qkv forward": _rope_qkv,
+    "rope_qkv backward": _rope_qkv,
     "logprob forward": _logprob(1),
     "logprob backward": _logprob(2),
     "logprob forward and backward": _logprob(3),

@@ -22,6 +22,7 @@ from triton_kernels import (
     ppo_loss,
     rmsnorm,
     rope,
+    rope_qkv,
     swiglu,
 )
 
@@ -100,6 +101,12 @@ def _rope_inputs(shape: Shape, device: torch.device) -> Tensors:
     return {"q": q, "k": k, "cos": turns.cos().bfloat16(), "sin": turns.sin().bfloat16()}
 
 
+def _rope_qkv_inputs(shape: Shape, device: torch.device) -> Tensors:
+    groups, shared = shape.kv_heads // shape.tp, shape.heads // shape.kv_heads + 2
+    qkv = _normal(shape.tokens, groups, shared, shape.head_size, device=device)
+    return {"qkv": qkv, **{name: x for name, x in _rope_inputs(shape, device).items() if name in ("cos", "sin")}}
+
+
 def _logits_inputs(shape: Shape, device: torch.device) -> Tensors:
     vocab = shape.vocab // shape.tp
     logits = _normal(shape.tokens, vocab, device=device, scale=3.5)
@@ -141,6 +148,10 @@ def _rmsnorm(t: Tensors) -> Any:
 
 def _rope(t: Tensors) -> Any:
     return rope(t["q"], t["cos"], t["sin"]), rope(t["k"], t["cos"], t["sin"])
+
+
+def _rope_qkv(t: Tensors) -> Any:
+    return rope_qkv(t["qkv"], t["cos"], t["sin"])
 
 
 def _logprob(t: Tensors) -> Tensor:
@@ -211,6 +222,8 @@ OPERATIONS: dict[str, Operation] = {  # by the names of floors.OPERATIONS
     "swiglu forward": Operation(_swiglu_inputs, _SWIGLU),
     "swiglu backward": Operation(_swiglu_inputs, _SWIGLU, "backward", ("gate_up",)),
     "rope": Operation(_rope_inputs, {OURS: plain(_rope)}),
+    "rope_qkv forward": Operation(_rope_qkv_inputs, {OURS: plain(_rope_qkv)}),
+    "rope_qkv backward": Operation(_rope_qkv_inputs, {OURS: plain(_rope_qkv)}, "backward", ("qkv",)),
     "dpo_norm": Operation(_packed_inputs, {OURS: plain(_dpo)}, "both", ("logp",)),
     "ppo_loss": Operation(_packed_inputs, {OURS: plain(_ppo)}, "both", ("logp", "value", "entropy")),
     "gae": Operation(_packed_inputs, {OURS: plain(_gae)}),

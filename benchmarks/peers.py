@@ -63,6 +63,14 @@ def eager_rope(t: Tensors) -> Outputs:
     return tuple(x * cos + _half_turned(x) * sin for x in (t["q"], t["k"]))
 
 
+def eager_rope_qkv(t: Tensors) -> Outputs:
+    """Taken apart, then turned as above; values copied, for a view would keep the whole product until backward."""
+    queries = t["qkv"].shape[2] - 2
+    query, key, value = t["qkv"].split([queries, 1, 1], 2)
+    turned = eager_rope({"q": query.flatten(1, 2), "k": key.flatten(1, 2), "cos": t["cos"], "sin": t["sin"]})
+    return *turned, value.flatten(1, 2).contiguous()
+
+
 def _half_turned(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([-b, a], -1)
@@ -242,6 +250,8 @@ PEERS: dict[str, dict[str, Contender]] = {  # by operation; what has none here h
     "swiglu forward": _SWIGLU,
     "swiglu backward": _SWIGLU,
     "rope": _torch(eager_rope) | {"Liger": liger_rope},
+    "rope_qkv forward": _torch(eager_rope_qkv),
+    "rope_qkv backward": _torch(eager_rope_qkv),
     "dpo_norm": _torch(eager_dpo),
     "ppo_loss": _torch(eager_ppo),
     "gae": {EAGER: plain(eager_gae)},  # compiled, a loop over hundreds of steps would be unrolled

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels import rmsnorm, rope, swiglu
+from triton_kernels import rmsnorm, rope, rope_qkv, swiglu
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -82,6 +82,16 @@ def check_swiglu(tokens: int, width: int, dtype: torch.dtype) -> None:
 def check_rope(tokens: int, heads: int, size: int, dtype: torch.dtype) -> None:
     cos, sin = angles(tokens, size)
     check(lambda x: rope(x, cos, sin), lambda x: rope_reference(x, cos, sin), [drawn(tokens, heads, size, dtype=dtype)])
+
+
+def check_rope_qkv(tokens: int, groups: int, queries: int, size: int, dtype: torch.dtype) -> None:
+    cos, sin = angles(tokens, size)
+
+    def reference(qkv: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = qkv.split([queries, 1, 1], 2)
+        return rope_reference(query.flatten(1, 2), cos, sin), rope_reference(key.flatten(1, 2), cos, sin), value.flatten(1, 2)
+
+    check(lambda qkv: rope_qkv(qkv, cos, sin), reference, [drawn(tokens, groups, queries + 2, size, dtype=dtype)])
 
 
 def angles(tokens: int, size: int) -> tuple[Tensor, Tensor]:

@@ -36,12 +36,15 @@ def test_the_output_layer_is_one_product_forward_and_three_in_all() -> None:
 
 
 def test_layers_move_each_tensor_once() -> None:
-    """8192 x 4096 bfloat16 are 67.1 MB; a SwiGLU of 14336 reads two halves and writes one; 40 heads of 128 are turned in and out."""
+    """8192 x 4096 bfloat16 are 67.1 MB; a SwiGLU of 14336 reads two halves and writes one; 40 heads of 128 are turned in and out, and
+    8 more are values."""
     shape = SHAPES["8b-tp1"]
     assert OPERATIONS["rmsnorm forward fused"](shape).bytes == pytest.approx(4 * 67.1e6, rel=1e-3)
     assert OPERATIONS["swiglu forward"](shape).bytes == 3 * 8192 * 14336 * 2
     assert OPERATIONS["swiglu backward"](shape).bytes == 5 * 8192 * 14336 * 2
     assert OPERATIONS["rope"](shape).bytes == 2 * 8192 * 40 * 128 * 2 + 2 * 8192 * 128 * 2
+    assert OPERATIONS["rope_qkv forward"](shape).bytes == 2 * 8192 * 48 * 128 * 2 + 8192 * 128 * 2
+    assert OPERATIONS["rope_qkv backward"](SHAPES["405b-tp8"]).bytes == 2 * 8192 * 18 * 128 * 2 + 8192 * 128 * 2
 
 
 def test_decoding_reads_what_is_looked_at() -> None:

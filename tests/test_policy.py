@@ -86,13 +86,15 @@ def by_sequence(query: Tensor, key: Tensor, value: Tensor, cu: Tensor) -> Tensor
 
 
 def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for both kernels, whose signatures are the real ones': what attention passes on means the same as ours."""
+    """With stand-ins for the kernels, whose signatures are the real ones': what attention passes on means the same as ours, and is given
+    as it is, no key or value repeated."""
     from engine.megatron import attention
 
     def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool = False) -> Tensor:
         assert causal
         assert cu_q is cu_k
         assert max_q == max_k == int(cu_q.diff().max())
+        assert (q is query, k is key, v is value) == (True, True, True)
         return by_sequence(q, k, v, cu_q)
 
     draw = torch.Generator().manual_seed(0)
@@ -114,12 +116,15 @@ def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pyt
         assert enable_gqa
         return flash(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
 
-    def old(*tensors: Any, is_causal: bool = False) -> Tensor:
-        assert tensors[0].shape == tensors[1].shape == tensors[2].shape
+    def before_2_13(*tensors: Any, window_size: Any) -> Tensor:
+        assert window_size == (-1, 0)
+        return flash(*tensors, causal=True)
+
+    def before_2_11(*tensors: Any, is_causal: bool = False) -> Tensor:
         return flash(*tensors, causal=is_causal)
 
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    for kernel in (new, old):
+    for kernel in (new, before_2_13, before_2_11):
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
         assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, flight), expected)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.dryrun.meter import Meter
 from tests.layers import EPS, check_rmsnorm, drawn, passes
 from triton_kernels import rmsnorm
 
@@ -22,6 +23,19 @@ def test_fused_bits_are_those_of_the_two_steps_apart() -> None:
     normed, total = rmsnorm(x, weight, EPS, residual)
     assert torch.equal(total, x + residual)
     assert torch.equal(normed, rmsnorm(x + residual, weight, EPS))
+
+
+def test_an_output_that_goes_nowhere_costs_and_changes_nothing() -> None:
+    """No gradient is made up for it."""
+    x, weight, residual = (drawn(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(((5, 16), (16,), (5, 16))))
+    normed, total = rmsnorm(x, weight, EPS, residual)
+    alone = torch.autograd.grad(normed.sum(), (x, residual, weight), retain_graph=True)
+    added = torch.autograd.grad(normed.sum() + 0 * total.sum(), (x, residual, weight), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, added, strict=True))
+    assert torch.equal(*torch.autograd.grad(total.sum(), (x, residual), retain_graph=True))
+    with Meter(torch.device("cpu"), {}) as meter:
+        normed.backward(torch.ones(5, 16))
+    assert meter.taken().kernels == 3 + 1  # the operation's, and a copy: x and residual each keep a gradient
 
 
 def test_any_leading_dimensions() -> None:

@@ -5,14 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.layers import angles, check_rope, drawn, passes
-from triton_kernels import rope
+from tests.layers import angles, check_rope, check_rope_qkv, drawn, passes
+from triton_kernels import rope, rope_qkv
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(0, 2, 8), (1, 1, 2), (17, 9, 64), (6, 3, 80)])
 def test_against_float64(tokens: int, heads: int, size: int, dtype: torch.dtype) -> None:
     check_rope(tokens, heads, size, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "groups", "queries", "size"), [(0, 1, 1, 8), (1, 2, 1, 2), (17, 3, 3, 64), (6, 1, 16, 80)])
+def test_a_product_against_float64(tokens: int, groups: int, queries: int, size: int, dtype: torch.dtype) -> None:
+    check_rope_qkv(tokens, groups, queries, size, dtype)
+
+
+def test_what_comes_of_a_product_is_not_part_of_it() -> None:
+    """Attention keeps the three until its backward pass; none must keep the product."""
+    qkv = drawn(5, 2, 6, 8)
+    three = rope_qkv(qkv, *angles(5, 8))
+    assert all(x.untyped_storage().nbytes() == x.nbytes and x.is_contiguous() for x in three)
+    assert torch.equal(three[2], qkv[:, :, -1])
 
 
 def test_the_negative_angle_turns_back() -> None:
@@ -38,6 +52,14 @@ def test_operator() -> None:
     torch.library.opcheck(torch.ops.trivet.rope.default, (drawn(2, 3, 10).transpose(0, 1).requires_grad_(), *angles(3, 10), False))
 
 
+def test_operator_of_a_product() -> None:
+    qkv, (cos, sin) = drawn(3, 2, 5, 10).requires_grad_(), angles(3, 10)
+    torch.library.opcheck(torch.ops.trivet.rope_qkv.default, (qkv, cos, sin))
+    torch.library.opcheck(torch.ops.trivet.rope_qkv.default, (drawn(2, 3, 5, 10).transpose(0, 1).requires_grad_(), cos, sin))
+    grads = drawn(3, 6, 10), drawn(3, 2, 10), drawn(2, 3, 10).transpose(0, 1)
+    torch.library.opcheck(torch.ops.trivet.rope_qkv_backward.default, (*grads, cos, sin))
+
+
 def test_compiles_in_one_graph() -> None:
     cos, sin = angles(5, 12)
 
@@ -56,3 +78,8 @@ def test_bad_input_is_named() -> None:
         rope(x, cos, sin[:2])
     with pytest.raises(ValueError, match=r"x has shape \[3, 2, 7\]; use \[tokens, heads, head size\] with an even head size"):
         rope(x[..., :7], cos, sin)
+    qkv = drawn(3, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"cos has shape \[2, 4\] where \[3, 4\] is needed, a row for each token of qkv"):
+        rope_qkv(qkv, cos[:2], sin)
+    with pytest.raises(ValueError, match=r"qkv has shape \[3, 2, 2, 8\]; use \[tokens, key-value heads, queries of each \+ 2, head size\]"):
+        rope_qkv(qkv[:, :, :2], cos, sin)

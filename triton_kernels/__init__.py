@@ -9,7 +9,7 @@ from triton_kernels.logprob import logprob
 from triton_kernels.policy_loss import linear_policy_loss
 from triton_kernels.ppo import PpoStats, ppo_loss, value_loss
 from triton_kernels.rmsnorm import rmsnorm
-from triton_kernels.rope import rope
+from triton_kernels.rope import rope, rope_qkv
 from triton_kernels.seq_logps import seq_logps
 from triton_kernels.swiglu import swiglu
 
@@ -27,6 +27,7 @@ __all__ = [
     "ppo_loss",
     "rmsnorm",
     "rope",
+    "rope_qkv",
     "seq_logps",
     "swiglu",
     "value_loss",

@@ -92,10 +92,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, total, rstd = output
     ctx.fused = residual is not None
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # zeros for total where it goes nowhere
     ctx.save_for_backward(total if ctx.fused else x, weight, rstd)
 
 
-def _grads(ctx: Any, grad: Tensor, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _grads(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # what is normed goes nowhere
+        return grad_total, grad_total, None, None
     to_total, to_weight = _backward(grad, grad_total if ctx.fused else None, *ctx.saved_tensors)
     return to_total, to_total if ctx.fused else None, to_weight, None
 

@@ -16,6 +16,7 @@ Axis = Literal["tp", "pp", "dp"]
 
 # What a step says in a few bytes: how many tokens were counted (twice), the gradient's norm, metrics (twice, and to every stage).
 SMALL_COLLECTIVES = 6
+ACCUMULATED = 8  # bytes: an fp32 sum read and written
 BUCKET = 40_000_000  # parameters of a bucket of gradients: megatron-core's, or a million a replica where that is more
 
 
@@ -76,13 +77,15 @@ class Clock:
         return Parts(products, attention, traffic, launches, waits, beside, dispatch, max(device, dispatch))
 
     def product(self, matmul: Matmul) -> float:
-        """Of one matrix product by its shape; hardware.toml says the formula and why. Its launch is not in it."""
-        hardware, (m, k, n) = self.hardware, matmul
+        """Of one matrix product by its shape; hardware.toml says the formula and why. Its launch is not in it. Sums that it adds to are
+        read and written while other tiles are multiplied: they cost time only where all its bytes take longer than its FLOPs."""
+        hardware, (m, k, n, accumulates) = self.hardware, matmul
         if not m * k * n:
             return 0.0
         flops = 2 * m * k * n / (hardware.peak * hardware.gemm.ceiling)
         shaped = flops * (1 + hardware.gemm.wave / (m * n)) * (1 + hardware.gemm.fill / k)
-        return max(shaped, hardware.width * (m * k + k * n + m * n) / (hardware.bandwidth * hardware.streaming))
+        moved = hardware.width * (m * k + k * n) + (ACCUMULATED if accumulates else hardware.width) * m * n
+        return max(shaped, moved / (hardware.bandwidth * hardware.streaming))
 
     def collective(self, collective: Collective) -> float:
         """Of a ring: every rank sends (n - 1) / n of the message, in n - 1 steps; twice as much and as many for an all_reduce."""

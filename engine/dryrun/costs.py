@@ -68,7 +68,8 @@ def cost_of(call: Call) -> Cost:
     if call.space == "c10d":
         return Cost(_said(call))
     if call.space == "aten" and (factors := PRODUCTS.get(call.name.removesuffix("_"))):
-        return Cost(_multiplied(*(call.given[name] for name in factors)))
+        a, b = (call.given[name] for name in factors)
+        return Cost(_multiplied(a, b, accumulates="add" in call.name and call.given["beta"] != 0))
     assert not call.multiplies, f"{call.space}.{call.name} multiplies matrices, and nothing here says which"
     if call.is_view or call.name in MOVES_NOTHING:
         return Cost(Work())
@@ -92,9 +93,9 @@ def size_of(values: Any) -> int:
     return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
 
 
-def _multiplied(a: Tensor, b: Tensor) -> Work:
+def _multiplied(a: Tensor, b: Tensor, accumulates: bool) -> Work:
     times = a.shape[0] if a.ndim == 3 else 1
-    return Work(Counter({Matmul(a.shape[-2], a.shape[-1], b.shape[-1]): times}), kernels=1)
+    return Work(Counter({Matmul(a.shape[-2], a.shape[-1], b.shape[-1], accumulates): times}), kernels=1)
 
 
 def _said(call: Call) -> Work:

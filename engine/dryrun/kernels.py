@@ -124,13 +124,14 @@ def _gradients(call: Call, spoiled: bool) -> Cost:
     hidden, weight, chunk, dtype = (call.given[name] for name in ("hidden", "weight", "chunk", "logits_dtype"))
     needs_hidden, needs_weight = call.given["needs_hidden"], call.given["needs_weight"]
     (vocab, width), own = weight.shape, weight.element_size()
-    work, scratch = Work(), 0
+    work, scratch, accumulates = Work(), 0, call.given["weight_grad"] is not None
     for rows in _chunks(len(hidden), chunk) if needs_hidden or needs_weight else ():
         work += Work(traffic=rows * vocab * (dtype.itemsize + own), kernels=1)
         if needs_hidden:
             work += _product(rows, vocab, width)
         if needs_weight:
-            work += _product(vocab, rows, width)
+            work += _product(vocab, rows, width, accumulates=accumulates)
+            accumulates = True
     if work.kernels and (not spoiled or dtype != weight.dtype):
         scratch += min(chunk, len(hidden)) * vocab * own
     if needs_weight and call.given["weight_grad"] is None and len(hidden) > chunk:  # in fp32, and rounded at the end
@@ -143,8 +144,8 @@ def _chunks(rows: int, chunk: int) -> list[int]:
     return [min(chunk, rows - start) for start in range(0, rows, chunk)]
 
 
-def _product(m: int, k: int, n: int) -> Work:
-    return Work(Counter({Matmul(m, k, n): 1}), kernels=1)
+def _product(m: int, k: int, n: int, accumulates: bool = False) -> Work:
+    return Work(Counter({Matmul(m, k, n, accumulates): 1}), kernels=1)
 
 
 KERNELS: dict[str, Callable[[Call], Cost]] = {

@@ -13,6 +13,7 @@ class Matmul(NamedTuple):
     m: int
     k: int
     n: int
+    accumulates: bool = False  # adds to fp32 numbers that are there, instead of writing in the matrices' type
 
 
 class Collective(NamedTuple):
@@ -37,7 +38,7 @@ class Work:
     @property
     def flops(self) -> float:
         """Of matrix products and attention."""
-        return self.attention + sum(2.0 * m * k * n * times for (m, k, n), times in self.matmuls.items())
+        return self.attention + sum(2.0 * m * k * n * times for (m, k, n, _), times in self.matmuls.items())
 
     def __add__(self, other: Work) -> Work:
         return Work(

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences: the one swap inside megatron's SelfAttention, and what travels to it."""
+"""Causal attention over packed sequences, between megatron's projections, and what travels to it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from engine.config import Llama
 from engine.types import Packed, TokenTerms
-from triton_kernels import rope
+from triton_kernels import rope_qkv
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Flight"], Tensor]  # q [T, H, K], k and v [T, KV, K] -> [T, H, K]
 
@@ -71,20 +72,33 @@ def rope_frequencies(model: Llama) -> Tensor:
     return frequency.float()
 
 
+class PackedSelfAttention(SelfAttention):
+    """megatron's two projections with PackedAttention between them, which takes the first one's product as it is."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Flight, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [T / tp, 1, D] -> the same, and no bias."""
+        qkv, _bias = self.linear_qkv(hidden_states)  # type: ignore[operator]
+        out = self.core_attention(qkv, packed_seq_params=packed_seq_params)  # type: ignore[operator]
+        return self.linear_proj(out)
+
+
 class PackedAttention(torch.nn.Module):
     """Stands where megatron's core_attention stood. Rotary embedding by the flight's positions, then attention within each sequence."""
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, attend: Attend, **_: Any):
         super().__init__()
         self.layer, self.attend = layer_number, attend
+        self.shared, self.size = config.num_attention_heads // config.num_query_groups + 2, config.kv_channels
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Flight, **__: Any) -> Tensor:
+    def forward(self, qkv: Tensor, *, packed_seq_params: Flight) -> Tensor:
+        """qkv [T, 1, KV * (G + 2) * K], as triton_kernels.rope_qkv takes it -> [T, 1, H * K]."""
         flight = packed_seq_params
-        query, key = rope(query, flight.cos_TK, flight.sin_TK), rope(key, flight.cos_TK, flight.sin_TK)
+        query, key, value = rope_qkv(qkv.view(len(qkv), -1, self.shared, self.size), flight.cos_TK, flight.sin_TK)
         if flight.landing is not None:
-            return flight.landing.attend(self.layer, query, key, value, flight, self.attend).flatten(1)
-        value = value.contiguous()  # a slice of the product that query and key came from would keep all of that until backward
-        return self.attend(query, key, value, flight).flatten(1)
+            return flight.landing.attend(self.layer, query, key, value, flight, self.attend).flatten(1)[:, None]
+        return self.attend(query, key, value, flight).flatten(1)[:, None]
 
 
 def attend_for(on_gpu: bool) -> Attend:
@@ -108,13 +122,11 @@ def _varlen() -> Attend:
     from torch.nn.attention import varlen
 
     accepts = inspect.signature(varlen.varlen_attn).parameters
-    groups = "enable_gqa" in accepts
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in accepts else {"is_causal": True}
-    options = causal | ({"enable_gqa": True} if groups else {})
+    # Without the argument, its flash attention takes fewer heads of keys than of queries unasked.
+    options = causal | ({"enable_gqa": True} if "enable_gqa" in accepts else {})
 
     def attend(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
-        if not groups:
-            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
         return varlen.varlen_attn(query, key, value, cu, cu, longest, longest, **options)  # type: ignore[return-value]
 

@@ -4,7 +4,7 @@ logits."""
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,17 +19,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config import Llama, Parallel, padded_vocab
-from engine.megatron.attention import Flight, PackedAttention, attend_for
+from engine.megatron.attention import Flight, PackedAttention, PackedSelfAttention, attend_for
+from engine.megatron.layer import FinalNorm, Layer, RMSNorm
 from engine.megatron.seat import Grid
 from engine.types import TokenTerms
 from engine.world import World
-from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob, rmsnorm, swiglu
+from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob, swiglu
 from triton_kernels.linear_logprob import multiply
 
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
 
 
-def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype, learns: bool) -> TransformerConfig:
     """megatron's description of `model` on this grid. Weights are left uninitialised: weights.py fills every one."""
     return TransformerConfig(
         num_layers=model.layers,
@@ -59,7 +60,7 @@ def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: to
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, of dense models too
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=world.seat != "cpu",  # gloo may still be sending them
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=learns,  # into main_grad, which only a model in training.wrap has
         bias_activation_fusion=False,
         use_te_activation_func=True,  # that is: the activation of the layer's spec, which is ours
         bias_dropout_fusion=False,
@@ -95,20 +96,6 @@ def _recompute(parallel: Parallel) -> dict[str, Any]:
     if parallel.recompute == "selective":  # the MLP: with flash attention, recomputing attention would save nothing
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     return {}
-
-
-class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arXiv 1910.07467)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, device: torch.device, eps: float = 1e-5, **_: Any):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        # megatron sums the gradients of such weights over the tensor-parallel group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, self.eps)
 
 
 class SwiGLU(MegatronModule):
@@ -270,34 +257,41 @@ class ValueModel(PackedModel):
             self.output_layer = ScalarHead(self.config, device, self.pg_collection.tp)
 
 
-def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype) -> list[PackedModel]:
-    """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made."""
-    config = transformer_config(model, parallel, world, dtype)
+def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype, *, learns: bool) -> list[PackedModel]:
+    """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made. `learns`: training.wrap follows."""
+    config = transformer_config(model, parallel, world, dtype, learns)
     return [_build_stage(model, parallel, grid, world, config, stage) for stage in range(parallel.vpp)]
 
 
 def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> PackedModel:
     vp_stage = stage if parallel.vpp > 1 else None
+    last = grid.pp_rank == grid.pp - 1 and stage == parallel.vpp - 1
     headed: Any = partial(LogprobModel, model.vocab) if model.head == "lm" else partial(ValueModel, world.device)
     return headed(
         config=config,
-        transformer_layer_spec=_layers(config, world, vp_stage),
+        transformer_layer_spec=_layers(config, world, vp_stage, last),
         vocab_size=padded_vocab(model.vocab, parallel.tp),
         max_sequence_length=model.max_length,
         pre_process=grid.pp_rank == 0 and stage == 0,
-        post_process=grid.pp_rank == grid.pp - 1 and stage == parallel.vpp - 1,
+        post_process=last,
         position_embedding_type="none",
         share_embeddings_and_output_weights=model.tied,
         vp_stage=vp_stage,
     )
 
 
-def _layers(config: TransformerConfig, world: World, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _layers(config: TransformerConfig, world: World, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
+    """Of a stage, which is the `last` or not: whether it ends in the final norm."""
     layer: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    norm = ModuleSpec(module=RMSNorm, params={"device": world.device})
+    norm, final = (ModuleSpec(module=kind, params={"device": world.device}) for kind in (RMSNorm, FinalNorm))
+    layer.module = Layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.mlp.submodules.activation_func = SwiGLU
+    layer.submodules.self_attention.module = PackedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention, params={"attend": attend_for(world.on_gpu)}
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    added = [config.recompute_granularity == "full" or (i == count - 1 and not last) for i in range(count)]
+    layers = [replace(layer, params={"adds": adds}) for adds in added]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final)

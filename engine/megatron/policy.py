@@ -56,7 +56,7 @@ class Policy:
     def _build(self, seed: int, fill: bool) -> None:
         from engine.megatron import model, weights
 
-        self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype)
+        self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype, learns=self.optim is not None)
         self.origin: Origin | None = None
         if fill:
             self.origin = self._origin(seed)

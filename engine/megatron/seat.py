@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from engine.config import Parallel
+from engine.megatron import weight_gradient
 from engine.megatron.products import in_onednn
 from engine.world import World
 
@@ -28,6 +29,7 @@ TESTED_VERSION = "0.16.1"
 
 # Where the engine takes hold of megatron-core: (module, attribute, parameters that must be there, what for).
 Site = tuple[str, str, tuple[str, ...], str]
+APEX = "fused_weight_gradient_mlp_cuda"  # a module of Apex's, as a name in megatron's tensor_parallel/layers.py
 TORCH_STRATEGY, SAVING = "dist_checkpointing.strategies.torch", "checkpoints without spawned writers"
 SITES: tuple[Site, ...] = (
     ("models.gpt", "GPTModel._postprocess", ("hidden_states", "labels", "packed_seq_params"), "the last stage returns log-probs"),
@@ -35,6 +37,9 @@ SITES: tuple[Site, ...] = (
     ("models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec", ("normalization",), "the layer whose norms and attention we swap"),
     ("transformer.attention", "SelfAttentionSubmodules", ("core_attention",), "our packed attention"),
     ("transformer.attention", "SelfAttention.forward", ("packed_seq_params",), "the flight reaches attention"),
+    ("transformer.transformer_layer", "TransformerLayer.forward", (), "a layer's additions within its norms"),
+    ("tensor_parallel", "checkpoint", ("function", "distribute_saved_activations"), "recomputing the MLP"),
+    ("tensor_parallel.layers", "_grad_accum_fusion_available", (), "weight gradients accumulated by the product"),
     ("transformer.mlp", "MLPSubmodules", ("activation_func",), "our SwiGLU"),
     ("transformer.transformer_block", "TransformerBlockSubmodules", ("layer_specs", "layer_norm"), "our norms"),
     ("transformer.transformer_block", "get_num_layers_to_build", ("config", "vp_stage"), "layers of a stage"),
@@ -109,18 +114,35 @@ def _stand_ins(device: torch.device) -> dict[str, Callable[..., Any]]:
 
 @contextmanager
 def taken(world: World) -> Iterator[None]:
-    """While it is open, megatron-core computes on `world.device`. On GPUs it does nothing."""
-    if world.seat == "cuda":
-        yield
-        return
+    """While it is open, megatron-core computes on `world.device`, and its linear layers accumulate weight gradients by weight_gradient.py.
+    On GPUs the latter is all it does."""
     with ExitStack() as stack:
-        for name, stand_in in _stand_ins(world.device).items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-            if hasattr(torch.cuda.random, name):
-                stack.enter_context(mock.patch.object(torch.cuda.random, name, stand_in))
-        if world.seat == "cpu":
-            stack.enter_context(in_onednn())
-        stack.enter_context(_Redirect(world.device))
+        if world.seat != "cuda":
+            _redirect(world, stack)
+        stack.enter_context(_accumulating(world))
+        yield
+
+
+def _redirect(world: World, stack: ExitStack) -> None:
+    for name, stand_in in _stand_ins(world.device).items():
+        stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        if hasattr(torch.cuda.random, name):
+            stack.enter_context(mock.patch.object(torch.cuda.random, name, stand_in))
+    if world.seat == "cpu":
+        stack.enter_context(in_onednn())
+    stack.enter_context(_Redirect(world.device))
+
+
+@contextmanager
+def _accumulating(world: World) -> Iterator[None]:
+    """Put weight_gradient.py where megatron's linear layers look for Apex's module. Where Apex is installed, its own stays on GPUs; on
+    other devices it cannot compute, and is put back afterwards."""
+    from megatron.core.tensor_parallel import layers
+
+    with ExitStack() as stack:
+        if world.seat != "cuda" or not layers._grad_accum_fusion_available:
+            stack.enter_context(mock.patch.object(layers, APEX, weight_gradient, create=True))
+            stack.enter_context(mock.patch.object(layers, "_grad_accum_fusion_available", True))
         yield
 
 
