@@ -280,13 +280,18 @@ def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, con
     )
 
 
+def _submodules(spec: Any) -> Any:
+    """The parts that megatron makes a module of: in a ModuleSpec, or since 0.17 bound to a function."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
 def _layers(config: TransformerConfig, world: World, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
     """Of a stage, which is the `last` or not: whether it ends in the final norm."""
     layer: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     norm, final = (ModuleSpec(module=kind, params={"device": world.device}) for kind in (RMSNorm, FinalNorm))
     layer.module = Layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.mlp.submodules.activation_func = SwiGLU
+    _submodules(layer.submodules.mlp).activation_func = SwiGLU
     layer.submodules.self_attention.module = PackedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention, params={"attend": attend_for(world.on_gpu)}

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,7 @@ from engine.megatron import weight_gradient
 from engine.megatron.products import in_onednn
 from engine.world import World
 
-TESTED_VERSION = "0.16.1"
+TESTED_VERSIONS = ("0.16.1", "0.19.2")  # the latter for Python 3.12 and newer
 
 # Where the engine takes hold of megatron-core: (module, attribute, parameters that must be there, what for).
 Site = tuple[str, str, tuple[str, ...], str]
@@ -107,6 +108,7 @@ def _stand_ins(device: torch.device) -> dict[str, Callable[..., Any]]:
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.manual_seed(seed) and None,
         "synchronize": lambda *a, **k: None,
+        "current_stream": lambda *a, **k: SimpleNamespace(wait_event=lambda _: None, wait_stream=lambda _: None),
         "_lazy_init": lambda *a, **k: None,
         "_lazy_call": lambda call, **k: None,
     }
@@ -219,8 +221,9 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
     from megatron.core import parallel_state as state
     from megatron.core import tensor_parallel
 
-    if megatron.core.__version__ != TESTED_VERSION and (moved := moved_sites()):
-        raise RuntimeError(f"megatron-core {megatron.core.__version__} (tested: {TESTED_VERSION}): " + "; ".join(moved))
+    if megatron.core.__version__ not in TESTED_VERSIONS and (moved := moved_sites()):
+        tested = " and ".join(TESTED_VERSIONS)
+        raise RuntimeError(f"megatron-core {megatron.core.__version__} (tested: {tested}): " + "; ".join(moved))
     before = _groups()
     if not state.model_parallel_is_initialized():
         virtual = parallel.vpp if parallel.vpp > 1 else None
