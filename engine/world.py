@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -16,6 +17,10 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from engine.bridge import Bridge
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: long enough for rank 0 to tokenise a large data set while the others wait
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACES = (":16:8", ":4096:8")  # with which cuBLAS repeats itself; the first leaves no room to split sums over blocks, so that a row's
+# bits do not depend on how many rows are multiplied with it
 
 Seat = Literal["cuda", "cpu", "meta"]
 Result = TypeVar("Result")
@@ -46,6 +51,8 @@ class World:
         if seat == "cuda":
             device = torch.device(seat, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
+            # Partial sums of a product stay in fp32: rounding them to bf16 saves time where a sum is split, and costs accuracy.
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         else:
             device = torch.device(seat)
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
@@ -119,3 +126,25 @@ class World:
             problems = [None] * self.size
             dist.all_gather_object(problems, problem)
         return next((p for p in problems if p is not None), None)
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """While it is open and `on`, a run repeats itself bit for bit on the same machine and layout, at the cost of speed: PyTorch takes the
+    deterministic form of each operation, or raises RuntimeError where there is none, and cuBLAS does not split sums.
+
+    Open it before the process first multiplies on a GPU. Raises ValueError where the environment asks cuBLAS for something else.
+    """
+    if not on:
+        yield
+        return
+    if os.environ.setdefault(CUBLAS, WORKSPACES[0]) not in WORKSPACES:
+        raise ValueError(f"{CUBLAS}={os.environ[CUBLAS]} is not deterministic; unset it, or use {' or '.join(WORKSPACES)}")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # it finds faults, and costs a pass each
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from engine import losses
 from engine.batching import batch
 from engine.config import Model, Parallel
 from engine.types import LossFunction, Sample, TokenLoss
-from engine.world import World
+from engine.world import World, deterministic
 from tests.jobs import OPTIM, samples
 
 PPO = {"average": "sequence", "clip_low": 0.1, "clip_high": 0.3, "kl": "k3"}
@@ -53,3 +53,9 @@ def _steps(world: World, parallel: Parallel, model: Model, loss: LossFunction) -
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
         update = partial(policy.update, loss=loss, lr=1e-2, temperature=0.8, entropy=entropy)
         return [update(batch(rollouts(seed), 64, **policy.cut)) for seed in range(2)]
+
+
+def repeated(world: World, parallel: Parallel, model: Model, on: bool) -> list[list[dict[str, float]]]:
+    """Metrics of two steps with each loss, deterministic or not."""
+    with deterministic(on):
+        return [_steps(world, parallel, model, loss) for loss in LOSSES.values()]

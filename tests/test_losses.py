@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from engine.batching import batch
 from engine.data.pairs import grouped
-from engine.losses import dpo
+from engine.losses import Average, dpo, nll, ppo_clip, ppo_first, ppo_terms, reward_bt, value_clip
 from engine.types import Moments, Packed, Sample
 from tests.jobs import pairs_with_reference
 
@@ -103,3 +104,30 @@ def test_halves_apart_are_an_error() -> None:
 @pytest.mark.parametrize(("x", "y", "r"), [([1, 2, 3], [2, 4, 6], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 1], [0, 5], 0.0), ([], [], 0.0)])
 def test_correlation(x: list[float], y: list[float], r: float) -> None:
     assert Moments(*map(float, Moments.of(torch.tensor(x), torch.tensor(y)))).correlation() == pytest.approx(r)
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+def test_no_loss_waits_for_the_device(average: Average) -> None:
+    """What is counted is known on the host: to read a number of a meta tensor would be an error."""
+    halves = [replace(half, **dict.fromkeys(("advantage", "old_logprob", "value", "returns"), half.ref_logprob)) for half in _halves()]
+    (packed,) = batch(halves, 1000)
+    moved = packed.to(torch.device("meta"))
+    logprob_T = torch.empty(len(packed.tokens_T), device="meta", requires_grad=True)
+    how = {"average": average, "clip_low": 0.2, "clip_high": 0.2, "kl": "k3", "kl_coef": 0.1}
+    found = {
+        "nll": nll(logprob_T, moved),
+        "ppo": ppo_clip(logprob_T, moved, **how),
+        "first": ppo_first(torch.stack([logprob_T, logprob_T]), moved, **how),
+        "value": value_clip(logprob_T, moved, average=average, clip=0.2, coef=0.1),
+        "dpo": dpo(logprob_T, moved, beta=5.0, nll_weight=0.1),
+        "reward": reward_bt(logprob_T, moved),
+    }
+    for name, loss in found.items():
+        loss.total.backward(retain_graph=True)
+        wanted = len(halves) // 2 if name in ("dpo", "reward") else int(packed.mask_T.sum())
+        assert loss.count == (len(halves) if average == "sequence" and name in ("ppo", "first", "value") else wanted), name
+    assert ppo_terms(moved, average=average, clip_low=0.2, clip_high=0.2, kl="k3", kl_coef=0.1).weight_T.shape == logprob_T.shape
+
+
+def _halves() -> list[Sample]:
+    return grouped(pairs_with_reference(0))

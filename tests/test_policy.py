@@ -90,8 +90,19 @@ def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pyt
     as it is, no key or value repeated."""
     from engine.megatron import attention
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool = False) -> Tensor:
+    def flash(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        causal: bool = False,
+        deterministic: bool = False,
+    ) -> Tensor:
         assert causal
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert cu_q is cu_k
         assert max_q == max_k == int(cu_q.diff().max())
         assert (q is query, k is key, v is value) == (True, True, True)

@@ -112,7 +112,8 @@ def attend_for(on_gpu: bool) -> Attend:
 
     def attend_flash(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
         cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
-        return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True)
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True, deterministic=repeatable)
 
     return attend_flash
 
