@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -140,11 +140,12 @@ def deterministic(on: bool) -> Iterator[None]:
         return
     if os.environ.setdefault(CUBLAS, WORKSPACES[0]) not in WORKSPACES:
         raise ValueError(f"{CUBLAS}={os.environ[CUBLAS]} is not deterministic; unset it, or use {' or '.join(WORKSPACES)}")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # it finds faults, and costs a pass each
+    memory.fill_uninitialized_memory = False  # with NaN: it finds faults, and costs a pass over each new tensor
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[assignment]
+        memory.fill_uninitialized_memory = before[1]

@@ -54,7 +54,7 @@ def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
         "stop": tuple(f"<0x{byte:02X}>" for byte in range(16)),
         "rollout": Slotting(slots=6, cache_gb=1.0, prefill=24),
     } | changes
-    defaults = {"tokens_per_microbatch": 96, "steps": 2} | ours
+    defaults: dict[str, Any] = {"tokens_per_microbatch": 96, "steps": 2} | ours
     return Run(
         model=Model(init=SHAPE, tokenizer="bytes"),
         algorithm=RLVR(**settings),

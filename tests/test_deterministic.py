@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,18 @@ from tests import jobs_token_loss
 from tests.jobs import TINY
 from tests.pool import ranks
 
+memory: Any = torch.utils.deterministic
+
 
 def test_every_switch_is_set_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CUBLAS, raising=False)
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not memory.fill_uninitialized_memory
         assert os.environ[CUBLAS] == ":16:8"
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert memory.fill_uninitialized_memory
 
 
 def test_nothing_is_set_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
