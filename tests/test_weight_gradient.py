@@ -87,9 +87,10 @@ def test_against_float64(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums.float(), before + grad.float().T @ given.float(), rtol=2e-2, atol=2e-1)
 
 
-def test_on_shapes_it_is_one_product() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_shapes_it_is_one_product(dtype: torch.dtype) -> None:
     """As on a GPU: no pass over the gradient, and nothing made."""
-    given, grad = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((37, 20), (37, 12)))
+    given, grad = (torch.empty(shape, device="meta", dtype=dtype) for shape in ((37, 20), (37, 12)))
     sums = torch.empty(12, 20, device="meta")
     with Meter(torch.device("meta"), {}) as meter:
         weight_gradient.wgrad_gemm_accum_fp32(given, grad, sums)

@@ -134,6 +134,7 @@ def test_swiglu_and_rope(dtype: torch.dtype) -> None:
     layers.check_swiglu(513, 14336, dtype)
     layers.check_swiglu(70000, 128, dtype)
     layers.check_rope(1025, 40, 128, dtype)
+    layers.check_rope_qkv(1025, 8, 4, 128, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
