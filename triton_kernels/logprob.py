@@ -275,7 +275,7 @@ def _parts_kernel(
     top = LOWEST
     total = 0.0
     weighted = 0.0
-    for column in tl.range(first, last, BLOCK, num_stages=STAGES):
+    for column in tl.range(first, last, BLOCK, num_stages=STAGES):  # type: ignore[attr-defined]
         columns = column + tl.arange(0, BLOCK)
         x = tl.load(LOGITS + columns, mask=columns < last, other=-float("inf")).to(tl.float32)
         x = tl.where(columns < real, x, -float("inf"))
