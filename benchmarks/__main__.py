@@ -22,6 +22,7 @@ MODULES = (
     "evals",
     "gpu",
     "host_cost",
+    "kernel_changes",
     "kernels",
     "programs",
     "smoke",

@@ -19,7 +19,7 @@ from tests import jobs_kernels_logprob as jobs
 from tests.pool import ranks
 from triton_kernels import linear_logprob, logprob
 from triton_kernels.aot import AotCase
-from triton_kernels.logprob import aot_cases, merge_parts, segment_parts
+from triton_kernels.logprob import _stages, aot_cases, merge_parts, segment_parts
 from triton_kernels.shard import Shard
 
 
@@ -240,6 +240,13 @@ def test_ranks(size: int) -> None:
     for got, _ in found:
         assert torch.equal(got, alone)
     assert torch.equal(torch.cat([part for _, part in found], 1), grad)
+
+
+@pytest.mark.parametrize(("vocab", "ahead"), [(128256, 3), (32016, 1), (32008, 1), (32001, 1)])
+def test_columns_are_fetched_alike_for_every_number_of_ranks(vocab: int, ahead: int) -> None:
+    """And not ahead where segments do not begin on 16 bytes, though rows do: an eighth of 32016 is 4002."""
+    found = {_stages(vocab // ranks, *divmod(vocab // ranks, 8 // ranks)) for ranks in (1, 2, 4, 8) if vocab % ranks == 0}
+    assert found == {ahead}
 
 
 def test_registered_well() -> None:

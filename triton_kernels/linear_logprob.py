@@ -4,8 +4,9 @@ logits = hidden @ weight.T, then triton_kernels/logprob.py on a chunk of them; t
 before the next chunk's is made. Rows whose log-probs nobody asked for are dropped before the product.
 
 On a device the forward product is cut in blocks of PRODUCT_ROWS rows and the last block is padded, so that every product has the same
-shape and a row's bits do not depend on how many others it came with. A chunk is several blocks: its statistics, gradients and collective
-are computed at once. The weight's gradient is summed up in fp32 over the chunks, and over microbatches where the caller has an
+shape and the bits of a row's results do not depend on how many others it came with. Backward pads nothing: a row's gradient does not
+depend on the others in exact arithmetic, its bits may. A chunk is several blocks: its statistics, gradients and collective are computed
+at once. The weight's gradient is summed up in fp32 over the chunks, and over microbatches where the caller has an
 accumulator. Where one chunk is all there is, it is written in the weight's type at once.
 """
 

@@ -158,7 +158,7 @@ def segment_parts(logits: Tensor, target: Tensor, shard: Shard, inv_temp: float,
     size, rest = divmod(shard.size, shard.segments)
     arguments = (parts, logits, target.contiguous(), logits.stride(0), len(target), size, shard.start, shard.real, inv_temp)
     constants = {"REST": rest, "SEGMENTS": shard.segments, "ENTROPY": entropy, "BLOCK": _block(shard.widest)}
-    constants["STAGES"] = _stages(logits.stride(0), rest)
+    constants["STAGES"] = _stages(logits.stride(0), size, rest)
     _launch(_parts_kernel, (len(target), shard.segments), *arguments, **constants)
     return parts
 
@@ -184,10 +184,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
     launch(kernel, grid, *arguments, **constants, num_warps=_warps(kernel))
 
 
-def _stages(stride: int, rest: int) -> int:
-    """Blocks of columns that are on their way at once. Where rows are not aligned, single numbers would be fetched, at three times the
-    registers."""
-    return AHEAD if stride % 16 == 0 and rest == 0 else 1
+def _stages(stride: int, size: int, rest: int) -> int:
+    """Blocks of columns that are on their way at once, of segments of `size` columns, or one more in `rest` of them. 1 where a segment does
+    not begin on 16 bytes: its numbers would be loaded one by one and kept in twice the registers. Segments are cut alike for 1, 2, 4
+    and 8 ranks, so this is the same for each."""
+    return AHEAD if stride % 16 == 0 and size % 16 == 0 and rest == 0 else 1
 
 
 def _block(columns: int) -> int:
@@ -369,7 +370,7 @@ def aot_cases() -> list[AotCase]:
 def _parts_case(dtype: str, entropy: bool, aligned: bool) -> AotCase:
     pointers = {"PARTS": "*fp32", "LOGITS": f"*{dtype}", "TARGET": "*i64"}
     rest = 0 if aligned else 1
-    constants = {"REST": rest, "SEGMENTS": SEGMENTS, "ENTROPY": entropy, "BLOCK": BLOCK, "STAGES": _stages(16 if aligned else 1, rest)}
+    constants = {"REST": rest, "SEGMENTS": SEGMENTS, "ENTROPY": entropy, "BLOCK": BLOCK, "STAGES": _stages(16, 16, rest)}
     case = _case(f"logprob parts {dtype}", _parts_kernel, pointers, ("stride", "N", "size", "start", "real"), constants, aligned)
     return replace(case, prefetches=aligned)
 

@@ -29,8 +29,9 @@ class Operator:
         LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
         for backend in ("CPU", "CUDA"):
             LIBRARY.impl(name, function, backend)
+        LIBRARY.impl(name, self._above_autograd, "Autograd")
         self.overload = getattr(torch.ops.trivet, name).default
-        self.differentiable: Callable[..., Any] | None = None
+        self.differentiable = self._differentiable(self._underivable, lambda *_: None)
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         """Decorator: `fake` returns empty tensors of the shapes that the function returns."""
@@ -38,26 +39,27 @@ class Operator:
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None]) -> None:
         """Make it differentiable. `setup_context(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
+        self.differentiable = self._differentiable(backward, setup_context)
 
+    def __call__(self, *inputs: Any) -> Any:
+        if not _is_plain(inputs):
+            return self.overload(*inputs)
+        return self.differentiable(*inputs) if _needs_gradient(inputs) else self.function(*inputs)
+
+    def _differentiable(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = self._compute(inputs)
             setup_context(ctx, inputs, output)
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function = type(f"trivet_{self.name}", (torch.autograd.Function,), methods)
-        self.differentiable = function.apply
-        LIBRARY.impl(self.name, lambda *inputs: function.apply(*inputs) if _needs_gradient(inputs) else self._compute(inputs), "Autograd")
+        return type(f"trivet_{self.name}", (torch.autograd.Function,), methods).apply
 
-    def __call__(self, *inputs: Any) -> Any:
-        if not _is_plain(inputs):
-            return self.overload(*inputs)
-        if not _needs_gradient(inputs):
-            return self.function(*inputs)
-        if self.differentiable is not None:
-            return self.differentiable(*inputs)
-        with torch.no_grad():
-            return self.function(*inputs)
+    def _underivable(self, *_: Any) -> None:
+        raise RuntimeError(f"trivet::{self.name} has no derivative; detach its inputs, or differentiate once (create_graph=False)")
+
+    def _above_autograd(self, *inputs: Any) -> Any:
+        return self.differentiable(*inputs) if _needs_gradient(inputs) else self._compute(inputs)
 
     def _compute(self, inputs: tuple[Any, ...]) -> Any:
         """The outputs, cut off from autograd."""

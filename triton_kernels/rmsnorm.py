@@ -228,7 +228,7 @@ def _wide_backward_kernel(
 def _forward_by_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x.shape
     normed, rstd = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
-    total = x.new_empty(0 if residual is None else (rows, width))
+    total = x.new_empty(0) if residual is None else x.new_empty(rows, width)
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     kernel = _wide_forward_kernel if _wide(x) else _forward_kernel
     launch(kernel, (rows,), x, residual, weight, normed, total, rstd, *strides, width, eps, **_tile(x))
