@@ -217,6 +217,9 @@ class Optim:
         return self.lr * (1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
+Recompute = Literal["none", "swiglu", "selective", "full"]  # in backward: nothing, SwiGLU's output, MLPs, layers; slower, and smaller
+
+
 @dataclass(frozen=True)
 class Parallel:
     """The grid. Data parallelism is what is left of the world: dp = world size / (tp * pp)."""
@@ -227,7 +230,7 @@ class Parallel:
     count_embedding: bool = False  # the embedding takes a layer's slot when layers are dealt to stages
     count_loss: bool = False  # and so does the output layer
     stages: tuple[int, ...] = ()  # or deal by hand: layers of each of the pp * vpp stages, in order
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ def test_override(assignment: str, path: str, value: Any) -> None:
     [
         ("optim.learningrate=1", "unknown setting 'optim.learningrate'; nearest: optim.weight_decay; all there are: lr, schedule"),
         ("seeed=1", "unknown setting 'seeed'; nearest: seed"),
-        ("parallel.recompute=all", "parallel.recompute=all cannot be read; it takes one of none, selective, full"),
+        ("parallel.recompute=all", "parallel.recompute=all cannot be read; it takes one of none, swiglu, selective, full"),
         ("parallel.distributed_optimizer=maybe", "takes true or false"),
         ("seed", "override 'seed' is not of the form name=value"),
         ("seed.x=1", "has no field 'x'"),

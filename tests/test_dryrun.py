@@ -114,7 +114,7 @@ def test_a_cut_is_the_planners_and_its_full_microbatch_is_full() -> None:
     assert virtual.tokens == 2 * virtual.most  # all as long as the longest
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "swiglu", "selective", "full"])
 def test_stages_from_parts_are_the_rehearsed_ones(recompute: str) -> None:
     deep = replace(SMALL, layers=10)
     grid = override(sft(tp=2, pp=2, vpp=3, count_embedding=True, count_loss=True), [f"parallel.recompute={recompute}"]).parallel
@@ -266,7 +266,7 @@ def test_search_finds_the_layout_that_trying_all_finds(monkeypatch: pytest.Monke
     assert found
     tried = []
     for pp in (1, 2):
-        for recompute in ("none", "selective", "full"):
+        for recompute in ("none", "swiglu", "selective", "full"):
             for budget in (512, 768, 1024):
                 settings = [f"parallel.pp={pp}", f"parallel.recompute={recompute}", f"tokens_per_microbatch={budget}"]
                 other = forecast(override(run, settings), 2, tight, seek=False)

@@ -24,7 +24,7 @@ LENGTHS = [1500, 1, 2000, 595]  # in sum what the head's kernel computes at a ti
 LATE = 8 << 20  # bytes of a few gathered microbatches
 TINY = Llama(layers=16, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=64)
 PLAIN = [Parallel(tp=2), Parallel(pp=2), Parallel(tp=2, pp=2)]
-GRIDS = [*PLAIN, Parallel(pp=2, recompute="full"), Parallel(pp=2, recompute="selective")]
+GRIDS = [*PLAIN, Parallel(pp=2, recompute="full"), Parallel(pp=2, recompute="selective"), Parallel(pp=2, recompute="swiglu")]
 
 
 def foretold(model: Llama, parallel: Parallel) -> list[tuple[Stage, int]]:

@@ -56,7 +56,7 @@ def test_optimizer_whole_or_sharded(parallel: Parallel) -> None:
     check_same(2, replace(parallel, distributed_optimizer=False))
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["swiglu", "selective", "full"])
 @pytest.mark.parametrize("parallel", [Parallel(tp=2), Parallel(pp=2)], ids=str)
 def test_recompute(parallel: Parallel, recompute: Any) -> None:
     check_same(2, replace(parallel, recompute=recompute))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import Llama, Optim, Parallel
+from engine.config import Llama, Optim, Parallel, Recompute
 from engine.dryrun import stages
 from engine.megatron.passage import Passage
 
@@ -35,7 +35,7 @@ class Names(TorchDispatchMode):
         return out
 
 
-def counted(pp: int, recompute: Literal["none", "selective", "full"]) -> tuple[Counter[str], Counter[str]]:
+def counted(pp: int, recompute: Recompute) -> tuple[Counter[str], Counter[str]]:
     """Of one microbatch of 24 tokens through three layers of nine: (forward, backward)."""
     parallel = Parallel(pp=3, recompute=recompute)
     with stages.become(MODEL, parallel, 3, pp, Optim(1e-5), "bf16") as policy:
@@ -70,10 +70,13 @@ def test_the_last_stage_leaves_its_addition_to_the_final_norm() -> None:
 
 
 def test_what_is_recomputed_adds_no_additions() -> None:
-    """Of the MLP, which has none."""
-    plain, (forward, backward) = counted(pp=1, recompute="none"), counted(pp=1, recompute="selective")
-    assert forward == plain[0]
-    assert backward == plain[1] + times(LAYERS, {"mm": 2, "swiglu": 1})
+    """Of the MLP, which has none: all of it, or its SwiGLU alone."""
+    plain = counted(pp=1, recompute="none")
+    again: dict[Recompute, dict[str, int]] = {"selective": {"mm": 2, "swiglu": 1}, "swiglu": {"swiglu": 1}}
+    for recompute, operations in again.items():
+        forward, backward = counted(pp=1, recompute=recompute)
+        assert forward == plain[0]
+        assert backward == plain[1] + times(LAYERS, operations)
 
 
 def test_with_full_recomputation_each_layer_adds() -> None:
@@ -83,14 +86,15 @@ def test_with_full_recomputation_each_layer_adds() -> None:
     assert backward == forward + times(LAYERS, BACKWARD | {"add": 1})
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_what_is_held_is_no_more_than_before(recompute: Literal["none", "selective", "full"]) -> None:
+@pytest.mark.parametrize("recompute", ["none", "swiglu", "selective", "full"])
+def test_what_is_held_is_no_more_than_before(recompute: Recompute) -> None:
     """Bytes a token and layer, in bf16, by hand: full recomputation keeps a layer's input; the others what both norms, attention and the
     MLP work on."""
     parallel = Parallel(pp=3, recompute=recompute)
     longer = Llama(layers=12, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
     held = [stages.rehearse(model, parallel, 3, (16, 8), optim=Optim(1e-5))[1].held for model in (MODEL, longer)]
     norms, heads, branches = 4 * 64, 2 * 64 + 2 * 32, 3 * 192
-    numbers = {"none": norms + heads + branches, "selective": norms + heads, "full": 64}[recompute]
+    of_each = {"none": norms + heads + branches, "swiglu": norms + heads + branches - 192, "selective": norms + heads, "full": 64}
+    numbers = of_each[recompute]
     statistics = 0 if recompute == "full" else 4 * (2 + 8)  # fp32: two norms' and each head's
     assert held[1] - held[0] == 24 * (2 * numbers + statistics)

@@ -6,13 +6,13 @@ import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from rich.table import Table
 
 from engine.algorithms.rlvr import RLVR
 from engine.checks import Launch
-from engine.config import Llama, Parallel, Run, override, spread
+from engine.config import Llama, Parallel, Recompute, Run, override, spread
 from engine.dryrun import known
 from engine.dryrun.compose import composer
 from engine.dryrun.forecast import Forecast, forecast
@@ -26,7 +26,7 @@ BUDGETS = 5  # sizes of a microbatch that are tried: powers of two and one and a
 DEEPEST = 8  # virtual stages of a pipeline rank
 LOOKED_AT = 20  # layouts that fit, in order of the least time they can take, before the search ends
 ROOM = 0.9  # of a device's memory: what a layout may fill, for the allocator and NCCL are only guessed at
-RECOMPUTES = ("none", "selective", "full")  # each slower than the one before, and smaller
+RECOMPUTES = get_args(Recompute)  # each slower than the one before, and smaller
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import get_args
 
 from engine.algorithms.rlvr import RLVR
-from engine.config import Run, override
+from engine.config import Recompute, Run, override
 from engine.dryrun.compose import composer
 from engine.dryrun.memory import ledger
 from engine.dryrun.scene import Rehearse, Scene
@@ -59,8 +60,8 @@ def _changes(scene: Scene) -> Iterator[list[str]]:
         yield [f"algorithm.rollout.slots={max(run.parallel.pp, algorithm.rollout.slots // 4)}"]
     if not run.parallel.distributed_optimizer and scene.replicas > 1:
         yield ["parallel.distributed_optimizer=true"]
-    stronger = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
-    for recompute in stronger[run.parallel.recompute]:
+    kinds = get_args(Recompute)
+    for recompute in kinds[kinds.index(run.parallel.recompute) + 1 :]:
         yield [f"parallel.recompute={recompute}"]
     budget, longest = run.tokens_per_microbatch, int(scene.sequences.lengths_N.max())
     while budget // 2 >= longest:

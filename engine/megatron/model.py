@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config import Llama, Parallel, padded_vocab
+from engine.megatron.activation import RecomputingLinear, SwiGLU, Unchanged
 from engine.megatron.attention import Flight, PackedAttention, PackedSelfAttention, attend_for
 from engine.megatron.layer import FinalNorm, Layer, RMSNorm
 from engine.megatron.seat import Grid
+from engine.megatron.weight_gradient import Accumulated
 from engine.types import TokenTerms
 from engine.world import World
-from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob, swiglu
+from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob
 from triton_kernels.linear_logprob import multiply
 
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
@@ -98,13 +100,6 @@ def _recompute(parallel: Parallel) -> dict[str, Any]:
     return {}
 
 
-class SwiGLU(MegatronModule):
-    """silu(gate) * up, of the rows that linear_fc1 leaves: each rank's gates, then its ups."""
-
-    def forward(self, gate_up: Tensor) -> Tensor:
-        return swiglu(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
-
-
 class PackedModel(GPTModel):
     """GPTModel whose last stage returns what its output layer says of each token: a number, not logits."""
 
@@ -134,7 +129,7 @@ class LogprobModel(PackedModel):
         assert weight is not None
         weight_grad = getattr(weight, "main_grad", None)  # there once training.py has wrapped the model
         if weight_grad is not None:
-            weight = _Accumulated.apply(weight, tied and self.pre_process)
+            weight = Accumulated.apply(weight, tied and self.pre_process)
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
@@ -155,29 +150,6 @@ class LogprobModel(PackedModel):
             weight_grad=weight_grad,
         )
         return logprob_T if entropy_T is None else torch.stack([logprob_T, entropy_T])
-
-
-class _Accumulated(torch.autograd.Function):
-    """The weight, for who adds its gradient to weight.main_grad and gives none to autograd.
-
-    megatron's hook on a parameter, which starts the reduction of gradients, wants a .grad nevertheless. It gets a single zero in the
-    weight's shape, where megatron's own layers allocate a whole one, and is told not to look at it. Where the embedding of this stage
-    has the same weight, its gradient comes after us and is what the hook is to add.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, embeds: bool) -> Tensor:
-        ctx.weight, ctx.embeds = weight, embeds
-        ctx.set_materialize_grads(False)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: None) -> tuple[None, None]:  # type: ignore[override]
-        assert grad is None
-        if not ctx.embeds:
-            ctx.weight.grad = ctx.weight.new_zeros(()).expand_as(ctx.weight)
-            ctx.weight.grad_added_to_main_grad = True
-        return None, None
 
 
 class Vocabulary(NamedTuple):
@@ -269,7 +241,7 @@ def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, con
     headed: Any = partial(LogprobModel, model.vocab) if model.head == "lm" else partial(ValueModel, world.device)
     return headed(
         config=config,
-        transformer_layer_spec=_layers(config, world, vp_stage, last),
+        transformer_layer_spec=_layers(config, world, vp_stage, last=last, recomputes_swiglu=parallel.recompute == "swiglu"),
         vocab_size=padded_vocab(model.vocab, parallel.tp),
         max_sequence_length=model.max_length,
         pre_process=grid.pp_rank == 0 and stage == 0,
@@ -285,13 +257,18 @@ def _submodules(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
-def _layers(config: TransformerConfig, world: World, vp_stage: int | None, last: bool) -> TransformerBlockSubmodules:
+def _layers(
+    config: TransformerConfig, world: World, vp_stage: int | None, *, last: bool, recomputes_swiglu: bool
+) -> TransformerBlockSubmodules:
     """Of a stage, which is the `last` or not: whether it ends in the final norm."""
     layer: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     norm, final = (ModuleSpec(module=kind, params={"device": world.device}) for kind in (RMSNorm, FinalNorm))
     layer.module = Layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    _submodules(layer.submodules.mlp).activation_func = SwiGLU
+    mlp = _submodules(layer.submodules.mlp)
+    mlp.activation_func = SwiGLU
+    if recomputes_swiglu:
+        mlp.activation_func, mlp.linear_fc2 = Unchanged, RecomputingLinear
     layer.submodules.self_attention.module = PackedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention, params={"attend": attend_for(world.on_gpu)}

@@ -7,6 +7,8 @@ tensors are not on a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,26 @@ def wgrad_gemm_accum_fp32(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tenso
 def wgrad_gemm_accum_fp16(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tensor) -> None:
     """The same for an accumulator of the operands' own type."""
     main_grad_OI.addmm_(grad_TO.t(), input_TI)
+
+
+class Accumulated(torch.autograd.Function):
+    """The weight, for who adds its gradient to weight.main_grad and gives none to autograd.
+
+    megatron's hook on a parameter, which starts the reduction of gradients, wants a .grad nevertheless. It gets a single zero in the
+    weight's shape, where megatron's own layers allocate a whole one, and is told not to look at it. Where the embedding of this stage
+    has the same weight, its gradient comes after us and is what the hook is to add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, embeds: bool) -> Tensor:
+        ctx.weight, ctx.embeds = weight, embeds
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: None) -> tuple[None, None]:  # type: ignore[override]
+        assert grad is None
+        if not ctx.embeds:
+            ctx.weight.grad = ctx.weight.new_zeros(()).expand_as(ctx.weight)
+            ctx.weight.grad_added_to_main_grad = True
+        return None, None
