@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test launch check sanitize aot gpu bench clean
+.PHONY: build demo test launch check sanitize aot gpu gpu-smoke gpu-tests gpu-times bench clean
 
 build: $(VENV)/built
 
@@ -52,10 +52,14 @@ sanitize: build
 aot: build
 	$(BIN)/python -m benchmarks kernels
 
-# On one CUDA GPU, without network and with the python that is there: every kernel proven and timed, the engine's throughput, the dry run's predictions; 6 minutes.
-# WHEELS=folder: packages to use besides what is installed, peers to be measured against among them.
+# On one CUDA GPU, without network and with the python that is there. gpu-smoke (80 s): what the GPU does with every assumption;
+# gpu-tests (100 s): every kernel against float64; gpu-times (150 s): targets, peers, then the rest; gpu: these and training, dry run and
+# accuracy. Each goes on where it was stopped. WHEELS=folder: packages to use besides what is installed, peers among them.
+GPU = $(PYTHON) -m benchmarks gpu $(if $(WHEELS),--wheels $(WHEELS))
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS))
+	$(GPU)
+gpu-smoke gpu-tests gpu-times:
+	$(GPU) $(@:gpu-%=%)
 
 bench: build
 	$(BIN)/python -m benchmarks.bench_train

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.facts import Facts
 from benchmarks.operations import OPERATIONS, Contender, Tensors, plain, timed
 from benchmarks.peers import COMPILED, EAGER, PEERS, why
 from benchmarks.tables import as_file, heading, table, versions
@@ -54,13 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--tokens", type=int, default=1024 if on_gpu else 64, help="rows (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=4096 if on_gpu else 512, help="width of the hidden states (default: %(default)s)")
+    parser.add_argument("--facts", type=Path, metavar="F", help="append each row to this file as it comes")
     parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints the tables as Markdown."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(device, arguments.tokens, arguments.hidden)
+    rows = measure(device, arguments.tokens, arguments.hidden, save=Facts(arguments.facts).add)
     if device.type == "cpu" and not interpreted():
         rows += _in_the_interpreter(arguments.hidden)
     found = {"versions": versions(), "device": device.type, "tokens": arguments.tokens, "hidden": arguments.hidden, "rows": rows}
@@ -69,14 +71,14 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(device: torch.device, tokens: int, hidden: int, vocab: int = VOCAB) -> list[Row]:
-    """Every contender's errors from hidden states, and from logits of both types."""
+def measure(device: torch.device, tokens: int, hidden: int, vocab: int = VOCAB, save: Callable[[Row], None] = lambda _: None) -> list[Row]:
+    """Every contender's errors from hidden states, and from logits of both types; `save` is handed each as it comes."""
     drawn = _draw(device, tokens, hidden, vocab)
-    rows = _compare("hidden states", HIDDEN, drawn, from_hidden)
+    rows = _compare("hidden states", HIDDEN, drawn, from_hidden, save)
     logits = F.linear(drawn["hidden"].double(), drawn["weight"].double())
     for dtype in (torch.float32, torch.bfloat16):
         given = {"logits": logits.to(dtype), "target": drawn["target"]}
-        rows += _compare(f"{str(dtype).removeprefix('torch.')} logits", LOGITS, given, from_logits)
+        rows += _compare(f"{str(dtype).removeprefix('torch.')} logits", LOGITS, given, from_logits, save)
     return rows
 
 
@@ -105,7 +107,7 @@ def from_logits(t: Tensors) -> Exact:
     return log_p.gather(1, t["target"][:, None])[:, 0], (slopes,)
 
 
-def _compare(begin: str, level: Level, tensors: Tensors, exact: Callable[[Tensors], Exact]) -> list[Row]:
+def _compare(begin: str, level: Level, tensors: Tensors, exact: Callable[[Tensors], Exact], save: Callable[[Row], None]) -> list[Row]:
     expected = exact(tensors)
     rows = []
     for who, forward, both in _contenders(level):
@@ -115,6 +117,7 @@ def _compare(begin: str, level: Level, tensors: Tensors, exact: Callable[[Tensor
         except Exception as error:
             row |= {"error": why(error)}
         rows.append(row)
+        save(row)
     return rows
 
 

@@ -106,13 +106,13 @@ def _ours(given: list[dict[str, Any]], whole: bool, sft: bool) -> None:
     from engine.data.pairs import Pairs, grouped
     from engine.hub import SMOLLM2
     from engine.logprobs import keep
-    from engine.losses import dpo, nll
+    from engine.losses import SFT_LOSS, dpo
     from engine.megatron.policy import Policy
     from engine.world import World
 
     world = World.start("cpu")
     corpus = world.first(lambda: _prepared(given)).corpus
-    loss = nll if sft else partial(dpo, beta=5.0)
+    loss = SFT_LOSS if sft else partial(dpo, beta=5.0)
     with closing(Policy(Model(SMOLLM2), Optim(lr=0.0), Parallel(), world)) as policy:
 
         def score() -> Pairs:

@@ -1,43 +1,47 @@
 """How long work takes on a GPU, and the memory it needs on top of its inputs.
 
-Before every run a gibibyte is written: it takes the inputs out of the L2 cache and keeps the device busy while the host issues the run,
-so that what is measured between two events on the device is the device's work. Where the host is slower than that third of a
-millisecond, its slowness is part of the time. `issued` is the time a call takes when calls follow each other, the host's work included.
+Before every run 256 MB are read: they replace the inputs in the L2 cache, and leave nothing that has to be written back while the run is
+timed. Then the device sleeps for about a millisecond, in which the host issues the run, so that what is measured between two events on
+the device is the device's work and not the host's. `issued` is the time a call takes when calls follow each other, the host's work
+included.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from benchmarks import nvml
 from benchmarks.timing import Spread
 
-WRITTEN = 1 << 30  # bytes before every run: beyond every L2 cache
+READ = 1 << 28  # bytes before every run: beyond every L2 cache
+SLEPT = 2_000_000  # cycles of the device: about a millisecond
 FEWEST, MOST = 5, 100  # runs
 WARM_UP = 2
-COUNTED = 0.01  # seconds of a call up to which its launches are counted: of longer ones they say little
 
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one run on the device, over so many runs; bytes allocated on top of the inputs at the peak; seconds a call when
-    calls follow each other; kernels, copies and fills that a call puts on the device, where the profiler can count them."""
+    calls follow each other; what the GPU said of itself right after the runs."""
 
     seconds: Spread
     runs: int
     peak_bytes: int
     issued: float
-    launches: int | None = None
+    gpu: dict[str, Any] = field(default_factory=dict)
 
 
 class Clock(Protocol):
-    """Times a call."""
+    """Times a call, and counts the kernels, copies and fills that it puts on the device (None: that cannot be counted)."""
 
     def __call__(self, call: Callable[[], Any]) -> Timing: ...
+
+    def launches(self, call: Callable[[], Any]) -> int | None: ...
 
 
 class CudaClock:
@@ -45,7 +49,7 @@ class CudaClock:
 
     def __init__(self, device: torch.device, seconds: float = 0.25):
         self.device, self.seconds = device, seconds
-        self.written = torch.empty(WRITTEN, dtype=torch.uint8, device=device)
+        self.unrelated = torch.zeros(READ // 4, dtype=torch.int32, device=device)
 
     def __call__(self, call: Callable[[], Any]) -> Timing:
         for _ in range(WARM_UP):
@@ -54,11 +58,13 @@ class CudaClock:
         once = self._run(call)
         runs = max(FEWEST, min(MOST, int(self.seconds / max(once, 1e-6))))
         spread = Spread.of([self._run(call) for _ in range(runs)])
-        return Timing(spread, runs, peak, self._issued(call, min(runs, 20)), self._launches(call) if once < COUNTED else None)
+        said = nvml.state(self.device.index or 0)
+        return Timing(spread, runs, peak, self._issued(call, min(runs, 20)), said)
 
     def _run(self, call: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.written.zero_()
+        self.unrelated.max()
+        torch.cuda._sleep(SLEPT)
         start.record()
         call()
         end.record()
@@ -73,7 +79,8 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - began) / runs
 
-    def _launches(self, call: Callable[[], Any]) -> int | None:
+    def launches(self, call: Callable[[], Any]) -> int | None:
+        """Counted by the profiler, which stays attached to the device: do this last."""
         kinds = torch.profiler.ProfilerActivity
         try:
             with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.facts import Facts
 from benchmarks.tables import as_file, heading, table, versions
 from engine.batching import batch
 from engine.config import Llama, Optim, Parallel
@@ -33,7 +34,7 @@ from engine.dryrun.calibrate import calibrate
 from engine.dryrun.clock import Clock
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.stages import rehearse
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.megatron.policy import Policy
 from engine.types import Sample
 from engine.world import World
@@ -61,14 +62,31 @@ ON_CPU = (
     Case("tp2 dp2", TINY, Parallel(tp=2), 4, 256),
     Case("pp2 dp2", TINY, Parallel(pp=2), 8, 256),
 )
-# An eighth of 405B, as tensor parallelism cuts it, without the messages; of 8B 20 layers, for 18 bytes a weight of all 32 are 145 GB.
+# An eighth of 405B, as tensor parallelism cuts it, without the messages; of 8B as many layers as fit, for 18 bytes a weight of all 32
+# are 145 GB.
 SHARD_405B = Llama(layers=8, hidden=16384, ffn=6656, heads=16, kv_heads=1, vocab=16064, head_dim=128)
-MOST_OF_8B = Llama(layers=20, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256)
-ON_GPU = tuple(
-    Case(f"{name}, {length} tokens", model, Parallel(), 4, length)
-    for name, model in (("8B, 20 of 32 layers", MOST_OF_8B), ("405B, TP8 shard of 8 layers", SHARD_405B))
-    for length in (2048, 4096)
-)
+MOST_OF_8B = Llama(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256)
+LENGTHS = (2048, 4096)
+ON_GPU = (("8B", MOST_OF_8B), ("405B, TP8 shard", SHARD_405B))
+FILLED = 0.85  # of a GPU's memory, which also holds CUDA, NCCL and what the allocator cannot use
+
+
+def on_gpu(memory: int) -> list[Case]:
+    """Each model with as many of its layers as a GPU of `memory` bytes holds by the dry run's own account."""
+    cases = []
+    for length in LENGTHS:
+        for name, model in ON_GPU:
+            two, four = (bytes_of(replace(model, layers=layers), length) for layers in (2, 4))
+            layers = min(model.layers, 2 + int((FILLED * memory - two) / ((four - two) / 2)))
+            if layers >= 1:
+                cases.append(Case(f"{name} of {layers} layers, {length} tokens", replace(model, layers=layers), Parallel(), 4, length))
+    return cases
+
+
+def bytes_of(model: Llama, length: int) -> int:
+    """Most bytes of a step on one GPU, by the dry run."""
+    (stage,) = rehearse(model, Parallel(), 1, (length,), optim=OPTIM, token_loss=True)
+    return stage.weights + stage.gradients + stage.optimizer + stage.peak
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -77,11 +95,14 @@ def main(words: Sequence[str] | None = None) -> int:
         "--device", help="a name or a file for the clock; default: on CPU what is calibrated here, on a GPU its data sheet's"
     )
     parser.add_argument("--json", type=Path, help="also write the facts to this file")
+    parser.add_argument("--facts", type=Path, help="append the facts of each case to this file as they come")
     arguments = parser.parse_args(words)
+    # Before this process joins a world: to price a case it has to leave the one that it is in.
+    cases = on_gpu(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else ON_CPU
     world = World.start()
-    cases = ON_GPU if world.on_gpu else ON_CPU
     hardware = Hardware.load(arguments.device or _gpu_name(world)) if arguments.device or world.on_gpu else calibrate(world)
-    measured = measure(world, cases)
+    log = Facts(arguments.facts if world.rank == 0 else None)
+    cases, measured = measure(world, cases, log)
     again = hardware if arguments.device or world.on_gpu else calibrate(world)
     here = platform.machine() if not world.on_gpu else torch.cuda.get_device_name()
     world.close()
@@ -89,6 +110,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     facts = [fact_of(case, times, peak, (hardware, again), world) for case, (times, peak) in zip(cases, measured, strict=True)]
     as_file(arguments.json, {"versions": versions(), "hardware": [asdict(hardware), asdict(again)], "cases": facts})
+    for fact in facts:
+        log.add(fact)
     text = page(facts, hardware, world)
     (out := Path(os.environ.get("OUT") or Path(__file__).parent / "results")).mkdir(parents=True, exist_ok=True)
     name = "cpu2" if not world.on_gpu else here.split()[-1].lower()
@@ -102,16 +125,24 @@ def _gpu_name(world: World) -> str:
     return next((known for known in ("h200", "h100", "b200", "a100") if known.upper() in name), "h100")
 
 
-def measure(world: World, cases: Sequence[Case]) -> list[tuple[list[float], int]]:
-    """(seconds of each step, most bytes allocated on this GPU) of each case, in turn so that what else runs here meets all alike."""
-    times: list[list[float]] = [[] for _ in cases]
-    peaks = [0] * len(cases)
+def measure(world: World, cases: Sequence[Case], log: Facts) -> tuple[list[Case], list[tuple[list[float], int]]]:
+    """The cases that could be measured, and of each (seconds of each step, most bytes allocated on this GPU), in turn so that what else
+    runs here meets all alike. One that fails is a fact with the reason, and the others go on."""
+    found: dict[str, tuple[list[float], int]] = {}
+    lost: set[str] = set()
     for _ in range(1 if world.on_gpu else ROUNDS):
-        for i, case in enumerate(cases):
-            taken, peak = _visit(world, case)
-            times[i] += taken
-            peaks[i] = max(peaks[i], peak)
-    return list(zip(times, peaks, strict=True))
+        for case in (case for case in cases if case.name not in lost):
+            try:
+                taken, peak = _visit(world, case)
+            except torch.OutOfMemoryError as error:
+                lost.add(case.name)
+                log.add({"case": case.name, "error": str(error).splitlines()[0]})
+                continue
+            times, most = found.get(case.name, ([], 0))
+            found[case.name] = times + taken, max(most, peak)
+            log.add({"case": case.name, "measured": taken, "bytes_measured": peak})
+    kept = [case for case in cases if case.name in found and case.name not in lost]
+    return kept, [found[case.name] for case in kept]
 
 
 def _visit(world: World, case: Case) -> tuple[list[float], int]:
@@ -133,7 +164,7 @@ def _visit(world: World, case: Case) -> tuple[list[float], int]:
                 torch.cuda.synchronize()
             torch.distributed.barrier()
             began = time.perf_counter()
-            policy.update(step, nll, 1e-5)
+            policy.update(step, SFT_LOSS, 1e-5)
             if world.on_gpu:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
@@ -151,7 +182,8 @@ def _fill(policy: Policy) -> None:
 
 def fact_of(case: Case, times: Sequence[float], peak: int, hardware: Sequence[Hardware], world: World) -> dict[str, Any]:
     """What was predicted, by the mean of the calibrations before and after, and what was measured."""
-    stages = rehearse(case.model, case.parallel, world.size, (case.length,), optim=OPTIM, dtype="bf16" if world.on_gpu else "fp32")
+    dtype = "bf16" if world.on_gpu else "fp32"
+    stages = rehearse(case.model, case.parallel, world.size, (case.length,), optim=OPTIM, token_loss=True, dtype=dtype)
     width = 2 if world.on_gpu else 4
     message = width * case.length / case.parallel.tp * case.model.hidden
     clocks = [Clock(each, case.parallel, world.size) for each in hardware]

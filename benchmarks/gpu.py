@@ -1,17 +1,15 @@
-"""Everything that one GPU can show, in six minutes and without network: make gpu [WHEELS=folder] [PYTHON=python3]
+"""python -m benchmarks gpu: what one GPU shows, without network: smoke, tests, times against targets, then training, dry run and accuracy.
 
-Correctness of every kernel, times beside floors and peers, accuracy, and the engine's throughput; each part in a process of its own,
-so that a fault of the device ends only its part. Writes gpu_<chip>_<date>.md and .json into $OUT, or benchmarks/results. Exit status:
-0, 1 when a part failed, 2 without a GPU.
+Parts are ordered by worth, and each runs in a process of its own, so that a fault of the device ends only its part. Each appends facts
+to FOLDER/PART.jsonl as it measures them: a part that is stopped keeps what it had, and a second run goes on where the first one stopped.
+The page is written from whatever facts there are. Exit status: 0, 1 when a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,70 +20,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
+
+from benchmarks import gpu_page
+from benchmarks.facts import Facts, read
 
 ROOT = Path(__file__).parents[1]
-TOTAL = 370.0  # seconds for all parts together
+FACTS, SECONDS = "FACTS", "SECONDS"  # words of a command that the file and the seconds left take the place of
+RESERVE = 5.0  # seconds for a part to write its page after its last measurement
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command that prints its page and writes facts to the file that takes the place of FACTS; stopped after `seconds`."""
+    """A command that appends facts to a file; `seconds` is what it takes at most, beyond which it is stopped."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a part ended, what it printed, and the facts it left."""
-
-    name: str
-    ended: str
-    seconds: float
-    text: str
-    facts: Any
-
-    @property
-    def passed(self) -> bool:
-        return self.ended == "passed"
-
-
-FACTS = "FACTS"
-WORKERS = ("-n", "6") if importlib.util.find_spec("xdist") else ()  # compiling takes longer than running
-TESTS = ("-m", "pytest", "tests/gpu", "tests/interpreted", "-p", "no:cacheprovider", *WORKERS, f"--junitxml={FACTS}")
-PARTS = (
-    Part("correctness", TESTS, 110),
-    Part("times", ("-m", "benchmarks", "kernels", "--seconds", "75", "--json", FACTS), 105),
-    Part("accuracy", ("-m", "benchmarks", "accuracy", "--json", FACTS), 40),
-    Part("throughput", ("-m", "benchmarks", "throughput", "--seconds", "5", "--json", FACTS), 60),
-    Part("dry run", ("-m", "benchmarks.dryrun_measured", "--json", FACTS), 75),
-)
+WORKERS = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # compiling takes longer than running
+TESTS = ("-m", "pytest", "tests/gpu", "tests/interpreted", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.pytest_facts")
+TIMED = ("-m", "benchmarks", "kernels", "--shape", "405b-tp8", "8b-tp1")
+PARTS = {
+    part.name: part
+    for part in (
+        Part("smoke", ("-m", "benchmarks", "smoke", "--seconds", SECONDS, "--facts", FACTS), 80),
+        Part("tests", (*TESTS, *WORKERS, "--facts", FACTS), 100),
+        Part("times", (*TIMED, "--seconds", SECONDS, "--facts", FACTS), 150),
+        Part("throughput", ("-m", "benchmarks", "throughput", "--seconds", "5", "--facts", FACTS), 60),
+        Part("dryrun", ("-m", "benchmarks.dryrun_measured", "--facts", FACTS), 75),
+        Part("accuracy", ("-m", "benchmarks", "accuracy", "--facts", FACTS), 40),
+    )
+}
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run all parts and write the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels to use besides what is installed")
-    arguments = parser.parse_args(words)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="for everything (default: %(default)g)")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to use besides what is installed")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="of the facts (default: $OUT, else benchmarks/results)")
+    parser.add_argument("--again", action="store_true", help="forget the facts of these parts and measure anew")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the parts and write the page."""
+    if unknown := [name for name in arguments.parts if name not in PARTS]:
+        print(f"{unknown[0]} is not a part; use {', '.join(PARTS)}")
+        return 2
     chip = gpu_name()
     if chip is None:
-        print("make gpu needs a CUDA GPU, and torch sees none here; make aot compiles the kernels without one")
+        print("benchmarks gpu needs a CUDA GPU, and torch sees none here; python -m benchmarks kernels compiles the kernels without one")
         return 2
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        environment, notes = prepared(arguments.wheels, Path(folder) / "site")
-        outcomes = []
-        for part in PARTS:
-            outcomes.append(run(part, Path(folder), environment, TOTAL - (time.monotonic() - began)))
-            print(f"{part.name}: {outcomes[-1].ended}, {outcomes[-1].seconds:.0f} s", flush=True)
-    text = page(chip, notes, outcomes)
-    out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    written = write(out, f"gpu_{slug(chip)}_{date.today().isoformat()}", text, outcomes)
-    print(f"{text}\nWritten to {written} and .json beside it.")
-    return int(not all(outcome.passed for outcome in outcomes))
+    began, folder = time.monotonic(), arguments.folder or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    folder = folder / f"gpu_{gpu_page.slug(chip)}_{date.today().isoformat()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        environment, notes = prepared(arguments.wheels, Path(place) / "site")
+        Facts(folder / "notes.jsonl").add({"notes": notes})
+        for part in (PARTS[name] for name in arguments.parts or PARTS):
+            if arguments.again:
+                (folder / f"{part.name}.jsonl").unlink(missing_ok=True)
+            print(f"{part.name}: {run(part, folder, environment, arguments.budget - (time.monotonic() - began))}", flush=True)
+            gpu_page.write(folder, chip, tuple(PARTS))  # after every part: the next one may be the last
+    written = gpu_page.write(folder, chip, tuple(PARTS))
+    print(f"{written.read_text(encoding='utf-8')}\nWritten to {written}, facts to {folder}")
+    return int(any(failed(folder / f"{name}.jsonl") for name in arguments.parts or PARTS))
 
 
 def gpu_name() -> str | None:
@@ -99,7 +98,9 @@ def gpu_name() -> str | None:
 
 def prepared(wheels: Path | None, site: Path) -> tuple[dict[str, str], list[str]]:
     """The environment of the parts, with what is in `wheels` installed into `site`, and what there is to say about it."""
-    environment, notes = dict(os.environ), []
+    # One GPU needs no network, and NCCL fails where it finds no interface that is up. Compiling and host work take several threads.
+    environment = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": "8", "PYTHONUNBUFFERED": "1"}
+    notes: list[str] = []
     files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
     if files:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(site), *files]
@@ -120,101 +121,40 @@ def _said(done: str, command: list[str], environment: dict[str, str]) -> str:
         found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not so: {done}: {error}"
-    return done if found.returncode == 0 else f"not so: {done}: {_last_line(found.stderr)}"
+    return done if found.returncode == 0 else f"not so: {done}: {(found.stderr.strip().splitlines() or ['no reason given'])[-1]}"
 
 
-def run(part: Part, folder: Path, environment: Mapping[str, str], left: float) -> Outcome:
-    """One part, ended with all its processes when its time or what is left of everyone's is over."""
-    facts, log = folder / f"{part.name}.facts", folder / f"{part.name}.log"
-    command = [sys.executable, *(word.replace(FACTS, str(facts)) for word in part.command)]
-    began, limit = time.monotonic(), min(part.seconds, left)
-    if limit <= 0:
-        return Outcome(part.name, "no time was left for it", 0.0, "", None)
-    with log.open("wb") as output:
+def run(part: Part, folder: Path, environment: Mapping[str, str], left: float) -> str:
+    """How one part ended. It is stopped with all its processes when its time or what is left of everyone's is over; it is not started
+    when it has passed before, or when there is too little time for it to measure anything."""
+    file, log = folder / f"{part.name}.jsonl", folder / f"{part.name}.log"
+    if any(fact.get("ended") == "passed" for fact in read(file)):
+        return "passed before"
+    limit = min(part.seconds, left)
+    if limit < 2 * RESERVE:
+        return f"left out: it may take {part.seconds:g} s, and {max(0.0, left):.0f} s are left"
+    words = {FACTS: str(file), SECONDS: f"{limit - RESERVE:.0f}"}
+    began = time.monotonic()
+    ended = _ended([sys.executable, *(words.get(word, word) for word in part.command)], log, environment, limit)
+    Facts(file).add({"ended": ended, "seconds": time.monotonic() - began})
+    return ended
+
+
+def _ended(command: Sequence[str], log: Path, environment: Mapping[str, str], limit: float) -> str:
+    with log.open("ab") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(limit)
-            ended = "passed" if status == 0 else f"FAILED with status {status}"
+            return "passed" if status == 0 else f"FAILED with status {status}"
         except subprocess.TimeoutExpired:
-            ended = f"STOPPED after {limit:.0f} s"
+            return f"STOPPED after {limit:.0f} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return Outcome(part.name, ended, time.monotonic() - began, text, read_facts(facts))
 
 
-def read_facts(file: Path) -> Any:
-    """JSON, or of pytest's XML the counts and the names of what failed; None where there is neither."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        return _tests(ElementTree.fromstring(text)) if text.startswith("<?xml") else json.loads(text)
-    except (OSError, ValueError, ElementTree.ParseError):
-        return None
-
-
-def _tests(tree: ElementTree.Element) -> dict[str, Any]:
-    cases = list(tree.iter("testcase"))
-    bad = [
-        f"{case.get('classname')}.{case.get('name')}"
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {"tests": len(cases), "skipped": sum(case.find("skipped") is not None for case in cases), "failed": bad}
-
-
-def page(chip: str, notes: Sequence[str], outcomes: Sequence[Outcome]) -> str:
-    """Markdown: how each part ended, then each part's own page; of one that did not end well, its last words."""
-    from benchmarks.tables import heading, table, versions
-
-    lines = heading(f"Trivet on {chip}", versions(), "make gpu")
-    lines += [*(f"- {note}" for note in notes), ""]
-    lines += table(("part", "ended", "seconds"), [(o.name, o.ended, f"{o.seconds:.0f}") for o in outcomes])
-    return "\n".join(lines + [line for outcome in outcomes for line in _section(outcome)]) + "\n"
-
-
-def _section(outcome: Outcome) -> list[str]:
-    start = re.search("^# ", outcome.text, re.MULTILINE)
-    if outcome.name == "correctness" and outcome.facts is not None:
-        facts = outcome.facts
-        ran = facts["tests"] - facts["skipped"]
-        lines = [f"{ran} tests of every kernel against float64, bitwise from run to run and in any batch; {len(facts['failed'])} failed."]
-        lines += [f"- {name}" for name in facts["failed"]]
-        return ["", "# Correctness", "", *lines, *([] if outcome.passed else _last_words(outcome.text))]
-    if outcome.passed and start:
-        return ["", outcome.text[start.start() :].rstrip()]
-    if outcome.name == "times" and outcome.facts is not None:
-        from benchmarks.floors import SHAPES
-        from benchmarks.timed import page as times
-
-        shapes = [SHAPES[name] for name in outcome.facts["products"]]
-        return ["", "# Kernels on a GPU", "", *times(outcome.facts, shapes), *_last_words(outcome.text)]
-    return ["", f"# {outcome.name.capitalize()}", *_last_words(outcome.text)]
-
-
-def _last_words(text: str) -> list[str]:
-    return ["", "```", *text.rstrip().splitlines()[-40:], "```"]
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
-
-
-def slug(chip: str) -> str:
-    """A file name's part: NVIDIA H100 80GB HBM3 -> h100-80gb-hbm3."""
-    return re.sub(r"[^a-z0-9]+", "-", chip.lower().removeprefix("nvidia ")).strip("-")
-
-
-def write(folder: Path, name: str, text: str, outcomes: Sequence[Outcome]) -> Path:
-    """`name`.md, and `name`.json with every fact."""
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {o.name: {"ended": o.ended, "seconds": o.seconds, "facts": o.facts} for o in outcomes}
-    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    page = folder / f"{name}.md"
-    page.write_text(text, encoding="utf-8")
-    return page
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def failed(file: Path) -> bool:
+    """Whether the last end of a part was a failure. A part that was stopped kept its facts, and one that was left out has none."""
+    ends = [fact["ended"] for fact in read(file) if "ended" in fact]
+    return bool(ends) and ends[-1].startswith("FAILED")

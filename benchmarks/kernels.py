@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import timed
 from benchmarks.clock import CudaClock
+from benchmarks.facts import Facts, read
 from benchmarks.floors import CHIPS, OPERATIONS, SHAPES, Shape
 from benchmarks.peers import PEERS
 from benchmarks.tables import as_file, heading, table, versions
@@ -26,6 +27,7 @@ COLUMNS: dict[str, Cell] = {
     "spilled bytes": lambda report: str(report.spill_bytes),
     "shared bytes": lambda report: str(report.shared),
     "128-bit loads": lambda report: str(report.vector_loads),
+    "asynchronous": lambda report: str(report.async_copies),
     "matrix instructions": lambda report: ", ".join(report.matrix_instructions) or "none",
     "occupancy": lambda report: f"{report.occupancy:.0%}",
 }
@@ -33,7 +35,8 @@ COLUMNS: dict[str, Cell] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of a model and its ranks (default: all)")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument("--json", type=Path, metavar="F", help="without a GPU: also write everything to this file")
+    parser.add_argument("--facts", type=Path, metavar="F", help="on a GPU: append facts to this file, and leave out what it has")
     parser.add_argument("--seconds", type=float, default=math.inf, help="on a GPU: start no measurement after so many")
 
 
@@ -41,21 +44,24 @@ def main(arguments: argparse.Namespace) -> int:
     """Prints the report as Markdown; 1 when a kernel fails the gate."""
     shapes = [SHAPES[name] for name in arguments.shape]
     if torch.cuda.is_available():
-        return _on_gpu(shapes, arguments.seconds, arguments.json)
-    reports = [[aot.compile_case(case, arch) for arch in aot.CHIPS] for case in aot.all_cases()]
+        return _on_gpu(shapes, arguments.seconds, arguments.facts)
+    reports = [[aot.compile_case(case, arch) for arch in case.archs] for case in aot.all_cases()]
     as_file(arguments.json, as_json(reports, shapes))
     print(page(reports, shapes))
     return int(any(report.faults for row in reports for report in row))
 
 
 def _on_gpu(shapes: Sequence[Shape], seconds: float, file: Path | None) -> int:
-    device = torch.device("cuda")
+    device, facts, known = torch.device("cuda"), Facts(file), read(file)
+    facts.add({"versions": versions()})
+    said: list[dict[str, Any]] = []
 
-    def save(found: dict[str, Any]) -> None:
-        as_file(file, {"versions": versions(), **found})
+    def save(fact: dict[str, Any]) -> None:
+        facts.add(fact)
+        said.append(fact)
 
-    found = timed.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save)
-    save(found)
+    timed.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save, known=known)
+    found = timed.assembled([*known, *said])
     print("\n".join([*heading("Kernels on a GPU", versions(), "python -m benchmarks kernels"), *timed.page(found, shapes)]))
     return 0
 
@@ -75,7 +81,7 @@ def as_json(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape])
 
 
 def compiled(report: aot.AotReport) -> dict[str, Any]:
-    facts = ("arch", "registers", "spill_bytes", "shared", "vector_loads", "matrix_instructions", "occupancy", "faults")
+    facts = ("arch", "registers", "spill_bytes", "shared", "vector_loads", "async_copies", "matrix_instructions", "occupancy", "faults")
     launch = {"name": report.case.name, "num_warps": report.case.num_warps, "num_stages": report.case.num_stages}
     return launch | {"constexprs": report.case.constexprs} | {fact: getattr(report, fact) for fact in facts}
 
@@ -93,7 +99,8 @@ def page(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape]) ->
 
 def _gate(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:
     faults = [f"- {fault}" for row in reports for report in row for fault in report.faults]
-    passed = f"All {sum(map(len, reports))} pass: no spills, shared memory within limits, 128-bit loads where rows are aligned."
+    passed = f"All {sum(map(len, reports))} pass: no spills, shared memory within limits, 128-bit loads where rows are aligned,"
+    passed += " asynchronous copies in kernels that prefetch."
     return ["## The gate", "", *(faults or [passed])]
 
 

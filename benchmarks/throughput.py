@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.facts import Facts
 from benchmarks.peers import why
-from benchmarks.tables import as_file, heading, table, versions
+from benchmarks.tables import heading, table, versions
 from benchmarks.timing import Spread
 from engine.config import Llama, Model, Optim, Parallel
 
@@ -45,18 +46,18 @@ CASES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of steps for each model (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument("--facts", type=Path, metavar="F", help="append each row to this file as it comes")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints the page as Markdown. What keeps the engine from running is a line of it."""
-    rows = []
+    facts, rows = Facts(arguments.facts), []
     for case in CASES if torch.cuda.is_available() else ():
         try:
             rows.append({"case": case.name} | train(case, arguments.seconds))
         except Exception as error:
             rows.append({"case": case.name, "error": why(error)})
-    as_file(arguments.json, {"versions": versions(), "rows": rows})
+        facts.add(rows[-1])
     print("\n".join(page(rows)))
     return 0
 
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
 def train(case: Case, seconds: float) -> dict[str, Any]:
     """Steps of `case` for about `seconds`, in a world of one."""
     from engine.batching import batch  # here, because they need packages that a bare GPU machine may lack
-    from engine.losses import nll
+    from engine.losses import SFT_LOSS
     from engine.megatron.policy import Policy
     from engine.types import Sample
     from engine.world import World
@@ -78,7 +79,7 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
 
             def step() -> float:
                 began = time.perf_counter()
-                policy.update(batch(samples, case.tokens_per_microbatch, **policy.cut), nll, 1e-5)
+                policy.update(batch(samples, case.tokens_per_microbatch, **policy.cut), SFT_LOSS, 1e-5)
                 if world.on_gpu:
                     torch.cuda.synchronize()
                 return time.perf_counter() - began

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,48 +33,96 @@ Save = Callable[[dict[str, Any]], None]
 
 PROTOCOL = (
     "One process, one GPU. Inputs are drawn anew, from the same seed, for each contender. After a warm-up, every run is timed by events on",
-    "the device, behind a write of 1 GiB that empties the L2 cache and hides the host's launching; 5 to 100 runs, median (min..max).",
+    "the device, behind a read of 256 MB that empties the L2 cache and a sleep that hides the host's work; 5 to 100 runs, median",
+    "(min..max).",
     "*back to back* is the time a call takes on the host's clock when calls follow each other. Memory is the peak on top of the inputs.",
     "Inputs, weights and layers are bfloat16, per-token columns float32; log-probs are of every row. Gradients are of all inputs that",
-    "are trained. Floors are of this GPU in this run: bytes over the rate of a copy, products by torch.matmul at the same shape;",
-    "where the floor is below a launch (3 µs), the ratio is to 3 µs. Launches are the kernels, copies and fills of a call under 10 ms.",
+    "are trained. Floors are of this GPU in this run: bytes over the rate of a copy, products by torch.matmul at the same shape, timed",
+    "right before and right after;",
+    "where the floor is below a launch (3 µs), the ratio is to 3 µs. Launches are kernels, copies and fills; the clock is the SMs' in MHz",
+    "after the runs.",
 )
 
 
 def measure(
-    shapes: Sequence[Shape], device: torch.device, clock: Clock, peers: Peers, *, seconds: float = math.inf, save: Save = lambda _: None
+    shapes: Sequence[Shape],
+    device: torch.device,
+    clock: Clock,
+    peers: Peers,
+    *,
+    seconds: float = math.inf,
+    save: Save = lambda _: None,
+    known: Sequence[Row] = (),
 ) -> dict[str, Any]:
-    """Times everything; after `seconds` what is left is named and not timed. `save` is handed all there is after every operation."""
+    """Times everything but what is `known` from an earlier run; after `seconds` what is left is named and not timed. `save` is handed each
+    row, and the rate of a copy, as soon as they are there. Launches are counted in a last pass."""
     began = time.monotonic()
     memory = copy_rate(device, clock, _copied(device))
-    found: dict[str, Any] = {"copy_bytes_per_s": memory, "products": {}, "rows": []}
-    chips: dict[str, Chip] = {}
-    for shape in shapes:
-        vocab = shape.vocab // shape.tp
-        found["products"][shape.name] = parts = product_seconds(device, clock, shape.tokens, shape.hidden, vocab)
-        chips[shape.name] = Chip(shape.name, memory, 3 * 2 * shape.tokens * shape.hidden * vocab / sum(parts))
-    for shape, name, who, contender in _turns(shapes, peers):
+    save({"copy_bytes_per_s": memory})
+    rows = [row for row in known if "timing" in row]
+    done = {_key(row) for row in rows}
+    turns = [turn for turn in _turns(shapes, peers) if (turn[1], turn[0].name, turn[2]) not in done]
+    for shape, name, who, contender in turns:
         row: Row = {"shape": shape.name, "operation": name, "contender": who}
         if time.monotonic() - began > seconds:
-            found["rows"].append(row | {"error": "not measured: out of time"})
-            continue
-        found["rows"].append(row | _floor(name, shape, chips[shape.name]) | _timed(OPERATIONS[name], contender, shape, device, clock))
-        save(found)
-    return found
+            rows.append(row | {"error": "not measured: out of time"})
+        else:
+            rows.append(row | _row(name, contender, shape, device, clock, memory))
+        save(rows[-1])
+    for shape, name, who, contender in turns:
+        if who == OURS and time.monotonic() - began <= seconds:
+            row = {"shape": shape.name, "operation": name, "contender": who}
+            save(row | {"launches": _launches(OPERATIONS[name], contender, shape, device, clock)})
+    return {"copy_bytes_per_s": memory, "rows": rows}
 
 
-def _turns(shapes: Sequence[Shape], peers: Peers) -> Iterator[tuple[Shape, str, str, Contender]]:
-    """Who is measured when: ours and torch's first, then packages, which may take the device down, then torch.compile, the slowest."""
-    for turn in range(3):
-        for shape in shapes:
-            for name, operation in OPERATIONS.items():
-                for who, contender in {**operation.ours, **peers.get(name, {})}.items():
-                    if _turn(who) == turn:
-                        yield shape, name, who, contender
+def assembled(facts: Iterable[Row]) -> dict[str, Any]:
+    """What `measure` returns, from the facts that it saved."""
+    copied, rows = math.nan, dict[tuple[str, ...], Row]()
+    for fact in facts:
+        if "copy_bytes_per_s" in fact:
+            copied = fact["copy_bytes_per_s"]
+        elif "contender" in fact:
+            key = _key(fact)
+            rows[key] = (rows.get(key, {}) if "launches" in fact else {}) | fact
+    return {"copy_bytes_per_s": copied, "rows": list(rows.values())}
 
 
-def _turn(who: str) -> int:
-    return 2 if who == COMPILED else int(not who.startswith((OURS, "torch", "F.")))
+def _key(row: Row) -> tuple[str, ...]:
+    return row["operation"], row["shape"], row["contender"]
+
+
+def _row(name: str, contender: Contender, shape: Shape, device: torch.device, clock: Clock, memory: float) -> Row:
+    """The timing beside the floor. The products of an output layer are timed before and after it: a GPU's clock falls as it warms up."""
+    if "linear" not in name:
+        return _floor(name, shape, Chip(shape.name, memory, math.inf)) | _timed(OPERATIONS[name], contender, shape, device, clock)
+    size = (shape.tokens, shape.hidden, shape.vocab // shape.tp)
+    before = product_seconds(device, clock, *size)
+    timing = _timed(OPERATIONS[name], contender, shape, device, clock)
+    after = product_seconds(device, clock, *size)
+    rate = 2 * 3 * 2 * math.prod(size) / (sum(before) + sum(after))
+    return {"products": [before, after]} | _floor(name, shape, Chip(shape.name, memory, rate)) | timing
+
+
+def _turns(shapes: Sequence[Shape], peers: Peers) -> list[tuple[Shape, str, str, Contender]]:
+    """Who is measured, in order of worth: what a target speaks of, then ours, torch's, packages, which may take the device down, and last
+    torch.compile, the slowest."""
+    every = [
+        (shape, name, who, contender)
+        for shape in shapes
+        for name, operation in OPERATIONS.items()
+        for who, contender in {**operation.ours, **peers.get(name, {})}.items()
+    ]
+    return sorted(every, key=lambda turn: _worth(turn[0].name, turn[1], turn[2]))
+
+
+def _worth(shape: str, name: str, who: str) -> int:
+    judged = (name, shape) in {target[:2] for target in OF_FLOOR}
+    if judged and who == OURS:
+        return 0
+    if judged and any((name, who) == target[:2] for target in FASTER):
+        return 1
+    return 5 if who == COMPILED else 2 if who == OURS else 3 if who.startswith((OURS, "torch", "F.")) else 4
 
 
 def _copied(device: torch.device) -> int:
@@ -104,13 +153,22 @@ def page(found: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
     """The measurements as Markdown."""
     lines = [*PROTOCOL, "", f"A copy moves {found['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and written.", "", *_verdicts(found["rows"])]
     for shape in shapes:
-        parts = found["products"][shape.name]
-        rate = 6 * shape.tokens * shape.hidden * (shape.vocab // shape.tp) / sum(parts)
-        took = " + ".join(f"{seconds * 1e3:.2f}" for seconds in parts)
-        said = f"The three products of the output layer take {took} ms by torch.matmul, {rate / 1e12:.0f} TFLOP/s."
         rows = [row for row in found["rows"] if row["shape"] == shape.name]
-        lines += ["", f"### {shape.name}, {shape.tokens} tokens", "", said, "", *_table(rows), *_absent(rows)]
+        lines += ["", f"### {shape.name}, {shape.tokens} tokens", "", *_products(shape, rows), *_table(rows), *_absent(rows)]
     return lines
+
+
+def _products(shape: Shape, rows: Sequence[Row]) -> list[str]:
+    """How fast the three products were, over all times that they were timed."""
+    taken = [parts for row in rows for parts in row.get("products", ())]
+    if not taken:
+        return []
+    rates = [6 * shape.tokens * shape.hidden * (shape.vocab // shape.tp) / sum(parts) / 1e12 for parts in taken]
+    took = " + ".join(f"{median(part) * 1e3:.2f}" for part in zip(*taken, strict=True))
+    return [
+        f"The three products of the output layer take {took} ms by torch.matmul, {min(rates):.0f} to {max(rates):.0f} TFLOP/s.",
+        "",
+    ]
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
@@ -141,7 +199,14 @@ def _of_floor(row: Row) -> float:
     return _seconds(row) / max(row["floor_s"], LAUNCH)
 
 
-HEADER = ("operation", "who", "µs", "rate", "of floor", "ours is faster", "peak MiB", "back to back µs", "launches")
+HEADER = ("operation", "who", "µs", "rate", "of floor", "ours is faster", "peak MiB", "back to back µs", "launches", "SM clock")
+
+
+def _launches(operation: Operation, contender: Contender, shape: Shape, device: torch.device, clock: Clock) -> int | None:
+    try:
+        return clock.launches(timed(operation, contender, operation.draw(shape, device)))
+    except Exception:  # it was timed, or why not was said
+        return None
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -161,7 +226,19 @@ def _cells(row: Row, ours: float) -> list[str]:
     faster = "" if row["contender"] == OURS else f"{_seconds(row) / ours:.2f}x"
     times = f"{median:.1f} ({low:.1f}..{high:.1f})"
     device = [times, rate, f"{_of_floor(row):.2f}x", faster, f"{timing['peak_bytes'] / 2**20:.0f}"]
-    return [row["operation"], row["contender"], *device, f"{timing['issued'] * 1e6:.0f}", str(timing["launches"] or "")]
+    return [
+        row["operation"],
+        row["contender"],
+        *device,
+        f"{timing['issued'] * 1e6:.0f}",
+        str(row.get("launches") or ""),
+        _clock(timing["gpu"]),
+    ]
+
+
+def _clock(gpu: Mapping[str, Any]) -> str:
+    """MHz, and what held it down."""
+    return f"{gpu['sm_mhz']} {', '.join(gpu['throttled'])}".strip() if "sm_mhz" in gpu else ""
 
 
 def _absent(rows: Sequence[Row]) -> list[str]:

@@ -22,7 +22,7 @@ from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import problems
 from engine.hub import SMOLLM2, resolve
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.types import Sample
 from engine.world import World
 
@@ -62,7 +62,7 @@ def ours(given: list[Row], parallel: Parallel, budget: int) -> None:
     with closing(Policy(Model(SMOLLM2), Optim(lr=0.0), parallel, world)) as policy:
 
         def whole_pass(samples: list[Sample]) -> float:
-            loss = policy.update(batch(samples, budget, **policy.cut), nll, lr=0.0)["loss"]
+            loss = policy.update(batch(samples, budget, **policy.cut), SFT_LOSS, lr=0.0)["loss"]
             return loss * _trained(samples) if world.rank == 0 else 0.0
 
         _time(whole_pass, samples, warm=samples[:2], counted=samples if world.rank == 0 else [])

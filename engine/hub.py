@@ -12,8 +12,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from engine.gguf import convert, write_json
-
 SMOLLM2 = "smollm2-135m-instruct"
 CONVERTER = 1  # raise it when convert() writes different files, so that older conversions are made anew
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt"]
@@ -92,6 +90,8 @@ def _convert_into(folder: Path) -> None:
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
+    from engine.gguf import convert, write_json  # here: who brings a model of their own needs no gguf
+
     record = convert(_bundled_gguf(), unfinished)
     files = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
     write_json(unfinished / "conversion.json", {"converter": CONVERTER, **record, "files": files})

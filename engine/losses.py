@@ -4,13 +4,14 @@ step."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.types import Loss, Moments, Packed
+from engine.types import Loss, Moments, Packed, TokenLoss, TokenTerms
 from triton_kernels import dpo_norm, ppo_loss, seq_logps, value_loss
 
 Average = Literal["token", "sequence"]
@@ -21,6 +22,14 @@ def nll(logprob_T: Tensor, packed: Packed) -> Loss:
     count = int(packed.mask_T.sum())
     total = -(logprob_T * packed.mask_T).sum()
     return Loss(total, count, {"loss": (total.detach(), count)})
+
+
+def nll_terms(packed: Packed) -> TokenTerms:
+    """`nll` as a sum over tokens."""
+    return TokenTerms(packed.mask_T.float())
+
+
+SFT_LOSS = TokenLoss(nll, nll_terms)
 
 
 def dpo(
@@ -134,6 +143,18 @@ def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **how: Any
     tokens = int(packed.mask_T.sum())
     said = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "sampler_gap": (gap_T.sum(), tokens)}
     return replace(found, metrics=found.metrics | said, maxima={"sampler_gap_max": gap_T.max()})
+
+
+def ppo_terms(packed: Packed, *, average: Average, on_policy: bool = False, kl_coef: float, **how: Any) -> TokenTerms:
+    """`ppo_clip` as a sum over tokens; `on_policy`: `ppo_first`."""
+    weight_T, _ = _weights(packed, average)
+    old_T, ref_T = None if on_policy else packed.old_logprob_T, packed.ref_logprob_T if kl_coef else None
+    return TokenTerms(weight_T, packed.advantage_T, old_T, ref_T, kl_coef=kl_coef, **how)
+
+
+def ppo(on_policy: bool, **how: Any) -> TokenLoss:
+    """`ppo_first` where the policy that learns is the one that sampled, else `ppo_clip`; `how` are the arguments of ppo_clip."""
+    return TokenLoss(partial(ppo_first if on_policy else ppo_clip, **how), partial(ppo_terms, on_policy=on_policy, **how))
 
 
 def value_clip(value_T: Tensor, packed: Packed, *, average: Average, clip: float, coef: float) -> Loss:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -131,3 +131,32 @@ class Loss:
 
 
 LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, or value_T of a scalar head; microbatch) -> Loss
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """A loss that is a sum over tokens, each term a function of its token's log-prob: the arguments of linear_policy_loss that say which.
+    Tensors are float32 [T]; without advantage_T the loss is the negative log-likelihood."""
+
+    weight_T: torch.Tensor
+    advantage_T: torch.Tensor | None = None
+    old_logprob_T: torch.Tensor | None = None  # None: the ratio is 1
+    ref_logprob_T: torch.Tensor | None = None
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss function whose gradient the output layer can make while it has the logits: `terms` of a microbatch on the device say how.
+
+    An update takes the total from the output layer and the counts and metrics from `loss`; the total of `loss` is not used there.
+    """
+
+    loss: LossFunction
+    terms: Callable[[Packed], TokenTerms]
+
+    def __call__(self, output: torch.Tensor, packed: Packed) -> Loss:
+        return self.loss(output, packed)

@@ -11,7 +11,7 @@ from triton_kernels import draw
 
 def noise(keys_R2: Tensor, count: int) -> np.ndarray:
     """E of ids 0 ... count in float64, from unsigned 32-bit integers."""
-    keys = keys_R2.numpy().view(np.uint32)
+    keys = keys_R2.cpu().numpy().view(np.uint32)
     h = (np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B1) + keys[:, :1]) ^ keys[:, 1:]
     h ^= h >> np.uint32(16)
     h *= np.uint32(0x85EBCA6B)
@@ -36,7 +36,7 @@ def check(rows: int, vocab: int, temperature: float, valid: int | None = None) -
     got = draw(logits, keys, temperature=temperature, vocab_valid=valid)
     assert got.dtype == torch.int64
     assert got.shape == (rows,)
-    scores = logits.double().numpy()[:, :valid]
+    scores = logits.double().cpu().numpy()[:, :valid]
     if temperature:
         scores = scores / temperature - np.log(noise(keys, scores.shape[1]))
     for row, token in enumerate(got.tolist()):

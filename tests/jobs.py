@@ -21,8 +21,8 @@ from engine.batching import batch, scatter
 from engine.config import Llama, Model, Optim, Parallel
 from engine.data.pairs import Pair, grouped
 from engine.data.template import TULU
-from engine.losses import nll, reward_bt
-from engine.types import Loss, LossFunction, Packed, Sample, Step
+from engine.losses import SFT_LOSS, nll, reward_bt
+from engine.types import Loss, LossFunction, Packed, Sample, Step, TokenLoss, TokenTerms
 from engine.world import World
 from tests.allocator import allocated
 
@@ -129,9 +129,9 @@ def sft_steps(
         for step in range(steps):
             shuffled = np.random.default_rng(order).permutation(16) if order else range(16)
             batch_ = samples(step)
-            found.append(policy.update(_cut(policy, [batch_[i] for i in shuffled], budget, alone), nll, OPTIM.lr_at(step, 10)))
+            found.append(policy.update(_cut(policy, [batch_[i] for i in shuffled], budget, alone), SFT_LOSS, OPTIM.lr_at(step, 10)))
         held_out = batch(samples(99), budget, **policy.cut)
-        return [*found, policy.evaluate(held_out, nll)]
+        return [*found, policy.evaluate(held_out, SFT_LOSS)]
 
 
 def reward_steps(
@@ -164,7 +164,7 @@ def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[st
 
 
 def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
-    return (grouped(pairs_with_reference(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), nll)
+    return (grouped(pairs_with_reference(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), SFT_LOSS)
 
 
 def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, **how: Any) -> dict[int, list[Any]]:
@@ -234,25 +234,31 @@ def command(world: World, words: list[str], largest_file: int = 0) -> tuple[int,
         return main(words), said.getvalue(), complained.getvalue()
 
 
-def bad_step(world: World, parallel: Parallel, model: Model) -> tuple[str, dict[str, float], dict[str, float]]:
-    """The complaint about a step with a NaN in one sequence's loss; the metrics of the next step; those without the bad step in between."""
+def bad_step(world: World, parallel: Parallel, model: Model, by_layer: bool) -> tuple[str, dict[str, float], dict[str, float]]:
+    """The complaint about a step with a NaN in one sequence's loss, which the output layer computes or autograd; the metrics of the next
+    step; those without the bad step in between."""
     from engine.megatron.policy import Policy
 
     def spoiled(logprob_T: Tensor, packed: Packed) -> Loss:
         found = nll(logprob_T, packed)
         return replace(found, total=found.total * float("nan")) if 3 in packed.index_S else found
 
+    def spoiled_terms(packed: Packed) -> TokenTerms:
+        return TokenTerms(packed.mask_T * (float("nan") if 3 in packed.index_S else 1.0))
+
+    bad = TokenLoss(spoiled, spoiled_terms) if by_layer else spoiled
+
     results = []
     complaint = ""
     for spoil in (True, False):
         with closing(Policy(model, OPTIM, parallel, world)) as policy:
-            policy.update(batch(samples(0), 64, **policy.cut), nll, OPTIM.lr)
+            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
             if spoil:
                 try:
-                    policy.update(batch(samples(1), 64, **policy.cut), spoiled, OPTIM.lr)
+                    policy.update(batch(samples(1), 64, **policy.cut), bad, OPTIM.lr)
                 except FloatingPointError as error:
                     complaint = str(error)
-            results.append(policy.update(batch(samples(2), 64, **policy.cut), nll, OPTIM.lr))
+            results.append(policy.update(batch(samples(2), 64, **policy.cut), SFT_LOSS, OPTIM.lr))
     return complaint, results[0], results[1]
 
 
@@ -270,9 +276,9 @@ def asked_ahead(world: World, parallel: Parallel, model: Model) -> list[bool]:
         finish(self, *arguments, **options)
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
-        policy.update(batch(samples(0), 64, **policy.cut), nll, OPTIM.lr)
+        policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
         with mock.patch.object(Group, "finish_param_sync", watched):
-            policy.update(batch(samples(1), 64, **policy.cut), nll, OPTIM.lr)
+            policy.update(batch(samples(1), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
     return asked
 
 
@@ -323,8 +329,8 @@ def step_memory(world: World, parallel: Parallel, model: Model) -> tuple[float, 
         def worst(loss: LossFunction) -> float:
             return allocated(lambda: policy.update(batch(samples_, 1024, **policy.cut), loss, OPTIM.lr))[1] / 2**20
 
-        worst(nll)  # the first time makes what stays
-        return worst(nll), worst(DPO_LOSSES[0])
+        worst(SFT_LOSS)  # the first time makes what stays
+        return worst(SFT_LOSS), worst(DPO_LOSSES[0])
 
 
 def threads_after(world: World, parallel: Parallel, model: Model, policies: int) -> list[int]:
@@ -334,7 +340,7 @@ def threads_after(world: World, parallel: Parallel, model: Model, policies: int)
     found = []
     for _ in range(policies):
         with closing(Policy(model, OPTIM, parallel, world)) as policy:
-            policy.update(batch(samples(0), 64, **policy.cut), nll, OPTIM.lr)
+            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
         gc.collect()
         found.append(len(list(Path("/proc/self/task").iterdir())))
     return found

@@ -6,7 +6,7 @@ from contextlib import closing
 
 from engine.batching import build, plan
 from engine.config import Model, Parallel
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.types import Step
 from engine.world import World
 from tests import jobs
@@ -23,7 +23,7 @@ def step_of_many_ranks(world: World, model: Model, ranks: int, count: int) -> tu
     step: Step = [packed for rank in range(ranks) for packed in build(planned, rank, samples)]
     assert sorted(i for packed in step for i in packed.index_S if i >= 0) == list(range(count))
     with closing(Policy(model, jobs.OPTIM, Parallel(), world)) as policy:
-        return policy.update(step, nll, jobs.OPTIM.lr), int(planned.denominators.tokens[0])
+        return policy.update(step, SFT_LOSS, jobs.OPTIM.lr), int(planned.denominators.tokens[0])
 
 
 def model_cost(model: Model) -> tuple[int, int, int]:

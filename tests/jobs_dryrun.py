@@ -8,7 +8,7 @@ from contextlib import closing
 from torch.profiler import record_function
 
 from engine.config import Llama, Model, Parallel
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.world import World
 from tests import jobs
 from tests.allocator import HELD, allocated
@@ -54,7 +54,7 @@ def step_memory(world: World, parallel: Parallel, model: Llama, lengths: list[in
     with closing(Policy(Model(init=model), jobs.OPTIM, parallel, world)) as policy:
 
         def learn() -> None:
-            policy.update(step, nll, 0.0)
+            policy.update(step, SFT_LOSS, 0.0)
 
         def worst() -> int:
             get_global_memory_buffer().buffer.clear()  # made again in the step

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.batching import batch
 from engine.config import Model, Parallel
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.world import World
 from tests.jobs import OPTIM, samples
 from triton_kernels import linear_logprob, linear_policy_loss, logprob
@@ -40,7 +40,7 @@ def sharded_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """linear_policy_loss: the total, and the same gradients."""
     hidden, mine, how = _shard(world, hidden, weight, valid, padded)
-    total, _ = linear_policy_loss(hidden, mine, target, token_weight, **how)
+    total, _, _ = linear_policy_loss(hidden, mine, target, token_weight, **how)
     grad_hidden, grad_weight = torch.autograd.grad(total, (hidden, mine))
     return total.detach(), grad_hidden, grad_weight
 
@@ -92,9 +92,9 @@ def output_layer(world: World, parallel: Parallel, model: Model) -> tuple[list[b
     with closing(Policy(model, optim, parallel, world)) as policy:
         batch_ = samples(0, count=6, longest=4)
         step = [packed for i in range(0, 6, 2) for packed in batch(batch_[i : i + 2], 64, **policy.cut)]
-        policy.update(step, nll, optim.lr)  # what is made once is there now
-        with mock.patch("engine.megatron.model.linear_logprob", wraps=linear_logprob) as called:
-            peak = peak_bytes(lambda: policy.update(step, nll, optim.lr))
+        policy.update(step, SFT_LOSS, optim.lr)  # what is made once is there now
+        with mock.patch("engine.megatron.model.linear_policy_loss", wraps=linear_policy_loss) as called:
+            peak = peak_bytes(lambda: policy.update(step, SFT_LOSS, optim.lr))
         if not policy.speaks:
             return [], 0, 0
         weight: Any = policy.chunks[-1].shared_embedding_or_output_weight()

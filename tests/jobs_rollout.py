@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.batching import batch, scatter
 from engine.config import Model, Optim, Parallel
 from engine.data.tokenizer import load_tokenizer
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.types import Prompt, Sample
 from engine.world import World
 from tests.jobs import OPTIM, samples
@@ -70,7 +70,7 @@ def responses(
     with closing(Policy(model, optim, parallel, world)) as policy:
         found = generate(policy, asked, how, slotting, samples=samples_each, seed=(3,))
         if trained:
-            policy.update(batch(samples(0), 64, **policy.cut), nll, 0.01)
+            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, 0.01)
             found = generate(policy, asked, how, slotting, samples=samples_each, seed=(3,))
         flat = [(prompt, response) for prompt, answers in zip(asked, found, strict=True) for response in answers]
         whole = [

@@ -23,7 +23,7 @@ import engine.megatron.model
 import engine.megatron.training  # noqa: F401
 from engine.batching import batch
 from engine.config import Model, Parallel
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.megatron.policy import Policy
 from engine.world import World
 from tests import jobs
@@ -40,7 +40,7 @@ def live(rank: int, port: int, out: Path) -> None:
         start = policy.load_latest(out)
         tell(out, {"start": start}, rank)
         for step in range(start, FAR):
-            metrics = policy.update(batch(jobs.samples(step), 64, **policy.cut), nll, jobs.OPTIM.lr_at(step, 10))
+            metrics = policy.update(batch(jobs.samples(step), 64, **policy.cut), SFT_LOSS, jobs.OPTIM.lr_at(step, 10))
             tell(out, {"step": step, "metrics": metrics}, rank)
             policy.save(out, step + 1)
 

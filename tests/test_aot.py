@@ -12,8 +12,9 @@ import triton.language as tl
 from triton_kernels.aot import CHIPS, AotCase, AotReport, all_cases, compile_case
 
 
-@pytest.mark.parametrize("arch", CHIPS)
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "arch"), [pytest.param(case, arch, id=f"{case.name}-{arch}") for case in all_cases() for arch in case.archs]
+)
 def test_shipped_kernels_pass_the_gate(case: AotCase, arch: int) -> None:
     assert not compile_case(case, arch).faults
 
@@ -47,7 +48,10 @@ def centre_case(**changes: Any) -> AotCase:
 
 
 def report(**changes: Any) -> AotReport:
-    return replace(AotReport(centre_case(), 90, registers=32, spill_bytes=0, shared=0, vector_loads=1, matrix_instructions=()), **changes)
+    return replace(
+        AotReport(centre_case(), 90, registers=32, spill_bytes=0, shared=0, vector_loads=1, async_copies=0, matrix_instructions=()),
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("arch", CHIPS)
@@ -80,6 +84,12 @@ def test_matrix_instructions_are_seen(arch: int, instruction: str) -> None:
 def test_shared_memory_beyond_a_block_fails() -> None:
     assert report(shared=200_000).passes
     assert report(shared=200_000, arch=80).faults == ("centre on sm_80 wants 200000 bytes of shared memory where a block has 166912",)
+
+
+def test_a_kernel_that_prefetches_has_copies_that_nobody_waits_for() -> None:
+    assert report(case=centre_case(prefetches=True)).faults == ("centre on sm_90 has no asynchronous copy though it prefetches",)
+    assert report(case=centre_case(prefetches=True), async_copies=1).passes
+    assert compile_case(centre_case(), 90).async_copies == 0
 
 
 def test_occupancy_is_what_the_scarcest_resource_admits() -> None:

@@ -18,6 +18,7 @@ from engine.dryrun import stages
 from engine.dryrun.kernels import KERNELS
 from engine.dryrun.meter import Meter
 from engine.dryrun.work import Collective, Matmul, Stage, Work
+from triton_kernels import linear_logprob, linear_policy_loss
 
 LLAMA_405B = Llama(126, 16384, 53248, 128, 8, 128256, rope_theta=5e5, rope_scaling=RopeScaling(), max_length=131072)
 GRID = Parallel(8, 16, count_embedding=True, count_loss=True)
@@ -76,11 +77,11 @@ def test_recomputation_is_paid_in_backward(recompute: str, again: int) -> None:
 
 
 def test_the_head_multiplies_three_times() -> None:
-    """And the last stage has one layer less than those between. A chunk of 4096 rows is the whole microbatch."""
-    vocabulary = Matmul(T, _M.hidden, _M.vocab // TP)
+    """And the last stage has one layer less than those between. Forward, the microbatch is four blocks of 1024 rows."""
+    vocabulary = Matmul(1024, _M.hidden, _M.vocab // TP)
     last = rehearsed()[-1]
-    assert last.forward.matmuls[vocabulary] == 1
-    assert products(last.forward) == 7 * LAYER + 2 * vocabulary.m * vocabulary.k * vocabulary.n
+    assert last.forward.matmuls[vocabulary] == 4
+    assert products(last.forward) == 7 * LAYER + 4 * 2 * vocabulary.m * vocabulary.k * vocabulary.n
     assert products(last.backward) == 2 * products(last.forward)
 
 
@@ -231,6 +232,7 @@ def cases() -> dict[str, tuple[str, str, tuple[Any, ...]]]:
     rstd = torch.empty(600, dtype=torch.float32, device="meta")
     narrow_grad, narrow, wide_grad, wide = tensors((600, 128), (600, 128), (600, 32768), (600, 32768))
     whole, tail = ("", 0, 8000, 1.0, False), (4, torch.float32)
+    tokens, clips = (hidden, weight, target, stats[0]), (0.2, 0.2, "k3", 0.0)
     given, wanted = (hidden, weight, target, stats, grad_stats), (True, True)
     return {
         "kept": ("linear_logprob", "_linear_logprob", (hidden, weight, target, main_grad, *whole, True, *tail)),
@@ -238,12 +240,31 @@ def cases() -> dict[str, tuple[str, str, tuple[Any, ...]]]:
         "backward": ("linear_logprob", "_linear_logprob_backward", (*given, kept, main_grad, *wanted, *whole, *tail)),
         "made again": ("linear_logprob", "_linear_logprob_backward", (*given, None, main_grad, *wanted, *whole, *tail)),
         "its own gradient": ("linear_logprob", "_linear_logprob_backward", (*given, kept, None, *wanted, *whole, *tail)),
+        "one chunk": ("linear_logprob", "_linear_logprob_backward", (*given, kept, None, *wanted, *whole, 16, torch.float32)),
         "spoiled": ("linear_logprob", "_linear_logprob_backward", (*given, None, main_grad, *wanted, *whole, 4, torch.bfloat16)),
         "hidden alone": ("linear_logprob", "_linear_logprob_backward", (*given, None, None, True, False, *whole, *tail)),
+        "policy loss": ("policy_loss", "_linear_policy_loss", (*tokens, None, None, None, main_grad, *clips, *whole, *tail, *wanted)),
+        "policy loss, its own gradient": ("policy_loss", "_linear_policy_loss", (*tokens, *[None] * 4, *clips, *whole, *tail, *wanted)),
         "logprob": ("logprob", "_logprob", (kept[:10], target, *whole)),
         "rmsnorm": ("rmsnorm", "_backward", (narrow_grad, None, narrow, narrow[0], rstd)),
         "rmsnorm, wide": ("rmsnorm", "_backward", (wide_grad, None, wide, wide[0], rstd)),
     }
+
+
+@pytest.mark.parametrize("rows", [0, 1, 1000, 1024, 4097, 5000, 8192, 20000])
+@pytest.mark.parametrize("vocab", [16032, 128256])
+def test_few_rows_of_the_output_layer_are_padding(rows: int, vocab: int) -> None:
+    """Products on a GPU over those that are needed: whole blocks of 1024 rows forward, and no padding in the gradients."""
+    hidden, weight = tensors((rows, 512), (vocab, 512))
+    target, ones = torch.empty(rows, dtype=torch.int64, device="meta"), torch.empty(rows, device="meta")
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    work, _, _ = metered(lambda: linear_policy_loss(hidden, weight, target, ones))
+    needed, blocks = 2 * rows * 512 * vocab, -(-rows // 1024)
+    assert work.flops == 2 * blocks * 1024 * 512 * vocab + 2 * needed
+    if rows == 5000:
+        assert work.flops <= 1.01 * 3 * needed
+        forward, _, _ = metered(lambda: linear_logprob(hidden, weight, target, mode="nograd"))
+        assert forward.flops <= 1.03 * needed
 
 
 @pytest.mark.parametrize("case", cases())
@@ -257,7 +278,7 @@ def test_formulas_are_what_the_code_of_our_kernels_does(case: str, monkeypatch: 
         monkeypatch.setattr(import_module(f"triton_kernels.{name}"), "launch", lambda kernel, *_, **__: launches.append(kernel))
     closed, live, peak = metered(lambda: getattr(module, operation)(*arguments))
     assert not launches
-    opened, opened_live, opened_peak = metered(lambda: getattr(module, operation)._init_fn(*arguments))
+    opened, opened_live, opened_peak = metered(lambda: getattr(module, operation).function(*arguments))
     assert closed.matmuls == opened.matmuls
     assert closed.kernels == opened.kernels + len(launches)
     assert closed.traffic >= opened.traffic

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy, floors, gpu, throughput, timed
+from benchmarks import accuracy, floors, gpu, gpu_page, nvml, smoke, throughput, timed
 from benchmarks.clock import CudaClock, Timing
+from benchmarks.facts import read
 from benchmarks.floors import Shape
 from benchmarks.operations import OPERATIONS, Contender, plain
 from benchmarks.operations import timed as call_of
@@ -29,10 +35,18 @@ TINY = Shape("tiny", hidden=64, ffn=96, heads=4, kv_heads=2, head_size=16, vocab
 CPU = torch.device("cpu")
 
 
-def clock(call: Callable[[], Any]) -> Timing:
+class LyingClock:
     """Runs once, and says 2 ms whatever it was."""
-    call()
-    return Timing(Spread(2e-3, 1e-3, 3e-3), 7, 5 << 20, 4e-3)
+
+    def __call__(self, call: Callable[[], Any]) -> Timing:
+        call()
+        return Timing(Spread(2e-3, 1e-3, 3e-3), 7, 5 << 20, 4e-3, {"sm_mhz": 1980, "throttled": ["power cap"]})
+
+    def launches(self, call: Callable[[], Any]) -> int:
+        return 3
+
+
+clock = LyingClock()
 
 
 def absent(_: dict[str, Tensor]) -> Callable[[], Any]:
@@ -56,17 +70,27 @@ class Event:
 
 
 def test_a_call_is_timed_as_often_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.clock.WRITTEN", 16)
+    """Behind a read that empties the cache and a sleep that hides the host; what the GPU says of itself goes with it."""
+    monkeypatch.setattr("benchmarks.clock.READ", 16)
     fakes = {"Event": Event, "synchronize": lambda _: None, "reset_peak_memory_stats": lambda _: None}
-    fakes |= {"memory_allocated": lambda _: 100, "max_memory_allocated": lambda _: 350}
+    slept: list[int] = []
+    fakes |= {"memory_allocated": lambda _: 100, "max_memory_allocated": lambda _: 350, "_sleep": slept.append}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(nvml, "state", lambda index: {"sm_mhz": 1500})
     for seconds, runs in ((0.001, 5), (0.02, 10), (9.0, 100)):
         calls: list[int] = []
+        slept.clear()
         timing = CudaClock(CPU, seconds)(partial(calls.append, 1))
         assert timing.seconds == Spread(2e-3, 2e-3, 2e-3)
-        assert (timing.runs, timing.peak_bytes, timing.launches) == (runs, 250, None)
-        assert len(calls) == 2 + 1 + 1 + runs + min(runs, 20) + 1  # warm-up, memory, how long, timed, back to back, launches
+        assert (timing.runs, timing.peak_bytes, timing.gpu) == (runs, 250, {"sm_mhz": 1500})
+        assert len(calls) == 2 + 1 + 1 + runs + min(runs, 20)  # warm-up, memory, how long, timed, back to back
+        assert len(slept) == 1 + runs
+
+
+def test_a_gpu_that_cannot_be_asked_is_a_line() -> None:
+    (said,) = nvml.state().values()
+    assert said == "nvidia-ml-py is not installed" or "NVML" in said
 
 
 def test_every_operation_has_a_floor_and_every_peer_an_operation() -> None:
@@ -95,10 +119,10 @@ def test_torch_computes_the_same(name: str) -> None:
 
 def test_the_page_of_times(tmp_path: Path) -> None:
     peers: dict[str, dict[str, Contender]] = {"rope": {"elsewhere": absent, "broken": plain(failing), EAGER: PEERS["rope"][EAGER]}}
-    saved: list[int] = []
-    found = timed.measure([TINY], CPU, clock, peers, save=lambda facts: saved.append(len(facts["rows"])))
-    assert saved == list(range(1, len(found["rows"]) + 1))
-    page = "\n".join(timed.page(json.loads(json.dumps(found)), [TINY]))
+    saved: list[dict[str, Any]] = []
+    found = timed.measure([TINY], CPU, clock, peers, save=saved.append)
+    assert [fact for fact in saved if "contender" in fact and "launches" not in fact] == found["rows"]
+    page = "\n".join(timed.page(timed.assembled(json.loads(json.dumps(saved))), [TINY]))
     assert "take 2.00 + 2.00 + 2.00 ms by torch.matmul" in page
     assert f"| rope | {EAGER} | 2000.0 (1000.0..3000.0) | " in page
     assert "- elsewhere: not installed (nowhere) (rope)" in page
@@ -107,11 +131,25 @@ def test_the_page_of_times(tmp_path: Path) -> None:
     assert ours["timing"] == asdict(clock(lambda: None))
     assert ours["floor_s"] == pytest.approx(6e-3)  # the three products, 2 ms each
     assert "| linear_logprob forward and backward | ours | 2000.0 (1000.0..3000.0) | " in page
+    assert "| 5 | 4000 | 3 | 1980 power cap |" in page
+    assert ours["products"] == [[2e-3, 2e-3, 2e-3]] * 2 or ours["products"] == [(2e-3, 2e-3, 2e-3)] * 2
+
+
+def test_what_is_known_is_not_measured_again() -> None:
+    """After a kill in the middle: what was measured stays, and the rest follows."""
+    first: list[dict[str, Any]] = []
+    timed.measure([TINY], CPU, clock, {}, save=first.append)
+    rest: list[dict[str, Any]] = []
+    timed.measure([TINY], CPU, clock, {}, save=rest.append, known=first[:6])
+    measured = [fact for fact in rest if "timing" in fact]
+    assert len(measured) == sum("timing" in fact for fact in first) - 5  # the first fact is the rate of a copy
+    whole, resumed = (timed.assembled(facts)["rows"] for facts in (first, first[:6] + rest))
+    assert sorted(map(timed._key, whole)) == sorted(map(timed._key, resumed))
 
 
 def test_targets_are_judged() -> None:
     def row(shape: str, who: str, seconds: float) -> dict[str, Any]:
-        timing = asdict(Timing(Spread(seconds, seconds, seconds), 5, 0, seconds))
+        timing = asdict(Timing(Spread(seconds, seconds, seconds), 5, 0, seconds, {}))
         return {"operation": timed.OUTPUT_LAYER, "shape": shape, "contender": who, "floor_s": 1e-2, "timing": timing}
 
     rows = [row("8b-tp1", "ours", 1.1e-2), row("405b-tp8", "ours", 1.1e-2), row("8b-tp1", "Liger", 2.2e-2)]
@@ -128,7 +166,19 @@ def test_targets_are_judged() -> None:
 def test_who_runs_late_is_named_when_time_is_over() -> None:
     found = timed.measure([TINY], CPU, clock, {}, seconds=0)
     assert {row["error"] for row in found["rows"]} == {"not measured: out of time"}
-    assert [timed._turn(who) for who in ("ours", EAGER, "F.linear_cross_entropy", "Liger", COMPILED)] == [0, 0, 0, 1, 2]
+
+
+def test_targets_come_first_and_what_compiles_last() -> None:
+    judged = [
+        ("ours", timed.OUTPUT_LAYER),
+        ("Liger", timed.OUTPUT_LAYER),
+        ("ours", "rope"),
+        (EAGER, "rope"),
+        ("Liger", "rope"),
+        (COMPILED, "rope"),
+    ]
+    assert [timed._worth("8b-tp1", name, who) for who, name in judged] == [0, 1, 2, 3, 4, 5]
+    assert timed._worth("70b-tp8", timed.OUTPUT_LAYER, "Liger") == 4  # no target speaks of it
 
 
 def test_accuracy_tells_float32_logits_from_bfloat16_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,41 +211,145 @@ def test_decoding_is_told_or_why_it_was_not() -> None:
     assert throughput._decoding([{"case": "three", "error": "no GPU"}]) == []
 
 
-def test_a_run_reports_what_failed_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write = "import json, sys; json.dump({'said': 1}, open(sys.argv[1], 'w')); print('noise\\n# A page\\n\\nits text')"
-    parts = (
-        gpu.Part("dies", ("-c", "import os; os.kill(os.getpid(), 11)"), 20),
-        gpu.Part("hangs", ("-c", "import time; print('so far', flush=True); time.sleep(60)"), 1),
-        gpu.Part("works", ("-c", write, gpu.FACTS), 20),
-    )
-    monkeypatch.setattr(gpu, "PARTS", parts)
+def asked(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def parts(**commands: tuple[tuple[str, ...], float]) -> dict[str, gpu.Part]:
+    return {name: gpu.Part(name, command, seconds) for name, (command, seconds) in commands.items()}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with a GPU, as far as the runner looks; where its facts are."""
     monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(gpu, "prepared", lambda wheels, site: ({}, ["a note"]))
+    monkeypatch.setattr(gpu, "prepared", lambda wheels, site: ({"PYTHONPATH": ":".join(sys.path)}, ["a note"]))
+    monkeypatch.setattr(gpu, "RESERVE", 0.4)
     monkeypatch.setenv("OUT", str(tmp_path))
-    assert gpu.main([]) == 1
-    (page,) = tmp_path.glob("gpu_h100-80gb-hbm3_*.md")
-    text, facts = page.read_text(), json.loads(page.with_suffix(".json").read_text())
+    return tmp_path / f"gpu_h100-80gb-hbm3_{date.today().isoformat()}"
+
+
+ADD = "import sys; from benchmarks.facts import Facts; facts = Facts(__import__('pathlib').Path(sys.argv[1]));"
+
+
+def test_a_run_reports_what_failed_and_goes_on(monkeypatch: pytest.MonkeyPatch, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = f"{ADD} facts.add({{'said': 1}}); print('so far', flush=True); import time; time.sleep(60)"
+    three = parts(
+        dies=(("-c", "import os; os.kill(os.getpid(), 11)"), 20),
+        hangs=(("-c", slow, gpu.FACTS), 4),
+        works=(("-c", f"{ADD} facts.add({{'said': 2}})", gpu.FACTS), 20),
+    )
+    monkeypatch.setattr(gpu, "PARTS", three)
+    assert gpu.main(asked()) == 1
+    text = machine.with_name(f"{machine.name}.md").read_text()
+    assert "- a note" in text
     assert "| dies | FAILED with status -11 |" in text
-    assert "| hangs | STOPPED after 1 s |" in text
+    assert "| hangs | STOPPED after 4 s | 2 |" in text
     assert "so far" in text
-    assert "# A page\n\nits text" in text
-    assert "noise" not in text
-    assert facts["works"]["facts"] == {"said": 1}
-    monkeypatch.setattr(gpu, "PARTS", parts[2:])
-    assert gpu.main([]) == 0
+    assert "- said 1" in text
+    assert "- said 2" in text
+    capsys.readouterr()
+    monkeypatch.setattr(gpu, "PARTS", parts(works=(("-c", "raise SystemExit(1)"), 20)))
+    assert gpu.main(asked("works")) == 0  # passed before
+    assert "works: passed before" in capsys.readouterr().out
+    assert gpu.main(asked("works", "--again")) == 1
+
+
+def test_a_budget_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "PARTS", parts(first=(("-c", "import time; time.sleep(1.5)"), 20), second=(("-c", "pass"), 30)))
+    assert gpu.main(asked("--budget", "2")) == 0
+    assert "second: left out: it may take 30 s, and 0 s are left" in capsys.readouterr().out
+    assert gpu.main(asked("third")) == 2
+    assert "third is not a part; use first, second" in capsys.readouterr().out
+
+
+def test_the_three_tiers_fit_their_time() -> None:
+    assert [gpu.PARTS[name].seconds for name in ("smoke", "tests", "times")] == [80, 100, 150]
+    assert list(gpu.PARTS)[:3] == ["smoke", "tests", "times"]
+    assert sum(estimate for _, estimate in smoke.SECTIONS.values()) <= 80
+
+
+SMOKE = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks import smoke
+from tests.test_gpu_run import LyingClock
+contact = smoke.Contact(torch.device("cpu"), LyingClock(), 100)
+sys.exit(smoke.run(contact, [name for name in smoke.SECTIONS if name not in ("world_of_one", "graphs")], Path(sys.argv[1]), 1000.0))
+"""
+
+
+@pytest.mark.parametrize("after", [1, 6, 20])
+def test_a_tier_that_is_killed_keeps_valid_facts_and_goes_on(tmp_path: Path, after: int) -> None:
+    """Killed as soon as it has written `after` facts, and run again to its end."""
+    file = tmp_path / "smoke.jsonl"
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", SMOKE, str(file)], env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(read(file)) < after:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    kept = read(file)
+    assert len(kept) >= after
+    with file.open("a") as torn:
+        torn.write('{"section": "att')  # as a kill in the middle of a write would leave it
+    assert subprocess.run([sys.executable, "-c", SMOKE, str(file)], env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    facts = read(file)
+    assert facts[: len(kept)] == kept
+    finished = [fact["section"] for fact in facts if fact.get("finished")]
+    assert sorted(finished) == sorted(set(smoke.SECTIONS) - {"world_of_one", "graphs"})
+    assert all(fact.get("good", True) for fact in facts)
+    page = "\n".join(gpu_page.SECTIONS["smoke"](facts))
+    assert "| attention | good |" in page
+
+
+def test_smoke_tells_what_is_wrong(tmp_path: Path) -> None:
+    def bad(_: smoke.Contact) -> Any:
+        yield {"good": False, "error_of_product": 0.5}
+
+    def breaks(_: smoke.Contact) -> Any:
+        yield from ()
+        raise RuntimeError("no\nluck")
+
+    def absent_package(_: smoke.Contact) -> Any:
+        yield from ()
+        raise ModuleNotFoundError("No module named 'megatron'", name="megatron")
+
+    file = tmp_path / "facts.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoke, "SECTIONS", {"bad": (bad, 1), "breaks": (breaks, 1), "absent": (absent_package, 1), "late": (bad, 500)})
+        assert smoke.run(smoke.Contact(CPU, clock, 100), ["bad", "breaks", "absent", "late"], file, 80) == 1
+    facts = {fact["section"]: fact for fact in read(file)}
+    assert facts["bad"]["good"] is False
+    assert any(fact.get("error") == "RuntimeError: no luck" for fact in read(file))
+    assert facts["absent"]["left_out"] == "not installed: megatron"
+    assert facts["late"]["left_out"] == "it may take 500 s, and there is no time for it"
 
 
 def test_what_pytest_leaves_is_counted(tmp_path: Path) -> None:
-    test = tmp_path / "test_x.py"
+    test, file = tmp_path / "test_x.py", tmp_path / "facts.jsonl"
     test.write_text("import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n@pytest.mark.skip\ndef test_not(): pass\n")
-    part = gpu.Part("correctness", ("-m", "pytest", str(test), f"--junitxml={gpu.FACTS}"), 60)
-    outcome = gpu.run(part, tmp_path, {"PYTHONPATH": ":".join(sys.path)}, 60)
-    assert outcome.ended == "FAILED with status 1"
-    assert {**outcome.facts, "failed": [name.rsplit(".")[-1] for name in outcome.facts["failed"]]} == {
-        "tests": 3,
-        "skipped": 1,
-        "failed": ["test_bad"],
-    }
+    command = ["-m", "pytest", str(test), "-p", "benchmarks.pytest_facts", "--facts", str(file), "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    for tests in (3, 5):  # the second time, what passed is left out
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, cwd=tmp_path)
+        assert done.returncode == 1
+        assert len(read(file)) == tests
+    page = "\n".join(gpu_page.SECTIONS["tests"](read(file)))
+    assert "{'passed': 1, 'failed': 1, 'skipped': 1}" in page
+    assert "test_bad: " in page
+
+
+@pytest.mark.parametrize("command", ["kernels", "smoke", "gpu", "accuracy", "throughput"])
+def test_a_bare_gpu_machine_lacks_packages(command: str) -> None:
+    """What a GPU machine runs first needs neither megatron-core nor gguf."""
+    bare = "import sys\nsys.modules['megatron'] = sys.modules['gguf'] = None\nfrom benchmarks.__main__ import main\n"
+    done = subprocess.run([sys.executable, "-c", f"{bare}main(['{command}', '--help'])"], capture_output=True, text=True, cwd=gpu.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
 
 
 def test_wheels_are_there_for_the_parts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,13 +365,15 @@ def test_wheels_are_there_for_the_parts_alone(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     environment, notes = gpu.prepared(wheels, place)
     assert notes == ["1 wheels were installed", "the C++ extension was not built: no g++ here"]
+    assert environment["NCCL_SOCKET_IFNAME"] == os.environ.get("NCCL_SOCKET_IFNAME", "lo")
     part = gpu.Part("uses", ("-c", "import brought; print(brought.word)"), 20)
-    assert gpu.run(part, tmp_path, environment, 20).text == "with me\n"
+    assert gpu.run(part, tmp_path, environment, 20) == "passed"
+    assert (tmp_path / "uses.log").read_text() == "with me\n"
 
 
 def test_without_a_gpu_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "gpu_name", lambda: None)
-    assert gpu.main([]) == 2
+    assert gpu.main(asked()) == 2
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 

@@ -138,7 +138,7 @@ def tiny_convert(source: Path, folder: Path) -> dict[str, Any]:
 
 def use_tiny_convert(patch: pytest.MonkeyPatch, cache: Path) -> None:
     patch.setenv("TRIVET_CACHE", str(cache))
-    patch.setattr(hub, "convert", tiny_convert)
+    patch.setattr("engine.gguf.convert", tiny_convert)
     patch.setattr(hub, "_bundled_gguf", lambda: Path("tiny.gguf"))
 
 

@@ -106,7 +106,9 @@ def test_dpo(size: int, parallel: Parallel, cut: dict[str, int]) -> None:
     """Every metric, correlation and gradient norm, with NLL term and without: counts are of pairs, and no pair is split."""
     for found in ranks(size).run(jobs.dpo_steps, parallel=parallel, model=UNTIED, **cut):
         for got, expected in zip(found, dpo_on_one_rank(), strict=True):
-            assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            # A correlation near 0 is a difference of sums over few pairs, which keeps fewer digits than they have.
+            assert got.pop("length_bias") == pytest.approx(expected["length_bias"], abs=1e-5)
+            assert got == pytest.approx({name: value for name, value in expected.items() if name != "length_bias"}, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2, vpp=2))], ids=str)

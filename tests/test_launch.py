@@ -42,14 +42,29 @@ class Recorded:
         return lambda *arguments, **constants: self.events.append((grid, arguments, constants))
 
 
-def test_a_kernel_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever device is the current one: a process may hold several GPUs."""
+class OnSecondGpu(torch.Tensor):
+    """A tensor that says so."""
+
+    def get_device(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])
+def test_a_kernel_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch, current: int, entered: list[int]) -> None:
+    """Whichever device is the current one, for a process may hold several GPUs. Entering the current one would only cost time."""
     events: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: (events.append(tensor), nullcontext())[1])
-    absent, tensor, other = None, torch.zeros(2), torch.zeros(3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: (events.append(index), nullcontext())[1])
+    absent, tensor, other = None, torch.zeros(2).as_subclass(OnSecondGpu), torch.zeros(3)
     launch(Recorded(events), (2, 1), absent, tensor, other, 7, BLOCK=4)
-    assert events[0] is tensor
-    assert events[1] == ((2, 1), (absent, tensor, other, 7), {"BLOCK": 4})
+    assert events == [*entered, ((2, 1), (absent, tensor, other, 7), {"BLOCK": 4})]
+
+
+def test_a_kernel_on_the_host_asks_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked for a GPU"))
+    launch(Recorded(events), (1,), tensor := torch.zeros(2))
+    assert events == [((1,), (tensor,), {})]
 
 
 def test_a_grid_of_nothing_is_not_launched() -> None:

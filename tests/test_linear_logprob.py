@@ -14,7 +14,7 @@ from engine.config import Llama, Model, Parallel
 from tests import jobs_kernels_logprob as jobs
 from tests.pool import ranks
 from triton_kernels import linear_logprob, linear_policy_loss, logprob
-from triton_kernels.linear_logprob import Mode
+from triton_kernels.linear_logprob import Mode, chunk_rows
 
 
 def problem(rows: int, vocab: int, width: int = 32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +243,7 @@ def test_flop_are_counted(mode: Mode, products: int) -> None:
         ("hidden is torch.bfloat16, weight is torch.float32", {"hidden": torch.zeros(6, 32, dtype=torch.bfloat16)}),
         ("logits_dtype=torch.bfloat16 must be torch.float32 or the weight's torch.float32", {"logits_dtype": torch.bfloat16}),
         ("weight_grad is torch.bfloat16 (50, 32)", {"weight_grad": torch.zeros(50, 32, dtype=torch.bfloat16)}),
-        ("chunk=0 must be at least 1", {"chunk": 0}),
+        ("chunk=0 must be 1 to 1024 rows", {"chunk": 0}),
         ("mode='keep' is not known; use save, recompute or nograd", {"mode": "keep"}),
         ("target[1]=50 is outside the vocabulary 0 ... 49", {"target": torch.tensor([0, 50, 1, 1, 1, 1])}),
         ("target is torch.int64 (3,); pass torch.int64 (6,)", {"target": torch.zeros(3, dtype=torch.int64)}),
@@ -280,6 +280,27 @@ def test_policy_loss_over_ranks(size: int) -> None:
         check_close(total, -(logprob * token_weight.double()).sum())
     check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
     check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_no_gradient_starts_from_what_memory_held(chunk: int) -> None:
+    """Of one chunk and of several, and of no rows: under deterministic algorithms, new memory is filled with NaN."""
+    hidden, weight, target = problem(20, 300)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for rows in (20, 0):
+            leaves = hidden[:rows].clone().requires_grad_(), weight.clone().requires_grad_()
+            logp, _, _ = linear_logprob(*leaves, target[:rows], chunk=chunk)
+            grads = torch.autograd.grad(logp.sum(), leaves)
+            assert all(grad.isfinite().all() for grad in grads)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not grads[1].any()
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(16032, 8192), (32064, 8192), (64128, 4096), (128256, 4096)])
+def test_chunks_are_as_large_as_a_gibibyte_allows(vocab: int, rows: int) -> None:
+    assert chunk_rows(vocab) == rows
 
 
 def test_the_engine_accumulates_in_main_grad() -> None:

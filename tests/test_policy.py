@@ -19,10 +19,11 @@ from tests import jobs
 from tests.pool import ranks
 
 
+@pytest.mark.parametrize("by_layer", [False, True])
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(pp=2)), (2, Parallel(tp=2))], ids=str)
-def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Parallel) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Parallel, by_layer: bool) -> None:
     """One sequence of the batch, on one rank, has a NaN: every rank refuses the step, and the next step is as if it had not been tried."""
-    for complaint, after, clean in ranks(size).run(jobs.bad_step, parallel=parallel, model=Model(init=jobs.TINY)):
+    for complaint, after, clean in ranks(size).run(jobs.bad_step, parallel=parallel, model=Model(init=jobs.TINY), by_layer=by_layer):
         assert "gradient norm is nan" in complaint
         assert "the step was not taken" in complaint
         assert after == clean

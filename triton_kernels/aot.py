@@ -34,6 +34,8 @@ class AotCase:
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int = 2
+    prefetches: bool = False  # the gate then wants copies to shared memory that computation does not wait for
+    archs: tuple[int, ...] = (80, 90, 100)  # that it is shipped for
 
     @property
     def rows_aligned(self) -> bool:
@@ -58,6 +60,9 @@ CHIPS = {
 }
 
 
+ASYNC_COPY = re.compile(r"\bcp\.async\.cg\.shared\.global|\bcp\.async\.bulk\.")  # of 16 bytes a thread, or by TMA
+
+
 @dataclass(frozen=True)
 class AotReport:
     """What a case compiles to on one architecture. Registers are per thread; spills and shared memory in bytes, per thread and block."""
@@ -68,6 +73,7 @@ class AotReport:
     spill_bytes: int
     shared: int
     vector_loads: int
+    async_copies: int
     matrix_instructions: tuple[str, ...]
 
     @property
@@ -86,6 +92,7 @@ class AotReport:
             f"spills {self.spill_bytes} bytes": self.spill_bytes > 0,
             f"wants {self.shared} bytes of shared memory where a block has {limit}": self.shared > limit,
             "has no 128-bit load though its rows are aligned": self.case.rows_aligned and not self.vector_loads,
+            "has no asynchronous copy though it prefetches": self.case.prefetches and not self.async_copies,
         }
         return tuple(f"{self.case.name} on sm_{self.arch} {fault}" for fault, present in found.items() if present)
 
@@ -120,6 +127,7 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
         spill_bytes=sum(_numbers(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())),
         shared=compiled.metadata.shared,
         vector_loads=_vector_loads(ptx),
+        async_copies=len(ASYNC_COPY.findall(ptx)),
         matrix_instructions=tuple(sorted(set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)))),
     )
 
@@ -154,8 +162,7 @@ def _attributes(case: AotCase) -> dict[tuple[int, ...], list[list[Any]]]:
 def _vector_loads(ptx: str) -> int:
     """Loads from global memory that bring 16 bytes or more to a thread, copies to shared memory and TMA among them."""
     plain = re.findall(r"\bld\.global[\w.:]*\.v(\d)\.[a-z](\d+)", ptx)
-    copies = re.findall(r"\bcp\.async\.cg\.shared\.global|\bcp\.async\.bulk\.", ptx)
-    return sum(int(count) * int(bits) >= 128 for count, bits in plain) + len(copies)
+    return sum(int(count) * int(bits) >= 128 for count, bits in plain) + len(ASYNC_COPY.findall(ptx))
 
 
 def _numbers(pattern: str, text: str) -> list[int]:

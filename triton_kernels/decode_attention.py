@@ -20,7 +20,7 @@ from triton_kernels.checks import check_device, check_float, check_like, check_s
 from triton_kernels.launch import by_kernel, constexpr, jit, launch, tl
 from triton_kernels.tiles import parts, power_of_2
 
-SPAN = 256  # positions of one program; its sums, written and read again, are some percent of the keys and values it reads
+SPAN = 512  # positions of one program; its sums, written and read again, are some percent of the keys and values it reads
 TILE = 16384  # bytes of keys that a program reads at a time, and as many of values
 MERGED, MERGING_WARPS = 8, 4  # spans that are merged at a time
 WARPS = {2: 4, 4: 8}  # by bytes of a number: with 4, float32 spills on sm_90

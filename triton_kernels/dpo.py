@@ -17,6 +17,7 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.packed import (
     as_bytes,
     check_floats,
@@ -83,7 +84,7 @@ def dpo_norm(
     return loss_P, DpoMetrics(*metrics_4P.unbind())
 
 
-@torch.library.custom_op("trivet::dpo_norm", mutates_args=())
+@operator("dpo_norm")
 def _dpo_norm(
     logp: Tensor,
     ref: Tensor,
@@ -134,7 +135,7 @@ def _(logp: Tensor, ref: Tensor, mask: Tensor, cu_seqlens: Tensor, pairs: Tensor
     return _empty_results(logp, pairs)
 
 
-@torch.library.custom_op("trivet::dpo_norm_backward", mutates_args=())
+@operator("dpo_norm_backward")
 def _dpo_norm_backward(grad_loss: Tensor, slope: Tensor, mask: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Tensor:
     """d loss / d logp [T]. A sequence gathers from every pair that names it, so no two programs write one token."""
     cu_seqlens, pairs = cu_seqlens.to(mask.device).contiguous(), pairs.to(mask.device).contiguous()

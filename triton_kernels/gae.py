@@ -21,6 +21,7 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.packed import (
     as_bytes,
     check_packed,
@@ -73,7 +74,7 @@ def merge_partials(partials_3S: Tensor) -> tuple[float, float, float]:
     return n, mean, m2
 
 
-@torch.library.custom_op("trivet::gae", mutates_args=())
+@operator("gae")
 def _gae(reward: Tensor, value: Tensor, mask: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     cu_seqlens = checked_cu_seqlens(cu_seqlens, reward)
     if not by_kernel(reward):

@@ -37,9 +37,24 @@ def by_kernel(tensor: Tensor) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on `grid`, on the GPU of its first tensor; the grid may have nothing in it, which is an error to a GPU."""
-    if all(grid):
-        with torch.cuda.device_of(next(each for each in arguments if isinstance(each, Tensor))):
+    if not all(grid):
+        return
+    index = next(each for each in arguments if isinstance(each, Tensor)).get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        kernel[grid](*arguments, **constants)
+    else:
+        with torch.cuda.device(index):
             kernel[grid](*arguments, **constants)
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes of shared memory that a block may have on the GPU of `tensor`; elsewhere, where nothing is short of it, those of sm_90."""
+    return _shared_memory(tensor.device) if tensor.device.type == "cuda" else 227 << 10
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def counter(like: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 logits = hidden @ weight.T, then triton_kernels/logprob.py on a chunk of them; their gradient is turned into those of hidden and weight
 before the next chunk's is made. Rows whose log-probs nobody asked for are dropped before the product.
 
-On a device the last chunk is padded to a whole one, so that the product always has the same shape and a row's bits do not depend on
-how many others it came with. The weight's gradient is summed up in fp32 over the chunks, and over microbatches where the caller
-has an accumulator.
+On a device the forward product is cut in blocks of PRODUCT_ROWS rows and the last block is padded, so that every product has the same
+shape and a row's bits do not depend on how many others it came with. A chunk is several blocks: its statistics, gradients and collective
+are computed at once. The weight's gradient is summed up in fp32 over the chunks, and over microbatches where the caller has an
+accumulator. Where one chunk is all there is, it is written in the weight's type at once.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from triton_kernels.launch import by_kernel
 from triton_kernels.logprob import ENTROPY, LOGP, LSE, check_target, write_grads, write_stats
+from triton_kernels.operator import operator
 from triton_kernels.shard import Shard
 
 Mode = Literal["save", "recompute", "nograd"]
+
+PRODUCT_ROWS = 1024  # of a forward product: still 1024 FLOPs for each byte of the weight, and little padding
+CHUNK_ROWS = (8192, 4096)  # the first of which the fp32 logits fit CHUNK_BYTES, else the last
+CHUNK_BYTES = 1 << 30
 
 
 def linear_logprob(
@@ -36,7 +42,7 @@ def linear_logprob(
     inv_temp: float = 1.0,
     entropy: bool = False,
     mode: Mode = "save",
-    chunk: int = 4096,
+    chunk: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -51,7 +57,8 @@ def linear_logprob(
     inv_temp     1 / temperature, > 0
     mode         "save" keeps the logits of the wanted rows for backward (three products in all), "recompute" makes them again (four),
                  "nograd" is cut off from autograd
-    chunk        rows at a time: at most so many rows of logits exist, but for those that "save" keeps
+    chunk        rows at a time: at most so many rows of logits exist, but for those that "save" keeps. None: 8192 where their fp32 logits
+                 take at most 1 GiB, else 4096
     logits_dtype torch.float32, or the dtype of the weight: half the memory, and logits rounded to 8 bits (1e-2 nats)
     weight_grad  [V, D], float32: backward adds the weight's gradient to it, and autograd gets none for the weight
 
@@ -61,6 +68,7 @@ def linear_logprob(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r} is not known; use save, recompute or nograd")
+    chunk = chunk_rows(len(weight_VD)) if chunk is None else chunk
     check_linear(hidden_ND, weight_VD, target_N, inv_temp, chunk, logits_dtype, weight_grad)
     if mode == "nograd":
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
@@ -86,12 +94,12 @@ def check_linear(
         raise ValueError(f"logits_dtype={logits_dtype} must be torch.float32 or the weight's {weight.dtype}")
     if weight_grad is not None and (weight_grad.dtype != torch.float32 or weight_grad.shape != weight.shape):
         raise ValueError(f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)}; pass torch.float32 {tuple(weight.shape)}")
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 row")
+    if chunk < 1 or (chunk > PRODUCT_ROWS and chunk % PRODUCT_ROWS):
+        raise ValueError(f"chunk={chunk} must be 1 to {PRODUCT_ROWS} rows or a multiple of {PRODUCT_ROWS}")
     check_target(target, len(hidden), inv_temp)
 
 
-@torch.library.custom_op("trivet::linear_logprob", mutates_args=())
+@operator("linear_logprob")
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -113,7 +121,7 @@ def _linear_logprob(
     kept = hidden.new_empty(_kept_shape(hidden, weight, chunk, keep), dtype=logits_dtype)
     buffer = None if keep else logits_buffer(hidden, weight, chunk, logits_dtype)
     for part in chunks(len(target), chunk):
-        logits = write_logits(kept[part.start : part.start + chunk] if buffer is None else buffer, hidden[part], weight)
+        logits = write_logits(kept[part.start :] if buffer is None else buffer, hidden[part], weight, chunk)
         write_stats(stats[:, part], logits, target[part], shard, inv_temp, entropy)
     return stats, kept
 
@@ -125,7 +133,7 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *how: Any) -> tuple[Tensor
     return stats, hidden.new_empty(_kept_shape(hidden, weight, chunk, keep), dtype=logits_dtype)
 
 
-@torch.library.custom_op("trivet::linear_logprob_backward", mutates_args=("weight_grad",))
+@operator("linear_logprob_backward", mutates=("weight_grad",))
 def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -148,10 +156,10 @@ def _linear_logprob_backward(
     again."""
     shard = Shard.of(len(weight), group, vocab_start, vocab_valid)
     grad_stats = grad_stats.contiguous()
-    gradients = Gradients(hidden, weight, weight_grad, needs_hidden, needs_weight)
+    gradients = Gradients(hidden, weight, weight_grad, needs_hidden, needs_weight, chunk)
     buffer = logits_buffer(hidden, weight, chunk, logits_dtype) if kept is None else kept
     for part in chunks(len(target), chunk):
-        logits = write_logits(buffer, hidden[part], weight) if kept is None else kept[part]
+        logits = write_logits(buffer, hidden[part], weight, chunk) if kept is None else kept[part]
         grad_logits = gradients.room_for(logits, spoil=kept is None)
         write_grads(grad_logits, logits, target[part], stats[:, part], grad_stats[:, part], shard, inv_temp, entropy)
         gradients.add(part, grad_logits)
@@ -200,15 +208,20 @@ def _backward_flop(hidden: tuple[int, ...], weight: tuple[int, ...], *rest: Any,
 
 
 class Gradients:
-    """The gradients of hidden [N, D] and weight [V, D], summed up chunk by chunk from those of the logits."""
+    """The gradients of hidden [N, D] and weight [V, D], summed up chunk by chunk from those of the logits.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, weight_grad: Tensor | None, needs_hidden: bool, needs_weight: bool):
+    Without an accumulator, that of the weight is made by the first chunk, in the weight's type if that is the only one, else in fp32.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, weight_grad: Tensor | None, needs_hidden: bool, needs_weight: bool, chunk: int):
         self.hidden, self.weight = hidden, weight
         self.needs_hidden, self.needs_weight = needs_hidden, needs_weight
         self.added = weight_grad is not None
         self.hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else (0,))
+        self.is_started = self.added
         if weight_grad is None:
-            weight_grad = weight.new_zeros(weight.shape if needs_weight else (0,), dtype=torch.float32)
+            dtype = weight.dtype if len(hidden) <= chunk else torch.float32
+            weight_grad = weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype)
         self.weight_grad = weight_grad
         self.room: Tensor | None = None
 
@@ -224,46 +237,67 @@ class Gradients:
         """Account for the rows `part`."""
         if self.needs_hidden:
             torch.mm(grad_logits, self.weight, out=self.hidden_grad[part])
-        if not self.needs_weight:
-            return
-        a, b, total = grad_logits.T, self.hidden[part], self.weight_grad
-        if b.device.type == "cpu" or b.dtype == torch.float32:  # no mixed-precision product on CPU
-            total.addmm_(a.float(), b.float())
-        else:
-            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        if self.needs_weight:
+            multiply(self.weight_grad, grad_logits.T, self.hidden[part], add=self.is_started)
+            self.is_started = True
 
     def new_weight_grad(self) -> Tensor:
         """The weight's gradient in its type; empty where it was not needed or was added to the caller's."""
-        return self.weight.new_empty(0) if self.added else self.weight_grad.to(self.weight.dtype)
+        if self.added:
+            return self.weight.new_empty(0)
+        return (self.weight_grad if self.is_started else self.weight_grad.zero_()).to(self.weight.dtype)
 
 
-def write_logits(buffer: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Write hidden @ weight.T into the first rows of `buffer`, accumulated in fp32; returns those rows. All of `buffer` is multiplied
-    where kernels run: the product has one shape for every chunk."""
-    count = len(hidden)
-    if by_kernel(hidden) and count < len(buffer):
-        hidden = F.pad(hidden, (0, 0, 0, len(buffer) - count))
-    out = buffer[: len(hidden)]
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.T, out=out)
-    elif hidden.device.type == "cpu":  # no mixed-precision product there
-        torch.mm(hidden.float(), weight.T.float(), out=out)
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, accumulated in fp32."""
+    if out.dtype == b.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif b.device.type == "cpu":  # no mixed-precision product there
+        multiply(out, a.float(), b.float(), add=add)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    return out[:count]
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def write_logits(buffer: Tensor, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Write hidden @ weight.T into the first rows of `buffer`, accumulated in fp32; returns those rows. Where kernels run, it is done in
+    blocks of one size, the last one padded, for which the buffer must have room."""
+    count, block = len(hidden), product_rows(hidden, chunk)
+    for start in range(0, count, block):
+        rows = hidden[start : start + block]
+        if len(rows) < block:
+            rows = F.pad(rows, (0, 0, 0, block - len(rows)))
+        multiply(buffer[start : start + block], rows, weight.T)
+    return buffer[:count]
+
+
+def product_rows(hidden: Tensor, chunk: int) -> int:
+    """Rows of every forward product. On the host, where nothing is padded, all that there are."""
+    return min(PRODUCT_ROWS, chunk) if by_kernel(hidden) else max(1, len(hidden))
 
 
 def logits_buffer(hidden: Tensor, weight: Tensor, chunk: int, logits_dtype: torch.dtype) -> Tensor:
     """Memory for the logits of one chunk."""
-    rows = chunk if by_kernel(hidden) else min(chunk, len(hidden))
-    return hidden.new_empty((rows, len(weight)), dtype=logits_dtype)
+    rows = min(chunk, len(hidden))
+    return hidden.new_empty((_padded(rows, product_rows(hidden, chunk)) if by_kernel(hidden) else rows, len(weight)), dtype=logits_dtype)
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows of a chunk over so many columns of the vocabulary: fewer passes over the weight and its gradient, where memory allows."""
+    return next((rows for rows in CHUNK_ROWS if rows * vocab * 4 <= CHUNK_BYTES), CHUNK_ROWS[-1])
 
 
 def _kept_shape(hidden: Tensor, weight: Tensor, chunk: int, keep: bool) -> tuple[int, int]:
+    """Of the logits that the forward pass keeps: whole blocks, which chunks consist of."""
     rows = hidden.shape[0]
     if by_kernel(hidden):
-        rows = (rows + chunk - 1) // chunk * chunk
+        rows = _padded(rows, product_rows(hidden, chunk))
     return (rows if keep else 0), weight.shape[0]
+
+
+def _padded(rows: int, block: int) -> int:
+    return -(-rows // block) * block
 
 
 def chunks(count: int, chunk: int) -> list[slice]:

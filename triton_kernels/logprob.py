@@ -16,6 +16,7 @@ Everything is relative to the maximum, so nothing cancels, however large the log
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.launch import by_kernel, constexpr, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.shard import SEGMENTS, Shard
 
 LOWEST = constexpr(-3.4028234663852886e38)  # of float32: the maximum of nothing, finite so that differences to it are no NaN
@@ -31,6 +33,7 @@ LOG2E = constexpr(1.4426950408889634)
 BLOCK = 4096  # columns at a time: nothing spills, and 16032 (an eighth of Llama 3's vocabulary) is nearly a multiple
 WARPS = 4
 GRADS_WARPS = 8  # with 4, rows of odd width spill on sm_100
+AHEAD = 3  # blocks of columns on their way at once: 32 KiB of fp32
 MERGED = 256  # rows that one program merges
 IN_CACHE = 1 << 18  # logits that the reference works on at a time
 
@@ -82,7 +85,7 @@ def check_target(target: Tensor, rows: int, inv_temp: float) -> None:
         raise ValueError(f"inv_temp={inv_temp} must be positive: 1 / temperature")
 
 
-@torch.library.custom_op("trivet::logprob", mutates_args=())
+@operator("logprob")
 def _logprob(
     logits: Tensor, target: Tensor, group: str, vocab_start: int, vocab_valid: int | None, inv_temp: float, entropy: bool
 ) -> Tensor:
@@ -98,7 +101,7 @@ def _(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((5, target.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("trivet::logprob_backward", mutates_args=())
+@operator("logprob_backward")
 def _logprob_backward(
     logits: Tensor,
     target: Tensor,
@@ -155,6 +158,7 @@ def segment_parts(logits: Tensor, target: Tensor, shard: Shard, inv_temp: float,
     size, rest = divmod(shard.size, shard.segments)
     arguments = (parts, logits, target.contiguous(), logits.stride(0), len(target), size, shard.start, shard.real, inv_temp)
     constants = {"REST": rest, "SEGMENTS": shard.segments, "ENTROPY": entropy, "BLOCK": _block(shard.widest)}
+    constants["STAGES"] = _stages(logits.stride(0), rest)
     _launch(_parts_kernel, (len(target), shard.segments), *arguments, **constants)
     return parts
 
@@ -178,6 +182,12 @@ def _warps(kernel: Any) -> int:
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     launch(kernel, grid, *arguments, **constants, num_warps=_warps(kernel))
+
+
+def _stages(stride: int, rest: int) -> int:
+    """Blocks of columns that are on their way at once. Where rows are not aligned, single numbers would be fetched, at three times the
+    registers."""
+    return AHEAD if stride % 16 == 0 and rest == 0 else 1
 
 
 def _block(columns: int) -> int:
@@ -249,7 +259,7 @@ def _grads_reference(
 @jit
 def _parts_kernel(
     PARTS, LOGITS, TARGET, stride, N, size, start, real, inv_temp,
-    REST: tl.constexpr, SEGMENTS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    REST: tl.constexpr, SEGMENTS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row of one segment, read once. A segment is `size` columns, or one more where REST columns are spread over SEGMENTS."""
     row = tl.program_id(0).to(tl.int64)
@@ -264,7 +274,7 @@ def _parts_kernel(
     top = LOWEST
     total = 0.0
     weighted = 0.0
-    for column in range(first, last, BLOCK):
+    for column in tl.range(first, last, BLOCK, num_stages=STAGES):  # type: ignore[attr-defined]
         columns = column + tl.arange(0, BLOCK)
         x = tl.load(LOGITS + columns, mask=columns < last, other=-float("inf")).to(tl.float32)
         x = tl.where(columns < real, x, -float("inf"))
@@ -358,8 +368,10 @@ def aot_cases() -> list[AotCase]:
 
 def _parts_case(dtype: str, entropy: bool, aligned: bool) -> AotCase:
     pointers = {"PARTS": "*fp32", "LOGITS": f"*{dtype}", "TARGET": "*i64"}
-    constants = {"REST": 0 if aligned else 1, "SEGMENTS": SEGMENTS, "ENTROPY": entropy, "BLOCK": BLOCK}
-    return _case(f"logprob parts {dtype}", _parts_kernel, pointers, ("stride", "N", "size", "start", "real"), constants, aligned)
+    rest = 0 if aligned else 1
+    constants = {"REST": rest, "SEGMENTS": SEGMENTS, "ENTROPY": entropy, "BLOCK": BLOCK, "STAGES": _stages(16 if aligned else 1, rest)}
+    case = _case(f"logprob parts {dtype}", _parts_kernel, pointers, ("stride", "N", "size", "start", "real"), constants, aligned)
+    return replace(case, prefetches=aligned)
 
 
 def _merge_case(entropy: bool) -> AotCase:

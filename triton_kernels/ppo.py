@@ -22,13 +22,14 @@ adds those of all in order: one launch, and the same bits in every run, for who 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.launch import by_kernel, counter, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.packed import check_floats, result_dtype
 from triton_kernels.tiles import parts
 
@@ -90,23 +91,45 @@ def ppo_loss(
     Returns (loss [], PpoStats), float32. Raises ValueError for wrong dtypes and shapes, for a term of which an input is missing and for
     negative clips.
     """
-    if kl not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl={kl!r} must be 'k1', 'k2' or 'k3'")
-    if kl_coef and ref_logp is None:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_logp; pass it or set kl_coef=0")
+    check_kl(kl, kl_coef, ref_logp, clip_low=clip_low, clip_high=clip_high, value_clip=value_clip)
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy; pass it or set entropy_coef=0")
     if len({value is None, old_value is None, returns is None}) > 1:
         raise ValueError("value, old_value and returns make the value loss together; pass all three or none")
-    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high), ("value_clip", value_clip)):
-        if clip < 0:
-            raise ValueError(f"{name}={clip} must not be negative")
     tokens = {"logp": logp, "old_logp": old_logp, "advantage": advantage, "ref_logp": ref_logp}
     _check(weight, tokens | {"value": value, "old_value": old_value, "returns": returns, "entropy": entropy})
     inputs = (logp, old_logp, advantage, ref_logp, value, old_value, returns, entropy)
     settings = (mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef)
     loss, stats_7, *_ = _ppo(weight, *inputs, *settings, kl)
     return loss, PpoStats(*stats_7.unbind())
+
+
+def check_kl(kl: str, kl_coef: float, ref_logp: Tensor | None, **clips: float) -> None:
+    """ValueError for an estimator that does not exist, a KL term without a reference and a negative clip."""
+    if kl not in get_args(Kl):
+        raise ValueError(f"kl={kl!r} must be 'k1', 'k2' or 'k3'")
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logp; pass it or set kl_coef=0")
+    for name, clip in clips.items():
+        if clip < 0:
+            raise ValueError(f"{name}={clip} must not be negative")
+
+
+def policy_term(
+    weight: Tensor,
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    ref_logp: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl: str,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor]:
+    """The policy and KL terms of `ppo_loss` alone, without autograd: (their sum [], its gradient in logp [T])."""
+    settings = (0.0, 1.0, clip_low, clip_high, kl_coef, 0.0, 0.0, 0.0)
+    loss, _, grad, *_ = _ppo(weight, logp, old_logp, advantage, ref_logp, None, None, None, None, *settings, kl)
+    return loss, grad
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, *, clip: float = 0.2) -> Tensor:
@@ -126,7 +149,7 @@ def _check(weight: Tensor, tensors: dict[str, Tensor | None]) -> None:
         raise ValueError("weight is bfloat16, in which weights of tokens do not add up to 1; pass float32")
 
 
-@torch.library.custom_op("trivet::ppo", mutates_args=())
+@operator("ppo")
 def _ppo(
     weight: Tensor,
     logp: Tensor | None,

@@ -14,14 +14,16 @@ mean(g * n) of every row, then tiles of d total with their columns of d weight.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from triton_kernels.aot import AotCase
+from triton_kernels.aot import CHIPS, AotCase
 from triton_kernels.checks import check_device, check_float, check_like, check_shape
-from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.launch import by_kernel, jit, launch, shared_memory, tl
+from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PARTS = 256  # programs of the backward pass: enough to fill a GPU, few enough that their partial sums are little traffic
@@ -60,7 +62,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
         check_like("residual", residual, "x", x)
 
 
-@torch.library.custom_op("trivet::rmsnorm", mutates_args=())
+@operator("rmsnorm")
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed [N, D], total [N, D] or nothing where there is no residual, rstd [N])."""
     compute = _forward_by_triton if by_kernel(x) else _forward_reference
@@ -72,7 +74,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[T
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("trivet::rmsnorm_backward", mutates_args=())
+@operator("rmsnorm_backward")
 def _backward(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of total [N, D], of weight [D])."""
     compute = _backward_by_triton if by_kernel(total) else _backward_reference
@@ -140,13 +142,13 @@ def _forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stri
 @jit
 def _backward_kernel(
     GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`rows_each` consecutive rows a program; their part of the weight's gradient is a row of PARTIAL."""
     part = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     to_weight = tl.zeros((BLOCK,), tl.float32)
-    for row in range(part * rows_each, tl.minimum(part * rows_each + rows_each, rows)):
+    for row in tl.range(part * rows_each, tl.minimum(part * rows_each + rows_each, rows), num_stages=STAGES):
         rstd = tl.load(RSTD + row)
         # Read twice, the second time from cache: a wide row would not fit the registers beside its part of the weight's gradient.
         total = load_row(TOTAL + row * total_stride, cols, width, "evict_last")
@@ -204,14 +206,14 @@ def _along_kernel(GRAD, TOTAL, WEIGHT, RSTD, ALONG, grad_stride, total_stride, w
 @jit
 def _wide_backward_kernel(
     GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, ALONG, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of `rows_each` consecutive rows a program."""
     part = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     weight = load_row(WEIGHT, cols, width)
     to_weight = tl.zeros((BLOCK,), tl.float32)
-    for row in range(part * rows_each, tl.minimum(part * rows_each + rows_each, rows)):
+    for row in tl.range(part * rows_each, tl.minimum(part * rows_each + rows_each, rows), num_stages=STAGES):
         rstd = tl.load(RSTD + row)
         normed = load_row(TOTAL + row * total_stride, cols, width) * rstd
         grad = load_row(GRAD + row * grad_stride, cols, width)
@@ -244,9 +246,10 @@ def _backward_by_triton(grad: Tensor, grad_total: Tensor | None, total: Tensor, 
     if _wide(total):
         along = torch.empty_like(rstd)
         launch(_along_kernel, (rows,), grad, total, weight, rstd, along, grad.stride(0), total.stride(0), width, **_tile(total))
-        launch(_wide_backward_kernel, (programs, parts(width, TILE)), *inputs, along, *outputs, *sizes, **_tile(total))
+        launch(_wide_backward_kernel, (programs, parts(width, TILE)), *inputs, along, *outputs, *sizes, **_tile(total), STAGES=2)
     else:
-        launch(_backward_kernel, (programs,), *inputs, *outputs, *sizes, **_tile(total))
+        stages = _stages(width, max(total.element_size(), weight.element_size()), shared_memory(total))
+        launch(_backward_kernel, (programs,), *inputs, *outputs, *sizes, **_tile(total), STAGES=stages)
     return out, partial.sum(0).to(weight.dtype)
 
 
@@ -260,6 +263,11 @@ def _tile(x: Tensor) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(1, block // 512), 16)}
 
 
+def _stages(width: int, itemsize: int, shared: int) -> int:
+    """2 where the next row fits `shared` bytes beside this one, so that it is fetched while this one is computed on; else 1."""
+    return 2 if 7 * power_of_2(width) * itemsize + 1024 <= shared else 1  # 7 tiles: the inputs and what the reductions exchange
+
+
 def aot_cases() -> list[AotCase]:
     """The hidden sizes of the 135M, 8B, 70B and 405B models in bfloat16, with the residual; without; and the widest in float32. Then
     rows that registers do not hold: 405B's in float32, and 65536 columns."""
@@ -267,19 +275,34 @@ def aot_cases() -> list[AotCase]:
     wide = [(65536, "bf16", True), (16384, "fp32", True)]
     in_tiles = (_wide_forward_kernel, _along_kernel, _wide_backward_kernel)
     return [
-        *(_case(kernel, *shape) for shape in held for kernel in (_forward_kernel, _backward_kernel)),
-        *(_case(kernel, *shape) for shape in wide for kernel in in_tiles),
+        *(_case(_forward_kernel, *shape) for shape in held),
+        *(case for shape in held for case in _backward_cases(*shape)),
+        *(_case(kernel, *shape, stages=2) for shape in wide for kernel in in_tiles),
     ]
 
 
-def _case(kernel: Any, width: int, dtype: str, fused: bool) -> AotCase:
+def _backward_cases(width: int, dtype: str, fused: bool) -> list[AotCase]:
+    """One for the architectures on which the next row is fetched ahead, one for the others."""
+    archs: dict[int, list[int]] = {}
+    for arch, chip in CHIPS.items():
+        archs.setdefault(_stages(width, 4 if dtype == "fp32" else 2, chip.shared_of_block), []).append(arch)
+    cases = {stages: _case(_backward_kernel, width, dtype, fused, stages) for stages in archs}
+    return [
+        replace(case, name=f"{case.name}{'' if stages == 2 else ' not ahead'}", archs=tuple(archs[stages]))
+        for stages, case in cases.items()
+    ]
+
+
+def _case(kernel: Any, width: int, dtype: str, fused: bool, stages: int = 1) -> AotCase:
     absent = () if fused else ("RESIDUAL", "TOTAL") if kernel is _forward_kernel else ("GRAD_TOTAL",)
     types = {"RSTD": "*fp32", "ALONG": "*fp32", "PARTIAL": "*fp32", "eps": "fp32"}
-    arguments = [name for name in kernel.arg_names if name not in (*absent, "BLOCK")]
+    arguments = [name for name in kernel.arg_names if name not in (*absent, "BLOCK", "STAGES")]
     signature = {name: types.get(name, f"*{dtype}" if name.isupper() else "i32") for name in arguments}
     divisible = tuple(name for name in arguments if name not in ("rows", "rows_each", "eps"))
     tile = _tile(torch.empty(1, width, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, device="meta"))
     warps = tile.pop("num_warps")
     step = kernel.__name__.strip("_").removeprefix("wide_").removesuffix("_kernel")
     name = f"rmsnorm {step} {'fused ' if fused else ''}{width} {dtype}"
-    return AotCase(name, kernel, signature, {**dict.fromkeys(absent), **tile}, divisible, warps)
+    staged = {"STAGES": stages} if "STAGES" in kernel.arg_names else {}
+    constants = {**dict.fromkeys(absent), **tile, **staged}
+    return AotCase(name, kernel, signature, constants, divisible, warps, prefetches=staged.get("STAGES", 1) > 1)

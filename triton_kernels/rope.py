@@ -19,6 +19,7 @@ from torch import Tensor
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_device, check_float, check_shape
 from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
 PAIRS = 2048  # of one program: 8 to 16 a thread, in 128-bit loads
@@ -66,7 +67,7 @@ def _check_angles(of: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         check_device(name, angles, of, x)
 
 
-@torch.library.custom_op("trivet::rope", mutates_args=())
+@operator("rope")
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return _by_triton(x, cos, sin, inverse) if by_kernel(x) else _reference(x, cos, sin, inverse)
 
@@ -89,7 +90,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 _rope.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("trivet::rope_qkv", mutates_args=())
+@operator("rope_qkv")
 def _rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     compute = _split_by_triton if by_kernel(qkv) else _split_reference
     return compute(qkv, cos, sin)
@@ -100,7 +101,7 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _new_parts(qkv)
 
 
-@torch.library.custom_op("trivet::rope_qkv_backward", mutates_args=())
+@operator("rope_qkv_backward")
 def _rope_qkv_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of qkv from those of the three."""
     compute = _join_by_triton if by_kernel(query) else _join_reference

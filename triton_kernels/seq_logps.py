@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triton_kernels.aot import AotCase
 from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.packed import (
     as_bytes,
     check_packed,
@@ -32,7 +33,7 @@ def seq_logps(logp: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, T
     return _seq_logps(logp, mask, cu_seqlens)
 
 
-@torch.library.custom_op("trivet::seq_logps", mutates_args=())
+@operator("seq_logps")
 def _seq_logps(logp: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     cu_seqlens = checked_cu_seqlens(cu_seqlens, logp)
     if not by_kernel(logp):
@@ -53,7 +54,7 @@ def _(logp: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_sums(logp, cu_seqlens)
 
 
-@torch.library.custom_op("trivet::seq_logps_backward", mutates_args=())
+@operator("seq_logps_backward")
 def _seq_logps_backward(grad_S: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     cu_seqlens = cu_seqlens.to(mask.device).contiguous()
     if not by_kernel(mask):

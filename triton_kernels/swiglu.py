@@ -14,6 +14,7 @@ from torch import Tensor
 from triton_kernels.aot import AotCase
 from triton_kernels.checks import check_float
 from triton_kernels.launch import by_kernel, jit, launch, tl
+from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts
 
 BLOCK, WARPS = 2048, 4  # 16 elements a thread, in 128-bit loads
@@ -32,7 +33,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _forward(gate_up)
 
 
-@torch.library.custom_op("trivet::swiglu", mutates_args=())
+@operator("swiglu")
 def _forward(gate_up: Tensor) -> Tensor:
     compute = _forward_by_triton if by_kernel(gate_up) else _forward_reference
     return compute(contiguous_rows(gate_up))
@@ -43,7 +44,7 @@ def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("trivet::swiglu_backward", mutates_args=())
+@operator("swiglu_backward")
 def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     compute = _backward_by_triton if by_kernel(gate_up) else _backward_reference
     return compute(contiguous_rows(grad), contiguous_rows(gate_up))

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from engine import losses
 from engine.checks import Asked, Demands, Launch
@@ -24,6 +25,8 @@ from engine.texts import open_chat, prepare_all
 @dataclass(frozen=True)
 class DPO:
     """Learn preferences. `batch_size` pairs make one optimizer step, over all ranks."""
+
+    token_loss: ClassVar[bool] = False  # whether the loss is a sum over tokens: then the output layer makes its gradient
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; its loss, accuracy and margin are reported

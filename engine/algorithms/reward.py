@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,8 @@ from engine.texts import open_chat, prepare_all
 @dataclass(frozen=True)
 class Reward:
     """Learn to tell chosen from rejected. `batch_size` pairs make one optimizer step, over all ranks."""
+
+    token_loss: ClassVar[bool] = False
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; its accuracy is reported

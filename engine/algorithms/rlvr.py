@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ from engine.data.mixture import Mixture
 from engine.data.rows import Source
 from engine.data.tasks import Tasks, read_tasks
 from engine.data.template import ChatTemplate
-from engine.losses import Average, ppo_clip, ppo_first, value_clip
+from engine.losses import Average, ppo, value_clip
 from engine.megatron.policy import Learner, Policy
 from engine.rollout import apart
 from engine.rollout.apart import KEPT, Apart, Ask, Drawn
@@ -57,6 +57,8 @@ class Critic:
 @dataclass(frozen=True)
 class RLVR:
     """PPO against verifiers. One step: `prompts_per_step` prompts, `samples_per_prompt` responses to each, over all ranks."""
+
+    token_loss: ClassVar[bool] = True
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; the share solved is reported
@@ -245,8 +247,7 @@ class Started:
         c = self.config
         kl_coef = c.kl_coef if c.advantage == "group" else 0.0
         how = {"average": c.loss_average, "clip_low": c.clip_low, "clip_high": c.clip_high, "kl": c.kl, "kl_coef": kl_coef}
-        loss = partial(ppo_first if c.learns_once else ppo_clip, **how)
-        learners = [Learner("", self.policy, loss, c.temperature, entropy=c.learns_once)]
+        learners = [Learner("", self.policy, ppo(c.learns_once, **how), c.temperature, entropy=c.learns_once)]
         if self.critic is not None and c.critic is not None:
             learners.append(
                 Learner("critic", self.critic, partial(value_clip, average=c.loss_average, clip=c.critic.clip, coef=c.critic.coef))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from engine.checks import Asked, Demands, Launch
 from engine.config import Run
 from engine.data.corpus import TooLong, prepare
 from engine.data.mixture import Mixture
 from engine.data.rows import Source
-from engine.losses import nll
+from engine.losses import SFT_LOSS
 from engine.megatron.policy import Policy
 from engine.supervised import Supervised
 from engine.texts import open_chat, prepare_all
@@ -21,6 +22,8 @@ from engine.texts import open_chat, prepare_all
 @dataclass(frozen=True)
 class SFT:
     """Fine-tune on conversations. `batch_size` sequences make one optimizer step, over all ranks."""
+
+    token_loss: ClassVar[bool] = True  # whether the loss is a sum over tokens: then the output layer makes its gradient
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; its loss is reported
@@ -52,7 +55,7 @@ class SFT:
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         return Supervised(
             policy=policy,
-            loss=nll,
+            loss=SFT_LOSS,
             batches=partial(mixture.batch, size=self.batch_size),
             budget=run.tokens_per_microbatch,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),

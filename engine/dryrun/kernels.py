@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.dryrun.costs import Call, Cost, moved, size_of
 from engine.dryrun.work import Collective, Matmul, Work
+from triton_kernels.linear_logprob import product_rows
 from triton_kernels.rmsnorm import PARTS, WIDEST
 from triton_kernels.shard import SEGMENTS
 from triton_kernels.tiles import parts
@@ -68,37 +69,74 @@ def _softmax(call: Call, rows: int, columns: int, itemsize: int) -> Cost:
 
 
 def _linear_logprob(call: Call) -> Cost:
-    """A product and a softmax a chunk. The last chunk is multiplied whole, however few its rows."""
+    """Products in blocks, the last one padded, and a softmax a chunk."""
     hidden, weight, chunk, keep = (call.given[name] for name in ("hidden", "weight", "chunk", "keep"))
     itemsize = call.given["logits_dtype"].itemsize
-    work, padding = _padded(hidden, chunk)
+    work, scratch = _logits(hidden, weight, chunk, 0 if keep else itemsize)
     softmax = Cost(Work())
     for rows in _chunks(len(hidden), chunk):
-        softmax = _softmax(call, rows, len(weight), itemsize)
-        work += _product(chunk, *weight.T.shape) + softmax.work
-    return Cost(work, padding + softmax.scratch + (0 if keep else chunk * len(weight) * itemsize))
+        softmax = max(softmax, part := _softmax(call, rows, len(weight), itemsize), key=lambda cost: cost.scratch)
+        work += part.work
+    return Cost(work, scratch + softmax.scratch)
 
 
 def _linear_logprob_backward(call: Call) -> Cost:
-    """The logits' gradient a chunk, after the logits themselves where they were not kept, and the products it goes into."""
+    """The logits again where they were not kept, their gradient a chunk, and the products it goes into."""
     hidden, weight, kept, chunk = (call.given[name] for name in ("hidden", "weight", "kept", "chunk"))
-    dtype = call.given["logits_dtype"]
+    itemsize = call.given["logits_dtype"].itemsize
+    work, scratch = Cost(Work()) if kept is not None else _logits(hidden, weight, chunk, itemsize)
+    gradients = _gradients(call, spoiled=kept is None)
+    return Cost(work + gradients.work, scratch + gradients.scratch)
+
+
+def _linear_policy_loss(call: Call) -> Cost:
+    """Forward and backward of linear_logprob a chunk, and between them each token's slope."""
+    hidden, weight, chunk = (call.given[name] for name in ("hidden", "weight", "chunk"))
+    itemsize, tokens = call.given["logits_dtype"].itemsize, len(hidden)
+    work, scratch = _logits(hidden, weight, chunk, itemsize)
+    work += Work(traffic=12 * 4 * tokens, kernels=5)  # slopes made 0, totals added up, statistics copied out
+    slopes = 6 if call.given["advantage"] is None else 2
+    softmax = 0
+    for rows in _chunks(tokens, chunk):
+        part = _softmax(call, rows, len(weight), itemsize)
+        work += part.work + Work(traffic=12 * 4 * rows, kernels=slopes)
+        softmax = max(softmax, part.scratch)
+    gradients = _gradients(call, spoiled=True)
+    return Cost(work + gradients.work, scratch + softmax + gradients.scratch)
+
+
+def _logits(hidden: Tensor, weight: Tensor, chunk: int, itemsize: int) -> Cost:
+    """hidden @ weight.T in blocks, with a buffer of one chunk of logits of `itemsize` bytes (0: they are kept)."""
     vocab, width = weight.shape
-    work, scratch = Cost(Work()) if kept is not None else _padded(hidden, chunk)
-    for rows in _chunks(len(hidden), chunk):
-        if kept is None:
-            work += _product(chunk, width, vocab)
-        work += Work(traffic=rows * vocab * (dtype.itemsize + weight.element_size()), kernels=1)
-        if call.given["needs_hidden"]:
+    rows, block = len(hidden), product_rows(hidden, chunk)
+    work = Work()
+    for _ in range(0, rows, block):
+        work += _product(block, width, vocab)
+    padding = block * width * hidden.element_size() if rows % block else 0
+    if padding:  # the rows of a last block that is not whole are copied to where there is room for one
+        work += Work(traffic=2 * padding, kernels=1)
+    buffer = parts(min(rows, chunk), block) * block
+    return Cost(work, padding + buffer * vocab * itemsize)
+
+
+def _gradients(call: Call, spoiled: bool) -> Cost:
+    """The logits' gradient a chunk, in a buffer unless they may be spoiled and are of its type, and the products it goes into."""
+    hidden, weight, chunk, dtype = (call.given[name] for name in ("hidden", "weight", "chunk", "logits_dtype"))
+    needs_hidden, needs_weight = call.given["needs_hidden"], call.given["needs_weight"]
+    (vocab, width), own = weight.shape, weight.element_size()
+    work, scratch, done = Work(), 0, 0
+    for rows in _chunks(len(hidden), chunk) if needs_hidden or needs_weight else ():
+        work += Work(traffic=rows * vocab * (dtype.itemsize + own), kernels=1)
+        if needs_hidden:
             work += _product(rows, vocab, width)
-        if call.given["needs_weight"]:
-            work += _product(vocab, rows, width, accumulates=True)
-    if kept is None:
-        scratch += chunk * vocab * dtype.itemsize
-    if kept is not None or dtype != weight.dtype:
-        scratch += min(chunk, len(hidden)) * vocab * weight.element_size()
-    if call.given["needs_weight"] and call.given["weight_grad"] is None:
-        work += Work(traffic=weight.numel() * (8 + weight.element_size()), kernels=2)  # made 0, and rounded at the end
+        if needs_weight:
+            # The first chunk writes, unless there are sums to add to.
+            work += _product(vocab, rows, width, accumulates=call.given["weight_grad"] is not None or done > 0)
+        done += rows
+    if work.kernels and (not spoiled or dtype != weight.dtype):
+        scratch += min(chunk, len(hidden)) * vocab * own
+    if needs_weight and call.given["weight_grad"] is None and len(hidden) > chunk:  # in fp32, and rounded at the end
+        work += Work(traffic=weight.numel() * (4 + own), kernels=1)
         scratch += weight.numel() * 4
     return Cost(work, scratch)
 
@@ -111,12 +149,6 @@ def _product(m: int, k: int, n: int, accumulates: bool = False) -> Work:
     return Work(Counter({Matmul(m, k, n, accumulates): 1}), kernels=1)
 
 
-def _padded(hidden: Tensor, chunk: int) -> Cost:
-    """The rows of a last chunk that is not whole are copied to where there is room for one."""
-    size = chunk * hidden.shape[1] * hidden.element_size()
-    return Cost(Work(traffic=2 * size, kernels=1), size) if len(hidden) % chunk else Cost(Work())
-
-
 KERNELS: dict[str, Callable[[Call], Cost]] = {
     "attention": _attention,
     "attention_backward": _attention_backward,
@@ -124,4 +156,5 @@ KERNELS: dict[str, Callable[[Call], Cost]] = {
     "logprob": _logprob,
     "linear_logprob": _linear_logprob,
     "linear_logprob_backward": _linear_logprob_backward,
+    "linear_policy_loss": _linear_policy_loss,
 }

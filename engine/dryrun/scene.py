@@ -132,6 +132,7 @@ def _trained(name: str, model: Llama, optim: Optim, clock: Clock, run: Run, sequ
     lengths = step.full(sequences.lengths_N, clock.parallel, run.tokens_per_microbatch)
     wanted = round(sum(lengths) * sequences.answered)
     single = Launch(run, clock.world_size, known.shape, on_gpu=clock.hardware.width == 2).itemsize == 4
-    options = {"optim": optim, "rows": wanted, "dtype": "fp32" if single else "bf16"}
+    token_loss = run.algorithm.token_loss and model.head == "lm"
+    options = {"optim": optim, "rows": wanted, "token_loss": token_loss, "dtype": "fp32" if single else "bf16"}
     stages = rehearse(model, clock.parallel, clock.world_size, lengths, **options)
     return Trained(name, model, clock, lengths, stages, step, reading)

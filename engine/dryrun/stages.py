@@ -32,6 +32,7 @@ def rehearse(
     *,
     optim: Optim | None,
     rows: int | None = None,
+    token_loss: bool = False,
     dtype: Precision = "bf16",
 ) -> list[Stage]:
     """What a microbatch of sequences of `lengths` tokens (in sum a multiple of tp) costs in each virtual stage of each pipeline rank, in
@@ -39,6 +40,7 @@ def rehearse(
 
     optim   None for a model that is only read: no gradients, no optimizer, nothing held; `forward` is `inference`, `backward` is nothing
     rows    tokens whose log-probs are wanted; None: all
+    token_loss  whether the loss is a sum over tokens, of which the output layer makes the gradient in its forward pass
 
     Ranks that hold alike (as many layers in each stage, no embedding, no head) are rehearsed once. This process leaves the world that it
     is in, and is in none afterwards. Raises ValueError when the grid cannot hold the model.
@@ -51,7 +53,7 @@ def rehearse(
     for pp in range(parallel.pp):
         if (kind := _kind(parallel, pp)) not in known:
             with become(model, parallel, world_size, pp, optim, dtype) as policy:
-                known[kind] = [_stage(policy, chunk, packed) for chunk in range(parallel.vpp)]
+                known[kind] = [_stage(policy, chunk, packed, token_loss) for chunk in range(parallel.vpp)]
     return [replace(stage, pp=pp) for pp in range(parallel.pp) for stage in known[_kind(parallel, pp)]]
 
 
@@ -87,12 +89,13 @@ def microbatch(lengths: Sequence[int], rows: int) -> Packed:
     return Packed(tokens_T, tokens_T, positions_T, mask_T, cu_seqlens, tuple(range(len(lengths))))
 
 
-def _stage(policy: Policy, chunk: int, packed: Packed) -> Stage:
+def _stage(policy: Policy, chunk: int, packed: Packed, token_loss: bool) -> Stage:
     inference, inference_peak = _inferred(policy, chunk, packed)
     weights, gradients, optimizer = _lasting(policy, chunk)
     model = policy.chunks[chunk]
-    learned = _learned(policy, chunk, packed) if policy.optimizer is not None else (inference, Work(), 0, inference_peak)
-    forward, backward, held, peak = learned
+    forward, backward, held, peak = inference, Work(), 0, inference_peak
+    if policy.optimizer is not None:
+        forward, backward, held, peak = _learned(policy, Passage(policy, chunk, packed, token_loss=token_loss))
     return Stage(
         pp=policy.grid.pp_rank,
         chunk=chunk,
@@ -117,9 +120,8 @@ def _inferred(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, int]:
     return meter.taken(), meter.peak
 
 
-def _learned(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, Work, int, int]:
+def _learned(policy: Policy, passage: Passage) -> tuple[Work, Work, int, int]:
     """(forward, backward, held, peak) of a microbatch."""
-    passage = Passage(policy, chunk, packed)
     with meter_of(policy) as meter:
         passage.forward()
         forward, held = meter.taken(), meter.live - passage.shared

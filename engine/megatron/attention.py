@@ -15,7 +15,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from engine.config import Llama
-from engine.types import Packed
+from engine.types import Packed, TokenTerms
 from triton_kernels import rope_qkv
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Flight"], Tensor]  # q [T, H, K], k and v [T, KV, K] -> [T, H, K]
@@ -31,6 +31,7 @@ class Flight(PackedSeqParams):
     rows_M: Tensor = None  # type: ignore[assignment]  # tokens whose log-probs are wanted
     inv_temp: float = 1.0  # 1 / the temperature that log-probs are taken at
     entropy: bool = False  # beside the log-probs: [2, T]
+    terms: TokenTerms | None = None  # the loss, where the output layer makes its gradient
     landing: Any = None  # generation only: the caches it writes and how it draws (decode.py)
 
     @staticmethod

@@ -22,9 +22,10 @@ from engine.config import Llama, Parallel, padded_vocab
 from engine.megatron.attention import Flight, PackedAttention, PackedSelfAttention, attend_for
 from engine.megatron.layer import FinalNorm, Layer, RMSNorm
 from engine.megatron.seat import Grid
+from engine.types import TokenTerms
 from engine.world import World
-from triton_kernels import draw, linear_logprob, logprob, swiglu
-from triton_kernels.linear_logprob import write_logits
+from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob, swiglu
+from triton_kernels.linear_logprob import multiply
 
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
 
@@ -127,7 +128,7 @@ class LogprobModel(PackedModel):
 
     def _head(self, hidden_states: Tensor, labels: Tensor | None, flight: Flight) -> Tensor:
         """logprob_T of the labels [1, T], and entropy_T below it where the flight asks; without labels, what each of the flight's rows
-        draws and its log-prob, float64 [2, R]."""
+        draws and its log-prob, float64 [2, R]. With the flight's terms, see _token_loss."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
@@ -140,6 +141,8 @@ class LogprobModel(PackedModel):
         vocabulary = Vocabulary(tp.group_name if tp.size() > 1 else "", tp.rank() * len(weight), self.vocab_valid)
         if labels is None:
             return _drawn(hidden_states[:, 0], weight, flight, vocabulary)
+        if flight.terms is not None:
+            return _token_loss(hidden_states[:, 0], weight, labels[0], flight, flight.terms, vocabulary, weight_grad)
         logprob_T, entropy_T, _ = linear_logprob(
             hidden_states[:, 0],
             weight,
@@ -187,11 +190,43 @@ class Vocabulary(NamedTuple):
 
 def _drawn(hidden_TD: Tensor, weight: Tensor, flight: Flight, vocabulary: Vocabulary) -> Tensor:
     hidden_RD = hidden_TD[flight.rows_M]
-    logits_RV = write_logits(weight.new_empty((len(hidden_RD), len(weight)), dtype=torch.float32), hidden_RD, weight)
+    logits_RV = weight.new_empty((len(hidden_RD), len(weight)), dtype=torch.float32)
+    multiply(logits_RV, hidden_RD, weight.T)
     how, keys_R2 = flight.landing.drawing, flight.landing.keys_R2
     token_R = draw(logits_RV, keys_R2, **asdict(how), **vocabulary._asdict())
     logp_R = logprob(logits_RV, token_R, **vocabulary._asdict(), inv_temp=1 / (how.temperature or 1.0))[0]
     return torch.stack([token_R.double(), logp_R.double()])
+
+
+def _token_loss(
+    hidden_TD: Tensor,
+    weight: Tensor,
+    target_T: Tensor,
+    flight: Flight,
+    terms: TokenTerms,
+    vocabulary: Vocabulary,
+    weight_grad: Tensor | None,
+) -> Tensor:
+    """The total of the loss, then logprob_T, and entropy_T where the flight asks: [1 + T] or [1 + 2 T]. Only the total has a gradient."""
+    total, *stats = linear_policy_loss(
+        hidden_TD,
+        weight,
+        target_T,
+        terms.weight_T,
+        old_logp_N=terms.old_logprob_T,
+        advantage_N=terms.advantage_T,
+        ref_logp_N=terms.ref_logprob_T,
+        clip_low=terms.clip_low,
+        clip_high=terms.clip_high,
+        kl=terms.kl,
+        kl_coef=terms.kl_coef,
+        rows=flight.rows_M,
+        **vocabulary._asdict(),
+        inv_temp=flight.inv_temp,
+        entropy=flight.entropy,
+        weight_grad=weight_grad,
+    )
+    return torch.cat([total[None], *(each for each in stats if each is not None)])
 
 
 class ScalarHead(MegatronModule):

@@ -10,15 +10,19 @@ from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
-from engine.megatron.policy import Policy, forward_step
+from engine.losses import nll_terms
+from engine.megatron.microbatch import forward_step
+from engine.megatron.policy import Policy
 from engine.types import Packed
 
 
 class Passage:
     """`packed`, whose T is a multiple of tp, through the virtual stage `chunk` of `policy`. Gradients are added up, not reduced."""
 
-    def __init__(self, policy: Policy, chunk: int, packed: Packed):
+    def __init__(self, policy: Policy, chunk: int, packed: Packed, *, token_loss: bool = False):
+        """`token_loss`: the loss is a sum over tokens, of which the output layer makes the gradient in its forward pass."""
         self.policy, self.packed, self.chunk = policy, packed, chunk
+        self.terms = nll_terms if token_loss else None
         self.stage, self.model = policy.stages[chunk], policy.chunks[chunk]
         self.received: Tensor | None = None
         self.sent: Any = None
@@ -56,7 +60,7 @@ class Passage:
     def _forward(self, learns: bool) -> None:
         config = self.model.config
         self.received = None if self.model.pre_process else self._hidden().requires_grad_(learns)
-        flights = iter([self.policy._flight(self.packed, every=False, temperature=1.0)])
+        flights = iter([self.policy._flight(self.packed, every=False, temperature=1.0, terms=self.terms if learns else None)])
         with self._silent():
             self.sent, _ = schedules.forward_step(
                 lambda flights, stage: forward_step(_total, flights, stage),

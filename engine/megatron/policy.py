@@ -20,7 +20,8 @@ from engine.checks import check_generation, check_head
 from engine.config import Llama, Model, Optim, Parallel
 from engine.hub import resolve
 from engine.megatron import seat
-from engine.types import LossFunction, Moments, Packed, Step
+from engine.megatron.microbatch import Finish, finish_for, finish_loss, finish_per_token, forward_step
+from engine.types import LossFunction, Moments, Packed, Step, TokenLoss, TokenTerms
 from engine.world import World
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from engine.megatron.weights import Origin
 
 BUCKET_BYTES = 1 << 30  # of weights that travel in one piece
-
-Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # what megatron wants of a loss: (sum, count, anything)
 
 
 class Policy:
@@ -121,7 +120,8 @@ class Policy:
             stage.train()
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(step, partial(_finish_loss, loss), forward_only=False, temperature=temperature, entropy=entropy)
+        terms = loss.terms if isinstance(loss, TokenLoss) else None
+        outputs = self._run(step, finish_for(loss), forward_only=False, temperature=temperature, entropy=entropy, terms=terms)
         metrics = self._reduced(outputs)
         grad_norm = training.step(self.optimizer, self.optim, lr)
         if not math.isfinite(grad_norm):
@@ -135,7 +135,7 @@ class Policy:
         """The loss function's metrics on `step`, forward only; equal on every rank."""
         for stage in self.stages:
             stage.eval()
-        return self._reduced(self._run(step, partial(_finish_loss, loss), forward_only=True))
+        return self._reduced(self._run(step, partial(finish_loss, loss), forward_only=True))
 
     def logprobs(self, step: Step, temperature: float = 1.0, *, masked: bool = False, entropy: bool = False) -> list[Tensor]:
         """logprob_T of every token of each microbatch, float32 on the host; the same on every rank of a replica. `masked`: only of those
@@ -161,7 +161,7 @@ class Policy:
     def _per_token(self, step: Step, rows: tuple[int, ...] = (), **how: Any) -> list[Tensor]:
         for stage in self.stages:
             stage.eval()
-        outputs = self._run(step, _finish_per_token, forward_only=True, **how)
+        outputs = self._run(step, finish_per_token, forward_only=True, **how)
         sizes = [len(packed.tokens_T) for packed in step]
         if not sizes:
             return []
@@ -259,11 +259,23 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _flight(self, packed: Packed, *, every: bool = False, temperature: float = 1.0, entropy: bool = False) -> tuple[Packed, Any]:
+    def _flight(
+        self,
+        packed: Packed,
+        *,
+        every: bool = False,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        terms: Callable[[Packed], TokenTerms] | None = None,
+    ) -> tuple[Packed, Any]:
         from engine.megatron.attention import Flight
 
         rows_M = torch.arange(len(packed.tokens_T)) if every else packed.mask_T.nonzero()[:, 0]
-        return packed.to(self.world.device), Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature, entropy)
+        flight = Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature, entropy)
+        moved = packed.to(self.world.device)
+        if terms is not None and self.chunks[-1].post_process:
+            flight.terms = terms(moved)
+        return moved, flight
 
     def _reduced(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
         """Each metric over the microbatches of all replicas: its sum over its count, its correlation or the largest; told to all stages."""
@@ -366,28 +378,8 @@ def _bucketed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield some
 
 
-def forward_step(finish: Finish, flights: Iterator[Any], stage: Any) -> tuple[Tensor, Any]:
-    """The next microbatch through a stage, as megatron's schedules ask for it: the output, and what to make of it at the end."""
-    packed, flight = next(flights)
-    out = stage(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=flight)
-    return out, partial(finish, packed)
-
-
 def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
     if isinstance(kind, Moments):
         return Moments(*sums).correlation()
     total, count = sums
     return total / count if count else 0.0
-
-
-def _finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    found = loss(output_T, packed)
-    return (
-        found.total,
-        torch.as_tensor(found.count, dtype=torch.int),
-        {"metrics": found.metrics | found.correlations, "maxima": found.maxima},
-    )
-
-
-def _finish_per_token(packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    return output_T.sum(), torch.tensor(0, dtype=torch.int), {"output": output_T.detach()}

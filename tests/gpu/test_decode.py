@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
+pytest.importorskip("gguf")
 pytest.importorskip("engine._C")  # make gpu builds it where there is a compiler
 
 from engine.batching import batch, scatter

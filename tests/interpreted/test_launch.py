@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from tests import check_gae, check_ppo
 from tests.float64 import normal, packed
@@ -17,14 +18,17 @@ from triton_kernels import dpo_norm, gae, ppo_loss, seq_logps, value_loss
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were launched."""
     names: list[str] = []
-    started = InterpretedFunction.run
+    for kind in (InterpretedFunction, JITFunction):  # the latter on a GPU
+        monkeypatch.setattr(kind, "run", _noting(names, kind.run))
+    return names
 
+
+def _noting(names: list[str], started: Any) -> Any:
     def run(kernel: Any, *arguments: Any, **constants: Any) -> Any:
         names.append(kernel.fn.__name__)
         return started(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(InterpretedFunction, "run", run)
-    return names
+    return run
 
 
 def test_ppo(launched: list[str]) -> None:

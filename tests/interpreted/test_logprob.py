@@ -107,6 +107,6 @@ def test_linear_on_rows_beyond_2_31_elements(tmp_path: Path) -> None:
     check_far_rows(lambda hidden: linear_logprob(hidden, weight.bfloat16(), target)[0], drawn(4, 8, dtype=torch.bfloat16), tmp_path)
 
 
-@pytest.mark.parametrize("ppo", [False, True])
-def test_policy_loss(ppo: bool) -> None:
-    policy_loss.check_loss(ppo)
+@pytest.mark.parametrize("loss", ["nll", "ppo", "first"])
+def test_policy_loss(loss: str) -> None:
+    policy_loss.check_loss(loss, kl="" if loss == "nll" else "k3")
