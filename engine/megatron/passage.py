@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from engine.losses import nll_terms
 from engine.megatron.microbatch import forward_step
 from engine.megatron.policy import Policy
 from engine.types import Packed
+
+# megatron-core before 0.17 also takes a model_type, which it does not look at.
+backward_step: Any = schedules.backward_step
+if "model_type" in inspect.signature(backward_step).parameters:
+    backward_step = partial(backward_step, model_type=None)
 
 
 class Passage:
@@ -54,7 +61,7 @@ class Passage:
         """Backward, the gradients into their buffers."""
         grad = None if self.model.post_process else self._hidden()
         with self._silent():
-            schedules.backward_step(self.received, self.sent, grad, None, self.model.config)
+            backward_step(self.received, self.sent, grad, config=self.model.config)
         self._forget()
 
     def _forward(self, learns: bool) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_kernels.linear_logprob import multiply
+
 
 def wgrad_gemm_accum_fp32(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tensor) -> None:
     """main_grad_OI += grad_TO.T @ input_TI, summed in fp32.
@@ -22,10 +24,8 @@ def wgrad_gemm_accum_fp32(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tenso
     """
     if input_TI.device.type == "cpu":  # no mixed-precision product there, and the seat's own for float32 is aten::mm
         main_grad_OI.add_(grad_TO.t().float().mm(input_TI.float()))
-    elif input_TI.dtype == main_grad_OI.dtype:
-        main_grad_OI.addmm_(grad_TO.t(), input_TI)
     else:
-        torch.addmm(main_grad_OI, grad_TO.t(), input_TI, out_dtype=torch.float32, out=main_grad_OI)
+        multiply(main_grad_OI, grad_TO.t(), input_TI, add=True)
 
 
 def wgrad_gemm_accum_fp16(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tensor) -> None:
