@@ -29,7 +29,12 @@ from triton_kernels import rmsnorm, rope
 MODEL, DEVICE, GPUS = "405b", "h100", 128
 GRID = Parallel(8, 16, count_embedding=True, count_loss=True)
 CEILINGS = (0.59, 0.65, 0.71)  # of products: hardware.toml's, and what a run may find instead
-CASES = (("none", 8192), ("swiglu", 8192), ("selective", 8192), ("none", 2048))  # what is recomputed, tokens of the one sequence of a microbatch
+CASES = (
+    ("none", 8192),
+    ("swiglu", 8192),
+    ("selective", 8192),
+    ("none", 2048),
+)  # what is recomputed, tokens of a microbatch
 COLUMNS = ("cumulative", "forward, ms", "backward, ms", "other traffic, GB", "kernels", "held, MB", "peak, MB")
 
 

@@ -55,3 +55,15 @@ def check_decoding(shared: int, dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
 def test_attention_behind_a_prefix(check: Check, shared: int, dtype: torch.dtype, tolerance: float) -> None:
     check(shared, dtype, tolerance)
+
+
+def test_scores_of_decoding_are_not_rounded() -> None:
+    """Scores around 40, of which bfloat16 keeps 8 bits: rounded, weights would be off by up to a seventh. Those that are summed are within
+    a half of 2^-8."""
+    before = tuple(5 * normal(KV, 11, SIZE, seed=i).bfloat16() for i in range(2))
+    query, keys, values = (5 * normal(5, KV, rows, SIZE, seed=2 + i).bfloat16() for i, rows in enumerate((GROUP, 7, 7)))
+    mask = torch.ones(5, 1, 1, 7, dtype=torch.bool)
+    found = decode_behind((before[0], before[1]), query, keys, values, mask)
+    all_keys, all_values = (torch.cat([past.expand(5, -1, -1, -1), own], 2) for past, own in zip(before, (keys, values), strict=True))
+    wanted = exact(query, all_keys, all_values, torch.ones(5, 1, 1, 18, dtype=torch.bool))
+    assert float((found.double() - wanted).abs().max() / wanted.abs().max()) < 2**-7

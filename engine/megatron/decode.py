@@ -132,8 +132,10 @@ class Landing:
         n = len(self.positions_n)
         ends = np.cumsum([n, *self.prompts])
         for rows, start, end in zip(self.rows, ends[:-1], ends[1:], strict=True):
-            keys[rows, :, : end - start] = key[start:end].transpose(0, 1)
-            values[rows, :, : end - start] = value[start:end].transpose(0, 1)
+            # A slice: to index with a list copies it to the device, which the host waits for.
+            assert rows == list(range(rows[0], rows[-1] + 1)), rows
+            keys[rows[0] : rows[-1] + 1, :, : end - start] = key[start:end].transpose(0, 1)
+            values[rows[0] : rows[-1] + 1, :, : end - start] = value[start:end].transpose(0, 1)
         shared = self.cache.shared.get(layer)
         parts = [self._decode(keys, values, query[:n], key[:n], value[:n], shared)] if n else []
         if len(query) > n:

@@ -37,9 +37,16 @@ def decode_behind(shared: Shared, query: Tensor, keys: Tensor, values: Tensor, m
     def apart(x: Tensor) -> Tensor:
         return x.view(heads, n, group, -1).transpose(0, 1)
 
-    query = query * size**-0.5
-    far = apart(together(query) @ shared[0].transpose(1, 2))
-    near = (query @ keys.transpose(2, 3)).masked_fill(~mask, -torch.inf)
-    weights = torch.cat([far, near], -1).float().softmax(-1).to(query.dtype)
+    far = apart(_product(together(query), shared[0].transpose(1, 2)))
+    near = _product(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).view(n, heads, group, -1).masked_fill(~mask, -torch.inf)
+    weights = (torch.cat([far, near], -1) * size**-0.5).softmax(-1).to(query.dtype)
     far, near = weights.split([far.shape[-1], near.shape[-1]], -1)
-    return apart(together(far) @ shared[1]) + near @ values
+    out = _product(near.flatten(0, 1), values.flatten(0, 1)).view(n, heads, group, size)
+    return (apart(_product(together(far), shared[1])) + out).to(query.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[B, m, k] @ [B, k, n] in fp32: scores rounded to bfloat16 would move log-probs by hundredths of a nat."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":  # no mixed-precision product there
+        return a.float() @ b.float()
+    return torch.bmm(a, b, out_dtype=torch.float32)
