@@ -40,6 +40,14 @@ def foretold(run: Run, gpus: int, hardware: Hardware = H100) -> Forecast:
     return forecast(run, gpus, hardware, rehearse=PARTS)
 
 
+def followed(run: Run, gpus: int, way_out: str) -> tuple[Run, int]:
+    """The run and the number of GPUs that a way out names."""
+    words = way_out.split()
+    if "--gpus" in words:
+        gpus = int(words[words.index("--gpus") + 1])
+    return override(run, [word for word in words if "=" in word]), gpus
+
+
 def sft(**parallel: Any) -> Run:
     return Run(
         model=Model(init=SMALL),
@@ -237,10 +245,7 @@ def test_405b_is_forecast_and_what_it_lacks_is_found() -> None:
     tight = foretold(run, 256, smaller)
     assert not tight.fits
     assert tight.way_out
-    words = tight.way_out.split()
-    gpus = int(words[words.index("--gpus") + 1]) if "--gpus" in words else 256
-    settings = [word for word in words if "=" in word]
-    assert foretold(override(run, settings), gpus, smaller).fits
+    assert foretold(*followed(run, 256, tight.way_out), smaller).fits
 
 
 def test_a_critic_that_is_too_large_is_found_and_what_helps_is_named() -> None:
@@ -253,7 +258,7 @@ def test_a_critic_that_is_too_large_is_found_and_what_helps_is_named() -> None:
     worst = max(found.stages, key=lambda rank: rank.peak_bytes)
     assert worst.parts["critic"] > worst.parts["weights"] + worst.parts["optimizer"]
     assert found.way_out
-    assert foretold(override(rlvr(critic=large), found.way_out.split()), 8, tight).fits
+    assert foretold(*followed(rlvr(critic=large), 8, found.way_out), tight).fits
 
 
 def test_search_finds_the_layout_that_trying_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
