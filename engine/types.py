@@ -98,7 +98,7 @@ class Packed:
         }
         longer["positions_T"][-extra:] = torch.arange(extra)
         cu_seqlens = torch.cat([self.cu_seqlens, self.cu_seqlens.new_tensor([total])])
-        return Packed(**{**self.__dict__, **longer, "cu_seqlens": cu_seqlens, "index_S": (*self.index_S, -1)})
+        return Packed(**{**self.__dict__, **longer, "cu_seqlens": cu_seqlens, "index_S": (*self.index_S, -1), "counted_S": None})
 
 
 Step = list[Packed]  # the microbatches of one rank for one optimizer step; every data-parallel rank has equally many

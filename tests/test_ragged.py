@@ -41,7 +41,8 @@ def naive_pack(ids: list[int], samples: Sequence[Sample], case: Case) -> dict:
         if i != ids[-1]:
             pad(case.padded(i) - case.lengths[i])
     pad(round_up(max(case.tokens(ids), 1), case.total_multiple) - len(packed["tokens"]))
-    return {**{f"{name}_T": values for name, values in packed.items()}, "cu_seqlens": cu_seqlens, "index_S": tuple(index), "counted_S": None}
+    token_fields = {f"{name}_T": values for name, values in packed.items()}
+    return {**token_fields, "cu_seqlens": cu_seqlens, "index_S": tuple(index), "counted_S": None}
 
 
 def as_lists(packed: Packed) -> dict:
