@@ -218,6 +218,22 @@ def _product_calls(contact: Contact, tokens: int, hidden: int, vocab: int) -> di
     }
 
 
+def symmetric_memory(contact: Contact) -> Iterator[Fact]:
+    """Whether PyTorch's products with symmetric memory work here, as far as one GPU can tell: parallel.tp_comm_overlap uses them."""
+    from engine.megatron.overlap import prove
+    from engine.world import World
+
+    with closing(World.start()) as world:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        try:
+            prove(group, world.device, torch.bfloat16)
+        except ValueError as refusal:
+            yield {"why": str(refusal), "good": False}
+        else:
+            yield {"good": True}
+
+
 SECTIONS: dict[str, tuple[Section, float]] = {  # with the seconds that each may take, compilation included
     "world_of_one": (world_of_one, 6),
     "mixed_products": (mixed_products, 5),
@@ -227,6 +243,7 @@ SECTIONS: dict[str, tuple[Section, float]] = {  # with the seconds that each may
     "graphs": (graphs, 14),
     "kernels": (kernels, 20),
     "products": (products, 12),
+    "symmetric_memory": (symmetric_memory, 5),
 }
 
 

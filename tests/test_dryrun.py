@@ -27,6 +27,7 @@ from engine.dryrun.phases import DRAWING
 from engine.dryrun.search import ROOM, search
 from engine.dryrun.stages import rehearse
 from engine.dryrun.telling import as_json
+from engine.megatron import overlap
 from engine.rollout.sampler import Slotting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -122,10 +123,11 @@ def test_a_cut_is_the_planners_and_its_full_microbatch_is_full() -> None:
     assert virtual.tokens == 2 * virtual.most  # all as long as the longest
 
 
-@pytest.mark.parametrize("recompute", ["none", "swiglu", "selective", "full"])
-def test_stages_from_parts_are_the_rehearsed_ones(recompute: str) -> None:
+@pytest.mark.parametrize("setting", [*(f"recompute={kind}" for kind in ("none", "swiglu", "selective", "full")), "tp_comm_overlap=true"])
+def test_stages_from_parts_are_the_rehearsed_ones(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "LEAST_ROWS", 1)
     deep = replace(SMALL, layers=10)
-    grid = override(sft(tp=2, pp=2, vpp=3, count_embedding=True, count_loss=True), [f"parallel.recompute={recompute}"]).parallel
+    grid = override(sft(tp=2, pp=2, vpp=3, count_embedding=True, count_loss=True), [f"parallel.{setting}"]).parallel
     options: dict[str, Any] = {"optim": Optim(lr=1e-5), "rows": 100, "dtype": "bf16"}
     whole, parts = (make(deep, grid, 8, (100, 156), **options) for make in (rehearse, composer(rehearse)))
     for stage, other in zip(whole, parts, strict=True):

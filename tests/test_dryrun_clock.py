@@ -12,7 +12,7 @@ from engine.config import Llama, Parallel
 from engine.dryrun.clock import Clock
 from engine.dryrun.decoding import rollout, round_seconds, wave
 from engine.dryrun.hardware import Gemm, Hardware, Link
-from engine.dryrun.work import Collective, Matmul, Stage, Work
+from engine.dryrun.work import Collective, Matmul, Overlapped, Stage, Work
 
 # One FLOP and one byte of memory take a second each; a byte inside a node 10, across nodes 100. Nothing else costs anything.
 PLAIN = Hardware(
@@ -94,6 +94,20 @@ def test_a_work_adds_up_and_hides_what_does_not_wait() -> None:
     assert clock(replace(PLAIN, overlap=0.25), tp=2).seconds(work(False, 400)) == busy + 2000 - 0.25 * busy
     assert clock(replace(PLAIN, launch=2.0), tp=2).seconds(work(True, 40)) == busy + 200 + 20
     assert clock(replace(PLAIN, dispatch=1000.0), tp=2).seconds(work(True, 40)) == 10_000  # the host is the slower
+
+
+def test_an_overlapped_product_waits_for_its_first_block_or_for_messages() -> None:
+    matmul = Matmul(20, 10, 10)  # 4000 seconds, 1000 a block
+    grid = clock(tp=4)
+    assert grid.overlapped(Overlapped(matmul, 400)) == 4000  # 1000 a message
+    assert grid.overlapped(Overlapped(matmul, 800)) == 1000 + 3 * 2000
+    late = clock(replace(PLAIN, inside=Link(0.1, latency=3.0, step=0.5, message=7.0)), tp=4)
+    assert late.overlapped(Overlapped(matmul, 400)) == 4000 + 3 + 2 * 3 * 0.5
+    thin = clock(replace(PLAIN, peak=1e9), tp=4)  # each block reads the matrix: 5 rows of 10 in and out, and 100
+    assert thin.overlapped(Overlapped(matmul, 0)) == 4 * (50 + 50 + 100)
+    parts = grid.parts(Work(overlapped=Counter({Overlapped(matmul, 800): 2})))
+    assert (parts.products, parts.waits, parts.seconds) == (8000, 6000, 14000)
+    assert Work(overlapped=Counter({Overlapped(matmul, 800): 2})).flops == 8000
 
 
 def stage(pp: int = 0, chunk: int = 0, seconds: float = 100.0, parameters: int = 10) -> Stage:

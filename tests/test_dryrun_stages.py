@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from engine.config import Llama, Optim, Parallel, RopeScaling
 from engine.dryrun import stages
+from engine.dryrun.clock import Clock
+from engine.dryrun.hardware import Hardware
 from engine.dryrun.kernels import KERNELS
 from engine.dryrun.meter import Meter
 from engine.dryrun.work import Collective, Matmul, Stage, Work
@@ -119,6 +121,25 @@ def test_a_tensor_parallel_layer_talks_eight_times() -> None:
     assert stage.forward.collectives == Counter({gather: 16, scatter: 16})
     beside = [collective._replace(waits=False) for collective in (gather, scatter)]
     assert stage.backward.collectives == Counter({gather: 16, **dict.fromkeys(beside, 16)})
+
+
+def test_overlapped_a_layer_waits_for_no_message() -> None:
+    """The same products: those that were waited for have their messages with them, and the others are as they were."""
+    whole = T * _M.hidden * 2
+    plain = rehearsed()[1]
+    stage = stages.rehearse(LLAMA_405B, replace(GRID, tp_comm_overlap=True), 256, LENGTHS, optim=OPTIM)[1]
+    for found, before in ((stage.forward, plain.forward), (stage.backward, plain.backward)):
+        assert products(found) == products(before)
+        assert found.flops == before.flops
+        assert not any(collective.waits for collective in found.collectives)
+        assert found.collectives == Counter({c: times for c, times in before.collectives.items() if not c.waits})
+        assert {each.size for each in found.overlapped} == {whole}
+        assert found.matmuls + Counter({each.matmul: times for each, times in found.overlapped.items()}) == before.matmuls
+    assert [sum(work.overlapped.values()) for work in (stage.forward, stage.backward)] == [32, 16]
+    assert stage.held == plain.held
+    clock = Clock(Hardware.load("h100"), GRID, 256)
+    assert clock.parts(stage.forward).products == pytest.approx(clock.parts(plain.forward).products)
+    assert clock.parts(stage.forward).waits < 0.05 * clock.parts(plain.forward).waits
 
 
 def held_by_a_layer(model: Llama, tokens: int, tp: int) -> int:

@@ -35,6 +35,10 @@ def test_each_change_saves_what_it_says() -> None:
     assert saved[2] == (2 * LAYERS - 1) * (1 + 2) * hidden
     # Gradients of 17 turned heads are not written and read again to stand in one tensor with the values, and angles are read once.
     assert saved[3] == LAYERS * ((36 - 2) * head + 2 * 2 * angles)
+    # Blocks that are gathered are copied first; those that are scattered are written by their product, and read and summed by who gets
+    # them. In a layer's forward two are gathered and two scattered, in its backward two are gathered. In the place of each of four weights'
+    # gradients autograd is given a zero.
+    assert saved[4] == -LAYERS * ((4 * 2 + 2 * (8 + 1)) * hidden + 4 * 2)
 
 
 def test_the_last_row_is_the_engine_as_it_is() -> None:

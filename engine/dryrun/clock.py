@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from engine.config import Parallel
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.schedule import Timeline, simulate
-from engine.dryrun.work import Collective, Matmul, Stage, Work
+from engine.dryrun.work import Collective, Matmul, Overlapped, Stage, Work
 
 Axis = Literal["tp", "pp", "dp"]
 
@@ -66,11 +66,14 @@ class Clock:
     def parts(self, work: Work) -> Parts:
         """Computation, then what it waits for, then what of the collectives beside it was longer; or the host, where that is slower."""
         hardware = self.hardware
+        overlapped = [(times, self.product(each.matmul), self.overlapped(each)) for each, times in work.overlapped.items()]
         products = sum(times * self.product(matmul) for matmul, times in work.matmuls.items())
+        products += sum(times * product for times, product, _ in overlapped)
         attention = work.attention / (hardware.peak * hardware.attention)
         traffic = work.traffic / (hardware.bandwidth * hardware.streaming)
         launches, dispatch = work.kernels * hardware.launch, work.kernels * hardware.dispatch
         waits = sum(times * self.collective(c) for c, times in work.collectives.items() if c.waits)
+        waits += sum(times * (whole - product) for times, product, whole in overlapped)
         beside = sum(times * self.collective(c) for c, times in work.collectives.items() if not c.waits)
         computed = products + attention + traffic + launches
         device = computed + waits + max(0.0, beside - hardware.overlap * computed)
@@ -79,13 +82,28 @@ class Clock:
     def product(self, matmul: Matmul) -> float:
         """Of one matrix product by its shape; hardware.toml says the formula and why. Its launch is not in it. Sums that it adds to are
         read and written while other tiles are multiplied: they cost time only where all its bytes take longer than its FLOPs."""
-        hardware, (m, k, n, accumulates) = self.hardware, matmul
+        hardware, (m, k, n, _) = self.hardware, matmul
         if not m * k * n:
             return 0.0
         flops = 2 * m * k * n / (hardware.peak * hardware.gemm.ceiling)
         shaped = flops * (1 + hardware.gemm.wave / (m * n)) * (1 + hardware.gemm.fill / k)
+        return max(shaped, self._moved(matmul))
+
+    def _moved(self, matmul: Matmul) -> float:
+        """Of reading both matrices of a product and writing the third."""
+        hardware, (m, k, n, accumulates) = self.hardware, matmul
         moved = hardware.width * (m * k + k * n) + (ACCUMULATED if accumulates else hardware.width) * m * n
-        return max(shaped, moved / (hardware.bandwidth * hardware.streaming))
+        return moved / (hardware.bandwidth * hardware.streaming)
+
+    def overlapped(self, each: Overlapped) -> float:
+        """Of a product in one block a rank, of which all but one are sent or come while another is multiplied. Blocks are multiplied on two
+        streams by turns, so that the last wave of one is filled up by the next: waves are lost as in a whole product. The first block
+        waits for all ranks to be there, and every other for the rank that it goes to or comes from."""
+        ranks, _ = self._axis("tp")
+        steps, bandwidth, latency = self._ring("tp")
+        block = max(self.product(each.matmul) / ranks, self._moved(each.matmul._replace(m=each.matmul.m // ranks)))
+        message = each.size / ranks / bandwidth
+        return latency + 2 * steps + block + (ranks - 1) * max(block, message)
 
     def collective(self, collective: Collective) -> float:
         """Of a ring: every rank sends (n - 1) / n of the message, in n - 1 steps; twice as much and as many for an all_reduce."""

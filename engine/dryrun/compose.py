@@ -89,4 +89,5 @@ def _mixed(shares: Iterable[tuple[Work, int]]) -> Work:
         total(lambda work: work.traffic),
         int(total(lambda work: work.kernels)),
         counted(lambda work: work.collectives),
+        counted(lambda work: work.overlapped),
     )

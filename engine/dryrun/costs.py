@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from engine.dryrun.work import Collective, Matmul, Work
+from engine.dryrun.work import Collective, Matmul, Overlapped, Work
 
 Axis = Literal["tp", "pp", "dp"]
 
@@ -67,6 +67,8 @@ def cost_of(call: Call) -> Cost:
     """Of an operation of torch's own. Of another, what a kernel costs that reads its inputs once and writes its outputs once."""
     if call.space == "c10d":
         return Cost(_said(call))
+    if call.space == "symm_mem":
+        return _overlapped(call)
     if call.space == "aten" and (factors := PRODUCTS.get(call.name.removesuffix("_"))):
         a, b = (call.given[name] for name in factors)
         return Cost(_multiplied(a, b, accumulates="add" in call.name and call.given["beta"] != 0))
@@ -96,6 +98,24 @@ def size_of(values: Any) -> int:
 def _multiplied(a: Tensor, b: Tensor, accumulates: bool) -> Work:
     times = a.shape[0] if a.ndim == 3 else 1
     return Work(Counter({Matmul(a.shape[-2], a.shape[-1], b.shape[-1], accumulates): times}), kernels=1)
+
+
+def _overlapped(call: Call) -> Cost:
+    """Of PyTorch's products with symmetric memory (torch.ops.symm_mem), whose buffers are counted as scratch. Each block is a
+    product and a copy between barriers. Gathering, this rank's block is first copied for the others to read; scattering, the blocks that
+    came are read and summed."""
+    gathers = call.name == "fused_all_gather_matmul"
+    rows, matrix = call.given["A" if "A" in call.given else "A_shard"], (call.given["Bs"][0] if gathers else call.given["B"])
+    ranks = dist.distributed_c10d._get_group_size_by_name(call.given["group_name"])
+    whole = Matmul(len(rows) * (ranks if gathers else 1), *matrix.shape)
+    size = rows.element_size() * whole.m * (whole.k if gathers else whole.n)
+    block = size // ranks
+    work = Work(kernels=(2 if gathers else 4) * ranks, overlapped=Counter({Overlapped(whole, size): 1}))
+    if gathers:
+        work.traffic = 2.0 * block
+        return Cost(work, block + (0 if call.given["return_A"] else size))
+    work.traffic = float(size + block)
+    return Cost(work, size + 2 * block)
 
 
 def _said(call: Call) -> Work:

@@ -25,6 +25,14 @@ class Collective(NamedTuple):
     waits: bool  # False: computation goes on beside it
 
 
+class Overlapped(NamedTuple):
+    """A product of all tensor-parallel ranks' rows, or one whose sums are scattered to them, in one block a rank: while one block is
+    multiplied, another is sent."""
+
+    matmul: Matmul  # of all blocks
+    size: int  # bytes of the whole message
+
+
 @dataclass
 class Work:
     """What one rank does in one piece of a step. Sums of works are works."""
@@ -34,11 +42,13 @@ class Work:
     traffic: float = 0.0  # bytes that everything which is no matrix product or attention reads and writes
     kernels: int = 0  # launched
     collectives: Counter[Collective] = field(default_factory=Counter)
+    overlapped: Counter[Overlapped] = field(default_factory=Counter)  # products that are not in `matmuls`
 
     @property
     def flops(self) -> float:
         """Of matrix products and attention."""
-        return self.attention + sum(2.0 * m * k * n * times for (m, k, n, _), times in self.matmuls.items())
+        products = [*self.matmuls.items(), *((each.matmul, times) for each, times in self.overlapped.items())]
+        return self.attention + sum(2.0 * m * k * n * times for (m, k, n, _), times in products)
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -47,6 +57,7 @@ class Work:
             self.traffic + other.traffic,
             self.kernels + other.kernels,
             self.collectives + other.collectives,
+            self.overlapped + other.overlapped,
         )
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config import Llama, Parallel, padded_vocab
-from engine.megatron.activation import RecomputingLinear, SwiGLU, Unchanged
+from engine.megatron.activation import SwiGLU, Unchanged
 from engine.megatron.attention import Flight, PackedAttention, PackedSelfAttention, attend_for
 from engine.megatron.layer import FinalNorm, Layer, RMSNorm
+from engine.megatron.linear import ColumnLinear, RecomputingLinear, RowLinear
 from engine.megatron.seat import Grid
 from engine.megatron.weight_gradient import Accumulated
 from engine.types import TokenTerms
@@ -56,6 +57,7 @@ def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: to
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         sequence_parallel=parallel.tp > 1,
+        tp_comm_overlap=parallel.tp_comm_overlap and parallel.tp > 1,
         variable_seq_lengths=parallel.pp > 1 and parallel.vpp == 1,
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
@@ -265,14 +267,15 @@ def _layers(
     norm, final = (ModuleSpec(module=kind, params={"device": world.device}) for kind in (RMSNorm, FinalNorm))
     layer.module = Layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    mlp = _submodules(layer.submodules.mlp)
+    mlp, attention = _submodules(layer.submodules.mlp), layer.submodules.self_attention.submodules
     mlp.activation_func = SwiGLU
+    if config.tp_comm_overlap:
+        mlp.linear_fc1 = attention.linear_qkv = ColumnLinear
+        mlp.linear_fc2 = attention.linear_proj = RowLinear
     if recomputes_swiglu:
         mlp.activation_func, mlp.linear_fc2 = Unchanged, RecomputingLinear
     layer.submodules.self_attention.module = PackedSelfAttention
-    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=PackedAttention, params={"attend": attend_for(world.on_gpu)}
-    )
+    attention.core_attention = ModuleSpec(module=PackedAttention, params={"attend": attend_for(world.on_gpu)})
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     added = [config.recompute_granularity == "full" or (i == count - 1 and not last) for i in range(count)]
     layers = [replace(layer, params={"adds": adds}) for adds in added]

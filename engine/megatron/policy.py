@@ -54,8 +54,10 @@ class Policy:
             self.borrowed = borrowed.pop_all()
 
     def _build(self, seed: int, fill: bool) -> None:
-        from engine.megatron import model, weights
+        from engine.megatron import model, overlap, weights
 
+        if self.parallel.tp_comm_overlap and self.world.on_gpu and self.grid.tp > 1:
+            overlap.prove(self.grid.tp_group, self.world.device, self.dtype)
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype, learns=self.optim is not None)
         self.origin: Origin | None = None
         if fill:

@@ -1,0 +1,130 @@
+"""The linear layers of a tensor-parallel group: megatron's, with communication beside the products where `parallel.tp_comm_overlap` asks,
+and with SwiGLU computed again in backward where `parallel.recompute` asks.
+
+Only what megatron waits for is overlapped here. The rest runs beside products already: of a column-parallel layer's backward, the gathering
+of its input beside the gradient of the input, and the scattering of that beside the gradient of the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from engine.megatron import overlap
+from engine.megatron.weight_gradient import Accumulated, wgrad_gemm_accum_fp32
+from triton_kernels import swiglu
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """[T / tp, 1, D] -> [T, 1, O / tp]: gathers rows while it multiplies."""
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """As megatron's; few rows are gathered before the product."""
+        assert self.weight is not None
+        if not self.config.tp_comm_overlap or len(input_) < overlap.LEAST_ROWS:
+            return super().forward(input_)  # type: ignore[return-value]
+        out = _Column.apply(input_.flatten(0, -2), *_accumulated(self.weight), self.tp_group)
+        return out[:, None], None
+
+
+class RowLinear(RowParallelLinear):
+    """[T, 1, I / tp] -> [T / tp, 1, D]: scatters sums while it multiplies."""
+
+    recomputes = False
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """As megatron's; the sums of few rows are scattered after the product."""
+        group: Any = self.tp_group
+        if not self.config.tp_comm_overlap or len(input_) < overlap.LEAST_ROWS * group.size():
+            return super().forward(input_)  # type: ignore[return-value]
+        out = _Row.apply(input_.flatten(0, -2), *_accumulated(self.weight), group, self.recomputes)
+        return out[:, None], None
+
+
+class RecomputingLinear(RowLinear):
+    """The MLP's second product, of SwiGLU(gate_up), which it computes again for its weight gradient instead of keeping it."""
+
+    recomputes = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._forward_impl = _recomputing  # type: ignore[method-assign]  # between megatron's communication on both sides of it
+
+
+def _recomputing(input: Tensor, weight: Tensor, **_: Any) -> Tensor:
+    out = _Row.apply(input.flatten(0, -2), *_accumulated(weight), None, True)
+    return out.view(*input.shape[:-1], -1)
+
+
+def _accumulated(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight and where its gradient is added; None before training.py has wrapped the model, and the gradient is autograd's."""
+    main_grad = getattr(weight, "main_grad", None)
+    return (weight if main_grad is None else Accumulated.apply(weight, False)), main_grad
+
+
+def _weight_gradient(input: Tensor, grad: Tensor, main_grad: Tensor | None) -> Tensor | None:
+    if main_grad is None:
+        return grad.t().mm(input)
+    wgrad_gemm_accum_fp32(input, grad, main_grad)
+    return None
+
+
+class _Column(torch.autograd.Function):
+    """gathered(rows [T / n, D]) @ weight.T [D, O]. The gradient of the weight is added to `main_grad` where there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, main_grad: Tensor | None, group: ProcessGroup) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.main_grad, ctx.group = main_grad, group  # not saved: other microbatches add to main_grad before our turn
+        return overlap.gather_multiply(rows, weight.t(), group, keep=False)[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, weight = ctx.saved_tensors
+        learns = ctx.needs_input_grad[1]
+        whole, gathering = rows.new_empty(len(grad), rows.shape[1]), None
+        if learns:
+            gathering = dist.all_gather_into_tensor(whole, rows.contiguous(), group=ctx.group, async_op=True)
+        partial = grad.mm(weight)
+        if gathering is not None:
+            gathering.wait()
+        to_rows = torch.empty_like(rows)
+        scattering: Any = dist.reduce_scatter_tensor(to_rows, partial, group=ctx.group, async_op=True)
+        to_weight = _weight_gradient(whole, grad, ctx.main_grad) if learns else None
+        scattering.wait()
+        return to_rows, to_weight, None, None
+
+
+class _Row(torch.autograd.Function):
+    """input [T, I] @ weight.T [I, D], its sum over `group` scattered: [T / n, D]. Without a group, the product alone.
+
+    recomputes  input is gate_up [T, 2 I], and SwiGLU of it is what is multiplied; it is not kept
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, main_grad: Tensor | None, group: ProcessGroup | None, recomputes: bool) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.main_grad, ctx.group, ctx.recomputes = main_grad, group, recomputes
+        rows = swiglu(input) if recomputes else input
+        return rows.mm(weight.t()) if group is None else overlap.multiply_scatter(rows, weight.t(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight = ctx.saved_tensors
+        learns = ctx.needs_input_grad[1]
+        if ctx.group is None:
+            to_rows = grad.mm(weight)
+        else:
+            grad, to_rows = overlap.gather_multiply(grad, weight, ctx.group, keep=True)  # type: ignore[assignment]
+        if not ctx.recomputes:
+            return to_rows, _weight_gradient(input, grad, ctx.main_grad) if learns else None, None, None, None
+        with torch.enable_grad():
+            leaf = input.detach().requires_grad_()
+            rows = swiglu(leaf)
+        (to_input,) = torch.autograd.grad(rows, leaf, to_rows)
+        return to_input, _weight_gradient(rows.detach(), grad, ctx.main_grad) if learns else None, None, None, None

@@ -1,0 +1,80 @@
+"""Tensor-parallel products whose communication runs beside them (`parallel.tp_comm_overlap`).
+
+Rows are gathered, or partial sums scattered, in one block a rank: while one block is multiplied, another is sent. On GPUs PyTorch's
+symmetric memory does so (torch.ops.symm_mem); on CPU the whole message is sent before or after the product, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# Fewer rows in a block than this, and its product takes as long as reading the matrix, which every block does again.
+LEAST_ROWS = 256
+
+
+def gather_multiply(rows: Tensor, matrix: Tensor, group: ProcessGroup, *, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """(all ranks' rows [n R, K], those rows @ matrix [n R, N]); without `keep`, None in place of the former.
+
+    rows    [R, K], this rank's
+    matrix  [K, N], this rank's
+    """
+    if _separate(rows):
+        whole = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
+        dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
+        return (whole if keep else None), whole.mm(matrix)
+    whole, (out,) = torch.ops.symm_mem.fused_all_gather_matmul(rows.contiguous(), [matrix], 0, group.group_name, return_A=keep)
+    return whole, out
+
+
+def multiply_scatter(rows: Tensor, matrix: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's block of rows [R, N] of the sum over ranks of rows @ matrix. On GPUs the sum is fp32, of terms in the rows' type.
+
+    rows    [n R, K], for a part of K on each rank
+    matrix  [K, N], the same part
+    """
+    if _separate(rows):
+        partial = rows.mm(matrix)
+        out = partial.new_empty(len(partial) // group.size(), partial.shape[1])
+        dist.reduce_scatter_tensor(out, partial, group=group)
+        return out
+    return torch.ops.symm_mem.fused_matmul_reduce_scatter(rows, matrix, "sum", 0, group.group_name)
+
+
+def _separate(rows: Tensor) -> bool:
+    return rows.device.type == "cpu"
+
+
+def prove(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None:
+    """Compute both products of this module and compare them with separate communication. All ranks of `group` must call it.
+
+    Raises ValueError when the devices cannot do it, or do it wrong.
+    """
+    rank, ranks = group.rank(), group.size()
+    draw = torch.Generator().manual_seed(rank)
+    rows, matrix = (torch.randn(shape, generator=draw).to(device, dtype) for shape in ((ranks * LEAST_ROWS, 64), (64, 128)))
+    block = rows[:LEAST_ROWS]
+    try:
+        whole, out = gather_multiply(block, matrix, group, keep=True)
+        summed = multiply_scatter(rows, matrix, group)
+    except RuntimeError as error:
+        raise ValueError(_refusal(str(error).splitlines()[0])) from error
+    expected = torch.empty_like(rows)
+    dist.all_gather_into_tensor(expected, block.contiguous(), group=group)
+    partial = rows.float() @ matrix.float()
+    dist.all_reduce(partial, group=group)
+    errors = [_apart(whole, expected), _apart(out, expected.float() @ matrix.float()), _apart(summed, partial.chunk(ranks)[rank])]
+    if max(errors) > 2**-6:  # bf16 keeps 8 bits
+        raise ValueError(_refusal(f"results differ by {max(errors):.2g} of the largest"))
+
+
+def _apart(found: Tensor | None, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest expected value."""
+    assert found is not None
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+def _refusal(why: str) -> str:
+    return f"parallel.tp_comm_overlap=true does not work between these GPUs ({why}); use parallel.tp_comm_overlap=false"
