@@ -264,11 +264,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def run(contact: Contact, names: Sequence[str], file: Path | None, seconds: float) -> int:
-    """Every section that `file` has not finished, while there is time; 1 when one failed."""
+    """Every section that `file` has not finished, while there is time; 1 when one failed, now or before."""
     facts, began = Facts(file), time.monotonic()
     known = read(file)
     finished, started = ({fact["section"] for fact in known if fact.get(mark)} for mark in ("finished", "started"))
-    bad = False
+    bad = any(fact["section"] in names and not fact["good"] for fact in known if fact.get("finished"))
     # What was started and never finished may have taken the process down: the others go first.
     for name in sorted((name for name in names if name not in finished), key=lambda name: name in started):
         section, estimate = SECTIONS[name]
