@@ -157,7 +157,7 @@ def graphs(contact: Contact) -> Iterator[Fact]:
     with closing(World.start()) as world, closing(Policy(Model(init=model), None, Parallel(), world)) as policy:
         plain, replayed = (
             [response.tokens.tolist() for (response,) in generate(policy, asked, how, Slotting(8, cache_gb=0.5, graphs=captured))]
-            for captured in (False, True)
+            for captured in ("off", "on")
         )
     yield {"graphs_match": plain == replayed, "good": plain == replayed}
 

@@ -114,7 +114,7 @@ def decode(policy: Any, rows: int = ROWS, response: int = RESPONSE) -> dict[str,
         for _ in range(1 + ROUNDS):
             for name, found in rates.items():
                 began = time.perf_counter()
-                generate(policy, prompts, how, Slotting(rows, graphs=name == "replayed"))
+                generate(policy, prompts, how, Slotting(rows, graphs="on" if name == "replayed" else "off"))
                 found.append(rows * response / (time.perf_counter() - began))
     except Exception as error:
         return {"error": why(error)}

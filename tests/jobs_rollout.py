@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +19,7 @@ from engine.batching import batch, scatter
 from engine.config import Model, Optim, Parallel
 from engine.data.tokenizer import load_tokenizer
 from engine.losses import SFT_LOSS
+from engine.megatron.graphs import Setting
 from engine.types import Prompt, Sample
 from engine.world import World
 from tests.jobs import OPTIM, samples
@@ -53,7 +56,7 @@ def responses(
     prefill: int = 64,
     prefix: int = 0,
     share: bool = False,
-    graphs: bool = False,
+    graphs: Setting = "auto",
     **sampling: Any,
 ) -> dict[str, Any]:
     """Tokens and log-probs of every response, and the largest difference to the trainer's log-probs of the same tokens.
@@ -103,21 +106,43 @@ def captured(world: World, **how: Any) -> dict[str, Any]:
     """As `responses`, and how many shapes were captured; by a stand-in, which fails on what a GPU's capture would not survive."""
     from megatron.core.tensor_parallel import random
 
-    from engine.megatron import seat
+    from engine.megatron import graphs
 
     count = 0
 
-    def capture(graphs: seat.Graphs, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def capture(_: graphs.Graphs, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         nonlocal count
         count += 1
         touched = mock.Mock(side_effect=AssertionError("the state of a generator is touched"))
         states = mock.patch.multiple(random, _get_cuda_rng_state=touched, _set_cuda_rng_state=touched)
-        with seat.without_random_states(), _NoReading(), states:
+        with graphs.without_random_states(), _NoReading(), states:
             compute()
         return compute
 
-    with mock.patch.object(seat.Graphs, "capture", capture):
-        return responses(world, graphs=True, **how) | {"captured": count}
+    with mock.patch.object(graphs.Graphs, "capture", capture):
+        return responses(world, graphs="on", **how) | {"captured": count}
+
+
+def told_by_a_thread(world: World, **how: Any) -> dict[str, Any]:
+    """As `responses`, tokens told as where a GPU draws them: by a thread, over a group of their own."""
+    from engine.megatron import seat, tokens
+
+    own, made = tokens.Tokens, []
+
+    def threaded(grid: seat.Grid, *, beside: bool) -> tokens.Tokens:
+        before = seat._groups()
+        seat.make_hosts(grid.pp, world.size)
+        (hosts,) = seat._groups() - before
+        assert dist.get_process_group_ranks(hosts) == dist.get_process_group_ranks(grid.pp_group)
+        found = own(replace(grid, pp_hosts=hosts), beside=True)
+        made.append(found)
+        return found
+
+    with mock.patch.object(tokens, "Tokens", threaded):
+        found = responses(world, **how)
+    for each in made:
+        dist.destroy_process_group(each.grid.pp_hosts)
+    return found | {"threads": sum(each.thread is not None for each in made)}
 
 
 def _mask(prompt: int, response: int) -> np.ndarray:

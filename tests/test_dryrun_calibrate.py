@@ -58,6 +58,7 @@ def test_a_machine_is_measured_and_written_down(size: int, tmp_path: Path) -> No
     machine = found[0]
     numbers = [machine.peak, machine.attention, machine.bandwidth, machine.streaming, machine.memory, machine.inside.bandwidth]
     assert all(np.isfinite(number) and number > 0 for number in numbers)
+    assert 1e-5 < machine.decode_layer < 1  # busy or not
     assert (machine.width, machine.node, machine.overlap) == (4, size, 0.0)
     assert machine.across == machine.inside
     save(machine, tmp_path / "here.toml")

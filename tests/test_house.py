@@ -48,7 +48,7 @@ FLOORS = {
     "recipes": 6,
     "benchmarks": 6,
 }
-SAYS_CUDA = {"engine/world.py", "engine/megatron/seat.py", "triton_kernels/launch.py", "triton_kernels/aot.py"}
+SAYS_CUDA = {"engine/world.py", "engine/megatron/seat.py", "engine/megatron/graphs.py", "triton_kernels/launch.py", "triton_kernels/aot.py"}
 LONG_FUNCTIONS: dict[str, str] = {}  # "file:function" -> why it is over 60 lines
 LONG_FILES: dict[str, str] = {}  # file -> why it is over 400 lines
 

@@ -78,7 +78,7 @@ PADDED = [
 @pytest.mark.parametrize(("size", "parallel", "slots"), PADDED, ids=str)
 def test_rows_that_pad_change_nothing(size: int, parallel: Parallel, slots: int) -> None:
     """As they do where shapes are captured in CUDA graphs."""
-    check_same(size, parallel, one_rank(temperature=1.0), temperature=1.0, slots=slots, graphs=True)
+    check_same(size, parallel, one_rank(temperature=1.0), temperature=1.0, slots=slots, graphs="on")
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel(recompute="selective")), (2, Parallel(tp=2)), (2, Parallel(pp=2))], ids=str)
@@ -87,6 +87,17 @@ def test_what_is_captured_waits_for_nothing(size: int, parallel: Parallel) -> No
     for found in ranks(size).run(jobs_rollout.captured, parallel=parallel, model=MODEL, temperature=1.0, slots=8):
         assert found["captured"] >= 3  # of 8, 4 and 2 rows
         assert found["tokens"] == one_rank(temperature=1.0)["tokens"]
+
+
+PIPELINES = [(2, Parallel(pp=2)), (2, Parallel(pp=2, vpp=2)), (4, Parallel(tp=2, pp=2)), (4, Parallel(pp=4))]
+
+
+@pytest.mark.parametrize(("size", "parallel"), PIPELINES, ids=str)
+def test_tokens_told_by_a_thread_are_the_same(size: int, parallel: Parallel) -> None:
+    found = ranks(size).run(jobs_rollout.told_by_a_thread, parallel=parallel, model=MODEL, temperature=1.0)
+    for rank, of_rank in enumerate(found):
+        assert of_rank["tokens"] == one_rank(temperature=1.0)["tokens"]
+        assert of_rank["threads"] == (rank >= size - size // parallel.pp)  # on last stages
 
 
 SHARING = [(1, Parallel(), 4), (1, Parallel(), 64), (2, Parallel(), 16), (2, Parallel(tp=2), 16), (2, Parallel(pp=2), 16)]

@@ -26,6 +26,7 @@ from engine.dryrun.clock import Clock
 from engine.dryrun.hardware import Gemm, Hardware, Link
 from engine.dryrun.meter import Meter
 from engine.dryrun.work import Matmul, Work
+from engine.megatron.decode import Cache, Decoder, Drawing, Wave, layers_of
 from engine.megatron.passage import Passage
 from engine.megatron.policy import Policy
 from engine.megatron.products import in_onednn
@@ -80,12 +81,13 @@ def calibrate(world: World, sizes: Sizes | None = None) -> Hardware:
         memory = {"streaming": copied / before.bandwidth} if world.on_gpu else {"bandwidth": copied}
         found = replace(found, attention=_attention(world, sizes) / found.peak, **memory)
     found = replace(found, inside=_link(world, sizes) or before.inside)
-    return _kernels(world, sizes, replace(found, across=before.across if world.on_gpu else found.inside))
+    found = replace(found, across=before.across if world.on_gpu else found.inside, decode_layer=_decode_layer(world))
+    return _kernels(world, sizes, found)
 
 
 def save(hardware: Hardware, path: Path) -> None:
     """Write it as a file that Hardware.load reads, saying which numbers were measured."""
-    measured = {"attention", "bandwidth", "streaming", "launch", "dispatch"} | {f"gemm.{f.name}" for f in fields(Gemm)}
+    measured = {"attention", "bandwidth", "streaming", "launch", "dispatch", "decode_layer"} | {f"gemm.{f.name}" for f in fields(Gemm)}
     measured |= {f"inside.{f.name}" for f in fields(Link)}
     hardware.save(path, dict.fromkeys(measured, "measured") | {"overlap": "assumed", "watts": "not measured; 0: not known"})
 
@@ -110,6 +112,7 @@ def _before(world: World) -> Hardware:
         attention=1.0,
         launch=0.0,
         dispatch=0.0,
+        decode_layer=0.0,
         overlap=0.0,  # gloo's threads need the cores that compute
         node=world.size,
         watts=0.0,
@@ -248,6 +251,24 @@ def _kernels(world: World, sizes: Sizes, known: Hardware) -> Hardware:
     rests = [taken - clock.seconds(work) for work, taken in found]
     per_byte, launch = fit_kernels([work for work, _ in found], rests, [taken for _, taken in found])
     return replace(known, launch=launch, streaming=1 / max(per_byte * known.bandwidth, 1e-3))
+
+
+def _decode_layer(world: World) -> float:
+    """Seconds of the host for a layer of a decoding wave, launched kernel by kernel: between models so small that a device waits for it."""
+    shallow, deep = (_wave_seconds(world, _llama(layers, 64, 8)) for layers in (2, 6))
+    return max(0.0, deep - shallow) / 4
+
+
+def _wave_seconds(world: World, model: Llama) -> float:
+    """Of a wave of 8 rows, at the tenth position of each."""
+    rows = 8
+    wave = Wave([1] * rows, [9] * rows, rows, 10, [], [], list(range(rows)), np.zeros((rows, 2), np.int32))
+    with torch.no_grad(), closing(Policy(Model(init=model), None, Parallel(), world)) as policy:
+        policy.chunks[0].eval()
+        like = torch.empty(0, dtype=policy.dtype, device=world.device)
+        cache = Cache(layers_of(policy.chunks), rows, model.kv_heads, 16, model.head_dim, like)
+        decoder = Decoder(policy.chunks, cache, Drawing(), model, 1, world, None)
+        return seconds(world, _many(lambda: decoder.step(wave).through(0), 4)) / 4
 
 
 def fit_kernels(works: Sequence[Work], rests: Sequence[float], times: Sequence[float]) -> tuple[float, float]:

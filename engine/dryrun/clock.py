@@ -63,15 +63,16 @@ class Clock:
         """Of one rank, the work's collectives included."""
         return self.parts(work).seconds
 
-    def parts(self, work: Work) -> Parts:
-        """Computation, then what it waits for, then what of the collectives beside it was longer; or the host, where that is slower."""
+    def parts(self, work: Work, host: float | None = None) -> Parts:
+        """Computation, then what it waits for, then what of the collectives beside it was longer; or the host, where that is slower: `host`
+        seconds, by default a dispatch a kernel."""
         hardware = self.hardware
         overlapped = [(times, self.product(each.matmul), self.overlapped(each)) for each, times in work.overlapped.items()]
         products = sum(times * self.product(matmul) for matmul, times in work.matmuls.items())
         products += sum(times * product for times, product, _ in overlapped)
         attention = work.attention / (hardware.peak * hardware.attention)
         traffic = work.traffic / (hardware.bandwidth * hardware.streaming)
-        launches, dispatch = work.kernels * hardware.launch, work.kernels * hardware.dispatch
+        launches, dispatch = work.kernels * hardware.launch, work.kernels * hardware.dispatch if host is None else host
         waits = sum(times * self.collective(c) for c, times in work.collectives.items() if c.waits)
         waits += sum(times * (whole - product) for times, product, whole in overlapped)
         beside = sum(times * self.collective(c) for c, times in work.collectives.items() if not c.waits)

@@ -15,6 +15,8 @@ LAYER_KERNELS = (
     40  # of a layer's forward in decoding: norms, products, rotary embedding, cache writes, collectives, views made whole. Counted roughly
 )
 HEAD_KERNELS = 30
+REPLAYING = 10  # calls of the host for a stage in CUDA graphs: what it is told, its messages, the graph, a copy of what came out
+DRAWN = 16  # bytes that a row's token and log-prob travel in
 
 
 class Rollout(NamedTuple):
@@ -66,22 +68,25 @@ def wave(model: Llama, tp: int, layers: int, rows: int, reach: float, *, prompts
     return work + Work(Counter({Matmul(drawn, model.hidden, vocab): 1}), 0.0, 4 * 4.0 * drawn * vocab, HEAD_KERNELS, told)
 
 
-def round_seconds(clock: Clock, model: Llama, rows: int, reach: float, prompts: Sequence[int] = ()) -> float:
+def round_seconds(clock: Clock, model: Llama, rows: int, reach: float, prompts: Sequence[int] = (), *, graphs: bool) -> float:
     """Until every group of `rows` sequences, one group a pipeline stage, has its next token: each wave goes through all stages, and no
-    stage waits but for the messages. `prompts`: what one group takes in beside."""
-    parallel, width = clock.parallel, clock.hardware.width
+    stage waits but for the messages. `prompts`: what one group takes in beside. `graphs`: waves without prompts are replayed."""
+    parallel, hardware = clock.parallel, clock.hardware
     stages = parallel.pp * parallel.vpp
     layers = list(parallel.stages) or [model.layers * (i + 1) // stages - model.layers * i // stages for i in range(stages)]
-    times = [
-        clock.seconds(wave(model, parallel.tp, n, rows, reach, prompts=prompts, head=i == stages - 1, width=width))
-        for i, n in enumerate(layers)
-    ]
-    return sum(times) + stages * clock.hop((rows + sum(prompts)) / parallel.tp * model.hidden * width)
+    seconds = 0.0
+    for i, n in enumerate(layers):
+        head = i == stages - 1
+        work = wave(model, parallel.tp, n, rows, reach, prompts=prompts, head=head, width=hardware.width)
+        launched = n * hardware.decode_layer + head * HEAD_KERNELS * hardware.dispatch
+        seconds += clock.parts(work, REPLAYING * hardware.dispatch if graphs and not prompts else launched).seconds
+    drawn = clock.hop(rows * DRAWN) if parallel.pp > 1 else 0.0
+    return seconds + stages * clock.hop((rows + sum(prompts)) / parallel.tp * model.hidden * hardware.width) + drawn
 
 
-def rollout(clock: Clock, model: Llama, prompts: Sequence[int], responses: Sequence[int], slots: int) -> Rollout:
+def rollout(clock: Clock, model: Llama, prompts: Sequence[int], responses: Sequence[int], slots: int, *, graphs: bool) -> Rollout:
     """One replica answers prompts[i] tokens with responses[i] tokens, at most `slots` at once on each of its pipeline groups, in order,
-    the next as soon as a slot is free."""
+    the next as soon as a slot is free. `graphs`: it decodes in CUDA graphs."""
     groups = clock.parallel.pp
     waiting = list(zip(prompts, responses, strict=True))[::-1]
     live: list[tuple[int, int]] = []  # (the round in which it ends, its length then)
@@ -93,11 +98,12 @@ def rollout(clock: Clock, model: Llama, prompts: Sequence[int], responses: Seque
         rows = -(-len(live) // groups)
         until = live[0][0]
         reach = sum(length - (end - (now + until) / 2) for end, length in live) / len(live)
+        alone = round_seconds(clock, model, rows, reach, graphs=graphs)
         if came:
             taken = [prompt for prompt, _ in came]
-            alone = round_seconds(clock, model, rows, reach)
-            prefill += max(0.0, round_seconds(clock, model, rows, reach, [sum(taken) // len(taken)] * -(-len(taken) // groups)) - alone)
-        decode += (until - now) * round_seconds(clock, model, rows, reach)
+            lengths = [sum(taken) // len(taken)] * -(-len(taken) // groups)
+            prefill += max(0.0, round_seconds(clock, model, rows, reach, lengths, graphs=graphs) - alone)
+        decode += (until - now) * alone
         now = until
         while live and live[0][0] <= now:
             heapq.heappop(live)

@@ -44,6 +44,7 @@ class Hardware:
     attention: float  # share of peak
     launch: float  # seconds a kernel
     dispatch: float  # seconds of the host a kernel, while the device computes the ones before
+    decode_layer: float  # seconds of the host for a layer of a decoding wave that is launched kernel by kernel
     overlap: float  # share of computation that hides collectives
     node: int  # devices that `inside` connects
     watts: float

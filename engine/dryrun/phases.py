@@ -98,7 +98,9 @@ def _generation(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
     """Of the replica that got the first of each `replicas` sequences; all have nearly the same."""
     sequences, model = scene.sequences, scene.policy.model
     prompts, responses = (column[:: scene.draws.dp].tolist() for column in (sequences.prompt_N, sequences.response_N))
-    drawn = rollout(scene.draws, model, prompts, responses, slots(scene, algorithm))
+    setting = algorithm.rollout.graphs
+    graphs = setting == "on" or (setting == "auto" and scene.hardware.width == 2)  # on GPUs
+    drawn = rollout(scene.draws, model, prompts, responses, slots(scene, algorithm), graphs=graphs)
     asked = forward_flops(model, sequences.prompt_N)
     drawing = ((drawn.prefill, asked), (drawn.decode, forward_flops(model, sequences.lengths_N) - asked))
     yield from (Phase(name, *costs) for name, costs in zip(DRAWING, drawing, strict=True))

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from engine.config import Llama
 from engine.megatron.attention import Attend, Flight, rope_angles, rope_frequencies
+from engine.megatron.graphs import Graphs
 from engine.megatron.prefix import Shared, attend_behind, decode_behind
-from engine.megatron.seat import Graphs, Grid
+from engine.megatron.seat import Grid
+from engine.megatron.tokens import Tokens, Told
 from engine.world import World
 from triton_kernels import decode_attention
 from triton_kernels.launch import by_kernel
@@ -168,10 +170,9 @@ class Step:
 
 
 class Drawn(NamedTuple):
-    """What a step drew, or will have drawn."""
+    """What a step will have drawn."""
 
-    both: Tensor  # float64 [2, R], tokens and log-probs, the padding's at the end
-    work: Any  # what to wait for, if anything
+    told: Told  # the padding's at the end
     live: int
 
 
@@ -262,8 +263,18 @@ def layers_of(chunks: Sequence[Any]) -> list[int]:
 class Ring:
     """The pipeline as generation sees it: group after group, stage after stage, and the tokens back to every stage."""
 
-    def __init__(self, chunks: Sequence[Any], model: Llama, grid: Grid, drawing: Drawing, world: World, graphs: Graphs | None = None):
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        model: Llama,
+        grid: Grid,
+        drawing: Drawing,
+        world: World,
+        tokens: Tokens,
+        graphs: Graphs | None = None,
+    ):
         self.chunks, self.model, self.grid, self.drawing, self.world, self.graphs = chunks, model, grid, drawing, world, graphs
+        self.tokens = tokens
         self.sending: list[tuple[Any, Tensor]] = []  # gloo's sends wait for their receiver: kept until it has come
 
     @torch.no_grad()
@@ -280,8 +291,8 @@ class Ring:
                         if (wave := group.plan()) is None:
                             continue
                         steps[g] = self._step(decoder, wave)
-                    if g in steps:
-                        drawn[g] = self._fly(stage, steps[g])
+                    if g in steps and (found := self._fly(stage, steps[g])):
+                        drawn[g] = found
             if not steps:
                 break
         for work, _ in self.sending:
@@ -296,14 +307,12 @@ class Ring:
     def _absorb(self, group: Group, cache: Cache, drawn: Drawn | None) -> None:
         if drawn is None:
             return
-        if drawn.work is not None:
-            drawn.work.wait()
-        tokens, logprobs = (row[: drawn.live] for row in drawn.both.tolist())
+        tokens, logprobs = (row[: drawn.live] for row in drawn.told().tolist())
         for move in group.absorb([int(token) for token in tokens], logprobs):
             cache.move(*move)
 
-    def _fly(self, stage: int, step: Step) -> Drawn:
-        """One wave through one of this rank's stages."""
+    def _fly(self, stage: int, step: Step) -> Drawn | None:
+        """One wave through one of this rank's stages; what it drew, behind the last of them."""
         grid, chunk = self.grid, self.chunks[stage]
         first, last = grid.pp_rank == 0 and stage == 0, grid.pp_rank == grid.pp - 1 and stage == len(self.chunks) - 1
         if not first:
@@ -318,10 +327,9 @@ class Ring:
             out = step.through(stage)
         if not last:
             self._send(out.contiguous())
-        if grid.pp == 1 or stage < len(self.chunks) - 1:
-            return Drawn(out, None, step.live)
-        both = out if last else torch.empty(2, step.draws, dtype=torch.float64, device=self.world.device)
-        return Drawn(both, dist.broadcast(both, grid.last_stage, group=grid.pp_group, async_op=True), step.live)
+        if stage < len(self.chunks) - 1:
+            return None
+        return Drawn(self.tokens.tell(out) if last else self.tokens.expect(step.draws), step.live)
 
     def _send(self, hidden: Tensor) -> None:
         self.sending.append((dist.isend(hidden, self._peer(1), group=self.grid.pp_group), hidden))

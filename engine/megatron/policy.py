@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from engine.checks import check_generation, check_head
 from engine.config import Llama, Model, Optim, Parallel
 from engine.hub import resolve
 from engine.megatron import seat
+from engine.megatron.graphs import Graphs, Setting
 from engine.megatron.microbatch import Finish, finish_for, finish_loss, finish_per_token, forward_step
 from engine.types import LossFunction, Moments, Packed, Step, TokenLoss, TokenTerms
 from engine.world import World
@@ -50,6 +51,7 @@ class Policy:
             borrowed.enter_context(seat.taken(world))
             self.grid = seat.make_grid(parallel, world, seed)
             borrowed.callback(seat.leave_grid, self.grid)
+            self.graphs = Graphs(world, self.grid.tp_group)
             self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
             self.borrowed = borrowed.pop_all()
 
@@ -176,7 +178,14 @@ class Policy:
         return list(flat.cpu().split(sizes, -1))
 
     def generate(
-        self, groups: Sequence[Group], slots: int, positions: int, drawing: Drawing, prefix: Sequence[int] = (), *, graphs: bool = False
+        self,
+        groups: Sequence[Group],
+        slots: int,
+        positions: int,
+        drawing: Drawing,
+        prefix: Sequence[int] = (),
+        *,
+        graphs: Setting = "off",
     ) -> None:
         """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens, all of
         which go on from the tokens of `prefix`. `graphs`: decode in CUDA graphs, which live as long as the caches: until this returns.
@@ -185,6 +194,7 @@ class Policy:
         GPUs.
         """
         from engine.megatron import decode
+        from engine.megatron.tokens import Tokens
 
         if self.world.on_gpu:
             check_generation(self.parallel)
@@ -193,12 +203,13 @@ class Policy:
             stage.eval()
         layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
-        ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world, seat.Graphs(self.world) if graphs else None)
-        shared = decode.Cache(layers, 1, heads, len(prefix), size, like) if prefix else None
-        if shared:
-            ring.run([decode.Prefill(list(prefix))], [shared])
         slots += -slots % self.grid.tp  # rows that pad have slots of their own
-        ring.run(groups, [decode.Cache(layers, slots, heads, positions, size, like, shared) for _ in groups])
+        with closing(Tokens(self.grid, beside=self.world.on_gpu)) as tokens:
+            ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world, tokens, self.graphs.asked(graphs))
+            shared = decode.Cache(layers, 1, heads, len(prefix), size, like) if prefix else None
+            if shared:
+                ring.run([decode.Prefill(list(prefix))], [shared])
+            ring.run(groups, [decode.Cache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def slot_bytes(self, positions: int) -> int:
         """Bytes of keys and values of one sequence of `positions` tokens, on the pipeline rank that holds most layers: all plan alike."""

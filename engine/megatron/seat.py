@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
@@ -148,49 +147,6 @@ def _accumulating(world: World) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_random_states() -> Iterator[None]:
-    """For a forward that learns nothing, and so draws nothing at random: megatron sets the states of generators all the same, around the
-    embedding, the layers and what is recomputed, and a GPU's must not be touched while a graph is captured."""
-    from megatron.core.tensor_parallel import random
-
-    with mock.patch.object(random.get_cuda_rng_tracker(), "fork", nullcontext), mock.patch.object(random, "_get_all_rng_states", tuple):
-        yield
-
-
-class Graphs:
-    """CUDA graphs in one pool of memory, as large as the largest of them needs: they are replayed one after the other."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.pool = torch.cuda.graph_pool_handle() if world.on_gpu else None
-
-    def capture(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does as `compute` would do now, in one launch; without a GPU, `compute`. It has to have run before, to work on tensors that
-        stay where they are, and not to wait for the device."""
-        if not self.world.on_gpu:
-            return compute
-        from megatron.core.parallel_state import get_global_memory_buffer
-
-        graph = torch.cuda.CUDAGraph()
-        # What other threads do with the device, such as nccl's, is no part of it and does not spoil it.
-        with without_random_states(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            out = compute()
-        # megatron gathers hidden states in memory that it exchanges when it needs more: the graph goes on using what it knows.
-        return _Captured(graph, out, list(get_global_memory_buffer().buffer.values()))
-
-
-@dataclass(frozen=True)
-class _Captured:
-    graph: Any
-    out: Tensor
-    used: list[Tensor]
-
-    def __call__(self) -> Tensor:
-        self.graph.replay()
-        return self.out.clone()  # the next replay of any graph may write over it
-
-
 @dataclass(frozen=True)
 class Grid:
     """This rank's place in the grid of tensor, pipeline and data parallel ranks, and its group along each axis."""
@@ -201,6 +157,7 @@ class Grid:
     pp_rank: int
     pp: int
     pp_group: ProcessGroup
+    pp_hosts: ProcessGroup  # the same ranks, for messages from host to host
     dp_rank: int
     dp: int
     dp_group: ProcessGroup
@@ -230,18 +187,36 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
         state.initialize_model_parallel(
             parallel.tp, parallel.pp, virtual_pipeline_model_parallel_size=virtual, create_gloo_process_groups=False
         )
+        if world.on_gpu and parallel.pp > 1:
+            make_hosts(parallel.pp, world.size)
     have = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
     if have != (parallel.tp, parallel.pp):
         raise ValueError(
             f"this process runs a grid of tp={have[0]}, pp={have[1]}; parallel.tp={parallel.tp}, pp={parallel.pp} must equal it"
         )
+    pipeline: Any = state.get_pipeline_model_parallel_group()
+    hosts = hosts_of(pipeline) if world.on_gpu and parallel.pp > 1 else pipeline
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Grid(
         *_axis(state.get_tensor_model_parallel_group()),
-        *_axis(state.get_pipeline_model_parallel_group()),
+        *_axis(pipeline),
+        hosts,
         *_axis(state.get_data_parallel_group()),
         owned=tuple(_groups() - before),
     )
+
+
+def make_hosts(pp: int, size: int) -> None:
+    """A group between hosts for every pipeline of `size` ranks, which lie as megatron-core places them. All ranks must call it."""
+    apart = size // pp
+    for first in range(apart):
+        dist.new_group(list(range(first, size, apart)), backend="gloo")
+
+
+def hosts_of(pipeline: ProcessGroup) -> ProcessGroup:
+    """The group that make_hosts made for the ranks of `pipeline`."""
+    ranks = dist.get_process_group_ranks(pipeline)
+    return next(g for g in _groups() if g is not pipeline and dist.get_backend(g) == "gloo" and dist.get_process_group_ranks(g) == ranks)
 
 
 def _axis(group: Any) -> tuple[int, int, ProcessGroup]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from engine.megatron.decode import Drawing
+from engine.megatron.graphs import Setting
 from engine.megatron.policy import Policy
 from engine.rollout.slots import Request, Slots, stream
 from engine.rollout.stopping import Until
@@ -49,7 +50,9 @@ class Slotting:
     lag: int = 0  # 1: while a step is learned the next is drawn, by the weights before it; needs gpus
     max_weight: float = 2.0  # with lag=1: the most that a token's loss is multiplied by to make up for that
     share: bool = False  # compute and hold what all prompts begin with once: for many questions behind the same examples
-    graphs: bool = False  # decode in CUDA graphs, but behind what prompts share; on CPU rows are padded as for them, and no more
+    # Decode in CUDA graphs, but behind what prompts share. auto: on GPUs, where the first graph computes what its launches one by one do;
+    # on: or fail (on CPU rows are padded as for graphs, and no more).
+    graphs: Setting = "auto"
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.cache_gb <= 0 or self.prefill < 1:

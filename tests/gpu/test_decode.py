@@ -18,7 +18,8 @@ pytest.importorskip("engine._C")  # make gpu builds it where there is a compiler
 
 from engine.batching import batch, scatter
 from engine.config import Llama, Model, Parallel
-from engine.megatron import seat
+from engine.megatron import graphs
+from engine.megatron.graphs import Setting
 from engine.megatron.policy import Policy
 from engine.rollout.sampler import Response, Sampling, Slotting, generate
 from engine.types import Prompt, Sample
@@ -47,20 +48,20 @@ def policy() -> Iterator[Policy]:
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows by what is captured."""
     found: list[Any] = []
-    capture = seat.Graphs.capture
+    capture = graphs.Graphs.capture
 
-    def counted(graphs: seat.Graphs, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        found.append(capture(graphs, compute))
+    def counted(own: graphs.Graphs, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        found.append(capture(own, compute))
         return found[-1]
 
-    monkeypatch.setattr(seat.Graphs, "capture", counted)
+    monkeypatch.setattr(graphs.Graphs, "capture", counted)
     return found
 
 
-def responses(policy: Policy, count: int, slots: int, sampling: Sampling, *, graphs: bool) -> tuple[list[Prompt], list[Response]]:
+def responses(policy: Policy, count: int, slots: int, sampling: Sampling, *, setting: Setting) -> tuple[list[Prompt], list[Response]]:
     draw = np.random.default_rng(0)
     asked = [Prompt(draw.integers(0, MODEL.vocab, PROMPT, dtype=np.int32), id=i) for i in range(count)]
-    found = generate(policy, asked, sampling, Slotting(slots, cache_gb=1.0, graphs=graphs))
+    found = generate(policy, asked, sampling, Slotting(slots, cache_gb=1.0, graphs=setting))
     return asked, [response for (response,) in found]
 
 
@@ -69,9 +70,9 @@ def responses(policy: Policy, count: int, slots: int, sampling: Sampling, *, gra
 def test_replayed_tokens_are_those_computed_one_by_one(policy: Policy, captures: list[Any], slots: int, temperature: float) -> None:
     """All rows go on to the end together: with and without graphs, products have the same shapes."""
     how = Sampling(MOST, stop=(MODEL.vocab,), temperature=temperature)
-    _, plain = responses(policy, slots, slots, how, graphs=False)
+    _, plain = responses(policy, slots, slots, how, setting="off")
     assert not captures
-    _, replayed = responses(policy, slots, slots, how, graphs=True)
+    _, replayed = responses(policy, slots, slots, how, setting="on")
     assert len(captures) == 1
     for got, wanted in zip(replayed, plain, strict=True):
         assert got.tokens.tolist() == wanted.tokens.tolist()
@@ -80,7 +81,7 @@ def test_replayed_tokens_are_those_computed_one_by_one(policy: Policy, captures:
 
 def test_rows_that_come_and_go_are_said_as_the_trainer_says_them(policy: Policy, captures: list[Any]) -> None:
     """More responses than slots, of ragged lengths: mixed waves in between, rows that pad, every size down to one row."""
-    asked, found = responses(policy, 30, 11, Sampling(MOST, stop=tuple(range(24))), graphs=True)
+    asked, found = responses(policy, 30, 11, Sampling(MOST, stop=tuple(range(24))), setting="on")
     assert len(captures) >= 4
     assert len({len(response.tokens) for response in found}) > 5
     samples = [
@@ -98,7 +99,7 @@ def test_what_graphs_held_is_given_back(policy: Policy) -> None:
     how = Sampling(MOST, stop=(MODEL.vocab,))
     held = []
     for _ in range(3):
-        responses(policy, 16, 16, how, graphs=True)
+        responses(policy, 16, 16, how, setting="on")
         held.append(torch.cuda.memory_allocated())
     assert held[2] <= held[1]
 
