@@ -19,9 +19,9 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
-    # 126 layers, embedding and loss are 128 slots: 16 stages of 8 turns. A pair has 4096 tokens at most.
-    parallel=Parallel(tp=8, pp=16, vpp=8, count_embedding=True, count_loss=True, recompute="selective"),
-    tokens_per_microbatch=8192,
+    # 126 layers, embedding and loss are 128 slots: 32 stages of 4 turns. A pair has 4096 tokens at most.
+    parallel=Parallel(tp=8, pp=32, vpp=4, count_embedding=True, count_loss=True, recompute="swiglu"),
+    tokens_per_microbatch=4096,
     save_every=200,
     out="runs/tulu3_405b_dpo",
 )

@@ -41,7 +41,7 @@ FAULTS = [
         "parallel.pp=12 x parallel.vpp=1 must divide model.layers=126 (128 slots with embedding and loss counted)",
         ["parallel.pp=16"],
     ),
-    Fault("405b_sft", ["parallel.vpp=3"], "parallel.pp=16 x parallel.vpp=3 must divide model.layers=126", ["parallel.vpp=4"]),
+    Fault("405b_sft", ["parallel.vpp=3"], "parallel.pp=32 x parallel.vpp=3 must divide model.layers=126", ["parallel.vpp=4"]),
     Fault(
         "405b_sft",
         ["parallel.count_embedding=false"],
@@ -50,16 +50,16 @@ FAULTS = [
     ),
     Fault(
         "405b_sft",
-        ["parallel.vpp=1", "parallel.stages=[8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8]"],
+        ["parallel.vpp=1", "parallel.pp=16", "parallel.stages=[8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8]"],
         "must give the layers of pp x vpp = 16 stages, in sum model.layers=126",
         ["parallel.stages=[7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7]"],
     ),
-    Fault("405b_sft", ["parallel.pp=1"], "parallel.vpp=8 needs parallel.pp of at least 2", ["parallel.vpp=1"]),
+    Fault("405b_sft", ["parallel.pp=1"], "parallel.vpp=4 needs parallel.pp of at least 2", ["parallel.vpp=1"]),
     Fault("405b_sft", ["algorithm.batch_size=16"], "algorithm.batch_size=16 makes an optimizer step of 16", ["algorithm.batch_size=32"]),
     Fault(
         "405b_sft",
         ["algorithm.max_length=16380"],
-        "algorithm.max_length=16380 is over tokens_per_microbatch=8192",
+        "algorithm.max_length=16380 is over tokens_per_microbatch=6400",
         ["tokens_per_microbatch=16384"],
     ),
     Fault(
@@ -169,11 +169,11 @@ def test_run_refuses_before_a_weight_is_read(tmp_path: Path) -> None:
 
 
 def test_the_size_of_the_world_is_one() -> None:
-    (line,) = problems(recipe("405b_sft"), shape, 250)
+    (line,) = problems(recipe("405b_rlvr"), shape, 250)
     assert line.startswith("the world has 250 ranks, which parallel.tp=8 x parallel.pp=16 = 128 must divide")
     assert "128 or 256 ranks" in line
-    assert problems(recipe("405b_sft"), shape, 256) == []
-    assert problems(recipe("405b_sft"), shape, 128) == []
+    assert problems(recipe("405b_rlvr"), shape, 256) == []
+    assert problems(recipe("405b_rlvr"), shape, 128) == []
 
 
 def test_several_faults_are_all_told() -> None:
@@ -196,16 +196,22 @@ WARNED = [
         "weigh as much as 1.2 layers each",
         "parallel.stages=[4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4]",
     ),
-    ("405b_sft", ["algorithm.batch_size=257"], {}, "does not divide over 2 replicas", "algorithm.batch_size=258"),
     (
         "405b_sft",
-        ["parallel.vpp=1"],
+        ["parallel.pp=16", "algorithm.batch_size=257"],
+        {},
+        "does not divide over 2 replicas",
+        "algorithm.batch_size=258",
+    ),
+    (
+        "405b_sft",
+        ["parallel.vpp=1", "parallel.pp=16", "tokens_per_microbatch=8192"],
         {"tokens": 700.0},
         "makes 11 microbatches a replica: parallel.pp=16 stages stand idle 58%",
         "parallel.vpp=8",
     ),
     ("405b_dpo", ["tokens_per_microbatch=2048"], {}, "they can be 4096, over tokens_per_microbatch=2048", "tokens_per_microbatch=4096"),
-    ("405b_sft", ["parallel.recompute=none", "parallel.vpp=1"], {}, "keeps about 72 GB of activations", "parallel.recompute=selective"),
+    ("405b_sft", ["parallel.recompute=none", "parallel.vpp=1"], {}, "keeps about 56 GB of activations", "parallel.recompute=selective"),
     ("405b_rlvr", ["algorithm.rollout.slots=1000"], {}, "is more than the 928 responses", "algorithm.rollout.slots=896"),
     ("405b_rlvr", ["algorithm.rollout.slots=500"], {}, "makes 31 for each of parallel.pp=16 stages", "algorithm.rollout.slots=384"),
 ]
