@@ -40,7 +40,7 @@ next:
 
 # What depends on the versions of Python, megatron-core and triton; the rest does not.
 NEXT_TESTS = tests/test_invariance.py tests/test_policy.py tests/test_resume.py tests/test_layer.py tests/test_weight_gradient.py \
-	tests/test_seat.py tests/test_token_loss.py tests/test_dryrun_stages.py
+	tests/test_seat.py tests/test_token_loss.py tests/test_dryrun_stages.py tests/test_overlap.py tests/test_sampler.py
 test-next:
 	@if [ -x $(NEXT)/bin/python ]; then \
 		$(NEXT)/bin/python setup.py -q build_ext --inplace && $(NEXT)/bin/python -m pytest $(NEXT_TESTS) && \

@@ -250,7 +250,7 @@ file was fitted to any of them.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dryrun_published_2026-11-22.md"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dryrun_published_2026-11-26.md"))
     parser.add_argument("--json", type=Path, help="the same numbers")
 
 

@@ -105,7 +105,7 @@ def page(facts: list[dict[str, Any]]) -> str:
         "updates of both. On 240 GPUs the critic has 30 of its 32 layers, so that 15 stages hold two each; the 16 other GPUs, which",
         "generate there, are not counted. MFU: operations that the model's mathematics asks for, over what the GPUs could do in that time.",
         "",
-        "The speed of matrix products is fitted to another published run (dryrun_published_2026-11-22.md). Assumed besides:",
+        "The speed of matrix products is fitted to another published run (dryrun_published_2026-11-26.md). Assumed besides:",
         "",
         *(f"- {line}" for line in facts[0]["assumptions"]),
     ]

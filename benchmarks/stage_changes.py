@@ -28,7 +28,7 @@ from triton_kernels import rmsnorm, rope
 
 MODEL, DEVICE, GPUS = "405b", "h100", 128
 GRID = Parallel(8, 16, count_embedding=True, count_loss=True, tp_comm_overlap=True)
-CEILINGS = (0.59, 0.65, 0.71)  # of products: hardware.toml's, and what a run may find instead
+CEILINGS = (0.59, 0.65, 0.71)  # of products, which a run may find: hardware.toml has less
 CASES = (
     ("none", 8192),
     ("swiglu", 8192),
