@@ -219,15 +219,15 @@ def _product_calls(contact: Contact, tokens: int, hidden: int, vocab: int) -> di
 
 
 def symmetric_memory(contact: Contact) -> Iterator[Fact]:
-    """Whether PyTorch's products with symmetric memory work here, as far as one GPU can tell: parallel.tp_comm_overlap uses them."""
-    from engine.megatron.overlap import prove
+    """PyTorch's symmetric-memory products, which parallel.tp_comm_overlap uses, in a group of one GPU."""
+    from engine.megatron.overlap import check
     from engine.world import World
 
     with closing(World.start()) as world:
         group = torch.distributed.group.WORLD
         assert group is not None
         try:
-            prove(group, world.device, torch.bfloat16)
+            check(group, world.device, torch.bfloat16)
         except ValueError as refusal:
             yield {"why": str(refusal), "good": False}
         else:

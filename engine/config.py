@@ -231,7 +231,7 @@ class Parallel:
     count_loss: bool = False  # and so does the output layer
     stages: tuple[int, ...] = ()  # or deal by hand: layers of each of the pp * vpp stages, in order
     recompute: Recompute = "none"
-    tp_comm_overlap: bool = False  # tensor-parallel communication runs beside the products that need it; GPUs of one node
+    tp_comm_overlap: bool = False  # overlap tensor-parallel communication with matrix products; GPUs of one node only
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks
 
     def __post_init__(self) -> None:

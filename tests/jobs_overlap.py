@@ -34,7 +34,7 @@ def symmetric_memory() -> Iterator[list[str]]:
 
         library.impl(name, noted, "CPU")
     try:
-        with mock.patch.object(overlap, "_separate", return_value=False):
+        with mock.patch.object(overlap, "_uses_fallback", return_value=False):
             yield called
     finally:
         library._destroy()
@@ -55,8 +55,8 @@ def products(world: World, symmetric: bool) -> list[Tensor]:
     return [whole, out, again, scattered]
 
 
-def proven(world: World, fault: str) -> str:
-    """What `prove` says: with PyTorch's operations as they are ("none"), wrong, or refused."""
+def checked(world: World, fault: str) -> str:
+    """What `check` says: with PyTorch's operations as they are ("none"), wrong, or refused."""
     group = dist.group.WORLD
     assert group is not None
 
@@ -68,7 +68,7 @@ def proven(world: World, fault: str) -> str:
 
     with symmetric_memory(), mock.patch.object(overlap, "gather_multiply", overlap.gather_multiply if fault == "none" else gather):
         try:
-            overlap.prove(group, world.device, torch.float32)
+            overlap.check(group, world.device, torch.float32)
         except ValueError as error:
             return str(error)
     return ""

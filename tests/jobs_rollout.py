@@ -123,25 +123,25 @@ def captured(world: World, **how: Any) -> dict[str, Any]:
         return responses(world, graphs="on", **how) | {"captured": count}
 
 
-def told_by_a_thread(world: World, **how: Any) -> dict[str, Any]:
-    """As `responses`, tokens told as where a GPU draws them: by a thread, over a group of their own."""
+def sent_by_a_thread(world: World, **how: Any) -> dict[str, Any]:
+    """As `responses`, tokens sent as on GPUs: by a thread, over a group of their own."""
     from engine.megatron import seat, tokens
 
-    own, made = tokens.Tokens, []
+    own, made = tokens.TokenSender, []
 
-    def threaded(grid: seat.Grid, *, beside: bool) -> tokens.Tokens:
+    def threaded(grid: seat.Grid, *, in_thread: bool) -> tokens.TokenSender:
         before = seat._groups()
-        seat.make_hosts(grid.pp, world.size)
+        seat.make_host_groups(grid.pp, world.size)
         (hosts,) = seat._groups() - before
         assert dist.get_process_group_ranks(hosts) == dist.get_process_group_ranks(grid.pp_group)
-        found = own(replace(grid, pp_hosts=hosts), beside=True)
+        found = own(replace(grid, pp_host_group=hosts), in_thread=True)
         made.append(found)
         return found
 
-    with mock.patch.object(tokens, "Tokens", threaded):
+    with mock.patch.object(tokens, "TokenSender", threaded):
         found = responses(world, **how)
     for each in made:
-        dist.destroy_process_group(each.grid.pp_hosts)
+        dist.destroy_process_group(each.grid.pp_host_group)
     return found | {"threads": sum(each.thread is not None for each in made)}
 
 

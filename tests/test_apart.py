@@ -161,6 +161,7 @@ def test_the_loss_is_weighted_token_by_token(average: Any) -> None:
         ({"gpus": 2, "lag": 2}, r"rollout.lag=2 is neither 0 nor 1; use 1 .*, 0"),
         ({"gpus": -1}, r"rollout.gpus=-1 must not be negative"),
         ({"gpus": 1, "lag": 1, "max_weight": 0.0}, r"rollout.max_weight=0.0 must be positive"),
+        ({"graphs": True}, r"rollout.graphs=True must be one of auto, on, off"),
     ],
     ids=str,
 )

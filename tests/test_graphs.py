@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.megatron.graphs import Graphs, Setting, _alike
+from engine.megatron.graphs import Graphs, Setting, _equal
 
 HIDDEN = torch.arange(12, dtype=torch.float32).view(3, 4)
 DRAWN = torch.tensor([[5.0, 900.0], [-1.5, -0.25]], dtype=torch.float64)
@@ -48,32 +48,32 @@ def test_the_first_graph_is_proven_and_the_others_are_taken(monkeypatch: pytest.
         return HIDDEN
 
     own = graphs(monkeypatch, replayed)
-    assert own.asked("auto") is own
+    assert own.enabled("auto") is own
     assert torch.equal(own.capture(compute)(), HIDDEN)
     assert runs == 3  # launched, replayed to be compared, replayed
     own.capture(compute)
     assert runs == 3
-    assert own.proven
-    assert own.asked("auto") is own
+    assert own.checked
+    assert own.enabled("auto") is own
 
 
 @pytest.mark.parametrize(("captured", "why"), [
     (failing, "capture failed: operation not permitted when stream is capturing;"),
-    (wrong, "a captured wave computes other numbers than its launches one by one;"),
+    (wrong, "the captured graph's results differ from eager execution;"),
 ])  # fmt: skip
 def test_what_is_not_proven_is_launched_one_by_one(monkeypatch: pytest.MonkeyPatch, captured: Any, why: str) -> None:
     """With one line why, once; where graphs are insisted on, it is the end."""
     own = graphs(monkeypatch, captured)
-    assert own.asked("auto") is own
-    with pytest.warns(UserWarning, match=f"rollout.graphs: {why} decoding goes on without CUDA graphs") as said:
+    assert own.enabled("auto") is own
+    with pytest.warns(UserWarning, match=f"rollout.graphs=auto: {why} decoding without CUDA graphs") as said:
         launched = own.capture(lambda: HIDDEN)
     assert len(said) == 1
     assert torch.equal(launched(), HIDDEN)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(own.capture(lambda: HIDDEN)(), HIDDEN)
-    assert own.asked("auto") is None
-    assert own.asked("on") is own
+    assert own.enabled("auto") is None
+    assert own.enabled("on") is own
     with pytest.raises(RuntimeError, match=f"rollout.graphs=on: {why} use rollout.graphs=off"):
         own.capture(lambda: HIDDEN)
 
@@ -83,30 +83,33 @@ def test_what_is_not_proven_is_launched_one_by_one(monkeypatch: pytest.MonkeyPat
 ])  # fmt: skip
 def test_who_decodes_in_graphs(monkeypatch: pytest.MonkeyPatch, setting: Setting, on_gpu: bool, taken: bool) -> None:
     own = graphs(monkeypatch, replayed, on_gpu)
-    assert (own.asked(setting) is own) == taken
+    assert (own.enabled(setting) is own) == taken
     if not on_gpu:  # there is nothing to capture with
         assert own.capture(HIDDEN.clone)().equal(HIDDEN)
-        assert not own.proven
+        assert not own.checked
 
 
 def test_tokens_must_be_the_same_and_the_rest_nearly() -> None:
-    assert _alike(HIDDEN * (1 + 2**-8), HIDDEN)
-    assert not _alike(HIDDEN * (1 + 2**-5), HIDDEN)
-    assert not _alike(torch.where(HIDDEN == 3, torch.nan, HIDDEN), HIDDEN)
+    assert _equal(HIDDEN * (1 + 2**-8), HIDDEN)
+    assert not _equal(HIDDEN * (1 + 2**-5), HIDDEN)
+    padded = torch.where(HIDDEN == 3, torch.nan, HIDDEN)
+    assert not _equal(padded, HIDDEN)
+    assert not _equal(HIDDEN, padded)
+    assert _equal(padded, padded.clone())
     other = DRAWN.clone()
     other[1, 0] += 1e-3
-    assert _alike(other, DRAWN)
+    assert _equal(other, DRAWN)
     other[0, 1] += 1
-    assert not _alike(other, DRAWN)
+    assert not _equal(other, DRAWN)
 
 
 def test_ranks_agree_on_any_rank_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank whose own graph is good does as the one whose is not."""
     own = graphs(monkeypatch, replayed)
     own.group = SimpleNamespace(size=lambda: 2)  # type: ignore[assignment]
-    reasons = iter([["", ""], ["", "a captured wave computes other numbers than its launches one by one"]])
+    reasons = iter([["", ""], ["", "the captured graph's results differ from eager execution"]])
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda into, _, group: into.__setitem__(slice(None), next(reasons)))
-    own.asked("auto")
-    with pytest.warns(UserWarning, match="other numbers"):
+    own.enabled("auto")
+    with pytest.warns(UserWarning, match="results differ"):
         own.capture(lambda: HIDDEN)
-    assert own.refused
+    assert own.failed

@@ -87,6 +87,6 @@ def test_one_rank_has_nobody_to_wait_for() -> None:
     ("wrong", r"does not work between these GPUs \(results differ by .*; use parallel.tp_comm_overlap=false"),
     ("refused", r"does not work between these GPUs \(no peer access\); use parallel.tp_comm_overlap=false"),
 ])  # fmt: skip
-def test_it_is_proven_before_it_is_used(fault: str, said: str) -> None:
-    for found in ranks(2).run(jobs_overlap.proven, fault=fault):
+def test_it_is_checked_before_it_is_used(fault: str, said: str) -> None:
+    for found in ranks(2).run(jobs_overlap.checked, fault=fault):
         assert re.search(said, found) if said else found == ""

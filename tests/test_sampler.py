@@ -93,8 +93,8 @@ PIPELINES = [(2, Parallel(pp=2)), (2, Parallel(pp=2, vpp=2)), (4, Parallel(tp=2,
 
 
 @pytest.mark.parametrize(("size", "parallel"), PIPELINES, ids=str)
-def test_tokens_told_by_a_thread_are_the_same(size: int, parallel: Parallel) -> None:
-    found = ranks(size).run(jobs_rollout.told_by_a_thread, parallel=parallel, model=MODEL, temperature=1.0)
+def test_tokens_sent_by_a_thread_are_the_same(size: int, parallel: Parallel) -> None:
+    found = ranks(size).run(jobs_rollout.sent_by_a_thread, parallel=parallel, model=MODEL, temperature=1.0)
     for rank, of_rank in enumerate(found):
         assert of_rank["tokens"] == one_rank(temperature=1.0)["tokens"]
         assert of_rank["threads"] == (rank >= size - size // parallel.pp)  # on last stages

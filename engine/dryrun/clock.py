@@ -97,9 +97,9 @@ class Clock:
         return moved / (hardware.bandwidth * hardware.streaming)
 
     def overlapped(self, each: Overlapped) -> float:
-        """Of a product in one block a rank, of which all but one are sent or come while another is multiplied. Blocks are multiplied on two
-        streams by turns, so that the last wave of one is filled up by the next: waves are lost as in a whole product. The first block
-        waits for all ranks to be there, and every other for the rank that it goes to or comes from."""
+        """Of a product in one block per rank; all but one block are transferred while another is multiplied. PyTorch alternates blocks
+        between two streams, so the next block fills the last wave of this one: one wave is lost, as in a whole product. Barriers cost a
+        collective's latency and two steps per block."""
         ranks, _ = self._axis("tp")
         steps, bandwidth, latency = self._ring("tp")
         block = max(self.product(each.matmul) / ranks, self._moved(each.matmul._replace(m=each.matmul.m // ranks)))

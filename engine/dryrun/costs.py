@@ -101,11 +101,10 @@ def _multiplied(a: Tensor, b: Tensor, accumulates: bool) -> Work:
 
 
 def _overlapped(call: Call) -> Cost:
-    """Of PyTorch's products with symmetric memory (torch.ops.symm_mem), whose buffers are counted as scratch. Each block is a
-    product and a copy between barriers. Gathering, this rank's block is first copied for the others to read; scattering, the blocks that
-    came are read and summed."""
+    """Of PyTorch's products with symmetric memory (torch.ops.symm_mem); their buffers are scratch. Each block is a product and a copy
+    between barriers. Gathering copies this rank's block for the others to read; scattering reads and sums the blocks received."""
     gathers = call.name == "fused_all_gather_matmul"
-    rows, matrix = call.given["A" if "A" in call.given else "A_shard"], (call.given["Bs"][0] if gathers else call.given["B"])
+    rows, matrix = call.given["A"], call.given["Bs"][0] if gathers else call.given["B"]
     ranks = dist.distributed_c10d._get_group_size_by_name(call.given["group_name"])
     whole = Matmul(len(rows) * (ranks if gathers else 1), *matrix.shape)
     size = rows.element_size() * whole.m * (whole.k if gathers else whole.n)

@@ -15,8 +15,8 @@ LAYER_KERNELS = (
     40  # of a layer's forward in decoding: norms, products, rotary embedding, cache writes, collectives, views made whole. Counted roughly
 )
 HEAD_KERNELS = 30
-REPLAYING = 10  # calls of the host for a stage in CUDA graphs: what it is told, its messages, the graph, a copy of what came out
-DRAWN = 16  # bytes that a row's token and log-prob travel in
+REPLAY_CALLS = 10  # host calls per stage with CUDA graphs: input copy, messages, replay, output copy
+TOKEN_BYTES = 16  # a row's token and log-prob, as they are sent to the other stages
 
 
 class Rollout(NamedTuple):
@@ -79,8 +79,8 @@ def round_seconds(clock: Clock, model: Llama, rows: int, reach: float, prompts: 
         head = i == stages - 1
         work = wave(model, parallel.tp, n, rows, reach, prompts=prompts, head=head, width=hardware.width)
         launched = n * hardware.decode_layer + head * HEAD_KERNELS * hardware.dispatch
-        seconds += clock.parts(work, REPLAYING * hardware.dispatch if graphs and not prompts else launched).seconds
-    drawn = clock.hop(rows * DRAWN) if parallel.pp > 1 else 0.0
+        seconds += clock.parts(work, REPLAY_CALLS * hardware.dispatch if graphs and not prompts else launched).seconds
+    drawn = clock.hop(rows * TOKEN_BYTES) if parallel.pp > 1 else 0.0
     return seconds + stages * clock.hop((rows + sum(prompts)) / parallel.tp * model.hidden * hardware.width) + drawn
 
 

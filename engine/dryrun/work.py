@@ -26,8 +26,8 @@ class Collective(NamedTuple):
 
 
 class Overlapped(NamedTuple):
-    """A product of all tensor-parallel ranks' rows, or one whose sums are scattered to them, in one block a rank: while one block is
-    multiplied, another is sent."""
+    """A product overlapped with the all-gather of its rows or the reduce-scatter of its sums over tensor-parallel ranks, in one block per
+    rank; see megatron/overlap.py."""
 
     matmul: Matmul  # of all blocks
     size: int  # bytes of the whole message

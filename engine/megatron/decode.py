@@ -24,7 +24,7 @@ from engine.megatron.attention import Attend, Flight, rope_angles, rope_frequenc
 from engine.megatron.graphs import Graphs
 from engine.megatron.prefix import Shared, attend_behind, decode_behind
 from engine.megatron.seat import Grid
-from engine.megatron.tokens import Tokens, Told
+from engine.megatron.tokens import Pending, TokenSender
 from engine.world import World
 from triton_kernels import decode_attention
 from triton_kernels.launch import by_kernel
@@ -172,7 +172,7 @@ class Step:
 class Drawn(NamedTuple):
     """What a step will have drawn."""
 
-    told: Told  # the padding's at the end
+    pending: Pending  # padding rows at the end
     live: int
 
 
@@ -270,7 +270,7 @@ class Ring:
         grid: Grid,
         drawing: Drawing,
         world: World,
-        tokens: Tokens,
+        tokens: TokenSender,
         graphs: Graphs | None = None,
     ):
         self.chunks, self.model, self.grid, self.drawing, self.world, self.graphs = chunks, model, grid, drawing, world, graphs
@@ -298,6 +298,7 @@ class Ring:
         for work, _ in self.sending:
             work.wait()
         self.sending.clear()
+        self.tokens.finish()
 
     def _step(self, decoder: Decoder, wave: Wave) -> Step:
         if not wave.prompts:
@@ -307,7 +308,7 @@ class Ring:
     def _absorb(self, group: Group, cache: Cache, drawn: Drawn | None) -> None:
         if drawn is None:
             return
-        tokens, logprobs = (row[: drawn.live] for row in drawn.told().tolist())
+        tokens, logprobs = (row[: drawn.live] for row in drawn.pending().tolist())
         for move in group.absorb([int(token) for token in tokens], logprobs):
             cache.move(*move)
 
@@ -329,7 +330,7 @@ class Ring:
             self._send(out.contiguous())
         if stage < len(self.chunks) - 1:
             return None
-        return Drawn(self.tokens.tell(out) if last else self.tokens.expect(step.draws), step.live)
+        return Drawn(self.tokens.send(out) if last else self.tokens.receive(step.draws), step.live)
 
     def _send(self, hidden: Tensor) -> None:
         self.sending.append((dist.isend(hidden, self._peer(1), group=self.grid.pp_group), hidden))

@@ -1,4 +1,4 @@
-"""CUDA graphs for decoding: captured, proven against the launches that they stand for, and replayed."""
+"""CUDA graphs for decoding. The first captured graph is compared with eager execution before any is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from engine.world import World
 
-Setting = Literal["auto", "on", "off"]  # of rollout.graphs: where they compute the same, or fail, or never
+Setting = Literal["auto", "on", "off"]  # of rollout.graphs; see Graphs.enabled
 
 
 @contextmanager
@@ -30,54 +30,58 @@ def without_random_states() -> Iterator[None]:
 
 
 class Graphs:
-    """CUDA graphs in one pool of memory, as large as the largest of them needs: they are replayed one after the other."""
+    """Captures CUDA graphs into one memory pool, as large as the largest graph needs: they are replayed one after the other."""
 
     def __init__(self, world: World, group: ProcessGroup):
-        """`group`: the ranks that capture together."""
+        """`group`: the ranks that capture and replay together."""
         self.world, self.group = world, group
-        self.proven = self.refused = self.insists = False
+        self.checked = self.failed = self.required = False
         self.pool: Any = None
 
-    def asked(self, setting: Setting) -> Graphs | None:
-        """Themselves, for a generation; None where it is to do without. With "on", capture raises RuntimeError where the first graph fails
-        or computes something else; with "auto" it warns, once, and nothing is captured from then on."""
-        if setting == "off" or (setting == "auto" and (self.refused or not self.world.on_gpu)):
+    def enabled(self, setting: Setting) -> Graphs | None:
+        """Returns itself for one generation, or None to decode eagerly.
+
+        off   never
+        auto  on GPUs. If the first graph fails or differs from eager execution, a warning says why and decoding stays eager from then on
+        on    the same, but `capture` raises RuntimeError instead of the warning
+        """
+        if setting == "off" or (setting == "auto" and (self.failed or not self.world.on_gpu)):
             return None
-        self.insists, self.refused = setting == "on", False
+        self.required, self.failed = setting == "on", False
         self.pool = torch.cuda.graph_pool_handle() if self.world.on_gpu else None
         return self
 
     def capture(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does as `compute` would do now, in one launch; without a GPU, `compute`. It has to have run before, to work on tensors that
-        stay where they are, to leave the same behind when it runs twice, and not to wait for the device."""
-        if not self.world.on_gpu or self.refused:
+        """A graph that replays what `compute` would do now; without a GPU, `compute` itself. `compute` must have run before, work on
+        tensors that keep their addresses, leave the same state behind when it runs twice, and not synchronise with the device."""
+        if not self.world.on_gpu or self.failed:
             return compute
-        return self._captured(compute) if self.proven else self._first(compute)
+        return self._captured(compute) if self.checked else self._first(compute)
 
     def _first(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Captured, and compared with `compute`. Whether it is good is for all ranks to say: each replays the others' messages."""
+        """Capture and compare with eager execution. All ranks of the group agree: a replay contains their collectives."""
         expected, why, graph = compute().clone(), "", compute
         try:
             graph = self._captured(compute)
         except RuntimeError as error:
             why = f"capture failed: {str(error).splitlines()[0]}"
-        if not (said := self._agreed(why)) and not _alike(graph(), expected):
-            why = "a captured wave computes other numbers than its launches one by one"
-        said = said or self._agreed(why)
-        if said and self.insists:
-            raise RuntimeError(f"rollout.graphs=on: {said}; use rollout.graphs=off")
-        if said:
-            warnings.warn(f"rollout.graphs: {said}; decoding goes on without CUDA graphs", stacklevel=2)
-        self.proven, self.refused = not said, bool(said)
-        return compute if said else graph
+        problem = self._agreed(why)
+        if not problem:
+            problem = self._agreed("" if _equal(graph(), expected) else "the captured graph's results differ from eager execution")
+        if problem and self.required:
+            raise RuntimeError(f"rollout.graphs=on: {problem}; use rollout.graphs=off")
+        if problem:
+            warnings.warn(f"rollout.graphs=auto: {problem}; decoding without CUDA graphs", stacklevel=2)
+        self.checked, self.failed = not problem, bool(problem)
+        return compute if problem else graph
 
     def _agreed(self, why: str) -> str:
-        """A reason of any rank, on every rank; "" for none."""
+        """The first problem that any rank has, on every rank; "" for none."""
         if self.group.size() == 1:
             return why
-        reasons: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(reasons, why, group=self.group)
-        return next(filter(None, reasons), "")
+        problems: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(problems, why, group=self.group)
+        return next(filter(None, problems), "")
 
     def _captured(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         from megatron.core.parallel_state import get_global_memory_buffer
@@ -90,10 +94,13 @@ class Graphs:
         return _Captured(graph, out, list(get_global_memory_buffer().buffer.values()))
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two runs of one computation agree: drawn tokens to the last bit, log-probs and hidden states to the rounding of bf16."""
-    same = found.dtype != torch.float64 or torch.equal(found[0], expected[0])
-    return same and bool((found - expected).abs().max() <= 2**-6 * expected.abs().max())
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether token ids are equal, and log-probs or hidden states within the rounding of bf16. NaN, which rows of padding may hold, equals
+    NaN."""
+    if found.dtype == torch.float64 and not torch.isclose(found[0], expected[0], rtol=0, atol=0, equal_nan=True).all():
+        return False
+    largest = float(expected.abs().nan_to_num().max())
+    return bool(torch.isclose(found, expected, rtol=0, atol=2**-6 * largest, equal_nan=True).all())
 
 
 @dataclass(frozen=True)

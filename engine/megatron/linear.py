@@ -1,8 +1,8 @@
-"""The linear layers of a tensor-parallel group: megatron's, with communication beside the products where `parallel.tp_comm_overlap` asks,
-and with SwiGLU computed again in backward where `parallel.recompute` asks.
+"""megatron's tensor-parallel linear layers, with overlapped communication (`parallel.tp_comm_overlap`) and with SwiGLU recomputed in
+backward (`parallel.recompute=swiglu`).
 
-Only what megatron waits for is overlapped here. The rest runs beside products already: of a column-parallel layer's backward, the gathering
-of its input beside the gradient of the input, and the scattering of that beside the gradient of the weight.
+Only communication that megatron waits for is changed. In the backward of a column-parallel layer, megatron already overlaps the all-gather
+of the input with the input's gradient, and the reduce-scatter of that with the weight's gradient.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from triton_kernels import swiglu
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """[T / tp, 1, D] -> [T, 1, O / tp]: gathers rows while it multiplies."""
+    """[T / tp, 1, D] -> [T, 1, O / tp]; the all-gather of rows overlaps with the product."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """As megatron's; few rows are gathered before the product."""
+        """As megatron's. Fewer than LEAST_ROWS rows a rank are gathered before the product."""
         assert self.weight is not None
         if not self.config.tp_comm_overlap or len(input_) < overlap.LEAST_ROWS:
             return super().forward(input_)  # type: ignore[return-value]
@@ -33,12 +33,12 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """[T, 1, I / tp] -> [T / tp, 1, D]: scatters sums while it multiplies."""
+    """[T, 1, I / tp] -> [T / tp, 1, D]; the reduce-scatter of sums overlaps with the product."""
 
     recomputes = False
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        """As megatron's; the sums of few rows are scattered after the product."""
+        """As megatron's. Fewer than LEAST_ROWS rows a rank are reduce-scattered after the product."""
         group: Any = self.tp_group
         if not self.config.tp_comm_overlap or len(input_) < overlap.LEAST_ROWS * group.size():
             return super().forward(input_)  # type: ignore[return-value]
@@ -47,7 +47,7 @@ class RowLinear(RowParallelLinear):
 
 
 class RecomputingLinear(RowLinear):
-    """The MLP's second product, of SwiGLU(gate_up), which it computes again for its weight gradient instead of keeping it."""
+    """The MLP's second product, of SwiGLU(gate_up). SwiGLU's output is recomputed for the weight gradient instead of being kept."""
 
     recomputes = True
 

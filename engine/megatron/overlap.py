@@ -1,7 +1,8 @@
-"""Tensor-parallel products whose communication runs beside them (`parallel.tp_comm_overlap`).
+"""Matrix products overlapped with tensor-parallel communication (`parallel.tp_comm_overlap`).
 
-Rows are gathered, or partial sums scattered, in one block a rank: while one block is multiplied, another is sent. On GPUs PyTorch's
-symmetric memory does so (torch.ops.symm_mem); on CPU the whole message is sent before or after the product, with the same numbers.
+Rows are all-gathered, or partial sums reduce-scattered, in one block per rank: while one block is multiplied, another is transferred. On
+GPUs this uses PyTorch's symmetric memory (torch.ops.symm_mem). On CPU the communication comes before or after the product; results are the
+same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# Fewer rows in a block than this, and its product takes as long as reading the matrix, which every block does again.
+# Rows of a block. Every block reads the whole matrix, and with fewer rows that takes longer than the arithmetic.
 LEAST_ROWS = 256
 
 
@@ -21,7 +22,7 @@ def gather_multiply(rows: Tensor, matrix: Tensor, group: ProcessGroup, *, keep: 
     rows    [R, K], this rank's
     matrix  [K, N], this rank's
     """
-    if _separate(rows):
+    if _uses_fallback(rows):
         whole = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
         dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
         return (whole if keep else None), whole.mm(matrix)
@@ -35,7 +36,7 @@ def multiply_scatter(rows: Tensor, matrix: Tensor, group: ProcessGroup) -> Tenso
     rows    [n R, K], for a part of K on each rank
     matrix  [K, N], the same part
     """
-    if _separate(rows):
+    if _uses_fallback(rows):
         partial = rows.mm(matrix)
         out = partial.new_empty(len(partial) // group.size(), partial.shape[1])
         dist.reduce_scatter_tensor(out, partial, group=group)
@@ -43,14 +44,14 @@ def multiply_scatter(rows: Tensor, matrix: Tensor, group: ProcessGroup) -> Tenso
     return torch.ops.symm_mem.fused_matmul_reduce_scatter(rows, matrix, "sum", 0, group.group_name)
 
 
-def _separate(rows: Tensor) -> bool:
+def _uses_fallback(rows: Tensor) -> bool:
     return rows.device.type == "cpu"
 
 
-def prove(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None:
-    """Compute both products of this module and compare them with separate communication. All ranks of `group` must call it.
+def check(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare both functions of this module with separate communication. All ranks of `group` must call it.
 
-    Raises ValueError when the devices cannot do it, or do it wrong.
+    Raises ValueError if the devices do not support symmetric memory, or if results differ.
     """
     rank, ranks = group.rank(), group.size()
     draw = torch.Generator().manual_seed(rank)
@@ -60,21 +61,25 @@ def prove(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None
         whole, out = gather_multiply(block, matrix, group, keep=True)
         summed = multiply_scatter(rows, matrix, group)
     except RuntimeError as error:
-        raise ValueError(_refusal(str(error).splitlines()[0])) from error
+        raise ValueError(_message(str(error).splitlines()[0])) from error
     expected = torch.empty_like(rows)
     dist.all_gather_into_tensor(expected, block.contiguous(), group=group)
     partial = rows.float() @ matrix.float()
     dist.all_reduce(partial, group=group)
-    errors = [_apart(whole, expected), _apart(out, expected.float() @ matrix.float()), _apart(summed, partial.chunk(ranks)[rank])]
+    errors = [
+        _relative_error(whole, expected),
+        _relative_error(out, expected.float() @ matrix.float()),
+        _relative_error(summed, partial.chunk(ranks)[rank]),
+    ]
     if max(errors) > 2**-6:  # bf16 keeps 8 bits
-        raise ValueError(_refusal(f"results differ by {max(errors):.2g} of the largest"))
+        raise ValueError(_message(f"results differ by {max(errors):.2g} of the largest"))
 
 
-def _apart(found: Tensor | None, expected: Tensor) -> float:
+def _relative_error(found: Tensor | None, expected: Tensor) -> float:
     """The largest difference, as a share of the largest expected value."""
     assert found is not None
     return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
-def _refusal(why: str) -> str:
+def _message(why: str) -> str:
     return f"parallel.tp_comm_overlap=true does not work between these GPUs ({why}); use parallel.tp_comm_overlap=false"

@@ -59,7 +59,7 @@ class Policy:
         from engine.megatron import model, overlap, weights
 
         if self.parallel.tp_comm_overlap and self.world.on_gpu and self.grid.tp > 1:
-            overlap.prove(self.grid.tp_group, self.world.device, self.dtype)
+            overlap.check(self.grid.tp_group, self.world.device, self.dtype)
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype, learns=self.optim is not None)
         self.origin: Origin | None = None
         if fill:
@@ -194,7 +194,7 @@ class Policy:
         GPUs.
         """
         from engine.megatron import decode
-        from engine.megatron.tokens import Tokens
+        from engine.megatron.tokens import TokenSender
 
         if self.world.on_gpu:
             check_generation(self.parallel)
@@ -204,8 +204,8 @@ class Policy:
         layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
         slots += -slots % self.grid.tp  # rows that pad have slots of their own
-        with closing(Tokens(self.grid, beside=self.world.on_gpu)) as tokens:
-            ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world, tokens, self.graphs.asked(graphs))
+        with closing(TokenSender(self.grid, in_thread=self.world.on_gpu)) as tokens:
+            ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world, tokens, self.graphs.enabled(graphs))
             shared = decode.Cache(layers, 1, heads, len(prefix), size, like) if prefix else None
             if shared:
                 ring.run([decode.Prefill(list(prefix))], [shared])

@@ -157,7 +157,7 @@ class Grid:
     pp_rank: int
     pp: int
     pp_group: ProcessGroup
-    pp_hosts: ProcessGroup  # the same ranks, for messages from host to host
+    pp_host_group: ProcessGroup  # the same ranks, for messages between hosts
     dp_rank: int
     dp: int
     dp_group: ProcessGroup
@@ -188,33 +188,33 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
             parallel.tp, parallel.pp, virtual_pipeline_model_parallel_size=virtual, create_gloo_process_groups=False
         )
         if world.on_gpu and parallel.pp > 1:
-            make_hosts(parallel.pp, world.size)
+            make_host_groups(parallel.pp, world.size)
     have = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
     if have != (parallel.tp, parallel.pp):
         raise ValueError(
             f"this process runs a grid of tp={have[0]}, pp={have[1]}; parallel.tp={parallel.tp}, pp={parallel.pp} must equal it"
         )
     pipeline: Any = state.get_pipeline_model_parallel_group()
-    hosts = hosts_of(pipeline) if world.on_gpu and parallel.pp > 1 else pipeline
+    host_group = host_group_of(pipeline) if world.on_gpu and parallel.pp > 1 else pipeline
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Grid(
         *_axis(state.get_tensor_model_parallel_group()),
         *_axis(pipeline),
-        hosts,
+        host_group,
         *_axis(state.get_data_parallel_group()),
         owned=tuple(_groups() - before),
     )
 
 
-def make_hosts(pp: int, size: int) -> None:
-    """A group between hosts for every pipeline of `size` ranks, which lie as megatron-core places them. All ranks must call it."""
+def make_host_groups(pp: int, size: int) -> None:
+    """A gloo group for every pipeline of a world of `size` ranks, in megatron-core's order of ranks. All ranks must call it."""
     apart = size // pp
     for first in range(apart):
         dist.new_group(list(range(first, size, apart)), backend="gloo")
 
 
-def hosts_of(pipeline: ProcessGroup) -> ProcessGroup:
-    """The group that make_hosts made for the ranks of `pipeline`."""
+def host_group_of(pipeline: ProcessGroup) -> ProcessGroup:
+    """The group that make_host_groups made for the ranks of `pipeline`."""
     ranks = dist.get_process_group_ranks(pipeline)
     return next(g for g in _groups() if g is not pipeline and dist.get_backend(g) == "gloo" and dist.get_process_group_ranks(g) == ranks)
 

@@ -1,8 +1,8 @@
-"""What the last stage of a pipeline draws, told to the host of every stage.
+"""Sends drawn tokens from the last pipeline stage to the hosts of the other stages.
 
-Ranks plan the next wave from the tokens, on the host, and so the tokens go from host to host. A receive in a GPU's queue would wait there
-until the tokens are drawn, a whole round of the pipeline later, and with CUDA_DEVICE_MAX_CONNECTIONS=1 all kernels that are launched after
-it would wait too.
+Every rank plans the next decode batch on its host, from the tokens. They therefore travel over a gloo group, not over NCCL: an NCCL receive
+would be queued on the GPU a whole pipeline round before the tokens exist, and with CUDA_DEVICE_MAX_CONNECTIONS=1 it would block all kernels
+that are launched after it.
 """
 
 from __future__ import annotations
@@ -18,54 +18,59 @@ from torch import Tensor
 
 from engine.megatron.seat import Grid
 
-Told = Callable[[], Tensor]  # waits for what was drawn: float64 [2, R] on the host, tokens and log-probs
-TAG = 1  # of these messages; hidden states have 0 where they go over the same group
+Pending = Callable[[], Tensor]  # blocks until the result is on the host: float64 [2, R], token ids and log-probs
+TAG = 1  # of these messages; on CPU, hidden states use tag 0 of the same group
 
 
-class Tokens:
-    """`beside`: a thread waits for what the GPU draws and sends it, while the other launches the next wave. Without, the tokens are there
-    when they are to be sent."""
+class TokenSender:
+    """One generation's messages. With `in_thread`, a thread waits for the GPU and sends, while the main thread launches the next batch."""
 
-    def __init__(self, grid: Grid, *, beside: bool):
+    def __init__(self, grid: Grid, *, in_thread: bool):
         self.grid = grid
-        self.thread = ThreadPoolExecutor(1) if beside and grid.pp > 1 and grid.pp_rank == grid.pp - 1 else None
-        self.sending: deque[tuple[Any, Tensor]] = deque()  # a send waits for its receiver: kept until it has come
+        self.thread = ThreadPoolExecutor(1) if in_thread and grid.pp > 1 and grid.pp_rank == grid.pp - 1 else None
+        self.sending: deque[tuple[Any, Tensor]] = deque()  # buffers stay alive until their receiver has them
 
-    def tell(self, both: Tensor) -> Told:
-        """On the last stage: send what was drawn to the other stages. Every wave's in order."""
-        ready = _on_host(both)
+    def send(self, drawn: Tensor) -> Pending:
+        """Last stage only: send `drawn` [2, R] to all other stages. Calls are received in order."""
+        ready = _copied_to_host(drawn)
+        if self.grid.pp == 1:
+            return ready
         if self.thread is not None:
             return self.thread.submit(lambda: self._send(ready())).result
-        if self.grid.pp > 1:
-            self._send(ready())
-        return ready
+        drawn = self._send(ready())
+        return lambda: drawn
 
-    def expect(self, draws: int) -> Told:
-        """On the other stages: what was drawn of the next wave that was not asked for yet, `draws` rows."""
-        return lambda: self._receive(draws)
+    def receive(self, rows: int) -> Pending:
+        """Other stages: the next message, of `rows` rows. The receive is posted when the result is asked for."""
+        return lambda: self._receive(rows)
 
     def _send(self, drawn: Tensor) -> Tensor:
-        for rank in dist.get_process_group_ranks(self.grid.pp_hosts)[:-1]:
-            self.sending.append((dist.isend(drawn, rank, group=self.grid.pp_hosts, tag=TAG), drawn))
-        while len(self.sending) > 4 * self.grid.pp**2:  # a round has pp waves, each sent to pp - 1 ranks
+        for rank in dist.get_process_group_ranks(self.grid.pp_host_group)[:-1]:
+            self.sending.append((dist.isend(drawn, rank, group=self.grid.pp_host_group, tag=TAG), drawn))
+        while len(self.sending) > 4 * self.grid.pp**2:  # a round sends pp messages to pp - 1 ranks
             self.sending.popleft()[0].wait()
         return drawn
 
-    def _receive(self, draws: int) -> Tensor:
-        drawn = torch.empty(2, draws, dtype=torch.float64)
-        dist.recv(drawn, self.grid.last_stage, group=self.grid.pp_hosts, tag=TAG)
+    def _receive(self, rows: int) -> Tensor:
+        drawn = torch.empty(2, rows, dtype=torch.float64)
+        dist.recv(drawn, self.grid.last_stage, group=self.grid.pp_host_group, tag=TAG)
         return drawn
 
-    def close(self) -> None:
-        """Wait until all that was sent has come."""
+    def finish(self) -> None:
+        """Wait until every message has been received. Not for a generation that failed: its receivers may be gone."""
         if self.thread is not None:
-            self.thread.shutdown()
-        for work, _ in self.sending:
-            work.wait()
+            self.thread.submit(int).result()  # behind all that was submitted
+        while self.sending:
+            self.sending.popleft()[0].wait()
+
+    def close(self) -> None:
+        """End the thread."""
+        if self.thread is not None:
+            self.thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _on_host(drawn: Tensor) -> Told:
-    """What was drawn, as soon as the device is that far: it is not waited for here."""
+def _copied_to_host(drawn: Tensor) -> Pending:
+    """Start copying `drawn` to the host."""
     if drawn.device.type == "cpu":
         return lambda: drawn
     copy, done = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True), torch.get_device_module(drawn.device).Event()

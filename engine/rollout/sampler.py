@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import get_args
 
 import numpy as np
 import torch.distributed as dist
@@ -50,8 +51,8 @@ class Slotting:
     lag: int = 0  # 1: while a step is learned the next is drawn, by the weights before it; needs gpus
     max_weight: float = 2.0  # with lag=1: the most that a token's loss is multiplied by to make up for that
     share: bool = False  # compute and hold what all prompts begin with once: for many questions behind the same examples
-    # Decode in CUDA graphs, but behind what prompts share. auto: on GPUs, where the first graph computes what its launches one by one do;
-    # on: or fail (on CPU rows are padded as for graphs, and no more).
+    # CUDA graphs for decoding; not with `share`. auto: on GPUs, if the first graph's results equal eager execution. on: fail if they do not
+    # (on CPU, "on" only pads rows as graphs do).
     graphs: Setting = "auto"
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class Slotting:
             raise ValueError(f"rollout.gpus={self.gpus} must not be negative, rollout.max_weight={self.max_weight} must be positive")
         if self.lag not in (0, 1):
             raise ValueError(f"rollout.lag={self.lag} is neither 0 nor 1; use 1 to draw a step ahead of learning, 0 to draw between steps")
+        if self.graphs not in get_args(Setting):
+            raise ValueError(f"rollout.graphs={self.graphs!r} must be one of {', '.join(get_args(Setting))}")
         if self.lag and not self.gpus:
             raise ValueError("rollout.lag=1 and rollout.gpus=0: drawing ahead needs ranks of its own; set rollout.gpus, or rollout.lag=0")
 
