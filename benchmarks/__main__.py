@@ -9,28 +9,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Each a module of this folder with add_arguments and main. Only the one that is asked for is imported: a GPU machine may lack packages
-# that others need.
-MODULES = (
-    "accuracy",
-    "batching",
-    "bench_rlvr",
-    "decontaminate",
-    "dryrun_published",
-    "dryrun_recipes",
-    "dryrun_tulu",
-    "evals",
-    "gpu",
-    "host_cost",
-    "kernel_changes",
-    "kernels",
-    "programs",
-    "smoke",
-    "stage_changes",
-    "throughput",
-    "verifiers",
-)
-COMMANDS = {name.removeprefix("bench_"): name for name in MODULES}
+# Each a module with add_arguments and main. Only the one that is asked for is imported: a GPU machine may lack packages that others need.
+COMMANDS = {
+    "accuracy": "kernels.bench_accuracy",
+    "batching": "batching.bench_batching",
+    "curves": "learning.bench_curves",
+    "decontaminate": "data.bench_decontaminate",
+    "demo": "learning.bench_demo",
+    "dpo": "training.bench_dpo",
+    "dryrun_measured": "dryrun.bench_measured",
+    "dryrun_published": "dryrun.bench_published",
+    "dryrun_recipes": "dryrun.bench_recipes",
+    "dryrun_tulu": "dryrun.bench_tulu",
+    "evals": "learning.bench_evals",
+    "gpu": "gpu.bench_gpu",
+    "host_cost": "kernels.bench_host_cost",
+    "kernel_changes": "kernels.bench_kernel_changes",
+    "kernels": "kernels.bench_kernels",
+    "lengths": "learning.bench_lengths",
+    "preferences": "data.preferences",
+    "programs": "verify.bench_programs",
+    "rlvr": "training.bench_rlvr",
+    "smoke": "gpu.bench_smoke",
+    "stage_changes": "dryrun.bench_stage_changes",
+    "svamp": "data.svamp",
+    "throughput": "training.bench_throughput",
+    "train": "training.bench_train",
+    "verifiers": "verify.bench_verifiers",
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -42,12 +48,16 @@ def main(words: Sequence[str] | None = None) -> int:
         if command in words[:1]:
             importlib.import_module(f"benchmarks.{name}").add_arguments(one)
     arguments = parser.parse_args(words)
-    return importlib.import_module(f"benchmarks.{COMMANDS[arguments.command]}").main(arguments)
+    try:
+        return importlib.import_module(f"benchmarks.{COMMANDS[arguments.command]}").main(arguments) or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def described(name: str) -> str:
     """The first sentence of a module's docstring after its command, read without importing it."""
-    text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))) or ""
     return text.split(": ", 1)[1].split("\n", 1)[0]
 
 

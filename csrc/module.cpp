@@ -241,7 +241,7 @@ py::tuple flatten(const std::vector<py::list>& rows) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Plans microbatches (plan.h) and lays them out in memory (collate.h); engine/batching.py is the way in.";
+    module.doc() = "Plans microbatches (plan.h) and lays them out in memory (collate.h); engine/batching/plan.py is the way in.";
     module.def("plan", &plan, py::arg("lengths"), py::arg("group_ids"), py::arg("step_ids"), py::arg("trained"), py::arg("ranks"),
                py::arg("token_budget"), py::arg("cost"), py::arg("seq_multiple"), py::arg("total_multiple"), py::arg("microbatch_multiple"),
                py::arg("sync"), py::arg("on_oversize"));

@@ -163,16 +163,16 @@ def load_recipe(path: str) -> Run:
 
 def _run(arguments: argparse.Namespace) -> None:
     run = override(load_recipe(arguments.recipe), arguments.overrides)
+    from engine.distributed.world import World, deterministic
     from engine.train import train
-    from engine.world import World, deterministic
 
     with deterministic(run.deterministic), closing(World.start()) as world:
         train(run, world)
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from engine.score import Scoring, score
-    from engine.world import World
+    from engine.commands.score import Scoring, score
+    from engine.distributed.world import World
 
     scoring = override(Scoring(Model(arguments.model)), arguments.overrides)
     with closing(World.start()) as world:
@@ -182,8 +182,8 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from engine.export import Exporting, export
-    from engine.world import World
+    from engine.commands.export import Exporting, export
+    from engine.distributed.world import World
 
     exporting = override(Exporting(), arguments.overrides)
     with closing(World.start()) as world:
@@ -191,8 +191,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from engine.generate import Generating, answer, answer_all
-    from engine.world import World
+    from engine.commands.generate import Generating, answer, answer_all
+    from engine.distributed.world import World
 
     questions = [] if arguments.prompts else [word for word in arguments.overrides if not SETTING.match(word)]
     if bool(arguments.prompts) != bool(arguments.out) or (not arguments.prompts and len(questions) != 1):
@@ -241,10 +241,10 @@ def _decontaminate(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from engine.distributed.world import World
     from engine.evals.evaluate import evaluate
     from engine.evals.exam import Evaluating, prepare
     from engine.evals.results import table, write
-    from engine.world import World
 
     settings = override(Evaluating(Model(arguments.model), unsafe_code=arguments.unsafe_code), arguments.overrides)
     if strange := [pair for pair in arguments.data if not all(pair.partition("="))]:
@@ -264,16 +264,16 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _dryrun(arguments: argparse.Namespace) -> int:
-    from engine.dryrun import command
+    from engine.commands import dryrun
 
     if bool(arguments.recipe) == bool(arguments.calibrate):
         raise ValueError(
             "dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml, for --device afterwards"
         )
     if arguments.calibrate:
-        command.calibrate(Path(arguments.calibrate))
+        dryrun.calibrate(Path(arguments.calibrate))
         return 0
-    asked = command.Asked(
+    asked = dryrun.Asked(
         recipe=Path(arguments.recipe),
         run=override(load_recipe(arguments.recipe), arguments.overrides),
         gpus=arguments.gpus,
@@ -282,7 +282,7 @@ def _dryrun(arguments: argparse.Namespace) -> int:
         json=arguments.json,
         png=arguments.png,
     )
-    fits = command.search(asked) if arguments.search else command.forecast(asked)
+    fits = dryrun.search(asked) if arguments.search else dryrun.forecast(asked)
     return 0 if fits else DOES_NOT_FIT
 
 

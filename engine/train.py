@@ -12,15 +12,15 @@ from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerFast
 
-from engine.batching import batch
-from engine.checks import problems
+from engine.batching.plan import batch
+from engine.batching.ragged import Arena
 from engine.config import Run, to_dict
+from engine.config.checks import problems
+from engine.data.prepare import tokenizer_of
+from engine.distributed.world import World
 from engine.megatron.policy import Learner, Policy, located
-from engine.ragged import Arena
-from engine.report import Report
-from engine.texts import tokenizer_of
+from engine.reporting.console import Report
 from engine.types import Sample
-from engine.world import World
 
 
 class Algorithm(Protocol):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M learns from 200 worked answers how word problems of SVAMP are answered. First: python -m benchmarks.svamp SVAMP.jsonl
+"""SmolLM2-135M learns from 200 worked answers how word problems of SVAMP are answered. First: python -m benchmarks svamp SVAMP.jsonl
 cache/svamp (the data set of arXiv 2103.07191 as jsonl). Then, on two CPU processes: torchrun --nproc-per-node 2 -m engine run
 recipes/svamp_sft.py parallel.pp=2 'parallel.stages=[17,13]'; what follows is recipes/smollm2_rlvr.py."""
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import ClassVar
 
 from engine import losses
-from engine.checks import Asked, Demands, Launch
+from engine.algorithms.supervised import Supervised
 from engine.config import Run
+from engine.config.checks import Asked, Demands, Launch
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
 from engine.data.pairs import Pairs, grouped, prepare_pairs
+from engine.data.prepare import open_chat, prepare_all
 from engine.data.rows import Source
-from engine.logprobs import keep
 from engine.megatron.policy import Policy
-from engine.supervised import Supervised
-from engine.texts import open_chat, prepare_all
+from engine.rollout.scoring import keep
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class DPO:
             )
 
     def demands(self, launch: Launch) -> Demands:
-        """What engine/checks.py looks at before a run starts."""
+        """What engine/config/checks.py looks at before a run starts."""
         longest, update = Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size)
         return Demands("lm", longest, update, together=2)
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise the pairs and compute the reference's log-probs, as far as earlier starts have not. Raises ValueError for data that
         cannot be read or does not fit, and for log-probs beside the run that are of other weights or data."""
-        chat = open_chat(policy, run, self.chat_template)
+        chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
-        read = prepare_all(policy, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
+        read = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
         for source, pairs in zip(sources, read, strict=True):
             pairs.check_fit(source.path, run.microbatch_tokens)
         corpora = [pairs.corpus for pairs in read]

@@ -8,16 +8,16 @@ from typing import ClassVar
 
 from transformers import PreTrainedTokenizerFast
 
-from engine.checks import Asked, Demands, Launch
+from engine.algorithms.supervised import Supervised
 from engine.config import Run
+from engine.config.checks import Asked, Demands, Launch
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
 from engine.data.pairs import grouped, prepare_pairs
+from engine.data.prepare import open_chat, prepare_all
 from engine.data.rows import Source
 from engine.losses import reward_bt
 from engine.megatron.policy import Policy
-from engine.supervised import Supervised
-from engine.texts import open_chat, prepare_all
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class Reward:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
 
     def demands(self, launch: Launch) -> Demands:
-        """What engine/checks.py looks at before a run starts."""
+        """What engine/config/checks.py looks at before a run starts."""
         longest, update = Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size)
         return Demands("scalar", longest, update, together=2)
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
-        chat = open_chat(policy, run, self.chat_template)
+        chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
-        pairs = prepare_all(policy, sources, lambda source, cache: prepare_pairs(source, chat, **options, whole=True, cache=cache))
+        pairs = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, **options, whole=True, cache=cache))
         for source, found in zip(sources, pairs, strict=True):
             found.check_fit(source.path, run.microbatch_tokens)
         trained, held_out = pairs[: len(self.sources)], pairs[len(self.sources) :]

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from engine.checks import Asked, Demands, Launch
+from engine.algorithms.supervised import Supervised
 from engine.config import Run
+from engine.config.checks import Asked, Demands, Launch
 from engine.data.corpus import TooLong, prepare
 from engine.data.mixture import Mixture
+from engine.data.prepare import open_chat, prepare_all
 from engine.data.rows import Source
 from engine.losses import SFT_LOSS
 from engine.megatron.policy import Policy
-from engine.supervised import Supervised
-from engine.texts import open_chat, prepare_all
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,17 @@ class SFT:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
 
     def demands(self, launch: Launch) -> Demands:
-        """What engine/checks.py looks at before a run starts."""
+        """What engine/config/checks.py looks at before a run starts."""
         return Demands("lm", Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size))
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
-        chat = open_chat(policy, run, self.chat_template)
+        chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
         corpora = prepare_all(
-            policy, sources, lambda source, cache: prepare(source, chat, max_length=self.max_length, too_long=self.too_long, cache=cache)
+            policy.world,
+            sources,
+            lambda source, cache: prepare(source, chat, max_length=self.max_length, too_long=self.too_long, cache=cache),
         )
         trained, held_out = corpora[: len(self.sources)], corpora[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)

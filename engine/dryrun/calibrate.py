@@ -20,18 +20,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine.batching import batch
+from engine.batching.plan import batch
 from engine.config import Llama, Model, Optim, Parallel
+from engine.distributed.world import World
 from engine.dryrun.clock import Clock
 from engine.dryrun.hardware import Gemm, Hardware, Link
 from engine.dryrun.meter import Meter
-from engine.dryrun.work import Matmul, Work
+from engine.dryrun.types import Matmul, Work
 from engine.megatron.decode import Cache, Decoder, Drawing, Wave, layers_of
-from engine.megatron.passage import Passage
+from engine.megatron.onednn import in_onednn
 from engine.megatron.policy import Policy
-from engine.megatron.products import in_onednn
+from engine.megatron.single_stage import Passage
 from engine.types import Sample
-from engine.world import World
 
 REPEATS = 7
 KNOWN = ("H100", "H200", "B200", "A100")  # whose data sheets hardware.toml has

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from engine.config import Parallel
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.schedule import Timeline, simulate
-from engine.dryrun.work import Collective, Matmul, Overlapped, Stage, Work
+from engine.dryrun.types import Collective, Matmul, Overlapped, Stage, Work
 
 Axis = Literal["tp", "pp", "dp"]
 

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from engine.config import Llama, Optim, Parallel
-from engine.dryrun.scene import Rehearse
-from engine.dryrun.work import Stage, Work
+from engine.dryrun.types import Stage, Work
+from engine.dryrun.workload import Rehearse
 
 SUMS = ("parameters", "weights", "gradients", "optimizer", "held")
 WORKS = ("forward", "backward", "inference")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from engine.dryrun.work import Collective, Matmul, Overlapped, Work
+from engine.dryrun.types import Collective, Matmul, Overlapped, Work
 
 Axis = Literal["tp", "pp", "dp"]
 

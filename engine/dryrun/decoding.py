@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from engine.config import Llama, padded_vocab
 from engine.dryrun.clock import Clock
-from engine.dryrun.work import Collective, Matmul, Work
+from engine.dryrun.types import Collective, Matmul, Work
 
 LAYER_KERNELS = (
     40  # of a layer's forward in decoding: norms, products, rotary embedding, cache writes, collectives, views made whole. Counted roughly

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.algorithms.rlvr import RLVR
-from engine.checks import warnings
 from engine.config import Run
-from engine.dryrun import known
+from engine.config.checks import warnings
+from engine.dryrun import model_shapes
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.memory import Rank, ledger
 from engine.dryrun.phases import HOST_LINK, VERDICTS, Phase, once, phases, seconds_of
-from engine.dryrun.scene import Rehearse, Scene
 from engine.dryrun.stages import rehearse as rehearse_every_rank
-from engine.dryrun.ways import way_out
+from engine.dryrun.suggest import way_out
+from engine.dryrun.workload import Rehearse, Scene
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def forecast(
         once=once(scene, steps or 0),
         steps=steps,
         way_out=None if fits else way_out(scene, given, rehearse) if seek else "",
-        warnings=warnings(run, known.shape, scene.policy.clock.world_size, node=hardware.node, tokens=mean),
+        warnings=warnings(run, model_shapes.shape, scene.policy.clock.world_size, node=hardware.node, tokens=mean),
         assumptions=_assumptions(scene),
     )
 
 
 def _steps(run: Run) -> int | None:
     """As the algorithm itself counts them."""
-    if (rows := known.rows(run.algorithm.sources)) is None:
+    if (rows := model_shapes.rows(run.algorithm.sources)) is None:
         return None
     if isinstance(run.algorithm, RLVR):
         return math.ceil(rows / run.algorithm.prompts_per_step)
@@ -126,7 +126,7 @@ def _steps(run: Run) -> int | None:
 def _assumptions(scene: Scene) -> list[str]:
     algorithm, hardware = scene.run.algorithm, scene.hardware
     models = [scene.run.model, *([algorithm.critic.model] if isinstance(algorithm, RLVR) and algorithm.critic else [])]
-    said = [line for model in models if (line := known.guessed(model))]
+    said = [line for model in models if (line := model_shapes.guessed(model))]
     said.append(f"lengths: {scene.sequences.said}")
     said.append(
         f"{hardware.name}: {hardware.peak / 1e12:.3g} TFLOP/s, of which matrix products reach {hardware.gemm.ceiling:.0%}, attention "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from engine.dryrun.costs import Call, Cost, moved, size_of
-from engine.dryrun.work import Collective, Matmul, Work
+from engine.dryrun.types import Collective, Matmul, Work
 from triton_kernels.linear_logprob import product_rows
 from triton_kernels.rmsnorm import PARTS, WIDEST
 from triton_kernels.shard import SEGMENTS

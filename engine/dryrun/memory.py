@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from engine.algorithms.dpo import DPO
 from engine.algorithms.rlvr import RLVR
-from engine.dryrun.scene import Scene, Trained
-from engine.dryrun.work import Stage
+from engine.dryrun.types import Stage
+from engine.dryrun.workload import Scene, Trained
 from engine.megatron.policy import BUCKET_BYTES
 
 IDS = 3 * 8 + 1 + 8  # bytes of a token on the device: ids, targets and positions as int64, the mask, its place among the wanted rows

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.dryrun.costs import Axis, Call, cost_of
 from engine.dryrun.kernels import KERNELS
-from engine.dryrun.work import Work
+from engine.dryrun.types import Work
 
 
 class Meter(TorchDispatchMode):

@@ -13,7 +13,7 @@ from engine.config import Llama
 from engine.dryrun.clock import Clock
 from engine.dryrun.decoding import rollout
 from engine.dryrun.memory import slots
-from engine.dryrun.scene import Scene
+from engine.dryrun.workload import Scene
 
 VERDICTS = 685.0  # a second, of `math` on two cores: benchmarks/results/verifiers_cpu2_2026-11-22.md
 HOST_LINK = 5e9  # bytes/s of a GPU between its memory and pageable memory of the host, all of a node at once; assumed

@@ -11,16 +11,16 @@ from typing import Any, get_args
 from rich.table import Table
 
 from engine.algorithms.rlvr import RLVR
-from engine.checks import Launch
 from engine.config import Llama, Parallel, Recompute, Run, override, spread
-from engine.dryrun import known
+from engine.config.checks import Launch
+from engine.dryrun import model_shapes
 from engine.dryrun.compose import composer
 from engine.dryrun.forecast import Forecast, forecast
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.memory import ledger
 from engine.dryrun.phases import phases, seconds_of
-from engine.dryrun.scene import Rehearse, Scene
 from engine.dryrun.stages import rehearse as rehearse_every_rank
+from engine.dryrun.workload import Rehearse, Scene
 
 BUDGETS = 5  # sizes of a microbatch that are tried: powers of two and one and a half times such, from the least that holds the longest
 DEEPEST = 8  # virtual stages of a pipeline rank
@@ -106,7 +106,7 @@ def _least(scene: Scene) -> float:
 
 def _candidates(run: Run, gpus: int, hardware: Hardware) -> Iterator[list[str]]:
     """Every layout without recomputation, which is the last of its settings."""
-    model = run.model.headed(known.shape(run.model))
+    model = run.model.headed(model_shapes.shape(run.model))
     trainers = gpus - (run.algorithm.rollout.gpus if isinstance(run.algorithm, RLVR) else 0)
     for grid in _grids(model, run.parallel, trainers, hardware):
         dealt = f"parallel.stages={list(grid.stages)}"
@@ -138,7 +138,7 @@ def _dealt(model: Llama, grid: Parallel, gpus: int) -> Iterator[Parallel]:
 
 
 def _budgets(run: Run, gpus: int) -> list[int]:
-    demands = run.algorithm.demands(Launch(run, gpus, known.shape))
+    demands = run.algorithm.demands(Launch(run, gpus, model_shapes.shape))
     longest = demands.together * demands.longest.value
     sizes = sorted(size << i for i in range(longest.bit_length() + BUDGETS) for size in (2, 3))
     return [size for size in sizes if size >= longest][:BUDGETS]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from engine.config import Llama, Model, Optim, Parallel
+from engine.distributed.world import World
 from engine.dryrun.costs import Axis
 from engine.dryrun.meter import Meter
-from engine.dryrun.work import Stage, Work
-from engine.megatron import training
-from engine.megatron.passage import Passage
+from engine.dryrun.types import Stage, Work
+from engine.megatron import optimizers
 from engine.megatron.policy import Policy
+from engine.megatron.single_stage import Passage
 from engine.types import Packed
-from engine.world import World
 
 Precision = Literal["bf16", "fp32"]
 
@@ -144,7 +144,7 @@ def _lasting(policy: Policy, chunk: int) -> tuple[int, int, int]:
     if policy.optimizer is None:
         return weights[chunk], 0, 0
     gradients = [_bytes(p.main_grad for p in parameters) for parameters in of_chunks]  # type: ignore[attr-defined]
-    everything = _bytes([*training.state_of(policy.optimizer), *(p for parameters in of_chunks for p in parameters)])
+    everything = _bytes([*optimizers.state_of(policy.optimizer), *(p for parameters in of_chunks for p in parameters)])
     return weights[chunk], gradients[chunk], (everything - sum(weights)) * gradients[chunk] // sum(gradients)
 
 

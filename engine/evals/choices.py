@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.logprobs import per_token
 from engine.megatron.policy import Policy
+from engine.rollout.scoring import per_token
 from engine.types import Sample
 
 

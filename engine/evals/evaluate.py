@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from engine.data.tokenizer import load_tokenizer
+from engine.distributed.world import World
 from engine.evals.choices import choose
 from engine.evals.exam import Evaluating, Exam
 from engine.evals.generation import Response, respond
@@ -20,7 +21,6 @@ from engine.evals.suite import Item, Scores, Suite
 from engine.megatron.policy import Policy
 from engine.verify import Unjudged, Verdict
 from engine.verify.pool import Case, Pool
-from engine.world import World
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from engine.config import Model, Parallel
 from engine.data.rows import Source
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
+from engine.distributed.world import World
 from engine.evals.generation import Decoding
 from engine.evals.suite import Item, Suite, suite
-from engine.hub import resolve
 from engine.megatron.policy import shape_of
+from engine.models.hub import resolve
 from engine.rollout.sampler import Slotting
 from engine.verify import Verifier, verifier
 from engine.verify.code import UNSAFE_CODE
-from engine.world import World
 
 
 @dataclass(frozen=True)

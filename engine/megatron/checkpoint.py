@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from engine.config import Llama, step_folder
+from engine.distributed.world import World
 from engine.megatron.model import PackedModel
-from engine.world import World
 
 # Optimizer state in the shape of the parameters, so that any grid can take it up again. (megatron writes into the dict that it is given.)
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import Llama
+from engine.distributed.world import World
 from engine.megatron.attention import Attend, Flight, rope_angles, rope_frequencies
+from engine.megatron.backend import Grid
 from engine.megatron.graphs import Graphs
-from engine.megatron.prefix import Shared, attend_behind, decode_behind
-from engine.megatron.seat import Grid
+from engine.megatron.prefix_attention import Shared, attend_behind, decode_behind
 from engine.megatron.tokens import Pending, TokenSender
-from engine.world import World
 from triton_kernels import decode_attention
 from triton_kernels.launch import by_kernel
 from triton_kernels.tiles import power_of_2

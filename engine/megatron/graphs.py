@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.world import World
+from engine.distributed.world import World
 
 Setting = Literal["auto", "on", "off"]  # of rollout.graphs; see Graphs.enabled
 

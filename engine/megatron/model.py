@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config import Llama, Parallel, padded_vocab
+from engine.distributed.world import World
 from engine.megatron.activation import SwiGLU, Unchanged
 from engine.megatron.attention import Flight, PackedAttention, PackedSelfAttention, attend_for
+from engine.megatron.backend import Grid
 from engine.megatron.layer import FinalNorm, Layer, RMSNorm
 from engine.megatron.linear import ColumnLinear, RecomputingLinear, RowLinear
-from engine.megatron.seat import Grid
 from engine.megatron.weight_gradient import Accumulated
 from engine.types import TokenTerms
-from engine.world import World
 from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob
 from triton_kernels.linear_logprob import multiply
 

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.checks import check_generation, check_head
 from engine.config import Llama, Model, Optim, Parallel
-from engine.hub import resolve
-from engine.megatron import seat
+from engine.config.checks import check_generation, check_head
+from engine.distributed.world import World
+from engine.megatron import backend
 from engine.megatron.graphs import Graphs, Setting
 from engine.megatron.microbatch import Finish, finish_for, finish_loss, finish_per_token, forward_step
+from engine.models.hub import resolve
 from engine.types import LossFunction, Moments, Packed, Step, TokenLoss, TokenTerms
-from engine.world import World
 
 if TYPE_CHECKING:
     from engine.megatron.decode import Drawing, Group
@@ -48,9 +48,9 @@ class Policy:
         self.dtype = dtype_of(start, world)
         parallel.check(self.model, world.size)
         with ExitStack() as borrowed:
-            borrowed.enter_context(seat.taken(world))
-            self.grid = seat.make_grid(parallel, world, seed)
-            borrowed.callback(seat.leave_grid, self.grid)
+            borrowed.enter_context(backend.taken(world))
+            self.grid = backend.make_grid(parallel, world, seed)
+            borrowed.callback(backend.leave_grid, self.grid)
             self.graphs = Graphs(world, self.grid.tp_group)
             self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
             self.borrowed = borrowed.pop_all()
@@ -68,10 +68,10 @@ class Policy:
         self.stages: list[Any] = list(self.chunks)
         self.optimizer: Any = None
         if self.optim is not None:
-            from engine.megatron import training
+            from engine.megatron import optimizers
 
-            self.stages = training.wrap(self.chunks, self.parallel)
-            self.optimizer = training.make_optimizer(self.stages, self.optim, self.parallel, self.dtype)
+            self.stages = optimizers.wrap(self.chunks, self.parallel)
+            self.optimizer = optimizers.make_optimizer(self.stages, self.optim, self.parallel, self.dtype)
 
     def _origin(self, seed: int) -> Origin:
         from engine.megatron import weights
@@ -116,10 +116,10 @@ class Policy:
         Returns the loss function's metrics (each its global sum / global count) and `grad_norm` before clipping, equal on every rank.
         Raises FloatingPointError on all ranks, with weights and optimizer as they were, when the gradient is not finite.
         """
-        from engine.megatron import training
+        from engine.megatron import optimizers
 
         assert self.optim is not None, "this policy was built without an optimizer"
-        training.ask(self.stages[0])  # megatron's schedule would, but only of virtual stages
+        optimizers.ask(self.stages[0])  # megatron's schedule would, but only of virtual stages
         for stage in self.stages:
             stage.train()
             stage.zero_grad_buffer()
@@ -127,7 +127,7 @@ class Policy:
         terms = loss.terms if isinstance(loss, TokenLoss) else None
         outputs = self._run(step, finish_for(loss), forward_only=False, temperature=temperature, entropy=entropy, terms=terms)
         metrics = self._reduced(outputs)
-        grad_norm = training.step(self.optimizer, self.optim, lr)
+        grad_norm = optimizers.step(self.optimizer, self.optim, lr)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"gradient norm is {grad_norm} (loss {metrics.get('loss')}); the step was not taken. Lower optim.lr or look at this batch"
@@ -340,9 +340,9 @@ class Policy:
 
     def _settle(self) -> None:
         if self.optimizer is not None:
-            from engine.megatron import training
+            from engine.megatron import optimizers
 
-            training.settle(self.stages)
+            optimizers.settle(self.stages)
 
 
 class Learner(NamedTuple):

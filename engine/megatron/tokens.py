@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.megatron.seat import Grid
+from engine.megatron.backend import Grid
 
 Pending = Callable[[], Tensor]  # blocks until the result is on the host: float64 [2, R], token ids and log-probs
 TAG = 1  # of these messages; on CPU, hidden states use tag 0 of the same group

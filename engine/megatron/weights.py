@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import Llama, padded_vocab
+from engine.distributed.world import World
+from engine.megatron.backend import Grid
 from engine.megatron.model import PackedModel
-from engine.megatron.seat import Grid
-from engine.world import World
 
 SCALAR_HEAD = "score.weight"  # as LlamaForSequenceClassification calls it
 SHARD_BYTES = 4 << 30  # of an exported safetensors file

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.advantages import explained_variance, kl_estimate
-from engine.rollout.judging import Rollout
+from engine.rollout.verification import Rollout
 from engine.types import Sample
 
 

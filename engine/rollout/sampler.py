@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.megatron.decode import Drawing
 from engine.megatron.graphs import Setting
 from engine.megatron.policy import Policy
-from engine.rollout.slots import Request, Slots, stream
+from engine.rollout.scheduler import Request, Slots, stream
 from engine.rollout.stopping import Until
 from engine.types import Prompt
 

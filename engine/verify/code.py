@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
-from engine.jail.walls import Limits
-from engine.verify.sandbox import Sandbox
+from engine.verify.sandbox.host import Sandbox
+from engine.verify.sandbox.inside.namespaces import Limits
 from engine.verify.verdict import Unjudged, Verdict, Verifier
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.on_device import everything_on
+from tests.support.on_device import everything_on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

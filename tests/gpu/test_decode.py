@@ -16,14 +16,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 pytest.importorskip("engine._C")  # make gpu builds it where there is a compiler
 
-from engine.batching import batch, scatter
+from engine.batching.plan import batch, scatter
 from engine.config import Llama, Model, Parallel
+from engine.distributed.world import World
 from engine.megatron import graphs
 from engine.megatron.graphs import Setting
 from engine.megatron.policy import Policy
 from engine.rollout.sampler import Response, Sampling, Slotting, generate
 from engine.types import Prompt, Sample
-from engine.world import World
 
 MODEL = Llama(layers=2, hidden=256, ffn=512, heads=8, kv_heads=2, vocab=512)
 PROMPT, MOST = 24, 40  # tokens

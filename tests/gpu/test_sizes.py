@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import check_decode_attention as decoding
-from tests import layers
-from tests import test_linear_logprob as linear
-from tests import test_logprob as logits
+from tests.kernels import test_linear_logprob as linear
+from tests.kernels import test_logprob as logits
+from tests.support import check_decode_attention as decoding
+from tests.support import layers
 from triton_kernels import decode_attention, linear_logprob, linear_policy_loss, logprob, rmsnorm, rope, swiglu
 from triton_kernels.linear_logprob import Mode
 

@@ -1,0 +1,3 @@
+"""RLVR."""
+
+from engine.algorithms.rlvr.step import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""A run as a typed Python value: frozen dataclasses that check themselves."""
+
+from engine.config.run import *  # noqa: F403

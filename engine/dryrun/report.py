@@ -1,0 +1,181 @@
+"""A forecast as a table for people, as JSON for machines, and as a picture of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from engine.dryrun.clock import Clock
+from engine.dryrun.forecast import Forecast
+from engine.dryrun.memory import Rank
+from engine.dryrun.phases import DRAWING, Phase
+from engine.dryrun.schedule import Op
+from engine.dryrun.workload import Trained
+
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "batch", "cache", "reference", "critic", "context")
+COLOURS = ("#4477aa", "#cc6677")  # of forwards and backwards; a chunk's shade tells it from the others
+
+
+def show(forecast: Forecast, console: Console) -> None:
+    """Print all of it."""
+    memory = [memory_table(forecast.stages, "GB on each GPU of a pipeline stage, when it holds most")]
+    if forecast.generating:
+        memory.append(memory_table(forecast.generating, "GB on each GPU that only generates"))
+    console.print(Group(Text(_headline(forecast), style="bold"), *memory, phase_table(forecast), *_lines(forecast)))
+
+
+def _headline(forecast: Forecast) -> str:
+    scene, parallel = forecast.scene, forecast.scene.run.parallel
+    virtual = f" x {parallel.vpp} virtual stages" if parallel.vpp > 1 else ""
+    grid = f"tp{parallel.tp} pp{parallel.pp}{virtual} dp{scene.replicas}"
+    kind = type(scene.run.algorithm).__name__
+    apart = f", and dp{scene.generator.dp} that only generates" if scene.generator else ""
+    return f"{kind} of {scene.policy.model.parameters / 1e9:.1f}B parameters on {scene.gpus} x {scene.hardware.name}, {grid}{apart}"
+
+
+def memory_table(ranks: list[Rank], title: str) -> Table:
+    """A row for each run of pipeline ranks that need the same."""
+    used = [name for name in COLUMNS if any(name in rank.parts for rank in ranks)]
+    table = Table("stage", "layers", "params", *used, "peak", "of", "when", title=title)
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for first, last, rank in _alike(ranks):
+        parts = [f"{rank.parts[name] / 1e9:.1f}" if name in rank.parts else "" for name in used]
+        peak = Text(f"{rank.peak_bytes / 1e9:.1f}", style="" if rank.fits else "bold red")
+        name = str(first) if first == last else f"{first}-{last}"
+        room = f"{rank.capacity / 1e9:.0f}"
+        table.add_row(name, str(rank.layers), f"{rank.params / 1e9:.2f}B", *parts, peak, room, rank.moment)
+    return table
+
+
+def _alike(stages: list[Rank]) -> Iterator[tuple[int, int, Rank]]:
+    """(first, last, one of them) of neighbours that show the same numbers."""
+    start = 0
+    for i, rank in enumerate(stages):
+        following = stages[i + 1] if i + 1 < len(stages) else None
+        if following is None or _shown(following) != _shown(rank):
+            yield start, i, rank
+            start = i + 1
+
+
+def _shown(rank: Rank) -> tuple[Any, ...]:
+    return rank.layers, rank.moment, {name: round(size / 1e8) for name, size in rank.parts.items()}
+
+
+def phase_table(forecast: Forecast) -> Table:
+    """Seconds of a step's phases; in brackets of those that go on beside the others, on ranks of their own."""
+    table = Table("phase", "seconds", "share", "MFU", title="one step")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    devices = forecast.scene.gpus * forecast.scene.hardware.peak
+    whole = Phase("step", forecast.step_seconds, forecast.mfu * forecast.step_seconds * devices)
+    for name, seconds, flops, beside in [*forecast.phases, whole]:
+        useful = f"{flops / seconds / devices:.1%}" if flops and seconds else ""
+        cells = (f"{seconds:.2f}", f"{seconds / forecast.step_seconds:.1%}")
+        table.add_row(name, *(f"({cell})" if beside else cell for cell in cells), useful)
+    return table
+
+
+def _lines(forecast: Forecast) -> Iterator[Text]:
+    yield Text(f"{forecast.tokens:,} tokens a step: {forecast.tokens_per_second:,.0f} a second; pipeline idle {forecast.bubble:.1%}")
+    for trained in forecast.scene.trained:
+        yield Text(f"{trained.name}: {_batch_line(trained)}")
+    if generator := forecast.scene.generator:
+        drawing = sum(phase.seconds for phase in forecast.phases if phase.name in DRAWING)
+        yield Text(f"{generator.world_size} GPUs only generate, and wait {1 - drawing / forecast.step_seconds:.0%} of a step")
+    for phase in forecast.once:
+        yield Text(f"once: {phase.name}, {phase.seconds / 3600:,.1f} hours")
+    if forecast.gpu_hours is not None:
+        energy = f", {forecast.energy_kwh:,.0f} kWh" if forecast.energy_kwh else ""
+        yield Text(f"whole recipe: {forecast.steps:,} steps, {forecast.gpu_hours:,.1f} GPU-hours{energy}")
+    yield Text(verdict(forecast), style="green" if forecast.fits else "bold red")
+    yield from (Text(f"warning: {line}", style="yellow") for line in forecast.warnings)
+    yield from (Text(f"assumed: {line}", style="dim") for line in forecast.assumptions)
+
+
+def _batch_line(trained: Trained) -> str:
+    cut = trained.step
+    return f"{cut.microbatches} microbatches a replica, {cut.fill:.1%} full, costliest replica {cut.imbalance:.3f} of the mean"
+
+
+def verdict(forecast: Forecast) -> str:
+    """Whether it fits, and if not, by how much it fails and what would help."""
+    worst = forecast.fullest
+    name = f"stage {worst.pp}" if worst.trains else f"stage {worst.pp} of those that generate"
+    need = f"{name} needs {worst.peak_bytes / 1e9:.1f} GB of {worst.capacity / 1e9:.0f} GB ({worst.moment})"
+    if forecast.fits:
+        return f"it fits: {need}"
+    return f"it does not fit: {need}; " + (f"this fits: {forecast.way_out}" if forecast.way_out else "no setting that was tried fits")
+
+
+def as_json(forecast: Forecast) -> dict[str, Any]:
+    """Plain values. Bytes and seconds; `stages` are pipeline ranks. A step takes as long as its `phases` that are not `beside`; these go on
+    meanwhile, on ranks that only generate."""
+    scene = forecast.scene
+    return {
+        "ranks": scene.gpus,
+        "device": scene.hardware.name,
+        "grid": {"tp": scene.run.parallel.tp, "pp": scene.run.parallel.pp, "vpp": scene.run.parallel.vpp, "dp": scene.replicas},
+        "generating": _generating(forecast, scene.generator) if scene.generator else None,
+        "fits": forecast.fits,
+        "way_out": forecast.way_out,
+        "stages": [_stage(rank) for rank in forecast.stages],
+        "step_seconds": forecast.step_seconds,
+        "phases": {phase.name: phase.seconds for phase in forecast.phases},
+        "beside": [phase.name for phase in forecast.phases if phase.beside],
+        "once": {phase.name: phase.seconds for phase in forecast.once},
+        "mfu": forecast.mfu,
+        "tokens_per_second": forecast.tokens_per_second,
+        "bubble": forecast.bubble,
+        "batch": _batch(scene.policy) | {"tokens": forecast.tokens},
+        "critic_batch": None if scene.critic is None else _batch(scene.critic),
+        "recipe": {"steps": forecast.steps, "gpu_hours": forecast.gpu_hours, "energy_kwh": forecast.energy_kwh},
+        "warnings": forecast.warnings,
+        "assumptions": forecast.assumptions,
+    }
+
+
+def _generating(forecast: Forecast, grid: Clock) -> dict[str, Any]:
+    return {"ranks": grid.world_size, "dp": grid.dp, "stages": [_stage(rank) for rank in forecast.generating]}
+
+
+def _stage(rank: Rank) -> dict[str, Any]:
+    sizes = {"pp": rank.pp, "layers": rank.layers, "params": rank.params, "peak_bytes": rank.peak_bytes, "fits": rank.fits}
+    return sizes | {"moment": rank.moment, "bytes": rank.parts, "moments": rank.moments}
+
+
+def _batch(trained: Trained) -> dict[str, Any]:
+    cut = trained.step
+    return {"fill": cut.fill, "imbalance": cut.imbalance, "microbatches": cut.microbatches}
+
+
+def draw(forecast: Forecast, path: Path) -> None:
+    """A PNG of one optimizer step of the policy: pipeline ranks downwards, seconds to the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not everyone has it
+    from matplotlib.figure import Figure
+
+    timeline, parallel = forecast.scene.policy.update.timeline, forecast.scene.run.parallel
+    figure = Figure(figsize=(14, 1.5 + 0.3 * parallel.pp), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for rank, ops in enumerate(timeline.ranks):
+        for kind, colour in zip(("forward", "backward"), COLOURS, strict=True):
+            for chunk in range(parallel.vpp):
+                bars = [_bar(op) for op in ops if (op.piece.kind, op.piece.chunk) == (kind, chunk)]
+                named = f"{kind}s" if rank == chunk == 0 else None
+                shade = 1 - 0.6 * chunk / parallel.vpp
+                axes.broken_barh(bars, (rank - 0.4, 0.8), facecolors=colour, alpha=shade, edgecolors="white", linewidth=0.2, label=named)
+    axes.set(xlabel="seconds", ylabel="pipeline stage", yticks=range(parallel.pp), xlim=(0, timeline.seconds))
+    axes.invert_yaxis()
+    axes.legend(loc="upper right", ncols=2)
+    axes.set_title(f"{_headline(forecast)}: one optimizer step, {timeline.seconds:.1f} s, idle {timeline.bubble:.1%}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _bar(op: Op) -> tuple[float, float]:
+    return op.start, op.end - op.start

@@ -1,1 +1,0 @@
-"""Inside the sandbox: what runs on the far side of engine/verify/sandbox.py. The standard library only."""

@@ -1,0 +1,67 @@
+"""deterministic=true: which switches it sets, and that nothing of ours needs an operation without a deterministic form."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.__main__ import load_recipe
+from engine.config import Model, Parallel
+from engine.config.overrides import override
+from engine.distributed.world import CUBLAS, deterministic
+from tests.support import jobs_token_loss
+from tests.support.jobs import TINY
+from tests.support.pool import ranks
+
+memory: Any = torch.utils.deterministic
+
+
+def test_every_switch_is_set_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CUBLAS, raising=False)
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not memory.fill_uninitialized_memory
+        assert os.environ[CUBLAS] == ":16:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert memory.fill_uninitialized_memory
+
+
+def test_nothing_is_set_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CUBLAS, raising=False)
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert CUBLAS not in os.environ
+
+
+def test_another_workspace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CUBLAS, ":4096:2")
+    with (
+        pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG=:4096:2 is not deterministic; unset it, or use :16:8 or :4096:8"),
+        deterministic(True),
+    ):
+        pass
+    monkeypatch.setenv(CUBLAS, ":4096:8")
+    with deterministic(True):
+        assert os.environ[CUBLAS] == ":4096:8"
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(tp=2))], ids=str)
+def test_steps_are_the_same_numbers(size: int, parallel: Parallel) -> None:
+    """Of SFT's and PPO's losses: every operation of a step has a deterministic form on CPU, and gives what it gives without."""
+    plain, repeatable = (
+        ranks(size).run(jobs_token_loss.repeated, parallel=parallel, model=Model(init=replace(TINY, tied=True)), on=on)
+        for on in (False, True)
+    )
+    assert plain == repeatable
+
+
+def test_a_run_may_go_on_with_it_or_without() -> None:
+    run = load_recipe("recipes/tiny_sft.py")
+    changed = override(run, ["deterministic=true"])
+    assert changed.deterministic
+    assert run.identity() == changed.identity()

@@ -1,0 +1,16 @@
+"""What a step takes beyond weights and optimizer."""
+
+from __future__ import annotations
+
+from engine.config import Llama, Model, Parallel
+from tests.support import jobs
+from tests.support.pool import ranks
+
+BIG = Llama(layers=4, hidden=256, ffn=1024, heads=8, kv_heads=4, vocab=8192)
+
+
+def test_dpo_takes_no_more_than_sft() -> None:
+    """Same sequences, same cut: no reference model, no second set of logits."""
+    sft, dpo = ranks(1).run(jobs.step_memory, parallel=Parallel(), model=Model(init=BIG))[0]
+    assert sft > 100  # MiB: the activations and logits of 1024 tokens, or nothing is measured
+    assert dpo <= 1.05 * sft

@@ -1,0 +1,190 @@
+"""Generation on ranks of its own, a step ahead: the numbers of one rank that does one thing after the other, resumed bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.advantages import off_policy
+from engine.batching.plan import batch
+from engine.commands.generate import Generating
+from engine.config import Model, Parallel, override
+from engine.losses import ppo_clip
+from engine.reporting.console import read_metrics
+from engine.rollout.remote import Drawn
+from engine.rollout.sampler import Response, Slotting
+from tests.distributed.test_rlvr import check_steps, drawn, one_rank, told
+from tests.support import jobs_remote, jobs_rlvr
+from tests.support import ppo_definition as definition
+from tests.support.pool import ranks
+
+FOLDER = Path(mkdtemp(prefix="apart-"))
+AHEAD = Slotting(slots=6, cache_gb=1.0, prefill=24, gpus=2, lag=1, max_weight=1.02)
+
+
+@lru_cache
+def sequential() -> list[dict[str, Any]]:
+    return ranks(1).run(jobs_remote.sequential, folder=FOLDER, steps=3, rollout=AHEAD)[0]
+
+
+LAYOUTS = [Parallel(), Parallel(tp=2), Parallel(pp=2)]
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_two_that_train_and_two_that_draw_are_one_after_the_other(parallel: Parallel) -> None:
+    first, second, *far = ranks(4).run(jobs_remote.steps, folder=FOLDER, parallel=parallel, steps=3, rollout=AHEAD)
+    assert far == [[], []]
+    for found in (first, second):
+        check_steps(found, sequential())
+        for got, wanted in zip(found, sequential(), strict=True):
+            for name in ("staleness", "importance", "importance_max", "truncated"):
+                assert got["said"][name] == pytest.approx(wanted["said"][name], rel=1e-5)
+            assert (got["said"]["weights_bytes"] > 0) == (got is not found[-1])  # nothing is drawn after the last step
+
+
+def test_it_exercises_what_it_must() -> None:
+    """Weights that differ from one, some of them cut: without these the test above would prove little."""
+    said = [step["said"] for step in sequential()]
+    assert [s["staleness"] for s in said] == [0.0, 1.0, 1.0]
+    assert said[0]["importance_max"] == pytest.approx(1.0, abs=1e-4)
+    assert said[2]["importance"] != pytest.approx(1.0, abs=1e-4)
+    assert said[2]["importance_max"] == 1.02
+    assert 0 < said[2]["truncated"] < 1
+
+
+def test_without_lag_it_is_the_run_that_does_it_all_on_one_rank() -> None:
+    near = ranks(4).run(jobs_remote.steps, folder=FOLDER, parallel=Parallel(), rollout=replace(AHEAD, lag=0))[0]
+    check_steps(near, one_rank())
+    assert all("weights_bytes" in step["said"] and "importance" not in step["said"] for step in near)
+
+
+def test_the_next_step_is_drawn_while_one_is_learned(tmp_path: Path) -> None:
+    """Each step waits to be learned for the responses to the next: a run that drew them afterwards would wait for ever."""
+    ranks(3).run(jobs_remote.learned_after_the_next_is_drawn, folder=tmp_path, rollout=replace(AHEAD, gpus=1))
+    rows = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "step"]
+    assert [r["staleness"] for r in rows] == [0.0, 1.0, 1.0]
+    for row in rows:
+        assert row["seconds_hidden"] == pytest.approx(max(0.0, row["seconds_generate"] - row["seconds_wait"]))
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(pp=2)], ids=str)
+def test_resumed_is_bitwise_uninterrupted(parallel: Parallel, tmp_path: Path) -> None:
+    """The responses to the step to go on with were drawn by weights that no checkpoint has: they are in it themselves."""
+    how = {"folder": tmp_path, "parallel": parallel, "steps": 3, "save_every": 1, "rollout": AHEAD}
+    ranks(4).run(jobs_remote.whole_run, **how)
+    whole = told(tmp_path)
+    assert (tmp_path / "run" / "step-00000002" / "drawn.npz").exists()
+    assert not (tmp_path / "run" / "step-00000003" / "drawn.npz").exists()
+    for lost in ("step-00000003", "critic/step-00000003"):
+        shutil.rmtree(tmp_path / "run" / lost)
+    ranks(4).run(jobs_remote.whole_run, **how)
+    assert told(tmp_path) == whole
+    assert [step["staleness"] for step in whole] == [0.0, 1.0, 1.0]
+    ranks(4).run(jobs_remote.whole_run, **how)  # nothing is left to do, and all come back
+    assert told(tmp_path) == whole
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2), Parallel(pp=2)], ids=str)
+def test_weights_travel_to_the_same_place(parallel: Parallel) -> None:
+    near, far = np.split(np.array(ranks(4).run(jobs_remote.weights_travel, parallel=parallel, gpus=2), object), 2)
+    for place, size, sums in far:
+        source = next(row for row in near if row[0] == place)
+        assert sums == source[2]
+        assert size == source[1] > 1 << 14  # in more than one piece
+
+
+def test_drawn_survives_being_written(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    sizes = [[3, 1], [1, 7], [2, 2]]
+    responses = [[Response(draw.integers(0, 9, n, np.int32), draw.random(n, np.float32), n % 2 == 0) for n in pair] for pair in sizes]
+    (tmp_path / "drawn.npz").write_bytes(Drawn(responses, 4, {"seconds_generate": 0.1}).to_bytes())
+    read = Drawn.read(tmp_path / "drawn.npz")
+    assert (read.version, read.said) == (4, {"seconds_generate": 0.1})
+    for group, wanted in zip(read.responses, responses, strict=True):
+        for mine, theirs in zip(group, wanted, strict=True):
+            assert (mine.tokens.dtype, mine.logprobs.dtype, mine.stopped) == (np.int32, np.float32, theirs.stopped)
+            assert mine.tokens.tolist() == theirs.tokens.tolist()
+            assert mine.logprobs.tolist() == theirs.logprobs.tolist()
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+def test_the_loss_is_weighted_token_by_token(average: Any) -> None:
+    """Against float64: min(p / q, 1.2) times the clipped loss, and its gradient without one of the weight."""
+    draw = np.random.default_rng(3)
+    samples = [replace(s, advantage=(draw.normal(0, 1, s.length) * s.mask).astype(np.float32)) for s in drawn()]
+    sampler = [(np.asarray(s.old_logprob) + draw.normal(0, 0.5, s.length)).astype(np.float32) for s in samples]
+    new = [np.asarray(s.old_logprob) + draw.normal(0, 0.4, s.length) for s in samples]
+    found, weights = off_policy(samples, [q[s.mask > 0] for q, s in zip(sampler, samples, strict=True)], 1.2)
+    plain = jobs_rlvr.plain(samples)
+    responses = [r | {"sampler": q, "logprob": n} for r, q, n in zip(plain, sampler, new, strict=True)]
+    wanted = [definition.importance(r, t, 1.2) for r in responses for t in definition.tokens(r)]
+    assert weights.tolist() == pytest.approx(wanted, rel=1e-12)
+    assert 0 < np.mean(weights == 1.2) < 1
+
+    clip = {"clip_low": 0.2, "clip_high": 0.3}
+    loss = partial(ppo_clip, average=average, kl="k3", kl_coef=0.0, **clip)
+    (packed,) = batch(found, 1000)
+    bounds = packed.cu_seqlens.tolist()
+    places = {i: slice(a, b) for i, a, b in zip(packed.index_S, bounds, bounds[1:], strict=False)}
+    output = torch.zeros(len(packed.tokens_T))
+    for i, values in enumerate(new):
+        output[places[i]] = torch.from_numpy(values)
+    output.requires_grad_()
+    got = loss(output, packed)
+    got.total.backward()
+
+    def weighted(r: definition.Response, t: int) -> float:
+        return definition.importance(r, t, 1.2) * definition.policy_loss(r, t, **clip)
+
+    assert float(got.total) / got.count == pytest.approx(definition.mean_over(responses, average, weighted), rel=1e-6)
+    assert output.grad is not None
+    sizes = [len(definition.tokens(r)) for r in responses]
+    for i, (r, size) in enumerate(zip(responses, sizes, strict=True)):
+        share = 1 / sum(sizes) if average == "token" else 1 / size / len(sizes)
+        for t in definition.tokens(r):
+            slope = definition.importance(r, t, 1.2) * definition.policy_slope(r, t, **clip) * share
+            assert float(output.grad[places[i]][t]) / got.count == pytest.approx(slope, rel=2e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lag": 1}, r"rollout.lag=1 and rollout.gpus=0: .* set rollout.gpus"),
+        ({"gpus": 2, "lag": 2}, r"rollout.lag=2 is neither 0 nor 1; use 1 .*, 0"),
+        ({"gpus": -1}, r"rollout.gpus=-1 must not be negative"),
+        ({"gpus": 1, "lag": 1, "max_weight": 0.0}, r"rollout.max_weight=0.0 must be positive"),
+        ({"graphs": True}, r"rollout.graphs=True must be one of auto, on, off"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Slotting(**changes)
+
+
+def test_engine_generate_has_no_ranks_to_spare() -> None:
+    with pytest.raises(ValueError, match=r"rollout.gpus=1 sets ranks apart .* leave it at 0"):
+        override(Generating(Model("nowhere")), ["rollout.gpus=1"])
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "changes", "says"),
+    [
+        (4, Parallel(tp=2), {"gpus": 1}, "rollout.gpus=1 must be a multiple of parallel.tp=2 x parallel.pp=1 = 2"),
+        (2, Parallel(), {"gpus": 2}, "rollout.gpus=2 leaves none of the world's 2 ranks to train"),
+        (3, Parallel(), {"gpus": 1, "cache_gb": 1e-6}, "algorithm.rollout.cache_gb=1e-06 holds 0 sequences"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(size: int, parallel: Parallel, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    rollout = Slotting(**{"lag": 1, "cache_gb": 1.0} | changes)
+    told = ranks(size).run(jobs_remote.whole_run, folder=tmp_path, parallel=parallel, rollout=rollout)
+    assert all(says in said for said in told)

@@ -1,0 +1,343 @@
+"""The dry run from recipe to forecast: what it says is consistent, it refuses what cannot be, and what it advises holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.dryrun import bench_tulu
+from engine.__main__ import load_recipe, main
+from engine.algorithms.rlvr import RLVR, Critic
+from engine.algorithms.sft import SFT
+from engine.config import Llama, Model, Optim, Parallel, Run, override
+from engine.data.rows import Source
+from engine.dryrun import lengths, model_shapes
+from engine.dryrun import search as searching
+from engine.dryrun.compose import composer
+from engine.dryrun.forecast import Forecast, forecast
+from engine.dryrun.hardware import Hardware
+from engine.dryrun.microbatches import Cut, cost
+from engine.dryrun.phases import DRAWING
+from engine.dryrun.report import as_json
+from engine.dryrun.search import ROOM, search
+from engine.dryrun.stages import rehearse
+from engine.megatron import overlap
+from engine.rollout.sampler import Slotting
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = Llama(layers=6, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=320, max_length=4096)
+H100 = Hardware.load("h100")
+PARTS = composer(rehearse)  # what is rehearsed for one test serves the others
+
+
+def foretold(run: Run, gpus: int, hardware: Hardware = H100) -> Forecast:
+    """A forecast from parts, which are those of a rehearsal: see test_stages_from_parts_are_the_rehearsed_ones."""
+    return forecast(run, gpus, hardware, rehearse=PARTS)
+
+
+def followed(run: Run, gpus: int, way_out: str) -> tuple[Run, int]:
+    """The run and the number of GPUs that a way out names."""
+    words = way_out.split()
+    if "--gpus" in words:
+        gpus = int(words[words.index("--gpus") + 1])
+    return override(run, [word for word in words if "=" in word]), gpus
+
+
+def sft(**parallel: Any) -> Run:
+    return Run(
+        model=Model(init=SMALL),
+        algorithm=SFT(sources=(Source("allenai/RLVR-MATH"),), batch_size=64, max_length=512, epochs=2),
+        optim=Optim(lr=1e-5),
+        parallel=Parallel(**parallel),
+        tokens_per_microbatch=1024,
+    )
+
+
+def rlvr(critic: Llama = SMALL, **settings: Any) -> Run:
+    algorithm = RLVR(
+        sources=(Source("allenai/RLVR-MATH"),),
+        critic=Critic(Model(init=critic.with_scalar_head()), Optim(lr=1e-5)),
+        prompts_per_step=32,
+        max_prompt=512,
+        max_response=256,
+        rollout=Slotting(slots=8, cache_gb=1.0),
+        **settings,
+    )
+    return replace(sft(pp=2, tp=2), algorithm=algorithm)
+
+
+def test_models_are_known_by_their_folder_or_their_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    assert model_shapes.shape(Model(str(tmp_path))) == SMALL
+    assert model_shapes.guessed(Model(str(tmp_path))) == ""
+    big = model_shapes.shape(Model("meta-llama/Llama-3.1-405B"))
+    assert big.parameters == 405_853_388_800
+    critic = model_shapes.shape(Model("allenai/Llama-3.1-Tulu-3-8B-RM"))
+    assert (critic.head, critic.vocab, critic.layers) == ("scalar", 128264, 32)
+    assert "126 layers of 16384" in model_shapes.guessed(Model("meta-llama/Llama-3.1-405B"))
+    with pytest.raises(ValueError, match=r"model.path='runs/mine' is not on this machine.*; give a folder with config.json"):
+        model_shapes.shape(Model("runs/mine"))
+
+
+def test_gpus_are_those_of_the_recipes_torchrun_line() -> None:
+    for name, gpus in (("tulu3_405b_rlvr", 256), ("tulu3_70b_sft", 64), ("tulu3_8b_sft", 8), ("tiny_sft", 1)):
+        path = RECIPES / f"{name}.py"
+        assert model_shapes.gpus(path, load_recipe(str(path))) == gpus
+
+
+def test_lengths_are_drawn_as_stated_or_from_what_is_given(tmp_path: Path) -> None:
+    drawn = lengths.Spread(400, 0.6).draw(100_000, 10**6, np.random.default_rng(0))
+    assert drawn.mean() == pytest.approx(400, rel=0.02)
+    assert np.log(drawn).std() == pytest.approx(0.6, rel=0.02)
+    asked = rlvr(samples_per_prompt=2).algorithm
+    sequences = lengths.draw(asked, seed=3)
+    assert len(sequences.lengths_N) == 64
+    assert (sequences.prompt_N[::2] == sequences.prompt_N[1::2]).all()
+    assert sequences.prompt_N.max() <= 512
+    assert sequences.response_N.max() <= 256
+    assert (lengths.draw(asked, seed=3).lengths_N == sequences.lengths_N).all()
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": 100, "response": 28}\n')
+    assert set(lengths.draw(sft().algorithm, given=lengths.read(str(file))).lengths_N) == {128}
+    file.write_text('{"prompt": 100, "response": 28}\n{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: a row is"):
+        lengths.read(str(file))
+
+
+def test_a_cut_is_the_planners_and_its_full_microbatch_is_full() -> None:
+    lengths_N, alone = np.array([500, 300, 200, 100, 900, 24]), np.full(6, -1)
+    cut = Cut.of(lengths_N, alone, SMALL, Parallel(tp=2), 1, 1024)
+    assert (cut.microbatches, cut.tokens) == (2, 2024)
+    assert cut.cost == pytest.approx(cost(lengths_N.tolist(), SMALL) / 2)
+    full = cut.full(lengths_N, Parallel(tp=2), 1024)
+    assert sum(full) == 1024
+    assert full == (500, 300, 200, 24)
+    virtual = Cut.of(lengths_N, alone, SMALL, Parallel(tp=2, pp=2, vpp=3), 1, 1024)
+    assert virtual.microbatches == 2
+    assert virtual.tokens == 2 * virtual.most  # all as long as the longest
+
+
+@pytest.mark.parametrize("setting", [*(f"recompute={kind}" for kind in ("none", "swiglu", "selective", "full")), "tp_comm_overlap=true"])
+def test_stages_from_parts_are_the_rehearsed_ones(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "LEAST_ROWS", 1)
+    deep = replace(SMALL, layers=10)
+    grid = override(sft(tp=2, pp=2, vpp=3, count_embedding=True, count_loss=True), [f"parallel.{setting}"]).parallel
+    options: dict[str, Any] = {"optim": Optim(lr=1e-5), "rows": 100, "dtype": "bf16"}
+    whole, parts = (make(deep, grid, 8, (100, 156), **options) for make in (rehearse, composer(rehearse)))
+    for stage, other in zip(whole, parts, strict=True):
+        assert other.optimizer == pytest.approx(stage.optimizer, rel=0.01)  # small shards are padded
+        assert other.inference_peak == pytest.approx(stage.inference_peak, rel=0.1)
+        assert replace(other, optimizer=0, inference_peak=0) == replace(stage, optimizer=0, inference_peak=0)
+
+
+def check_sums(found: Forecast) -> dict[str, Any]:
+    """What must hold of any forecast; returns it as machines read it."""
+    told = json.loads(json.dumps(as_json(found)))
+    grid = told["grid"]
+    generating = told["generating"] or {"ranks": 0, "stages": []}
+    assert grid["tp"] * grid["pp"] * grid["dp"] + generating["ranks"] == told["ranks"]
+    assert [stage["pp"] for stage in told["stages"]] == list(range(grid["pp"]))
+    assert sum(stage["layers"] for stage in told["stages"]) == found.scene.policy.model.layers
+    for stage in [*told["stages"], *generating["stages"]]:
+        assert stage["peak_bytes"] == sum(stage["bytes"].values()) == max(stage["moments"].values())
+        assert stage["fits"] == (stage["peak_bytes"] <= found.scene.hardware.memory)
+    assert told["fits"] == all(stage["fits"] for stage in [*told["stages"], *generating["stages"]])
+    assert told["step_seconds"] == pytest.approx(sum(s for name, s in told["phases"].items() if name not in told["beside"]))
+    assert all(seconds >= 0 for seconds in told["phases"].values())
+    assert 0 < told["mfu"] < 1
+    assert 0 <= told["bubble"] < 1
+    assert 0 < told["batch"]["fill"] <= 1 <= told["batch"]["imbalance"]
+    assert told["tokens_per_second"] == pytest.approx(told["batch"]["tokens"] / told["step_seconds"])
+    assert told["assumptions"]
+    return told
+
+
+def test_a_forecast_of_sft_adds_up() -> None:
+    found = forecast(sft(tp=2, pp=3), 12, H100)
+    told = check_sums(found)
+    assert list(told["phases"]) == ["forward and backward", "gradients' reduction", "optimizer"]
+    assert found.steps == 2 * 7500 // 64 + 1
+    hours = 12 * found.steps * found.step_seconds / 3600
+    assert told["recipe"] == pytest.approx({"steps": found.steps, "gpu_hours": hours, "energy_kwh": 0.7 * hours})
+    norms = 2 * SMALL.hidden * SMALL.layers + SMALL.hidden
+    assert 2 * sum(rank.params for rank in found.stages) == SMALL.parameters + norms  # norms are on both tp ranks
+
+
+def test_a_forecast_of_rlvr_has_every_phase_and_everything_that_takes_memory() -> None:
+    run = rlvr(epochs=4)
+    found = forecast(run, 8, H100)
+    told = check_sums(found)
+    assert list(told["phases"]) == [
+        "prefill", "decoding", "verification", "log-probs, policy", "log-probs, reference", "values, critic",
+        "updates, policy", "updates, critic",
+    ]  # fmt: skip
+    stage = told["stages"][0]
+    assert stage["bytes"]["reference"] == stage["bytes"]["weights"]
+    assert stage["moments"].keys() == {"generation", "reading, policy", "reading, critic", "update, policy", "update, critic"}
+    offloaded = foretold(override(run, ["algorithm.reference=offloaded"]), 8)
+    assert "reference" not in offloaded.stages[0].parts
+    assert as_json(offloaded)["phases"]["log-probs, reference"] > told["phases"]["log-probs, reference"]
+    once = foretold(override(run, ["algorithm.epochs=1"]), 8)
+    assert told["phases"]["updates, policy"] == pytest.approx(4 * as_json(once)["phases"]["updates, policy"])
+    alone = forecast(override(run, ["algorithm.epochs=1", "algorithm.kl_coef=0"]), 8, H100)
+    assert not {"log-probs, policy", "log-probs, reference"} & as_json(alone)["phases"].keys()  # a single update reads them itself
+    # 4 slots in each of 2 groups, 3 layers, keys and values of one head of 16 numbers of 2 bytes, 768 positions.
+    settings = ["algorithm.rollout.slots=4", "algorithm.reference=offloaded"]
+    halved = foretold(override(run, settings), 8).stages[0].moments["generation"]
+    spared = offloaded.stages[0].moments["generation"] - halved
+    assert spared == pytest.approx(2 * 2 * 3 * 2 * 16 * 2 * 768, rel=0.05)
+
+
+@pytest.mark.parametrize("epochs", [1, 400], ids=["drawing is longer", "learning is longer"])
+def test_ranks_that_only_generate_are_a_launch_beside_the_one_that_learns(epochs: int) -> None:
+    """8 ranks learn as a launch of 8 does, and 4 draw as one of 4; the weights go from the first to the second. A step ahead, the longer
+    of both counts."""
+    run = rlvr(epochs=epochs)
+    learning, drawing = (as_json(foretold(run, gpus))["phases"] for gpus in (8, 4))
+    between, ahead = (
+        check_sums(foretold(override(run, ["algorithm.rollout.gpus=4", f"algorithm.rollout.lag={lag}"]), 12)) for lag in (0, 1)
+    )
+    for told in (between, ahead):
+        assert told["generating"]["dp"] == 1
+        for name, seconds in told["phases"].items():
+            if name not in ("handing weights", "waiting for responses"):
+                assert seconds == pytest.approx((drawing if name in DRAWING else learning)[name])
+    drawn = sum(drawing[name] for name in DRAWING)
+    learned = sum(learning.values()) - sum(learning[name] for name in DRAWING)
+    handed = ahead["phases"]["handing weights"]
+    assert (learned > drawn) == (epochs == 400)
+    assert between["beside"] == []
+    assert between["step_seconds"] == pytest.approx(drawn + handed + learned)
+    assert ahead["beside"] == list(DRAWING)
+    assert ahead["step_seconds"] == pytest.approx(handed + max(drawn, learned))
+
+
+def test_ranks_that_only_generate_hold_weights_and_a_cache() -> None:
+    run = override(rlvr(), ["algorithm.rollout.gpus=4"])
+    found, alone = foretold(run, 12), foretold(rlvr(), 4)
+    for near, far, both in zip(found.stages, found.generating, alone.stages, strict=True):
+        assert far.parts.keys() == {"weights", "context", "cache", "activations"}
+        assert far.moments["generation"] == both.moments["generation"] - sum(
+            both.parts[name] for name in ("gradients", "optimizer", "reference", "critic")
+        )
+        assert "generation" not in near.moments
+        assert near.moments["handing weights"] <= near.moments["update, policy"] + near.parts["weights"]
+    assert "generation" in foretold(override(run, ['algorithm.held_out=["allenai/RLVR-GSM"]']), 12).stages[0].moments
+    with pytest.raises(ValueError, match=r"rollout.gpus=3 must be a multiple of .* = 4.*use 4"):
+        foretold(override(run, ["algorithm.rollout.gpus=3"]), 12)
+    assert not foretold(run, 12, replace(H100, memory=float(max(rank.peak_bytes for rank in found.generating) - 1))).fits
+
+
+def test_405b_is_forecast_and_what_it_lacks_is_found() -> None:
+    """The recipe fits; with a gigabyte less than it needs it does not, and the way out that is named then does."""
+    run = load_recipe(str(RECIPES / "tulu3_405b_sft.py"))
+    found = foretold(run, 256)
+    check_sums(found)
+    assert found.fits
+    assert found.way_out is None
+    assert sum(rank.params for rank in found.stages) * 8 == pytest.approx(405.85e9, rel=1e-3)
+    need = max(rank.peak_bytes for rank in found.stages)
+    smaller = replace(H100, memory=float(need - 10**9))
+    tight = foretold(run, 256, smaller)
+    assert not tight.fits
+    assert tight.way_out
+    assert foretold(*followed(run, 256, tight.way_out), smaller).fits
+
+
+def test_a_critic_that_is_too_large_is_found_and_what_helps_is_named() -> None:
+    large, bare = replace(SMALL, hidden=512, ffn=1024, layers=12), replace(H100, allowance=0.0)
+    roomy = foretold(rlvr(), 8, bare)
+    tight = replace(bare, memory=4.0 * max(rank.peak_bytes for rank in roomy.stages))
+    assert foretold(rlvr(), 8, tight).fits
+    found = foretold(rlvr(critic=large), 8, tight)
+    assert not found.fits
+    worst = max(found.stages, key=lambda rank: rank.peak_bytes)
+    assert worst.parts["critic"] > worst.parts["weights"] + worst.parts["optimizer"]
+    assert found.way_out
+    assert foretold(*followed(rlvr(critic=large), 8, found.way_out), tight).fits
+
+
+def test_search_finds_the_layout_that_trying_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "BUDGETS", 3)
+    run = replace(sft(), model=Model(init=replace(SMALL, layers=2, kv_heads=1)))
+    whole = forecast(run, 2, H100, seek=False)
+    room = whole.stages[0].peak_bytes - (1 << 14)  # not as the recipe has it, by more than parts may be wrong
+    tight = replace(H100, memory=room / ROOM)
+    found = search(run, 2, tight, confirm=1)
+    assert found
+    tried = []
+    for pp in (1, 2):
+        for recompute in ("none", "swiglu", "selective", "full"):
+            for budget in (512, 768, 1024):
+                settings = [f"parallel.pp={pp}", f"parallel.recompute={recompute}", f"tokens_per_microbatch={budget}"]
+                other = forecast(override(run, settings), 2, tight, seek=False)
+                tried += [other.step_seconds] if other.fullest.peak_bytes <= room else []
+    assert found[0].step_seconds == pytest.approx(min(tried))
+    best = forecast(override(run, found[0].settings), 2, tight)
+    assert best.fullest.peak_bytes <= room
+    assert best.step_seconds == pytest.approx(found[0].step_seconds)
+
+
+def recipe(folder: Path) -> str:
+    path = folder / "recipe.py"
+    path.write_text(f'''"""torchrun --nnodes 2 --nproc-per-node 4 -m engine run recipe.py"""
+from engine.algorithms.sft import SFT
+from engine.config import *
+from engine.data.rows import Source
+run = Run(Model(init={SMALL!r}), SFT((Source("rows.jsonl"),), batch_size=64, max_length=512), Optim(lr=1e-5), Parallel(tp=2, pp=2))
+''')
+    return str(path)
+
+
+def test_the_command_tells_people_machines_and_eyes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["dryrun", recipe(tmp_path), "parallel.vpp=3", "--device", "h200", "--json", str(tmp_path / "f.json"), "optim.lr=2e-6"]
+    assert main([*words, "--png", str(tmp_path / "f.png")]) == 0
+    told = json.loads((tmp_path / "f.json").read_text())
+    assert told["ranks"] == 8
+    assert told["grid"] == {"tp": 2, "pp": 2, "vpp": 3, "dp": 2}
+    assert told["recipe"]["steps"] is None  # nobody knows how many rows
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "it fits: stage" in said
+    assert "8 x h200, tp2 pp2 x 3 virtual stages dp2" in said
+
+
+def test_what_does_not_fit_has_an_exit_code_and_what_is_wrong_has_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path)
+    replace(H100, name="mine", memory=H100.allowance + 1e5).save(tmp_path / "mine.toml")
+    assert main(["dryrun", path, "--device", str(tmp_path / "mine.toml"), "--gpus", "4"]) == 3
+    assert "it does not fit: stage 0 needs" in capsys.readouterr().out
+    for words, complaint in (
+        ([path, "parallel.tp=3"], "parallel.tp=3 must divide"),
+        ([path, "--gpus", "6"], "6 ranks"),
+        ([path, "--device", "h300"], "device='h300' is not known; use"),
+        ([path, "--json", str(tmp_path / "no" / "f.json")], "its folder does not exist"),
+        ([path, "tokens_per_microbatch=100"], "algorithm.max_length=512"),
+        ([str(tmp_path / "nothing.py")], "is not a file; see recipes/"),
+        ([], "dryrun takes either a recipe"),
+    ):
+        assert main(["dryrun", *words]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        assert complaint in lines[0]
+
+
+def test_a_picture_needs_matplotlib(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["dryrun", recipe(tmp_path), "--png", str(tmp_path / "f.png")]) == 1
+    assert "f.png needs the package matplotlib; pip install matplotlib, or leave it out" in capsys.readouterr().err
+
+
+def test_the_page_of_tulus_step_says_what_was_forecast() -> None:
+    fact = bench_tulu.fact_of(foretold(rlvr(epochs=2), 8))
+    assert fact["training"] == pytest.approx(sum(s for name, s in fact["phases"].items() if name not in bench_tulu.GENERATES))
+    assert fact["ratio"] == pytest.approx(1500 / fact["training"])
+    row = next(line for line in bench_tulu.page([fact]).splitlines() if line.startswith("| 8 |"))
+    assert "TP2 PP2 DP2, none, 1024 tokens" in row

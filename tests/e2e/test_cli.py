@@ -1,0 +1,269 @@
+"""The command line, whole; and bad input: one clear line each, exit code 1, and nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.data.wordproblems import problems, write
+from tests.support import jobs
+from tests.support.pool import ranks
+
+ROOT = Path(__file__).parents[2]
+SMALL = "Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
+
+
+def engine(*words: object, **limits: Any) -> tuple[int, str, str]:
+    """One rank: exit code, stdout, stderr."""
+    return ranks(1).run(jobs.command, words=[str(w) for w in words], **limits)[0]
+
+
+def complaint(*words: object, **limits: Any) -> str:
+    """The one line that a bad command leaves on stderr."""
+    code, _, stderr = engine(*words, **limits)
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert code == 1
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
+    return lines[0]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of three steps on 40 word problems in data.jsonl, into tmp_path/out."""
+    write(tmp_path / "data.jsonl", problems(40, 0))
+    write(tmp_path / "held_out.jsonl", problems(4, 1, held_out=True))
+    path = tmp_path / "recipe.py"
+    path.write_text(f"""
+from engine.algorithms.sft import SFT
+from engine.config import Llama, Logging, Model, Optim, Run
+from engine.data.rows import Source
+
+run = Run(
+    model=Model(init={SMALL}, tokenizer="bytes"),
+    algorithm=SFT(sources=(Source({str(tmp_path / "data.jsonl")!r}),), held_out=(Source({str(tmp_path / "held_out.jsonl")!r}),),
+                  batch_size=8, max_length=256),
+    optim=Optim(lr=1e-3), tokens_per_microbatch=1024, steps=3, save_every=2, out={str(tmp_path / "out")!r},
+    logging=Logging(tensorboard=False),
+)
+""")
+    return path
+
+
+def story(folder: Path) -> list[list[Any]]:
+    """What metrics.jsonl tells, without times."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[record.get(name) for name in ("kind", "step", "loss", "grad_norm", "lr")] for record in records]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_train_export_and_score_under_torchrun(recipe: Path, tmp_path: Path) -> None:
+    """The real thing: two processes train; the export scores in the engine, on two other layouts, as transformers does."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "engine"]
+    alone = [sys.executable, "-m", "engine"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*words: object) -> str:
+        done = subprocess.run([str(w) for w in words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    told = run(*torchrun, "run", recipe, "parallel.pp=2")
+    assert told.count("step ") == 3 + 2  # and two evaluations
+    assert "held-out loss" in told
+    run(*alone, "export", tmp_path / "out", tmp_path / "model")
+    data = tmp_path / "held_out.jsonl"
+    run(*torchrun, "score", "--model", tmp_path / "model", "--data", data, "--out", tmp_path / "scores.jsonl", "parallel.tp=2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows, scores = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (data, tmp_path / "scores.jsonl")
+    )  # fmt: skip
+    assert len(rows) == len(scores) == 4
+    for row, score in zip(rows, scores, strict=True):
+        assert score["tokens"] == tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        assert len(score["logprobs"]) == len(score["mask"]) == len(score["tokens"]) - 1
+        answer = [t for t, m in zip(score["tokens"][1:], score["mask"], strict=True) if m]
+        assert tokenizer.decode(answer) == row["messages"][1]["content"] + "<|end|>"
+        tokens = torch.tensor([score["tokens"]])
+        with torch.no_grad():
+            expected = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        assert score["logprobs"] == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_a_stopped_run_goes_on_and_tells_one_story(recipe: Path, tmp_path: Path) -> None:
+    assert engine("run", recipe, f"out={tmp_path / 'whole'}")[0] == 0
+    assert engine("run", recipe)[0] == 0
+    out = tmp_path / "out"
+    shutil.rmtree(out / "step-00000003")  # as if it had stopped after the checkpoint of step 2
+    code, stdout, _ = engine("run", recipe)
+    assert code == 0
+    assert "resumed from step 2" in stdout
+    whole, resumed = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path / "whole", out)
+    )
+    numbers = ("kind", "step", "loss", "grad_norm", "lr")
+    assert [{k: r.get(k) for k in numbers} for r in resumed] == [{k: r.get(k) for k in numbers} for r in whole]
+
+
+def test_score_takes_rows_of_ids_in_order(recipe: Path, tmp_path: Path) -> None:
+    assert engine("run", recipe)[0] == 0
+    assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()  # ids need none
+    rows = [{"tokens": [1, 2, 3, 4]}, {"tokens": [7]}, {"tokens": [5, 6], "mask": [0]}, {"tokens": list(range(200))}]
+    data = tmp_path / "ids.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert engine("score", "--model", tmp_path / "model", "--data", data, "--out", tmp_path / "o.jsonl")[0] == 0
+    scores = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [s["tokens"] for s in scores] == [r["tokens"] for r in rows]
+    assert [s["mask"] for s in scores] == [[1, 1, 1], [], [0], [1] * 199]
+    assert [len(s["logprobs"]) for s in scores] == [3, 0, 1, 199]
+    assert all(value < 0 for s in scores for value in s["logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"messages": [', "data.jsonl:41: not valid JSON"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "data.jsonl:41: messages needs an assistant turn"),
+        ('{"text": "hi"}', "data.jsonl:41: a row needs messages, or prompt and response, or tokens; this one has text"),
+        (
+            json.dumps({"prompt": "x" * 300, "response": "y"}),
+            "over max_length=256 (policy too_long=error); set too_long=truncate or drop",
+        ),
+    ],
+)
+def test_bad_rows(recipe: Path, tmp_path: Path, line: str, expected: str) -> None:
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert expected in complaint("run", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("policy", "fate"), [("truncate", "1 truncated, 0 dropped"), ("drop", "0 truncated, 1 dropped")])
+def test_long_rows_are_cut_or_dropped_when_asked_and_counted(recipe: Path, tmp_path: Path, policy: str, fate: str) -> None:
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "x" * 200, "response": "y" * 200}) + "\n")
+    code, stdout, _ = engine("run", recipe, f"algorithm.too_long={policy}")
+    assert code == 0
+    assert f"data.jsonl: 41 rows, {fate}; " in stdout
+
+
+def test_an_empty_file(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("")
+    assert "has no rows" in complaint("run", recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("parallel.tp=3", "parallel.tp=3 must divide model.heads=8, model.kv_heads=4 and model.ffn=128; use parallel.tp=1"),
+        ("parallel.pp=2", "the world has 1 ranks, which parallel.tp=1 x parallel.pp=2 = 2 must divide"),
+        ("optim.learning_rate=1", "unknown setting 'optim.learning_rate'; nearest: optim."),
+        ("paralel.tp=1", "unknown setting 'paralel.tp'; nearest: parallel"),
+        ("algorithm.max_lenght=9", "nearest: algorithm.max_length"),
+        ("steps=many", "steps=many cannot be read; it takes int"),
+        ("tokens_per_microbatch=100", "algorithm.max_length=256 is over tokens_per_microbatch=100"),
+        ("algorithm.max_length=1000", "algorithm.max_length=1000 is over"),
+        ("model.path=smollm2-135m-instruct", "model: give either path"),
+        ("model.tokenizer=nowhere", "tokenizer='nowhere' is neither 'bytes', 'words' nor a folder"),
+    ],
+)
+def test_bad_settings(recipe: Path, tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in complaint("run", recipe, override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_another_run(recipe: Path, tmp_path: Path) -> None:
+    assert engine("run", recipe)[0] == 0
+    before = contents(tmp_path / "out")
+    assert "already holds another run (its optim differ)" in complaint("run", recipe, "optim.lr=2e-3")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_finished_run_started_again_changes_no_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    assert engine("run", recipe)[0] == 0
+    before = contents(tmp_path / "out")
+    assert engine("run", recipe)[0] == 0
+    after = contents(tmp_path / "out")
+    assert {n: b for n, b in after.items() if n != "metrics.jsonl"} == {n: b for n, b in before.items() if n != "metrics.jsonl"}
+
+
+def test_a_full_disk_while_saving(recipe: Path, tmp_path: Path) -> None:
+    """Files may not grow past 100 kB, which a checkpoint's do: the older checkpoint stays, and no half of the new one."""
+    assert engine("run", recipe, "keep_last=5")[0] == 0
+    out = tmp_path / "out"
+    shutil.rmtree(out / "step-00000003")
+    before = {name: data for name, data in contents(out).items() if name.startswith("step")}
+    line = complaint("run", recipe, "keep_last=5", largest_file=100_000)
+    assert "step-00000003: could not be saved (" in line
+    assert "GiB are free there" in line
+    assert "earlier checkpoints are untouched" in line
+    assert {name: data for name, data in contents(out).items() if name.startswith("step")} == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(recipe: Path, tmp_path: Path) -> None:
+    assert engine("run", recipe)[0] == 0
+    victim = next((tmp_path / "out" / "step-00000003" / "tensors").glob("*.distcp"))
+    damaged = bytearray(victim.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    victim.write_bytes(damaged)
+    code, stdout, stderr = engine("run", recipe)
+    assert code == 0
+    assert "step-00000003 is damaged and is passed over: tensors/" in stderr
+    assert "resumed from step 2" in stdout
+
+
+def test_export_refuses(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert "is there already" in complaint("export", tmp_path / "out", tmp_path / "there")
+    assert "is not the folder of a run" in complaint("export", tmp_path / "out", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ('{"tokens": [1, 999]}', "rows.jsonl:1: tokens must be a list of integers from 0 to 259"),
+        ('{"tokens": [1, 2]}\n{"tokens": []}', "rows.jsonl:2: tokens must be"),
+        (json.dumps({"tokens": [1] * 50}), "has 49 tokens, over tokens_per_microbatch=32; raise it"),
+        ("", "has no rows"),
+    ],
+)
+def test_bad_rows_to_score(recipe: Path, tmp_path: Path, rows: str, expected: str) -> None:
+    assert engine("run", recipe, "steps=1")[0] == 0
+    assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
+    (tmp_path / "rows.jsonl").write_text(rows)
+    words = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "tokens_per_microbatch=32"]
+    assert expected in complaint("score", *words)
+    assert list(tmp_path.glob("o.jsonl*")) == []
+
+
+def test_a_recipe_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "no.py").write_text("x = 1\n")
+    assert "defines no run = Run(...)" in complaint("run", tmp_path / "no.py")
+    assert "is not a file" in complaint("run", tmp_path / "nowhere.py")
+    assert "model 'no/such-model' is not a folder" in complaint("score", "--model", "no/such-model", "--data", "x", "--out", "y")
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["score"], ["export"]])
+def test_help_in_plain_words(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from engine.__main__ import main
+
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "-h"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "torchrun --nproc-per-node 2 -m engine" in told
+    assert len(told) > 300

@@ -1,0 +1,143 @@
+"""The recipes of Tülu 3 at 8B, 70B and 405B: the paper's numbers, and nothing that would be refused on their GPUs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.dryrun.bench_recipes import layout, longest
+from engine.__main__ import load_recipe
+from engine.batching.plan import plan
+from engine.config import Optim, Parallel, Run, override
+from engine.config.checks import problems, warnings
+from engine.dryrun.compose import composer
+from engine.dryrun.forecast import forecast
+from engine.dryrun.hardware import Hardware
+from engine.dryrun.model_shapes import shape
+from engine.dryrun.search import ROOM
+from engine.dryrun.stages import rehearse
+from engine.dryrun.workload import Rehearse
+from tests.support import jobs_rlvr
+from tests.support.launch_405b import RECIPE, check_same, prepared, told
+from tests.support.pool import ranks
+
+ROOT = Path(__file__).parents[2]
+GPUS = {"8b": 8, "70b": 64, "405b": 256}
+NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("tulu3_*.py"))
+
+
+def recipe(name: str) -> Run:
+    return load_recipe(str(ROOT / f"recipes/{name}.py"))
+
+
+def gpus(name: str) -> int:
+    return GPUS[name.split("_")[1]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_wrong_and_only_the_padding_is_worth_a_word(name: str) -> None:
+    run = recipe(name)
+    assert problems(run, shape, gpus(name)) == []
+    said = warnings(run, shape, gpus(name))
+    assert [line.split(" over ")[0] for line in said] == ["model.vocab=128264"] * (shape(run.model).vocab == 128264)
+
+
+@lru_cache
+def composed() -> Rehearse:
+    """Stages of all recipes, those that are alike rehearsed once."""
+    return composer(rehearse)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_were_every_sequence_as_long_as_may_be(name: str) -> None:
+    run = recipe(name)
+    found = forecast(run, gpus(name), Hardware.load("h100"), given=longest(run), rehearse=composed(), seek=False)
+    assert found.fits
+    assert all(line.startswith("model.vocab=128264 over ") for line in found.warnings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_forecast_is_on_the_page_and_nearly_the_best(name: str) -> None:
+    """benchmarks/results/dryrun_recipes_*: of the recipe as it is now, with room to spare, no slower than the search's best by 5 %."""
+    facts = json.loads(max((ROOT / "benchmarks/results").glob("dryrun_recipes_*.json")).read_text())
+    fact, run = facts["recipes"][name], recipe(name)
+    assert fact["layout"] == layout(run, fact["gpus"])
+    assert fact["gpus"] == gpus(name)
+    assert fact["fits"]
+    assert fact["peak_bytes"] <= ROOM * Hardware.load("h100").memory
+    assert fact["step_seconds"] <= 1.05 * fact["best"]["step_seconds"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_hold_the_model_whole(name: str) -> None:
+    run = recipe(name)
+    layers = run.parallel.dealt(shape(run.model))
+    assert sum(layers) == shape(run.model).layers
+    assert max(layers) - min(layers) <= 2
+    ranks_ = [sum(layers[rank :: run.parallel.pp]) for rank in range(run.parallel.pp)]
+    assert max(ranks_) - min(ranks_) <= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_cut_as_the_schedule_needs_it(name: str) -> None:
+    """Microbatches of a step on its replicas: equally many, within the budget, and a multiple of the stages where these take turns."""
+    run = recipe(name)
+    grid, dp = run.parallel, gpus(name) // (run.parallel.tp * run.parallel.pp)
+    turns = grid.pp if grid.vpp > 1 else 1
+    count = getattr(run.algorithm, "batch_size", None) or run.algorithm.prompts_per_step
+    lengths = np.random.default_rng(0).integers(50, 1400, count)
+    planned = plan(lengths, dp, run.microbatch_tokens, cost=shape(run.model).cost, total_multiple=grid.tp, microbatch_multiple=turns)
+    assert planned.microbatches % turns == 0
+    assert planned.microbatches >= grid.pp or grid.pp == 1
+    assert planned.totals.max() <= run.microbatch_tokens
+    assert not (planned.totals % grid.tp).any()
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # arXiv 2411.15124; 405B: its model card
+    "8b_sft": {"lr": 5e-6, "warmup": 0.03, "batch_size": 128, "max_length": 4096, "epochs": 2},
+    "70b_sft": {"lr": 2e-6, "warmup": 0.03, "batch_size": 128, "max_length": 4096, "epochs": 2},
+    "405b_sft": {"lr": 2e-6, "warmup": 0.03, "batch_size": 256, "max_length": 4096, "epochs": 2},
+    "8b_dpo": {"lr": 5e-7, "warmup": 0.1, "batch_size": 128, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
+    "70b_dpo": {"lr": 2e-7, "warmup": 0.1, "batch_size": 128, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
+    "405b_dpo": {"lr": 2e-7, "warmup": 0.1, "batch_size": 256, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
+    "8b_reward": {"lr": 3e-6, "batch_size": 256, "max_length": 2048, "epochs": 1},
+    "8b_rlvr": {"lr": 3e-7, "warmup": 0.0, "kl_coef": 0.05, "prompts_per_step": 224, "epochs": 4, "max_response": 2048, "steps": 446},
+    "70b_rlvr": {"lr": 1e-7, "warmup": 0.1, "kl_coef": 0.07, "prompts_per_step": 640, "epochs": 4, "max_response": 2048, "steps": 625},
+    "405b_rlvr": {"lr": 1e-7, "warmup": 0.0, "kl_coef": 0.05, "prompts_per_step": 1856, "epochs": 4, "max_response": 1024, "steps": 75},
+}
+RLVR = {
+    "max_prompt": 2048, "temperature": 1.0, "correct": 10.0, "no_stop": -10.0, "gamma": 1.0, "lam": 0.95,
+    "clip_low": 0.2, "clip_high": 0.2, "kl": "k1", "loss_average": "sequence",
+    "minibatches": 1, "samples_per_prompt": 1, "weight_decay": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_numbers_are_the_papers(name: str) -> None:
+    run = recipe(name)
+    where = {**vars(run.algorithm), **vars(run.optim), "steps": run.steps}
+    wanted = PUBLISHED[name.removeprefix("tulu3_")] | (RLVR if name.endswith("rlvr") else {"weight_decay": 0.0, "steps": 0})
+    assert {field: where[field] for field in wanted} == wanted
+    assert (run.optim.schedule, run.optim.clip, run.optim.betas, run.optim.eps) == ("linear", 1.0, (0.9, 0.999), 1e-8)
+    assert run.algorithm.chat_template == "tulu"
+    if name.endswith("rlvr"):
+        critic = run.algorithm.critic
+        assert (critic.coef, critic.clip) == (0.1, 0.2)
+        assert critic.optim == Optim(run.optim.lr, warmup=run.optim.warmup, weight_decay=0.01)
+        assert "8B-RM" in critic.model.path
+
+
+def test_the_405b_recipe_on_four_ranks(tmp_path: Path) -> None:
+    """With a tiny model in the place of 405B, by settings alone; python -m tests.support.launch_405b does it by torchrun on 16."""
+    run = override(load_recipe(str(ROOT / RECIPE)), prepared(tmp_path))
+    alone, four = (replace(run, parallel=replace(run.parallel, tp=n, pp=n), out=str(tmp_path / f"out-{n}")) for n in (1, 2))
+    assert four.parallel == Parallel(tp=2, pp=2, count_embedding=True, count_loss=True)
+    ranks(1).run(jobs_rlvr.trained, run=alone)
+    ranks(4).run(jobs_rlvr.trained, run=four)
+    check_same(told(tmp_path / "out-2"), told(tmp_path / "out-1"))

@@ -1,1 +1,0 @@
-"""Kernels in Triton's interpreter. These tests need a process of their own: TRITON_INTERPRET=1 pytest tests/interpreted."""

@@ -1,5 +1,0 @@
-"""The promises of dpo_norm and seq_logps, kept by the kernels."""
-
-from __future__ import annotations
-
-from tests.check_dpo import *  # noqa: F403

@@ -1,0 +1,50 @@
+"""docs/kernels.md: its numbers are what the code does, and they are within what was aimed at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernels.bench_kernel_changes import Change, changes, page, weight_gradient_bytes
+from benchmarks.kernels.floors import SHAPES
+
+
+def ratios(what: str) -> list[float]:
+    return [change.after / change.floor for change in changes() if what in change.what]
+
+
+def test_the_page_is_what_is_counted() -> None:
+    assert (Path(__file__).parents[2] / "docs/kernels.md").read_text() == page()
+
+
+@pytest.mark.parametrize(
+    ("what", "most"),
+    [
+        ("log-probs of 5,000 rows", 1.03),
+        ("log-probs and gradients of 5,000 rows", 1.01),
+        ("no logits kept", 1.0),
+        ("decode attention", 1.08),
+        ("predicted time", 1.14),
+    ],
+)
+def test_ratios_to_the_floor(what: str, most: float) -> None:
+    found = ratios(what)
+    assert found
+    assert all(1 <= ratio <= most for ratio in found)
+
+
+def test_no_change_made_it_worse() -> None:
+    assert all(change.after < change.before for change in changes())
+
+
+def test_the_weights_gradient_moves_once_where_one_chunk_is_all() -> None:
+    """8192 rows are a chunk of 405B's shard: written once in bfloat16. Over 8B's vocabulary they are two: written in fp32, added to,
+    and rounded."""
+    for name, each in (("405b-tp8", 2), ("8b-tp1", 4 + 8 + 4 + 2)):
+        shape = SHAPES[name]
+        assert weight_gradient_bytes(shape) == shape.vocab // shape.tp * shape.hidden * each
+
+
+def test_a_row_of_the_table() -> None:
+    assert Change("what", "8b", "GB", 3000.0, 2.0, 1.6).cells() == ["what, GB", "8b", "3,000.00", "2.00", "1.60", "1875.000", "1.250"]

@@ -1,0 +1,184 @@
+"""What ppo_loss promises, whichever way it computes: these tests run on the reference (test_ppo.py) and on the kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import float64
+from tests.support.float64 import check_close, normal, packed
+from triton_kernels import ppo_loss, value_loss
+
+SETTINGS: dict[str, Any] = {
+    "mean": 0.3,
+    "rstd": 0.8,
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "kl_coef": 0.05,
+    "value_clip": 0.2,
+    "value_coef": 0.1,
+    "entropy_coef": 0.01,
+}
+TRAINED = ("logp", "value", "entropy")
+
+
+def problem(tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Inputs of ppo_loss; a third of the weights are 0. Log-ratios are of size 0.3, so that both clips are in play."""
+    _, mask = packed([tokens])
+    logp, value = normal(tokens, 1) - 2, normal(tokens, 2)
+    inputs = {
+        "logp": logp,
+        "old_logp": logp + normal(tokens, 3, 0.3),
+        "advantage": normal(tokens, 4),
+        "ref_logp": logp + normal(tokens, 5, 0.5),
+        "value": value,
+        "old_value": value + normal(tokens, 6, 0.3),
+        "returns": normal(tokens, 7),
+        "entropy": normal(tokens, 8).abs(),
+    }
+    weight = torch.where(mask, normal(tokens, 9).abs() + 0.1, 0.0) / max(1, tokens)
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()} | {"weight": weight}
+
+
+def exact_terms(inputs: dict[str, Tensor], kl: str) -> dict[str, Tensor]:
+    """Every statistic but the loss, as a term of each token [T]."""
+    logp, old = inputs["logp"], inputs["old_logp"]
+    advantage = (inputs["advantage"] - SETTINGS["mean"]) * SETTINGS["rstd"]
+    policy = float64.clipped_policy(logp, old, advantage, SETTINGS["clip_low"], SETTINGS["clip_high"])
+    return {
+        "policy": policy,
+        "value": float64.clipped_value(inputs["value"], inputs["old_value"], inputs["returns"], SETTINGS["value_clip"]),
+        "kl": float64.kl(logp, inputs["ref_logp"], kl),
+        "clip_fraction": (policy > -advantage * (logp - old).exp()).double(),
+        "approx_kl": torch.expm1(logp - old) - (logp - old),
+        "entropy": inputs["entropy"],
+    }
+
+
+def check_against_float64(tokens: int, kl: Any, dtype: torch.dtype = torch.float32) -> None:
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+    inputs = problem(tokens, dtype)
+    exact = {name: tensor.double().requires_grad_(name in TRAINED) for name, tensor in inputs.items()}
+    terms = exact_terms(exact, kl)
+    loss_T = terms["policy"] + 0.05 * terms["kl"] + 0.1 * terms["value"] - 0.01 * terms["entropy"]
+    (exact["weight"] * loss_T).sum().mul(3.0).backward()
+
+    for name in TRAINED:
+        inputs[name].requires_grad_()
+    loss, stats = ppo_loss(**inputs, **SETTINGS, kl=kl)
+    (3.0 * loss).backward()
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, stats.loss)
+    for name, term in (terms | {"loss": loss_T}).items():
+        size = (exact["weight"] * term.abs()).sum()  # sums whose terms differ in sign may be small themselves
+        assert (getattr(stats, name) - (exact["weight"] * term).sum()).abs() <= 2e-6 * size, name
+    assert not any(stat.requires_grad for stat in stats)
+    for name in TRAINED:
+        got, expected = inputs[name].grad, exact[name].grad
+        assert got is not None
+        assert expected is not None
+        assert got.dtype == dtype
+        check_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "kl"), [(1, "k3"), (17, "k1"), (17, "k2"), (17, "k3"), (1024, "k2"), (2500, "k1"), (2500, "k3")])
+def test_against_float64(tokens: int, kl: str) -> None:
+    check_against_float64(tokens, kl)
+
+
+def test_bf16() -> None:
+    check_against_float64(300, "k3", torch.bfloat16)
+
+
+def test_tokens_without_weight_are_not_computed_with() -> None:
+    inputs = problem(50)
+    off = inputs["weight"] == 0
+    expected, _ = ppo_loss(**inputs, **SETTINGS)
+    dirty = {name: torch.where(off, torch.nan, tensor) for name, tensor in inputs.items() if name != "weight"}
+    for name in TRAINED:
+        dirty[name].requires_grad_()
+    loss, stats = ppo_loss(**dirty, weight=inputs["weight"], **SETTINGS)
+    loss.backward()
+    assert torch.equal(loss.detach(), expected)
+    assert all(stat.isfinite() for stat in stats)
+    for name in TRAINED:
+        grad = dirty[name].grad
+        assert grad is not None
+        assert not grad[off].any()
+        assert grad.isfinite().all()
+
+
+def test_both_clips() -> None:
+    """Ratios 0.7 and 1.5 under advantages of both signs: the clip decides where it makes the loss worse, and then there is no gradient."""
+    ratio = torch.tensor([0.7, 0.7, 1.5, 1.5, 1.25])
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    logp = ratio.log().requires_grad_()
+    loss, stats = ppo_loss(logp, torch.zeros(5), advantage, torch.ones(5), clip_low=0.2, clip_high=0.3)
+    loss.backward()
+    terms = torch.tensor([-0.7, 0.8, -1.3, 1.5, -1.25])
+    torch.testing.assert_close(stats.policy, terms.sum())
+    assert stats.clip_fraction == 2
+    torch.testing.assert_close(logp.grad, torch.tensor([-0.7, 0.0, 0.0, 1.5, -1.25]))
+    assert stats.kl == stats.value == stats.entropy == 0
+
+
+def test_small_divergences_keep_their_digits() -> None:
+    """k3 of x = 1e-4 is 5e-9, of which exp(x) - 1 - x in float32 keeps nothing."""
+    for size in (1e-4, 1e-2, 0.5, 0.99, 1.01, 5.0):
+        for x in (size, -size):
+            logp, other, weight = torch.zeros(1, requires_grad=True), torch.tensor([x]), torch.ones(1)
+            loss, stats = ppo_loss(logp, other, torch.zeros(1), weight, ref_logp=other, kl_coef=1.0, kl="k3")
+            loss.backward()
+            exact = other.double()
+            check_close(stats.kl, (torch.expm1(exact) - exact)[0])
+            check_close(stats.approx_kl, (torch.expm1(-exact) + exact)[0])
+            assert logp.grad is not None
+            check_close(logp.grad, -torch.expm1(exact))
+
+
+def test_far_ratios() -> None:
+    """Log-ratios of 1000 nats: finite, and beyond the cut without gradient from the exponential."""
+    logp = torch.tensor([1000.0, -1000.0]).requires_grad_()
+    loss, stats = ppo_loss(logp, torch.zeros(2), -torch.ones(2), torch.ones(2), ref_logp=torch.zeros(2), kl="k3", kl_coef=1.0)
+    loss.backward()
+    assert float(stats.policy) == pytest.approx(torch.tensor(20.0).exp().item() + 0.8, rel=1e-5)
+    assert float(stats.kl) == pytest.approx(999.0 + torch.tensor(20.0).exp().item() - 21.0, rel=1e-5)
+    assert logp.grad is not None
+    assert logp.grad.tolist() == [1.0, 0.0]
+
+
+def test_value_alone() -> None:
+    inputs = problem(1500)
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
+    exact["value"].requires_grad_()
+    expected = (exact["weight"] * float64.clipped_value(exact["value"], exact["old_value"], exact["returns"], 0.2)).sum()
+    expected.backward()
+    value = inputs["value"].requires_grad_()
+    loss = value_loss(value, inputs["old_value"], inputs["returns"], inputs["weight"])
+    loss.backward()
+    check_close(loss.detach(), expected.detach())
+    assert value.grad is not None
+    assert exact["value"].grad is not None
+    check_close(value.grad, exact["value"].grad)
+
+
+def test_runs_repeat() -> None:
+    inputs = problem(2500)
+    inputs["logp"].requires_grad_()
+    (first, stats), (second, again) = ppo_loss(**inputs, **SETTINGS), ppo_loss(**inputs, **SETTINGS)
+    assert torch.equal(torch.stack(stats), torch.stack(again))
+    assert torch.equal(*(torch.autograd.grad(loss, inputs["logp"])[0] for loss in (first, second)))
+
+
+def test_nothing_at_all() -> None:
+    for tokens in (0, 5):
+        inputs = problem(tokens) | {"weight": torch.zeros(tokens)}
+        inputs["logp"].requires_grad_()
+        loss, stats = ppo_loss(**inputs, **SETTINGS)
+        loss.backward()
+        assert [float(stat) for stat in stats] == [0.0] * 7
+        assert inputs["logp"].grad is not None
+        assert inputs["logp"].grad.tolist() == [0.0] * tokens

@@ -1,0 +1,346 @@
+"""What tests run on ranks. Each job is job(world, ...) -> plain values; every rank runs it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import io
+import resource
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import Tensor
+
+from engine import losses
+from engine.batching.plan import batch, scatter
+from engine.config import Llama, Model, Optim, Parallel
+from engine.data.pairs import Pair, grouped
+from engine.data.template import TULU
+from engine.distributed.world import World
+from engine.losses import SFT_LOSS, nll, reward_bt
+from engine.types import Loss, LossFunction, Packed, Sample, Step, TokenLoss, TokenTerms
+from tests.support.allocator import allocated
+
+TINY = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # 250: padded to 256 in every layout
+OPTIM = Optim(lr=1e-3, weight_decay=0.1)
+
+
+def samples(seed: int, count: int = 16, longest: int = 24, vocab: int = 250) -> list[Sample]:
+    """Random sequences of ragged length with random masks, a function of the arguments."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, longest + 1, count)
+    return [Sample(draw.integers(0, vocab, n + 1, dtype=np.int32), (draw.random(n) < 0.7).astype(np.uint8)) for n in lengths]
+
+
+def pairs_with_reference(seed: int, count: int = 8) -> list[Pair]:
+    """Random pairs with a prompt in common and the log-probs of an imagined reference, a function of the arguments."""
+    draw = np.random.default_rng(seed)
+
+    def half(prompt: np.ndarray) -> Sample:
+        answer = draw.integers(0, 250, draw.integers(1, 13), dtype=np.int32)
+        mask = np.repeat(np.array([0, 1], np.uint8), [len(prompt) - 1, len(answer)])
+        return Sample(np.concatenate([prompt, answer]), mask, ref_logprob=draw.normal(-5.5, 0.3, len(mask)).astype(np.float32))
+
+    prompts = [draw.integers(0, 250, draw.integers(1, 13), dtype=np.int32) for _ in range(count)]
+    return [(half(prompt), half(prompt)) for prompt in prompts]
+
+
+DPO_LOSSES = (
+    partial(losses.dpo, beta=5.0, label_smoothing=0.1, nll_weight=0.2),
+    partial(losses.dpo, beta=0.1, normalize=False),
+)
+
+
+def dpo_steps(world: World, parallel: Parallel, model: Model, *, budget: int = 64, order: int = 0) -> list[dict[str, float]]:
+    """Metrics of two steps with each of DPO_LOSSES, and of held-out pairs after them."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        found = []
+        for step in range(4):
+            shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
+            batch_ = pairs_with_reference(step)
+            samples_ = grouped([batch_[i] for i in shuffled])
+            found.append(policy.update(batch(samples_, budget, **policy.cut), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), DPO_LOSSES[0])]
+
+
+def keep_reference(
+    world: World,
+    parallel: Parallel,
+    root: Path,
+    folder: Path,
+    *,
+    die_after: int = 0,
+    chat_template: str = "",
+    max_length: int = 256,
+    other_data: bool = False,
+) -> tuple[int, list[float], str]:
+    """Keep the log-probs of root/train.jsonl and root/held_out.jsonl (other_data: the former alone) under root/model in `folder`, in blocks
+    of one microbatch a replica, or die after some: how many blocks were computed, all values, and a complaint if there was one."""
+    from engine.data.pairs import prepare_pairs
+    from engine.data.rows import Source
+    from engine.data.template import ChatTemplate
+    from engine.data.tokenizer import load_tokenizer
+    from engine.megatron.policy import Policy
+    from engine.rollout import scoring
+
+    blocks = 0
+
+    def say(_: str) -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks == die_after:
+            raise ValueError("killed here")
+
+    chat = ChatTemplate(load_tokenizer("bytes"), "{{ '' }}" + TULU if chat_template else None)
+    sources = [Source(str(root / f"{name}.jsonl")) for name in ("train", "held_out")[: 1 if other_data else 2]]
+    corpora = [world.first(lambda s=s: prepare_pairs(s, chat, max_length=max_length, cache=root / "cache")).corpus for s in sources]
+    with closing(Policy(Model(str(root / "model")), None, parallel, world)) as policy, mock.patch.object(logprobs, "BLOCK", 1):
+        try:
+            values = scoring.keep(folder, policy, corpora, 300, say)
+        except ValueError as error:
+            return blocks, [], str(error)
+    return blocks, [float(x) for part in values for x in part], ""
+
+
+def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
+    """This rank's microbatches: packed to `budget`, or every sequence a microbatch of its own."""
+    if not alone:
+        return batch(batch_, budget, **policy.cut)
+    cut = policy.cut | {"rank": 0, "ranks": 1, "microbatch_multiple": 1}
+    mine = batch_[policy.grid.dp_rank :: policy.grid.dp]
+    return [packed for sample in mine for packed in batch([sample], budget, **cut)]
+
+
+def sft_steps(
+    world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, alone: bool = False, order: int = 0
+) -> list[dict[str, float]]:
+    """Metrics of `steps` optimizer steps, and the held-out loss after them."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        found = []
+        for step in range(steps):
+            shuffled = np.random.default_rng(order).permutation(16) if order else range(16)
+            batch_ = samples(step)
+            found.append(policy.update(_cut(policy, [batch_[i] for i in shuffled], budget, alone), SFT_LOSS, OPTIM.lr_at(step, 10)))
+        held_out = batch(samples(99), budget, **policy.cut)
+        return [*found, policy.evaluate(held_out, SFT_LOSS)]
+
+
+def reward_steps(
+    world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, order: int = 0
+) -> list[dict[str, float]]:
+    """Metrics of `steps` steps on pairs, and on held-out pairs after them."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        found = []
+        for step in range(steps):
+            batch_ = pairs_with_reference(step)
+            shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
+            halves = grouped([batch_[i] for i in shuffled])
+            # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
+            found.append(policy.update(batch(halves, budget, **policy.cut), reward_bt, OPTIM.lr_at(step, 10) / 10))
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), reward_bt)]
+
+
+def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
+    """Metrics of three steps of regression of the values of all counted tokens on 1."""
+    from engine.megatron.policy import Policy
+
+    def squares(value_T: Tensor, packed: Packed) -> Loss:
+        total, count = (0.5 * (value_T - 1) ** 2 * packed.mask_T).sum(), int(packed.mask_T.sum())
+        return Loss(total, count, {"loss": (total.detach(), count)})
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        return [policy.update(batch(samples(step), 64, **policy.cut), squares, OPTIM.lr / 10) for step in range(3)]
+
+
+def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
+    return (grouped(pairs_with_reference(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), SFT_LOSS)
+
+
+def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, **how: Any) -> dict[int, list[Any]]:
+    """The log-probs, or values, of samples(7) that this rank's replica computed."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, None, parallel, world)) as policy:
+        batch_ = samples(7)
+        step = batch(batch_, budget, **policy.cut)
+        per_token = policy.values(step) if policy.model.head == "scalar" else policy.logprobs(step, **how)
+        values = scatter(per_token, step, len(batch_))
+        return {i: v.tolist() for i, v in enumerate(values) if v is not None}
+
+
+def train_and_save(
+    world: World, parallel: Parallel, model: Model, out: Path, *, first: int, last: int, save_at: int = 0
+) -> list[dict[str, float]]:
+    """Go on from the newest checkpoint under `out` (or from the start), to `last`; save after `save_at` steps. Metrics of steps
+    from `first`."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        start = policy.load_latest(out)
+        assert start == first, (start, first)
+        found = []
+        for step in range(start, last):
+            batch_, loss = _lesson(policy, step)
+            found.append(policy.update(batch(batch_, 64, **policy.cut), loss, OPTIM.lr_at(step, 10)))
+            if step + 1 == save_at:
+                policy.save(out, save_at)
+        return found
+
+
+def load(world: World, parallel: Parallel, model: Model, out: Path) -> int:
+    """The step that load_latest finds."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        return policy.load_latest(out)
+
+
+def export(world: World, parallel: Parallel, model: Model, folder: Path, *, steps: int = 0) -> None:
+    """Write the weights of `model`, after `steps` steps, into `folder`."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(model, OPTIM if steps else None, parallel, world)) as policy:
+        for step in range(steps):
+            batch_, loss = _lesson(policy, step)
+            policy.update(batch(batch_, 64, **policy.cut), loss, OPTIM.lr)
+        policy.export(folder)
+
+
+def command(world: World, words: list[str], largest_file: int = 0) -> tuple[int, str, str]:
+    """`python -m engine words...` within this world: exit code, stdout, stderr. largest_file: bytes that a file may have here; 0: any."""
+    from engine.__main__ import main
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said, complained = io.StringIO(), io.StringIO()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(World, "start", return_value=world))
+        stack.enter_context(mock.patch.object(World, "close", return_value=None))
+        stack.enter_context(redirect_stdout(said))
+        stack.enter_context(redirect_stderr(complained))
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limit[1]))
+        return main(words), said.getvalue(), complained.getvalue()
+
+
+def bad_step(world: World, parallel: Parallel, model: Model, by_layer: bool) -> tuple[str, dict[str, float], dict[str, float]]:
+    """The complaint about a step with a NaN in one sequence's loss, which the output layer computes or autograd; the metrics of the next
+    step; those without the bad step in between."""
+    from engine.megatron.policy import Policy
+
+    def spoiled(logprob_T: Tensor, packed: Packed) -> Loss:
+        found = nll(logprob_T, packed)
+        return replace(found, total=found.total * float("nan")) if 3 in packed.index_S else found
+
+    def spoiled_terms(packed: Packed) -> TokenTerms:
+        return TokenTerms(packed.mask_T * (float("nan") if 3 in packed.index_S else 1.0))
+
+    bad = TokenLoss(spoiled, spoiled_terms) if by_layer else spoiled
+
+    results = []
+    complaint = ""
+    for spoil in (True, False):
+        with closing(Policy(model, OPTIM, parallel, world)) as policy:
+            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+            if spoil:
+                try:
+                    policy.update(batch(samples(1), 64, **policy.cut), bad, OPTIM.lr)
+                except FloatingPointError as error:
+                    complaint = str(error)
+            results.append(policy.update(batch(samples(2), 64, **policy.cut), SFT_LOSS, OPTIM.lr))
+    return complaint, results[0], results[1]
+
+
+def asked_ahead(world: World, parallel: Parallel, model: Model) -> list[bool]:
+    """Of every time that a forward of a second step waits for gathered weights: whether their gathering had been started."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    from engine.megatron.policy import Policy
+
+    asked: list[bool] = []
+    finish = Group.finish_param_sync
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> None:
+        asked.append(self.param_gather_dispatched)
+        finish(self, *arguments, **options)
+
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+        policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+        with mock.patch.object(Group, "finish_param_sync", watched):
+            policy.update(batch(samples(1), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+    return asked
+
+
+def _resident(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+
+def _from_here() -> int:
+    """Let the peak of resident memory start again; what is resident now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier must not hide what comes
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def longest(world: World, parallel: Parallel, model: Model) -> float:
+    """The largest position in a batch, as a loss says it of each microbatch."""
+    from engine.megatron.policy import Policy
+
+    def loss(logprob_T: Tensor, packed: Packed) -> Loss:
+        return replace(nll(logprob_T, packed), maxima={"position": packed.positions_T.max()})
+
+    with closing(Policy(model, None, parallel, world)) as policy:
+        return policy.evaluate(batch(samples(0), 32, **policy.cut), loss)["position"]
+
+
+def load_memory(world: World, parallel: Parallel, model: Model) -> float:
+    """The peak of resident memory while `model` is built and filled, over the bytes of this rank's parameters."""
+    from engine.megatron.policy import Policy
+
+    with closing(Policy(Model(init=replace(TINY, heads=6, kv_heads=3, head_dim=8, ffn=96)), None, parallel, world)):
+        pass  # imports and groups are warm now
+    before = _from_here()
+    with closing(Policy(model, None, parallel, world)) as policy:
+        return (_resident("VmHWM") - before) / sum(p.nbytes for chunk in policy.chunks for p in chunk.parameters())
+
+
+def step_memory(world: World, parallel: Parallel, model: Model) -> tuple[float, float]:
+    """MiB that a step takes at its worst moment beyond what stays: of SFT, and of DPO on the same sequences, references at hand."""
+    from engine.megatron.policy import Policy
+
+    draw = np.random.default_rng(0)
+    halves = [Sample(draw.integers(0, 250, 257, dtype=np.int32), np.ones(256, np.uint8), n // 2) for n in range(16)]
+    samples_ = [replace(half, ref_logprob=np.full(256, -5.5, np.float32)) for half in halves]
+    with closing(Policy(model, OPTIM, parallel, world)) as policy:
+
+        def worst(loss: LossFunction) -> float:
+            return allocated(lambda: policy.update(batch(samples_, 1024, **policy.cut), loss, OPTIM.lr))[1] / 2**20
+
+        worst(SFT_LOSS)  # the first time makes what stays
+        return worst(SFT_LOSS), worst(DPO_LOSSES[0])
+
+
+def threads_after(world: World, parallel: Parallel, model: Model, policies: int) -> list[int]:
+    """How many threads this process has after each of `policies` policies came and went."""
+    from engine.megatron.policy import Policy
+
+    found = []
+    for _ in range(policies):
+        with closing(Policy(model, OPTIM, parallel, world)) as policy:
+            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+        gc.collect()
+        found.append(len(list(Path("/proc/self/task").iterdir())))
+    return found

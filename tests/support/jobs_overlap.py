@@ -1,0 +1,87 @@
+"""What tests of overlapped communication run on ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.distributed.world import World
+from engine.megatron import overlap
+from tests.support import jobs_gradients
+
+CALLED = ["fused_all_gather_matmul", "fused_matmul_reduce_scatter"]
+
+
+@contextmanager
+def symmetric_memory() -> Iterator[list[str]]:
+    """PyTorch's operations take CPU tensors, by its own definition of what they compute; and the engine calls them. The names of those
+    that were called."""
+    import torch.distributed._symmetric_memory as memory
+
+    library, called = torch.library.Library("symm_mem", "IMPL"), []
+    for name in CALLED:
+        compute = getattr(memory, f"_{name}_fallback")
+
+        def noted(*args: Any, name: str = name, compute: Callable[..., Any] = compute, **kwargs: Any) -> Any:
+            called.append(name)
+            return compute(*args, **kwargs)
+
+        library.impl(name, noted, "CPU")
+    try:
+        with mock.patch.object(overlap, "_uses_fallback", return_value=False):
+            yield called
+    finally:
+        library._destroy()
+
+
+def products(world: World, symmetric: bool) -> list[Tensor]:
+    """(whole, out, out without whole, scattered sums) on this rank, of rows and matrices that are functions of the rank."""
+    group = dist.group.WORLD
+    assert group is not None
+    draw = torch.Generator().manual_seed(world.rank)
+    block, matrix, rows = (torch.randn(shape, generator=draw) for shape in ((3, 5), (5, 7), (3 * world.size, 5)))
+    with symmetric_memory() if symmetric else mock.MagicMock():
+        whole, out = overlap.gather_multiply(block, matrix, group, keep=True)
+        nothing, again = overlap.gather_multiply(block, matrix, group, keep=False)
+        scattered = overlap.multiply_scatter(rows, matrix, group)
+    assert whole is not None
+    assert nothing is None
+    return [whole, out, again, scattered]
+
+
+def checked(world: World, fault: str) -> str:
+    """What `check` says: with PyTorch's operations as they are ("none"), wrong, or refused."""
+    group = dist.group.WORLD
+    assert group is not None
+
+    def gather(rows: Tensor, matrix: Tensor, group: Any, *, keep: bool) -> tuple[Tensor, Tensor]:
+        if fault == "refused":
+            raise RuntimeError("no peer access\nand a trace")
+        whole = torch.cat([rows] * group.size())  # every block is one's own
+        return whole, whole @ matrix
+
+    with symmetric_memory(), mock.patch.object(overlap, "gather_multiply", overlap.gather_multiply if fault == "none" else gather):
+        try:
+            overlap.check(group, world.device, torch.float32)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def gradients(world: World, symmetric: bool, least: int = 1, **asked: Any) -> tuple[dict[str, list[float]], int]:
+    """jobs_gradients.main_grads where blocks of `least` rows and more are overlapped, and how often PyTorch's operations were called."""
+    with mock.patch.object(overlap, "LEAST_ROWS", least), symmetric_memory() if symmetric else mock.MagicMock() as called:
+        found, _ = jobs_gradients.main_grads(world, fused=True, **asked)
+    return found, len(called) if symmetric else 0
+
+
+def read_only(world: World, **asked: Any) -> dict[str, Any]:
+    """jobs_gradients.read_only_gradients, everything overlapped."""
+    with mock.patch.object(overlap, "LEAST_ROWS", 1):
+        return jobs_gradients.read_only_gradients(world, **asked)

@@ -1,0 +1,154 @@
+"""What the tests of RLVR run on ranks: a tiny random model, rewarded for brevity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.algorithms.rlvr import RLVR, Critic
+from engine.batching.ragged import Arena
+from engine.config import Llama, Logging, Model, Optim, Parallel, Run
+from engine.data.rows import Source
+from engine.distributed.world import World
+from engine.rollout.sampler import Slotting
+from engine.types import Sample
+from engine.verify import VERIFIERS, Unjudged
+
+SHAPE = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=128)
+SMALLER = Llama(layers=4, hidden=32, ffn=64, heads=4, kv_heads=4, vocab=260, max_length=128, head="scalar")
+
+
+SHORT = r"(?s)\A.{1,8}\Z"
+
+
+def tasks(path: Path, truths: Sequence[str] = (SHORT,) * 12) -> Source:
+    """Prompts of ragged length; a response is right when it is short, or matches another pattern."""
+    draw = np.random.default_rng(5)
+    lengths = draw.integers(2, 9, len(truths)).tolist()
+    rows = [{"tokens": draw.integers(97, 123, n).tolist(), "truth": truth} for n, truth in zip(lengths, truths, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(str(path))
+
+
+def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
+    """Two steps of 8 prompts; `changes` are fields of RLVR, or of the run."""
+    ours = {name: changes.pop(name) for name in ("tokens_per_microbatch", "steps", "save_every", "seed") if name in changes}
+    critic = Critic(Model(init=SMALLER), Optim(lr=1e-3, weight_decay=0.01), coef=0.5)
+    settings = {
+        "sources": (tasks(folder / "tasks.jsonl"),),
+        "verifier": "regex",
+        "critic": critic,
+        "prompts_per_step": 8,
+        "samples_per_prompt": 2,
+        "epochs": 2,
+        "minibatches": 2,
+        "max_prompt": 16,
+        "max_response": 24,
+        # A random model ends a response once in 260 tokens: let it end at more.
+        "stop": tuple(f"<0x{byte:02X}>" for byte in range(16)),
+        "rollout": Slotting(slots=6, cache_gb=1.0, prefill=24),
+    } | changes
+    defaults: dict[str, Any] = {"tokens_per_microbatch": 96, "steps": 2} | ours
+    return Run(
+        model=Model(init=SHAPE, tokenizer="bytes"),
+        algorithm=RLVR(**settings),
+        optim=Optim(lr=1e-3, weight_decay=0.01),
+        parallel=parallel,
+        out=str(folder / "run"),
+        logging=Logging(tensorboard=False),
+        **defaults,
+    )
+
+
+@dataclass(frozen=True)
+class ReadFirst(RLVR):
+    """Takes the trainer's log-probs before every update, though it be the only one."""
+
+    learns_once = False  # type: ignore[assignment]
+
+
+def read_first(world: World, folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """`steps` on one rank, as ReadFirst takes them."""
+    from engine.megatron.policy import Policy
+
+    settings = asked(folder, Parallel(), **changes)
+    settings = replace(settings, algorithm=ReadFirst(**vars(settings.algorithm)), out=f"{settings.out}-first")
+    with (
+        closing(Policy(settings.model, settings.optim, Parallel(), world, seed=settings.seed)) as policy,
+        closing(settings.algorithm.start(policy, settings)) as algorithm,
+    ):
+        return learned(algorithm, settings)
+
+
+def plain(samples: list[Sample]) -> list[dict[str, Any]]:
+    """Samples as lists, to be compared."""
+    fields = ("tokens", "mask", "reward", "advantage", "old_logprob", "ref_logprob", "value", "returns")
+    return [{f: x.tolist() if isinstance(x := getattr(sample, f), np.ndarray) else x for f in fields} for sample in samples]
+
+
+def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> list[dict[str, Any]]:
+    """Of each step: its samples, what was said of them, and what the learners said."""
+    from engine.megatron.policy import Policy
+
+    settings = asked(folder, parallel, **changes)
+    settings = replace(settings, out=f"{settings.out}-{world.size}-{world.rank}")
+    with (
+        closing(Policy(settings.model, settings.optim, parallel, world, seed=settings.seed)) as policy,
+        closing(settings.algorithm.start(policy, settings)) as algorithm,
+    ):
+        return learned(algorithm, settings)
+
+
+def learned(algorithm: Any, settings: Run) -> list[dict[str, Any]]:
+    """What `steps` returns."""
+    from engine.train import learn
+
+    found = []
+    for step in range(settings.steps):
+        samples, said = algorithm.collect(step)
+        metrics = learn(algorithm, step, 10, samples, settings.tokens_per_microbatch, Arena())
+        said = {name: value for name, value in said.items() if "second" not in name}
+        found.append({"samples": plain(samples), "said": said, "learned": metrics})
+    return found
+
+
+def whole_run(world: World, folder: Path, parallel: Parallel, **changes: Any) -> None:
+    """Through the loop, checkpoints and all."""
+    from engine.train import train
+
+    train(asked(folder, parallel, **changes), world)
+
+
+def judged_by_mood(world: World, **how: Any) -> Any:
+    """`steps`, or what is said where they cannot be, with a verifier that does not always know."""
+    VERIFIERS["moody"] = "tests.verify.verify_faults:MOODY"
+    try:
+        return steps(world, parallel=Parallel(), verifier="moody", **how)
+    except Unjudged as error:
+        return str(error)
+    finally:
+        del VERIFIERS["moody"]
+
+
+def refused(world: World, folder: Path, **changes: Any) -> str:
+    """What is said to a run that cannot be."""
+    from engine.train import train
+
+    try:
+        train(asked(folder, Parallel(), **changes), world)
+    except (ValueError, Unjudged) as error:
+        return str(error)
+    return ""
+
+
+def trained(world: World, run: Run) -> None:
+    """Any run, through the loop."""
+    from engine.train import train
+
+    train(run, world)

@@ -1,0 +1,163 @@
+"""The house stands: imports go downstairs, one room knows megatron, and the README shows every room."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# An import may go to the same floor or down. The longest matching name decides.
+FLOORS = {
+    "engine": 0,
+    "engine.types": 0,
+    "engine.config": 0,
+    "engine.distributed": 0,
+    "engine.check_install": 0,
+    "engine._C": 0,
+    "engine.verify.sandbox.inside": 0,
+    "triton_kernels": 0,
+    "engine.config.checks": 1,
+    "engine.models": 1,
+    "engine.data": 1,
+    "engine.batching": 1,
+    "engine.losses": 1,
+    "engine.advantages": 1,
+    "engine.verify": 1,
+    "engine.megatron": 2,
+    "engine.rollout": 3,
+    "engine.algorithms": 4,
+    "engine.evals": 5,
+    "engine.train": 5,
+    "engine.reporting": 5,
+    "engine.dryrun": 5,
+    "engine.commands": 6,
+    "engine.__main__": 6,
+    "recipes": 6,
+    "benchmarks": 6,
+}
+SAYS_CUDA = {
+    "engine/distributed/world.py",
+    "engine/megatron/backend.py",
+    "engine/megatron/graphs.py",
+    "triton_kernels/launch.py",
+    "triton_kernels/aot.py",
+}
+LONG_FUNCTIONS: dict[str, str] = {}  # "file:function" -> why it is over 60 lines
+LONG_FILES: dict[str, str] = {}  # file -> why it is over 400 lines
+
+SOURCES = sorted(p for room in ("engine", "triton_kernels", "recipes", "benchmarks") for p in (ROOT / room).rglob("*.py"))
+ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "setup.py"]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor_of(module: str) -> int | None:
+    """None for modules that are not of this house."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:length])) in FLOORS:
+            if prefix == "engine" and length < len(parts):
+                raise AssertionError(f"{module} has no floor; give it one here and in the README")
+            return FLOORS[prefix]
+    return None
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that is imported, at any depth of the file, with its line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            assert node.module is not None
+            # `from engine import _C` imports engine._C; `from engine.config import Run` imports engine.config.
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((name if name in FLOORS else node.module, node.lineno) for name in inner)
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=by_name)
+def test_imports_go_downstairs(path: Path) -> None:
+    here = name_of(path)
+    floor = floor_of(here)
+    assert floor is not None
+    for module, line in imports(path):
+        there = floor_of(module)
+        assert there is None or there <= floor, f"{path}:{line}: {here} (floor {floor}) imports {module} (floor {there})"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=by_name)
+def test_rooms_keep_to_themselves(path: Path) -> None:
+    here = name_of(path)
+    for module, line in imports(path):
+        top = module.split(".")[0]
+        where = f"{path}:{line}: {here} imports {module}"
+        assert top != "megatron" or here.startswith("engine.megatron"), where
+        assert top != "triton" or here.startswith("triton_kernels"), where
+        assert not (here.startswith("triton_kernels") and top == "engine"), where
+        assert not (floor_of(here) == 1 and module.startswith("torch.distributed")), where
+        if here.startswith("engine.algorithms.") and module.startswith("engine.algorithms."):
+            assert module.split(".")[2] in (here.split(".")[2], "supervised"), where
+
+
+def said(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Strings that are not docstrings, and attributes."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value, node.lineno
+        elif isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=by_name)
+def test_only_the_seats_say_cuda(path: Path) -> None:
+    if by_name(path) in SAYS_CUDA or "benchmarks" in path.parts:
+        return
+    for text, line in said(ast.parse(path.read_text())):
+        assert "cuda" not in text, f"{path}:{line} says {text!r}; ask world.on_gpu or world.device"
+
+
+@pytest.mark.parametrize("path", ALL, ids=by_name)
+def test_rooms_are_small(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400 or by_name(path) in LONG_FILES, f"{path} has {lines} lines"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 60 or f"{by_name(path)}:{node.name}" in LONG_FUNCTIONS, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=by_name)
+def test_recipes_fit_a_screen_and_load(path: Path) -> None:
+    from engine.__main__ import load_recipe
+
+    assert len(path.read_text().splitlines()) <= 40
+    assert load_recipe(str(path)).out == f"runs/{path.stem}"
+
+
+def test_the_readme_shows_every_room() -> None:
+    readme = (ROOT / "docs/architecture.md").read_text()
+    for path in (*SOURCES, *sorted((ROOT / "csrc").iterdir())):
+        if path.name != "__init__.py":
+            assert path.name in readme or path.stem in readme, f"docs/architecture.md does not mention {by_name(path)}"
+
+
+def test_nothing_says_where_it_was_written() -> None:
+    homes = tuple(f"/{name}/" for name in ("home", "root", "work", "mnt"))
+    for path in ALL:
+        for text, line in said(ast.parse(path.read_text())):
+            assert not text.startswith(homes), f"{path}:{line}: {text!r} is a path of one machine"

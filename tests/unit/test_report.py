@@ -1,0 +1,222 @@
+"""What a report prints can be read back, what it writes tells one story, and ranks that are no writer stay silent."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.config import Logging, Model, Optim, Run
+from engine.reporting.console import Report, read_metrics
+
+LINE = re.compile(
+    r"step +(?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>\S+) +grad-norm (?P<grad_norm>\S+) +lr (?P<lr>\S+) +"
+    r"(?P<rate>[\d,]+) tok/s +(?P<seconds>[\d.]+) s +(?P<memory>[\d.]+) GB  eta (?P<eta>.+)"
+)
+
+
+def report_to(out: Path, *, start: int = 0, is_writer: bool = True, tensorboard: bool = False, wandb_project: str = "") -> Report:
+    run = Run(Model(path="somewhere"), None, Optim(lr=1e-5), logging=Logging(tensorboard, wandb_project))
+    return Report(run, out, is_writer=is_writer, devices=4, start=start)
+
+
+def tell(report: Report, *steps: int, of: int = 200, loss: float = 2.5, seconds: float = 2.0) -> None:
+    for step in steps:
+        metrics = {"loss": loss - step / 100, "grad_norm": 1.25, "lr": 1e-5}
+        report.step(step, of, metrics, tokens=40_960, seconds=seconds, memory_gb=12.34)
+
+
+def test_a_plain_line_says_all_there_is_to_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with report_to(tmp_path) as report:
+        tell(report, 9)
+    line = LINE.fullmatch(capsys.readouterr().out.rstrip("\n"))
+    assert line
+    assert line.groupdict() == {
+        "step": "10", "steps": "200", "loss": "2.4100", "grad_norm": "1.2500", "lr": "1.000e-05",
+        "rate": "20,480", "seconds": "2.00", "memory": "12.3", "eta": "0:06:20",
+    }  # fmt: skip
+
+
+def test_plain_lines_are_aligned_and_hold_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with report_to(tmp_path) as report:
+        tell(report, 0, seconds=130.0)
+        tell(report, 99, loss=1e9)
+        tell(report, 199, loss=float("nan"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("  eta") for line in lines] == [1, 1, 1]
+    for word in ("loss", "grad-norm", "lr", "tok/s", " s ", "GB", "eta"):
+        assert len({line.index(word) for line in lines}) == 1, word
+    assert all(line.isprintable() for line in lines)
+
+
+def test_other_metrics_follow_in_the_order_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with report_to(tmp_path) as report:
+        report.step(0, 5, {"loss": 1.0, "reward": 0.25, "kl": 1e-4}, tokens=10, seconds=1.0, memory_gb=0.0)
+        report.evaluation(1, {"loss": 1.234, "accuracy": 0.5})
+        report.note("resumed from step 20")
+    step, evaluation, note = capsys.readouterr().out.splitlines()
+    assert re.match(r"step 1/5  loss 1\.0000 +reward 0\.2500 +kl 1\.000e-04 +10 tok/s", step)
+    assert evaluation == "after step 1  held-out loss 1.2340  held-out accuracy 0.5000"
+    assert note == "resumed from step 20"
+
+
+def test_eta_is_the_median_of_recent_steps_times_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with report_to(tmp_path) as report:
+        tell(report, 0, of=10, seconds=600.0)  # compiles
+        tell(report, 1, 2, of=10, seconds=30.0)
+        tell(report, 3, of=10, seconds=600.0)  # a hiccup
+        tell(report, 4, 5, 6, 7, 8, of=10, seconds=30.0)
+        tell(report, 9, of=10, seconds=30.0)
+    etas = [line.rpartition("eta ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert etas[0] == "1:30:00"
+    assert etas[2] == "0:03:30"
+    assert etas[-2:] == ["0:00:30", "0:00:00"]
+
+
+def test_eta_forgets_how_the_run_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with report_to(tmp_path) as report:
+        tell(report, *range(50), seconds=60.0)
+        tell(report, *range(50, 70), seconds=1.0)
+    assert capsys.readouterr().out.rstrip().endswith("eta 0:02:10")
+
+
+def test_records_hold_every_number_in_full(tmp_path: Path):
+    before = time.time()
+    with report_to(tmp_path / "new") as report:
+        report.step(3, 10, {"loss": 1 / 3, "reward": float("inf")}, tokens=100, seconds=0.5, memory_gb=1.5)
+        report.evaluation(4, {"loss": 2 / 3})
+        step, evaluation = read_metrics(tmp_path / "new")  # readable while the run goes on
+    assert before - 1 < step.pop("time") <= evaluation.pop("time") < before + 60
+    assert step == {
+        "kind": "step", "step": 3, "loss": 1 / 3, "reward": None, "tokens": 100, "seconds": 0.5,
+        "tokens_per_second": 200.0, "tokens_per_second_per_device": 50.0, "memory_gb": 1.5,
+    }  # fmt: skip
+    assert evaluation == {"kind": "evaluation", "step": 4, "loss": 2 / 3}
+
+
+def test_a_metric_cannot_overwrite_what_the_report_says_itself(tmp_path: Path):
+    with report_to(tmp_path) as report, pytest.raises(AssertionError, match="tokens"):
+        report.step(0, 1, {"tokens": 1.0}, tokens=100, seconds=0.5, memory_gb=1.5)
+
+
+def story(out: Path) -> list[tuple[str, int]]:
+    return [(record["kind"], record["step"]) for record in read_metrics(out)]
+
+
+def test_a_resumed_run_drops_what_it_will_do_again(tmp_path: Path):
+    with report_to(tmp_path) as report:
+        report.evaluation(0, {"loss": 3.0})
+        tell(report, 0, 1)
+        report.evaluation(2, {"loss": 2.9})
+        tell(report, 2, 3)
+    with report_to(tmp_path, start=2) as report:
+        assert story(tmp_path) == [("evaluation", 0), ("step", 0), ("step", 1)]
+        report.evaluation(2, {"loss": 2.8})
+        tell(report, 2, loss=1.0)
+    assert story(tmp_path) == [("evaluation", 0), ("step", 0), ("step", 1), ("evaluation", 2), ("step", 2)]
+    assert [record["loss"] for record in read_metrics(tmp_path)] == [3.0, 2.5, 2.49, 2.8, 0.98]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_from_the_start_begins_a_new_story(tmp_path: Path):
+    for _ in range(2):
+        with report_to(tmp_path) as report:
+            tell(report, 0, 1)
+    assert story(tmp_path) == [("step", 0), ("step", 1)]
+
+
+@pytest.mark.parametrize("torn", [b'{"kind": "step", "st', b"\0\0\0\0", b'{"kind": "step", "step": 2, "note": "\xc3'])
+def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path, torn: bytes):
+    with report_to(tmp_path) as report:
+        tell(report, 0, 1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    assert story(tmp_path) == [("step", 0), ("step", 1)]
+    with report_to(tmp_path, start=2) as report:
+        tell(report, 2)
+    assert story(tmp_path) == [("step", 0), ("step", 1), ("step", 2)]
+
+
+def test_damage_in_the_middle_is_named(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 0}\n{"ki\n{"kind": "step", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not a JSON record; remove"):
+        read_metrics(tmp_path)
+
+
+def test_no_file_no_records(tmp_path: Path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_rank_that_is_no_writer_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with report_to(tmp_path / "out", is_writer=False, tensorboard=True, wandb_project="absent") as report:
+        tell(report, 0, 1)
+        report.evaluation(2, {"loss": 1.0})
+        report.note("resumed from step 20")
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_on_a_terminal_lines_stay_whole_above_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    with report_to(tmp_path) as report:
+        tell(report, 0, of=3)
+        report.note("[a note] in brackets")
+    shown = capsys.readouterr().out
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line) for line in shown.splitlines()]
+    assert any(LINE.fullmatch(line) for line in lines)
+    assert "[a note] in brackets" in lines
+    assert any("━" in line for line in lines)
+
+
+def test_tensorboard_tells_the_same_story(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with report_to(tmp_path, tensorboard=True) as report:
+        tell(report, 0, 1, 2)
+    with report_to(tmp_path, tensorboard=True, start=1) as report:
+        tell(report, 1, loss=1.0)
+        report.evaluation(2, {"loss": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 4)) for event in events.Scalars("step/loss")] == [(0, 2.5), (1, 0.99)]
+    assert [event.step for event in events.Scalars("evaluation/loss")] == [2]
+    assert "step/tokens_per_second" in events.Tags()["scalars"]
+
+
+def test_without_tensorboard_the_run_goes_on_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with report_to(tmp_path, tensorboard=True) as report:
+        tell(report, 0)
+    assert "tensorboard is not installed" in capsys.readouterr().out
+    assert story(tmp_path) == [("step", 0)]
+
+
+def test_wandb_gets_the_run_and_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    logged: list[Any] = []
+    logger = SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: logged.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: logged.append(given) or logger))
+    with report_to(tmp_path / "first", wandb_project="trivet") as report:
+        report.evaluation(0, {"loss": 3.0})
+    started, record, end = logged
+    assert (started["project"], started["name"]) == ("trivet", "first")
+    assert json.loads(json.dumps(started["config"]))["optim"]["lr"] == 1e-5
+    assert record == (0, {"evaluation/loss": 3.0})
+    assert end == "finished"
+
+
+def test_wandb_that_is_not_installed_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with report_to(tmp_path) as report:
+        tell(report, 0)
+    with pytest.raises(ValueError, match=r"^logging\.wandb_project='trivet' needs the package wandb; pip install wandb"):
+        report_to(tmp_path, wandb_project="trivet").__enter__()
+    assert story(tmp_path) == [("step", 0)]  # nothing was dropped before the error

@@ -1,0 +1,293 @@
+r"""Competition answers: what a response commits to, what equals what, and expressions that would never end."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.verify.math import LIMIT_S, LONGEST, MATH, check, final_answer, judge, normal_form, verify
+from engine.verify.pool import Case, Pool
+
+MATH_TEST = Path(__file__).parents[2] / "../shared/data/math.jsonl"
+SAMPLED = 300
+
+COMMITS = [
+    (r"So $\boxed{72}$.", "72"),
+    (r"\boxed{1} and then \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{ {a} {b{c}} }", "{a} {b{c}}"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\boxed {7}", "7"),
+    (r"\boxed 7", "7"),
+    (r"\fbox{7}", "7"),
+    (r"\\boxed{7}", "7"),
+    (r"\boxed{5} but \boxed{6", "5"),
+    (r"\boxed{$7$}", "7"),
+    (r"\boxed{7}. The final answer is 8", "7"),
+    ("Final Answer: The final answer is $\\frac12$. I hope it is correct.", r"\frac12"),
+    ("The final answer is 5. I hope it is correct.", "5"),
+    ("the FINAL ANSWER is: 5.", "5"),
+    ("The final answer is 4. No: the final answer is 5.\nBye.", "5"),
+    ("The final answer is 5, and $x$ was $3$\n", "3"),
+    ("It is $3$ and then $4$.", "4"),
+    ("It is $$4$$", "4"),
+    (r"It is \(4\).", "4"),
+    (r"\[ x = 4 \]", "x = 4"),
+    (r"It costs \$5 or \$6", r"It costs \$5 or \$6"),
+    ("5", "5"),
+    ("  5.  ", "5"),
+    ("５", "5"),
+    ("", ""),
+    (r"\boxed{}", ""),
+    ("}{", "}{"),
+]
+
+RIGHT = [
+    # numbers
+    ("72", "72"),
+    ("072", "72"),
+    ("2.0", "2"),
+    (".5", "0.5"),
+    ("0.50", "0.5"),
+    ("-5", "-5"),
+    ("−5", "-5"),
+    ("1,000", "1000"),
+    ("1000", "1,000"),
+    ("1{,}000", "1000"),
+    (r"11,\! 111,\! 111", "11111111"),
+    ("10^5", "100000"),
+    ("5!", "120"),
+    # fractions
+    (r"\frac{1}{2}", "0.5"),
+    (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+    (r"\frac12", r"\tfrac{1}{2}"),
+    ("1/2", r"\frac{1}{2}"),
+    (r"\frac{2}{4}", r"\frac{1}{2}"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"\frac{-1}{2}", r"\frac{1}{-2}"),
+    (r"3\frac{1}{2}", r"\frac{7}{2}"),
+    ("0.333333", r"\frac13"),  # to six digits, as math-verify has it
+    # units, degrees, percent, currency
+    (r"5 \text{ cm}", "5"),
+    (r"(1.0, \frac{4}{2})", "(1,2)"),
+    ("5", r"5\text{ inches}"),
+    (r"5\text{ cm}^2", "5"),
+    ("5 cm", "5"),
+    ("12 square feet", "12"),
+    ("5 dollars", r"\$5"),
+    (r"\$18", "18"),
+    (r"\$1,800", "1800"),
+    (r"90^\circ", "90"),
+    (r"90^{\circ}", "90"),
+    (r"50\%", "50"),
+    ("50%", r"50\%"),
+    # what the answer is called
+    ("x=5", "5"),
+    ("5", "x = 5"),
+    (r"x \in [1,2]", "[1,2]"),
+    ("y=2x+1", "y = 1+2x"),
+    # spelling
+    (r"\left(1, 2\right)", "(1,2)"),
+    (r"\left(1,\frac12\right)", "(1,0.5)"),
+    (r"( 1 , 2 )", "(1,2)"),
+    (r"(-\infty,2]", r"(-\infty, 2]"),
+    (r"\sqrt3", r"\sqrt{3}"),
+    (r"x\le 3", r"x \leq 3"),
+    (r"\text{Evelyn}", "Evelyn"),
+    (r"\text{(E)}", "E"),
+    (r"\textbf{E}", "E"),
+    ("1,2", "1, 2"),
+    ("1,2", "2,1"),  # without brackets, a set
+    (r"\{1,2\}", r"\{2,1\}"),
+    # algebra: what only the library can tell
+    ("x+1", "1+x"),
+    ("(x+1)^2", "x^2+2x+1"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+    ("3+4i", "4i+3"),
+    (r"\log_2 8", "3"),
+    (r"\binom{5}{2}", "10"),
+    (r"2^{10}", "1024"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+]
+
+WRONG = [
+    ("", "72"),
+    (" ", "72"),
+    ("73", "72"),
+    ("-72", "72"),
+    ("72.5", "72"),
+    ("0.333", r"\frac13"),
+    ("3.14", r"\pi"),
+    (r"\frac{1}{3}", r"\frac{1}{2}"),
+    (r"\frac{2}{1}", r"\frac{1}{2}"),
+    (r"-\frac12", r"\frac12"),
+    (r"\frac{1}{0}", "5"),
+    (r"\frac{0}{0}", "5"),
+    ("10000", "1,000"),
+    ("1,00", "100"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "(1,2,3)"),
+    ("[1,2)", "(1,2)"),
+    ("1,2", "1,2,3"),
+    ("5, 6", "5"),
+    ("5 or 6", "5"),
+    ("x+1", "x+2"),
+    ("x+1", "y+1"),
+    ("2", "2x"),
+    ("(1,2)", "(1,3)"),
+    ("1,000", "(1,000)"),
+    ("1.50001", "1.5"),
+    ("x^2", "x^3"),
+    (r"\sqrt{2}", "2"),
+    ("3+4i", "3-4i"),
+    (r"\text{(E)}", r"\text{(D)}"),
+    ("Evelyn", "Carla"),
+    (r"x < 3", r"x > 3"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\infty", r"-\infty"),
+    ("The answer is five", "5"),
+    ("((((", "5"),
+    (r"\frac{", "5"),
+    (r"\nonsense", "5"),
+    ("~~", "5"),
+    ("__import__('os')", "5"),
+    ("5\x00", "5"),
+    ("\ud800", "5"),
+]
+
+
+@pytest.mark.parametrize(("response", "answer"), COMMITS)
+def test_what_a_response_commits_to(response: str, answer: str) -> None:
+    assert final_answer(response) == answer
+
+
+@pytest.mark.parametrize(("answer", "truth"), RIGHT)
+def test_right(answer: str, truth: str) -> None:
+    check(truth)
+    assert judge(rf"so \boxed{{{answer}}}.", truth).correct
+    assert judge(answer, rf"\boxed{{{truth}}}").correct
+
+
+@pytest.mark.parametrize(("answer", "truth"), WRONG)
+def test_wrong(answer: str, truth: str) -> None:
+    assert not judge(rf"so \boxed{{{answer}}}.", truth).correct
+    assert not judge(answer, truth).correct
+
+
+def test_an_answer_cannot_be_hedged() -> None:
+    assert not verify(r"$5$ \boxed{6} The final answer is 5.", "5").correct
+
+
+def test_symbolic_checks_fire_on_any_thread() -> None:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(verify(r"\boxed{x+1}", "1+x")))
+    thread.start()
+    thread.join(60)
+    assert [verdict.correct for verdict in found] == [True]
+
+
+def test_an_expression_without_end_is_wrong_after_the_limit() -> None:
+    started = time.monotonic()
+    assert verify(r"\boxed{9^{9^{9^9}}}", "5").reason == "time limit of 5 s"
+    assert time.monotonic() - started >= LIMIT_S
+
+
+def test_an_expression_without_end_holds_up_no_other() -> None:
+    hurried = replace(MATH, limit_s=2.0)
+    with Pool(2, max_dropped=0) as pool:
+        cases = [Case(hurried, rf"\boxed{{{answer}}}", "x+1") for answer in ["9^{9^{9^9}}", *["1+x"] * 50, "100!!!"]]
+        answers = pool.verify(cases)
+    assert [answer.correct for answer in answers if not isinstance(answer, Exception)] == [False, *[True] * 50, False]
+
+
+MEGABYTES = [
+    "a" * 10**6,
+    "1" * 10**6,
+    "$" * 10**6,
+    "\\" * 10**6,
+    "{" * 10**6,
+    r"\boxed{" * 10**5,
+    "final answer is " * 62_500,
+    "\\(" * 500_000,
+]
+
+
+@pytest.mark.parametrize("text", MEGABYTES, ids=lambda text: text[:8])
+def test_a_megabyte_is_judged_without_a_worker(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.verify.math.alone", None)
+    assert not verify(text, "5").correct
+    assert verify(rf"{text} \boxed{{5}}", "5").correct
+    assert len(verify(text, "5").reason) < 200
+
+
+def test_the_longest_answer_that_is_compared() -> None:
+    assert judge("1" * LONGEST, "1" * LONGEST).correct
+    assert judge("1" * (LONGEST + 1), "5").reason == f"an answer of {LONGEST + 1} characters"
+
+
+@pytest.mark.parametrize("truth", ["", " ", r"\boxed{}", "~", None, 5, "1" * (LONGEST + 1)])
+def test_a_truth_without_an_answer_is_refused(truth: object) -> None:
+    with pytest.raises(ValueError, match="must be a string with an answer of at most 1000 characters"):
+        check(truth)
+
+
+@cache
+def problems() -> list[str]:
+    if not MATH_TEST.exists():
+        pytest.skip("the shared data is not here")
+    return [json.loads(line)["solution"] for line in MATH_TEST.open()]
+
+
+def test_every_solution_of_math_meets_its_own_answer() -> None:
+    answers = [final_answer(solution) for solution in problems()]
+    for answer in answers:
+        check(answer)
+    met = [judge(solution, answer).correct for solution, answer in zip(problems(), answers, strict=True)]
+    assert sum(met) == len(met) == 4500
+
+
+def test_normal_forms_keep_apart_what_math_verify_keeps_apart() -> None:
+    from math_verify import parse
+    from math_verify import verify as equal
+
+    answers = sorted({final_answer(solution) for solution in problems()})
+    start = random.Random(0).randrange(len(answers) - SAMPLED)
+    for ours, theirs in zip(answers[start : start + SAMPLED], answers[start + 1 :], strict=False):
+        if normal_form(ours) == normal_form(theirs) and ("%" in ours) == ("%" in theirs):  # 50% is 50 for MATH, 0.5 for the library
+            one, other = (parse(rf"\boxed{{{answer}}}", parsing_timeout=0) for answer in (ours, theirs))
+            assert equal(one, other, timeout_seconds=0), (ours, theirs)
+
+
+WORDS = [*"0123456789xyi+-=<>,.()[]{}^_!%$ ", r"\frac", r"\sqrt", r"\text{", r"\boxed{", r"\pi", r"\left(", r"\{", "12", "{,}"]
+LATEX = st.lists(st.sampled_from(WORDS), max_size=20).map("".join)
+
+
+@given(LATEX, LATEX)
+@settings(max_examples=30, deadline=None)
+def test_no_answer_makes_it_raise_or_hang(pair: Pool, response: str, truth: str) -> None:
+    try:
+        check(truth)
+    except ValueError:
+        truth = "5"
+    one, other = pair.verify([Case(MATH, response, truth), Case(MATH, truth, truth)])
+    assert one == pair.verify([Case(MATH, response, truth)])[0]
+    assert not isinstance(other, Exception)
+    assert other.correct
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pool]:
+    with Pool(1, max_dropped=0) as pool:
+        yield pool
