@@ -171,10 +171,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from engine.commands.score import Scoring, score
+    from engine.commands.score import ScoreConfig, score
     from engine.distributed.world import World
 
-    scoring = override(Scoring(Model(arguments.model)), arguments.overrides)
+    scoring = override(ScoreConfig(Model(arguments.model)), arguments.overrides)
     with closing(World.start()) as world:
         count = score(scoring, arguments.data, Path(arguments.out), world, reward=arguments.reward)
         if world.rank == 0:
@@ -182,23 +182,23 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from engine.commands.export import Exporting, export
+    from engine.commands.export import ExportConfig, export
     from engine.distributed.world import World
 
-    exporting = override(Exporting(), arguments.overrides)
+    exporting = override(ExportConfig(), arguments.overrides)
     with closing(World.start()) as world:
         export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from engine.commands.generate import Generating, answer, answer_all
+    from engine.commands.generate import GenerateConfig, answer, answer_all
     from engine.distributed.world import World
 
     questions = [] if arguments.prompts else [word for word in arguments.overrides if not SETTING.match(word)]
     if bool(arguments.prompts) != bool(arguments.out) or (not arguments.prompts and len(questions) != 1):
         raise ValueError('generate takes one question in quotes, or --prompts and --out; for example: generate MODEL "What is 2 + 3?"')
     asked = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name, *_ in SAMPLING}
-    generating = Generating(Model(arguments.model), **{name: value for name, value in asked.items() if value is not None})
+    generating = GenerateConfig(Model(arguments.model), **{name: value for name, value in asked.items() if value is not None})
     generating = override(generating, [word for word in arguments.overrides if word not in questions])
     with closing(World.start()) as world:
         if arguments.prompts:
@@ -243,10 +243,10 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     from engine.distributed.world import World
     from engine.evals.evaluate import evaluate
-    from engine.evals.exam import Evaluating, prepare
+    from engine.evals.exam import EvalConfig, prepare
     from engine.evals.results import table, write
 
-    settings = override(Evaluating(Model(arguments.model), unsafe_code=arguments.unsafe_code), arguments.overrides)
+    settings = override(EvalConfig(Model(arguments.model), unsafe_code=arguments.unsafe_code), arguments.overrides)
     if strange := [pair for pair in arguments.data if not all(pair.partition("="))]:
         raise ValueError(f"--data {strange[0]} is not of the form SUITE=PATH, such as gsm8k=test.jsonl")
     if arguments.limit < 0:
@@ -273,7 +273,7 @@ def _dryrun(arguments: argparse.Namespace) -> int:
     if arguments.calibrate:
         dryrun.calibrate(Path(arguments.calibrate))
         return 0
-    asked = dryrun.Asked(
+    asked = dryrun.DryRunOptions(
         recipe=Path(arguments.recipe),
         run=override(load_recipe(arguments.recipe), arguments.overrides),
         gpus=arguments.gpus,

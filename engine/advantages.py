@@ -11,11 +11,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from engine.config.choices import Kl, Whiten
 from engine.types import Sample
 from triton_kernels import gae, merge_partials
-
-Kl = Literal["k1", "k2", "k3"]
-Whiten = Literal["batch", "rank", "none"]
 
 
 def kl_estimate(logprob: np.ndarray, ref_logprob: np.ndarray, kind: Kl) -> np.ndarray:

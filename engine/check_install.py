@@ -6,7 +6,7 @@ from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-OURS = Path(__file__).parents[1] / "triton_kernels"  # both packages are one distribution, or one checkout
+EXPECTED = Path(__file__).parents[1] / "triton_kernels"  # both packages are one distribution, or one checkout
 
 
 def check_kernels() -> None:
@@ -18,8 +18,8 @@ def check_kernels() -> None:
     if spec is None:
         return  # to import it will say so
     found = Path(spec.origin) if spec.origin else Path(next(iter(spec.submodule_search_locations or ("",)))) / "__init__.py"
-    if found.parent.resolve() != OURS.resolve():
-        way_out = f"put {OURS.parent} before it on PYTHONPATH, or uninstall the other one"
+    if found.parent.resolve() != EXPECTED.resolve():
+        way_out = f"put {EXPECTED.parent} before it on PYTHONPATH, or uninstall the other one"
     elif not found.is_file() or "linear_policy_loss" not in found.read_text():
         way_out = "it was installed over ours: uninstall the other one, then install trivet again"
     else:

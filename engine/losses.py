@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.config.choices import Average
 from engine.types import Loss, Moments, Packed, TokenLoss, TokenTerms
 from triton_kernels import dpo_norm, ppo_loss, seq_logps, value_loss
-
-Average = Literal["token", "sequence"]
 
 
 def nll(logprob_T: Tensor, packed: Packed) -> Loss:

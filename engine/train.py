@@ -12,13 +12,14 @@ from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerFast
 
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.batching.ragged import Arena
 from engine.config import Run, to_dict
 from engine.config.checks import problems
 from engine.data.prepare import tokenizer_of
 from engine.distributed.world import World
-from engine.megatron.policy import Learner, Policy, located
+from engine.megatron.policy import Learner, Policy, locate_weights
+from engine.models.families import head_to_hf, to_hf
 from engine.reporting.console import Report
 from engine.types import Sample
 
@@ -37,19 +38,19 @@ class Algorithm(Protocol):
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]: ...
     def minibatches(self, step: int, samples: list[Sample]) -> Iterable[list[Sample]]: ...
     def evaluate(self) -> dict[str, float]: ...
-    def kept(self) -> dict[str, bytes]: ...  # files that go into a checkpoint beside the weights
+    def extra_state(self) -> dict[str, bytes]: ...  # files that go into a checkpoint beside the weights
     def close(self) -> None: ...
 
 
 @runtime_checkable
-class Parting(Protocol):
+class DisaggregatedAlgorithm(Protocol):
     """The config of an algorithm that keeps ranks for itself, beside those that train."""
 
     def trainers(self, run: Run, world_size: int) -> int:
         """How many of so many ranks train. Raises ValueError when it cannot be done."""
         ...
 
-    def part(self, run: Run, world: World) -> World | None:
+    def split_world(self, run: Run, world: World) -> World | None:
         """The world of the ranks that train; None on the others, which serve those until they are done."""
         ...
 
@@ -60,9 +61,9 @@ def train(run: Run, world: World) -> None:
     Raises ValueError before anything is written when a setting, the data or the model does not fit, or when `run.out` holds another run.
     """
     check_folder(Path(run.out), run)
-    parting = run.algorithm if isinstance(run.algorithm, Parting) else None
+    parting = run.algorithm if isinstance(run.algorithm, DisaggregatedAlgorithm) else None
     check_launch(run, world, parting.trainers(run, world.size) if parting else world.size)
-    trainers = parting.part(run, world) if parting else world
+    trainers = parting.split_world(run, world) if parting else world
     if trainers is not None:
         _train(run, trainers, devices=world.size)
 
@@ -74,30 +75,30 @@ def _train(run: Run, world: World, devices: int) -> None:
         algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
         start, steps = load(algorithm.learners, out), run.steps or algorithm.steps
         arena = Arena(pinned=world.on_gpu)
-        world.first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
+        world.rank0_first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
         with Report(run, out, is_writer=world.rank == 0, devices=devices, start=start) as report:
             for note in algorithm.notes:
                 report.note(note)
             if start:
                 report.note(f"resumed from step {start}")
             for step in range(start, steps):
-                if due(step, run.eval_every) or step == 0:
+                if is_due(step, run.eval_every) or step == 0:
                     evaluate(algorithm, report, step)
                 began = time.perf_counter()
                 samples, found = algorithm.collect(step)
                 metrics = found | learn(algorithm, step, steps, samples, run.tokens_per_microbatch, arena)
                 tokens, seconds = sum(s.length for s in samples), time.perf_counter() - began
                 report.step(step, steps, metrics, tokens=tokens, seconds=seconds, memory_gb=world.peak_memory_gb())
-                if due(step + 1, run.save_every) or step + 1 == steps:
+                if is_due(step + 1, run.save_every) or step + 1 == steps:
                     save(algorithm, out, step + 1, run.keep_last)
             evaluate(algorithm, report, steps)
 
 
 def check_launch(run: Run, world: World, trainers: int) -> None:
     """Raise ValueError for what settings, shapes and the tokenizer show to be wrong on so many ranks, before a weight is read."""
-    folder, _ = located(run.model, world)
+    folder, _ = locate_weights(run.model, world)
     tokens = len(tokenizer_of(run.model, folder))
-    if found := problems(run, lambda model: located(model, world)[1], trainers, on_gpu=world.on_gpu, tokens=tokens):
+    if found := problems(run, lambda model: locate_weights(model, world)[1], trainers, on_gpu=world.on_gpu, tokens=tokens):
         raise ValueError("; also: ".join(found))
 
 
@@ -108,7 +109,7 @@ def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], bu
         for name, policy, loss, temperature, entropy in algorithm.learners:
             assert policy.optim is not None
             lr = policy.optim.lr_at(step, steps)
-            packed = batch(minibatch, budget, **policy.cut, out=arena)
+            packed = batch(minibatch, budget, **policy.batch_options, out=arena)
             metrics = policy.update(packed, loss, lr, temperature, entropy=entropy) | {"lr": lr}
             for key, value in metrics.items():
                 said.setdefault(f"{name}/{key}" if name else key, []).append(value)
@@ -129,10 +130,10 @@ def save(algorithm: Algorithm, out: Path, step: int, keep_last: int) -> None:
     run, *others = algorithm.learners
     for learner in others:
         learner.policy.save(out / learner.name, step, None, keep_last)
-    run.policy.save(out, step, out / "model", keep_last, algorithm.kept())
+    run.policy.save(out, step, out / "model", keep_last, algorithm.extra_state())
 
 
-def due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens at `step`."""
     return every > 0 and step > 0 and step % every == 0
 
@@ -165,9 +166,9 @@ def claim_folder(out: Path, run: Run, policy: Policy, tokenizer: PreTrainedToken
     assets = out / "model"
     shutil.rmtree(assets, ignore_errors=True)
     tokenizer.save_pretrained(assets)
-    config = policy.model.to_hf() if policy.folder is None else json.loads((policy.folder / "config.json").read_text())
+    config = to_hf(policy.model) if policy.folder is None else json.loads((policy.folder / "config.json").read_text())
     if policy.model.head == "scalar":  # transformers scores the last token that is not padding
-        config |= policy.model.head_to_hf() | {"pad_token_id": tokenizer.pad_token_id}
+        config |= head_to_hf(policy.model) | {"pad_token_id": tokenizer.pad_token_id}
     (assets / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     # Last: with it the claim is complete.
     (out / "run.json").write_text(json.dumps({"identity": run.identity(), "run": to_dict(run)}, indent=1) + "\n")

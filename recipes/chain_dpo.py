@@ -12,7 +12,7 @@ run = Run(
         batch_size=64,
         max_length=96,
     ),
-    optim=Optim(lr=1e-4, warmup=0.1),
+    optim=Optim(lr=1e-4, warmup_ratio=0.1),
     tokens_per_microbatch=2048,
     out="runs/chain_dpo",
 )

@@ -7,7 +7,7 @@ from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Run
 from engine.data.rows import Source
 from engine.data.wordproblems import LONG, generated, tasks
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 
 run = Run(
     model=Model(path="runs/chain_dpo/export"),
@@ -17,9 +17,9 @@ run = Run(
         critic=Critic(Model(path="runs/chain_reward/export"), Optim(lr=1e-3, weight_decay=0.01)),
         prompts_per_step=128,
         epochs=2,
-        max_prompt=56,
-        max_response=48,
-        rollout=Slotting(slots=128, cache_gb=1.0),
+        max_prompt_tokens=56,
+        max_response_tokens=48,
+        rollout=RolloutConfig(max_num_seqs=128, kv_cache_gb=1.0),
     ),
     optim=Optim(lr=5e-4, weight_decay=0.01),
     tokens_per_microbatch=2048,

@@ -4,11 +4,11 @@ from functools import partial
 from pathlib import Path
 
 from engine.algorithms.sft import SFT
-from engine.config import Llama, Model, Optim, Run
+from engine.config import Model, ModelShape, Optim, Run
 from engine.data.rows import Source
 from engine.data.wordproblems import LONG, demonstrations, generated
 
-SHAPE = Llama(layers=2, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=111, max_length=128)
+SHAPE = ModelShape(layers=2, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=111, max_length=128)
 
 run = Run(
     model=Model(init=SHAPE, tokenizer="words"),
@@ -17,7 +17,7 @@ run = Run(
         batch_size=32,
         max_length=96,
     ),
-    optim=Optim(lr=5e-3, warmup=0.05, betas=(0.9, 0.99)),
+    optim=Optim(lr=5e-3, warmup_ratio=0.05, betas=(0.9, 0.99)),
     tokens_per_microbatch=1024,
     out="runs/chain_sft",
 )

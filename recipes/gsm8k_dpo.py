@@ -17,8 +17,9 @@ run = Run(
         max_length=512,
         too_long="drop",
     ),
-    optim=Optim(lr=3e-5, warmup=0.1),
+    optim=Optim(lr=3e-5, warmup_ratio=0.1),
     tokens_per_microbatch=1024,
     eval_every=16,
     out="runs/gsm8k_dpo",
+    gpus=2,
 )

@@ -15,8 +15,9 @@ run = Run(
         max_length=512,
         too_long="drop",
     ),
-    optim=Optim(lr=1e-4, warmup=0.05),
+    optim=Optim(lr=1e-4, warmup_ratio=0.05),
     tokens_per_microbatch=1024,
     eval_every=16,
     out="runs/gsm8k_reward",
+    gpus=2,
 )

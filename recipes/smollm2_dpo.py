@@ -16,9 +16,10 @@ run = Run(
         batch_size=16,
         max_length=512,
     ),
-    optim=Optim(lr=3e-5, warmup=0.1),
+    optim=Optim(lr=3e-5, warmup_ratio=0.1),
     tokens_per_microbatch=1024,
     steps=12,
     eval_every=6,
     out="runs/smollm2_dpo",
+    gpus=2,
 )

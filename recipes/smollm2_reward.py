@@ -16,9 +16,10 @@ run = Run(
         batch_size=8,
         max_length=512,
     ),
-    optim=Optim(lr=1e-4, warmup=0.05),
+    optim=Optim(lr=1e-4, warmup_ratio=0.05),
     tokens_per_microbatch=512,
     steps=48,
     eval_every=16,
     out="runs/smollm2_reward",
+    gpus=2,
 )

@@ -5,7 +5,7 @@ parallel.pp=2 'parallel.stages=[17,13]'; and the curves: python -m benchmarks cu
 from engine.algorithms.rlvr import RLVR
 from engine.config import Model, Optim, Run
 from engine.data.rows import Source
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 
 run = Run(
     model=Model("runs/svamp_sft/export"),
@@ -16,19 +16,20 @@ run = Run(
         advantage="group",
         prompts_per_step=16,
         samples_per_prompt=8,
-        skip_agreeing=True,
+        skip_zero_std_groups=True,
         minibatches=2,
         epochs=1,
-        max_prompt=128,
-        max_response=32,
+        max_prompt_tokens=128,
+        max_response_tokens=32,
         kl_coef=0.0,
-        rollout=Slotting(slots=64, cache_gb=1.0),
+        rollout=RolloutConfig(max_num_seqs=64, kv_cache_gb=1.0),
         chat_template="chatml",
     ),
-    optim=Optim(lr=2e-5, warmup=0.05),
+    optim=Optim(lr=2e-5, warmup_ratio=0.05),
     tokens_per_microbatch=256,
     steps=40,
     eval_every=10,
     save_every=10,
     out="runs/smollm2_rlvr",
+    gpus=2,
 )

@@ -16,9 +16,10 @@ run = Run(
         batch_size=16,
         max_length=512,
     ),
-    optim=Optim(lr=2e-4, warmup=0.1),
+    optim=Optim(lr=2e-4, warmup_ratio=0.1),
     tokens_per_microbatch=1024,
     steps=16,
     eval_every=4,
     out="runs/smollm2_sft",
+    gpus=2,
 )

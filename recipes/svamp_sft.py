@@ -15,7 +15,8 @@ run = Run(
         max_length=256,
         chat_template="chatml",
     ),
-    optim=Optim(lr=1e-4, warmup=0.1),
+    optim=Optim(lr=1e-4, warmup_ratio=0.1),
     tokens_per_microbatch=512,
     out="runs/svamp_sft",
+    gpus=2,
 )

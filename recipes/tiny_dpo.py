@@ -4,19 +4,19 @@ on."""
 from pathlib import Path
 
 from engine.algorithms.dpo import DPO
-from engine.config import Llama, Model, Optim, Run
+from engine.config import Model, ModelShape, Optim, Run
 from engine.data.rows import Source
 from engine.data.wordproblems import generated, pairs
 
 run = Run(
-    model=Model(init=Llama(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=260, max_length=512), tokenizer="bytes"),
+    model=Model(init=ModelShape(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=260, max_length=512), tokenizer="bytes"),
     algorithm=DPO(
         sources=(Source(generated(Path("cache/tiny_dpo/train.jsonl"), 1000, seed=0, make=pairs)),),
         held_out=(Source(generated(Path("cache/tiny_dpo/held_out.jsonl"), 64, seed=1, held_out=True, make=pairs)),),
         batch_size=16,
         max_length=256,
     ),
-    optim=Optim(lr=1e-3, warmup=0.05, betas=(0.9, 0.99)),
+    optim=Optim(lr=1e-3, warmup_ratio=0.05, betas=(0.9, 0.99)),
     tokens_per_microbatch=2048,
     steps=60,
     save_every=20,

@@ -4,11 +4,11 @@ settings and layouts on."""
 from pathlib import Path
 
 from engine.algorithms.reward import Reward
-from engine.config import Llama, Model, Optim, Run
+from engine.config import Model, ModelShape, Optim, Run
 from engine.data.rows import Source
 from engine.data.wordproblems import generated, pairs
 
-shape = Llama(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=260, max_length=512)
+shape = ModelShape(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=260, max_length=512)
 
 run = Run(
     model=Model(init=shape, head="scalar", tokenizer="bytes"),
@@ -18,7 +18,7 @@ run = Run(
         batch_size=16,
         max_length=256,
     ),
-    optim=Optim(lr=1e-3, warmup=0.05, betas=(0.9, 0.99)),
+    optim=Optim(lr=1e-3, warmup_ratio=0.05, betas=(0.9, 0.99)),
     tokens_per_microbatch=2048,
     steps=60,
     save_every=20,

@@ -4,12 +4,12 @@ work to do. A minute on a laptop, to try settings and layouts on."""
 from pathlib import Path
 
 from engine.algorithms.rlvr import RLVR, Critic
-from engine.config import Llama, Model, Optim, Run
+from engine.config import Model, ModelShape, Optim, Run
 from engine.data.rows import Source
 from engine.data.wordproblems import generated
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 
-SHAPE = Llama(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=111, max_length=128)
+SHAPE = ModelShape(layers=4, hidden=128, ffn=384, heads=8, kv_heads=4, vocab=111, max_length=128)
 ROWS = [{"prompt": "How many now?", "truth": "[0-9]"}] * 64
 
 run = Run(
@@ -20,9 +20,9 @@ run = Run(
         critic=Critic(Model(init=SHAPE.with_scalar_head()), Optim(lr=2e-3)),
         prompts_per_step=64,
         epochs=4,
-        max_prompt=64,
-        max_response=16,
-        rollout=Slotting(slots=64, cache_gb=1.0),
+        max_prompt_tokens=64,
+        max_response_tokens=16,
+        rollout=RolloutConfig(max_num_seqs=64, kv_cache_gb=1.0),
     ),
     optim=Optim(lr=1e-3),
     tokens_per_microbatch=4096,

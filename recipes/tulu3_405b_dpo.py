@@ -18,10 +18,11 @@ run = Run(
         bad_rows="drop",
         chat_template="tulu",
     ),
-    optim=Optim(lr=2e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
+    optim=Optim(lr=2e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0),
     # 126 layers, embedding and loss are 128 slots: 32 stages of 4 turns. A pair has 4096 tokens at most.
     parallel=Parallel(tp=8, pp=32, vpp=4, count_embedding=True, count_loss=True, recompute="swiglu"),
     tokens_per_microbatch=4096,
     save_every=200,
     out="runs/tulu3_405b_dpo",
+    gpus=256,
 )

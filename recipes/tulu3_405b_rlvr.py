@@ -5,25 +5,25 @@ The critic starts from the 8B reward model, as for every size there. The referen
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Parallel, Run
 from engine.data.rows import Source
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 
 run = Run(
     model=Model("allenai/Llama-3.1-Tulu-3-405B-DPO"),
     algorithm=RLVR(
         sources=(Source("allenai/RLVR-MATH"),),
-        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=1e-7, warmup=0.0, weight_decay=0.01)),
+        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=1e-7, warmup_ratio=0.0, weight_decay=0.01)),
         prompts_per_step=1856,
         epochs=4,
-        max_prompt=2048,
-        max_response=1024,
+        max_prompt_tokens=2048,
+        max_response_tokens=1024,
         too_long="drop",
         kl_coef=0.05,
         loss_average="sequence",
         reference="offloaded",
-        rollout=Slotting(slots=896, cache_gb=12.0),
+        rollout=RolloutConfig(max_num_seqs=896, kv_cache_gb=12.0),
         chat_template="tulu",
     ),
-    optim=Optim(lr=1e-7, schedule="linear", warmup=0.0, weight_decay=0.01, clip=1.0),
+    optim=Optim(lr=1e-7, schedule="linear", warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0),
     # 126 layers, embedding and loss are 128 slots, 8 on each of 16 stages; of the critic's 32 layers each has 2. Microbatches no larger
     # than the longest sequence leave room for all activations: nothing is recomputed.
     parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True),
@@ -31,4 +31,5 @@ run = Run(
     steps=75,
     save_every=10,
     out="runs/tulu3_405b_rlvr",
+    gpus=256,
 )

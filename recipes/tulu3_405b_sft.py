@@ -15,11 +15,12 @@ run = Run(
         too_long="truncate",
         chat_template="tulu",
     ),
-    optim=Optim(lr=2e-6, schedule="linear", warmup=0.03, weight_decay=0.0, clip=1.0),
+    optim=Optim(lr=2e-6, schedule="linear", warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0),
     # 126 layers, embedding and loss are 128 slots: 32 stages of 4 turns. A step is 32 microbatches of about 5,500 tokens each: with a
     # budget of 4096 it would be 64, all padded to the longest. With stages this short, recomputing SwiGLU's output is enough to fit 80 GB.
     parallel=Parallel(tp=8, pp=32, vpp=4, count_embedding=True, count_loss=True, recompute="swiglu"),
     tokens_per_microbatch=6400,
     save_every=500,
     out="runs/tulu3_405b_sft",
+    gpus=256,
 )

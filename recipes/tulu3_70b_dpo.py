@@ -18,10 +18,11 @@ run = Run(
         bad_rows="drop",
         chat_template="tulu",
     ),
-    optim=Optim(lr=2e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
+    optim=Optim(lr=2e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0),
     # Eight turns of 2 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
     parallel=Parallel(tp=8, pp=2, vpp=8, stages=(4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4)),
     tokens_per_microbatch=8192,
     save_every=500,
     out="runs/tulu3_70b_dpo",
+    gpus=64,
 )

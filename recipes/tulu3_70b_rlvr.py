@@ -5,7 +5,7 @@ The critic starts from the 8B reward model, as for every size there. The referen
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Parallel, Run
 from engine.data.rows import Source
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 
 run = Run(
     model=Model("allenai/Llama-3.1-Tulu-3-70B-DPO"),
@@ -14,22 +14,23 @@ run = Run(
             Source("allenai/RLVR-GSM"),
             Source("allenai/RLVR-MATH"),
         ),
-        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=1e-7, warmup=0.1, weight_decay=0.01)),
+        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=1e-7, warmup_ratio=0.1, weight_decay=0.01)),
         prompts_per_step=640,
         epochs=4,
-        max_prompt=2048,
-        max_response=2048,
+        max_prompt_tokens=2048,
+        max_response_tokens=2048,
         too_long="drop",
         kl_coef=0.07,
         loss_average="sequence",
         reference="offloaded",
-        rollout=Slotting(slots=160, cache_gb=16.0),
+        rollout=RolloutConfig(max_num_seqs=160, kv_cache_gb=16.0),
         chat_template="tulu",
     ),
-    optim=Optim(lr=1e-7, schedule="linear", warmup=0.1, weight_decay=0.01, clip=1.0),
+    optim=Optim(lr=1e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.01, max_grad_norm=1.0),
     parallel=Parallel(tp=8, pp=2),  # stages take turns in decoding: with fewer of them, more replicas draw at once
     tokens_per_microbatch=6144,
     steps=625,
     save_every=50,
     out="runs/tulu3_70b_rlvr",
+    gpus=64,
 )

@@ -15,10 +15,11 @@ run = Run(
         too_long="truncate",
         chat_template="tulu",
     ),
-    optim=Optim(lr=2e-6, schedule="linear", warmup=0.03, weight_decay=0.0, clip=1.0),
+    optim=Optim(lr=2e-6, schedule="linear", warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0),
     # Eight turns of 2 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
     parallel=Parallel(tp=8, pp=2, vpp=8, stages=(4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4)),
     tokens_per_microbatch=6144,
     save_every=1000,
     out="runs/tulu3_70b_sft",
+    gpus=64,
 )

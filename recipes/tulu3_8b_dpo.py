@@ -18,9 +18,10 @@ run = Run(
         bad_rows="drop",
         chat_template="tulu",
     ),
-    optim=Optim(lr=5e-7, schedule="linear", warmup=0.1, weight_decay=0.0, clip=1.0),
+    optim=Optim(lr=5e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0),
     parallel=Parallel(tp=2),
     tokens_per_microbatch=8192,
     save_every=500,
     out="runs/tulu3_8b_dpo",
+    gpus=8,
 )

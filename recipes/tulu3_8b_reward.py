@@ -16,9 +16,10 @@ run = Run(
         bad_rows="drop",
         chat_template="tulu",
     ),
-    optim=Optim(lr=3e-6, schedule="linear", weight_decay=0.0, clip=1.0),
+    optim=Optim(lr=3e-6, schedule="linear", weight_decay=0.0, max_grad_norm=1.0),
     parallel=Parallel(tp=2),
     tokens_per_microbatch=8192,
     save_every=200,
     out="runs/tulu3_8b_reward",
+    gpus=8,
 )

@@ -5,7 +5,7 @@ The critic starts from the 8B reward model, as for every size there. The referen
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Parallel, Run
 from engine.data.rows import Source
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 
 run = Run(
     model=Model("allenai/Llama-3.1-Tulu-3-8B-DPO"),
@@ -14,22 +14,23 @@ run = Run(
             Source("allenai/RLVR-GSM"),
             Source("allenai/RLVR-MATH"),
         ),
-        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=3e-7, warmup=0.0, weight_decay=0.01)),
+        critic=Critic(Model("allenai/Llama-3.1-Tulu-3-8B-RM"), Optim(lr=3e-7, warmup_ratio=0.0, weight_decay=0.01)),
         prompts_per_step=224,
         epochs=4,
-        max_prompt=2048,
-        max_response=2048,
+        max_prompt_tokens=2048,
+        max_response_tokens=2048,
         too_long="drop",
         kl_coef=0.05,
         loss_average="sequence",
         reference="offloaded",
-        rollout=Slotting(slots=112, cache_gb=16.0),
+        rollout=RolloutConfig(max_num_seqs=112, kv_cache_gb=16.0),
         chat_template="tulu",
     ),
-    optim=Optim(lr=3e-7, schedule="linear", warmup=0.0, weight_decay=0.01, clip=1.0),
+    optim=Optim(lr=3e-7, schedule="linear", warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0),
     parallel=Parallel(tp=4),  # with tp=2 the two models' gradients and optimizer states alone are 70 GB a GPU
     tokens_per_microbatch=8192,
     steps=446,
     save_every=50,
     out="runs/tulu3_8b_rlvr",
+    gpus=8,
 )

@@ -14,9 +14,10 @@ run = Run(
         too_long="truncate",
         chat_template="tulu",
     ),
-    optim=Optim(lr=5e-6, schedule="linear", warmup=0.03, weight_decay=0.0, clip=1.0),
+    optim=Optim(lr=5e-6, schedule="linear", warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0),
     parallel=Parallel(tp=2),
     tokens_per_microbatch=8192,
     save_every=500,
     out="runs/tulu3_8b_sft",
+    gpus=8,
 )

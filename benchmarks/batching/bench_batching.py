@@ -21,7 +21,8 @@ from benchmarks.batching import batching_baselines, planners
 from benchmarks.batching.planners import Placement, Worth
 from benchmarks.kernels.bench_kernels import table
 from benchmarks.support.timing import Spread, environment, rotated
-from engine.batching.plan import Plan, build, plan
+from engine.batching.build import build
+from engine.batching.plan import Plan, plan
 from engine.batching.ragged import Arena, Ragged
 
 COST = (0, 24576, 1)

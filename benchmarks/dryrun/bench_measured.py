@@ -27,13 +27,13 @@ import torch
 
 from benchmarks.gpu.facts import Facts
 from benchmarks.support.tables import as_file, heading, table, versions
-from engine.batching.plan import batch
-from engine.config import Llama, Optim, Parallel
+from engine.batching.build import batch
+from engine.config import ModelShape, Optim, Parallel
 from engine.distributed.world import World
 from engine.dryrun.calibrate import calibrate
-from engine.dryrun.clock import Clock
+from engine.dryrun.clock import CostModel
 from engine.dryrun.hardware import Hardware
-from engine.dryrun.stages import rehearse
+from engine.dryrun.stages import simulate_stages
 from engine.losses import SFT_LOSS
 from engine.megatron.policy import Policy
 from engine.types import Sample
@@ -48,13 +48,13 @@ class Case:
     """A model, its grid, and `microbatches` of one sequence of `length` tokens a replica."""
 
     name: str
-    model: Llama
+    model: ModelShape
     parallel: Parallel
     microbatches: int
     length: int
 
 
-TINY = Llama(layers=4, hidden=256, ffn=768, heads=8, kv_heads=4, vocab=1000)
+TINY = ModelShape(layers=4, hidden=256, ffn=768, heads=8, kv_heads=4, vocab=1000)
 ON_CPU = (
     Case("dp4", TINY, Parallel(), 4, 256),
     Case("tp4", TINY, Parallel(tp=4), 4, 256),
@@ -63,8 +63,8 @@ ON_CPU = (
 )
 # An eighth of 405B, as tensor parallelism cuts it, without the messages; of 8B as many layers as fit, for 18 bytes a weight of all 32
 # are 145 GB.
-SHARD_405B = Llama(layers=8, hidden=16384, ffn=6656, heads=16, kv_heads=1, vocab=16064, head_dim=128)
-MOST_OF_8B = Llama(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256)
+SHARD_405B = ModelShape(layers=8, hidden=16384, ffn=6656, heads=16, kv_heads=1, vocab=16064, head_dim=128)
+MOST_OF_8B = ModelShape(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256)
 LENGTHS = (2048, 4096)
 ON_GPU = (("8B", MOST_OF_8B), ("405B, TP8 shard", SHARD_405B))
 FILLED = 0.85  # of a GPU's memory, which also holds CUDA, NCCL and what the allocator cannot use
@@ -82,9 +82,9 @@ def on_gpu(memory: int) -> list[Case]:
     return cases
 
 
-def bytes_of(model: Llama, length: int) -> int:
+def bytes_of(model: ModelShape, length: int) -> int:
     """Most bytes of a step on one GPU, by the dry run."""
-    (stage,) = rehearse(model, Parallel(), 1, (length,), optim=OPTIM, token_loss=True)
+    (stage,) = simulate_stages(model, Parallel(), 1, (length,), optim=OPTIM, token_loss=True)
     return stage.weights + stage.gradients + stage.optimizer + stage.peak
 
 
@@ -147,7 +147,7 @@ def measure(world: World, cases: Sequence[Case], log: Facts) -> tuple[list[Case]
 
 def _visit(world: World, case: Case) -> tuple[list[float], int]:
     draw = np.random.default_rng(0)
-    replicas = world.size // (case.parallel.tp * case.parallel.pp)
+    replicas = world.size // case.parallel.model_ranks
     tokens = draw.integers(0, case.model.vocab, (case.microbatches * replicas, case.length + 1), dtype=np.int32)
     samples = [Sample(row, np.ones(case.length, np.uint8)) for row in tokens]
     times = []
@@ -156,7 +156,7 @@ def _visit(world: World, case: Case) -> tuple[list[float], int]:
         torch.cuda.empty_cache()
     with closing(Policy(case.model, OPTIM, case.parallel, world)) as policy:
         _fill(policy)
-        step = batch(samples, case.length, **policy.cut)
+        step = batch(samples, case.length, **policy.batch_options)
         assert len(step) == case.microbatches
         for _ in range(1 + STEPS):
             if world.on_gpu:
@@ -183,10 +183,10 @@ def _fill(policy: Policy) -> None:
 def fact_of(case: Case, times: Sequence[float], peak: int, hardware: Sequence[Hardware], world: World) -> dict[str, Any]:
     """What was predicted, by the mean of the calibrations before and after, and what was measured."""
     dtype = "bf16" if world.on_gpu else "fp32"
-    stages = rehearse(case.model, case.parallel, world.size, (case.length,), optim=OPTIM, token_loss=True, dtype=dtype)
+    stages = simulate_stages(case.model, case.parallel, world.size, (case.length,), optim=OPTIM, token_loss=True, dtype=dtype)
     width = 2 if world.on_gpu else 4
     message = width * case.length / case.parallel.tp * case.model.hidden
-    clocks = [Clock(each, case.parallel, world.size) for each in hardware]
+    clocks = [CostModel(each, case.parallel, world.size) for each in hardware]
     updates = [clock.update(stages, case.microbatches, message) for clock in clocks]
     told = sum(update.seconds for update in updates) / len(updates)
     on_rank = [s for s in stages if s.pp == 0]

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.support.tables import as_file, heading, table, versions
-from engine.config import Llama, Optim, Parallel
-from engine.dryrun.clock import Clock, Update
+from engine.config import ModelShape, Optim, Parallel
+from engine.dryrun.clock import CostModel, Update
 from engine.dryrun.hardware import Hardware
-from engine.dryrun.stages import rehearse
+from engine.dryrun.stages import simulate_stages
 from engine.dryrun.types import Collective, Stage, Work
 
 Trait = Literal["hides tensor parallel messages", "adds gradients in the product", "attention unfused", "no sequence parallel"]
-LLAMA_405B = Llama(layers=126, hidden=16384, ffn=53248, heads=128, kv_heads=8, vocab=128256)
+LLAMA_405B = ModelShape(layers=126, hidden=16384, ffn=53248, heads=128, kv_heads=8, vocab=128256)
 LIMIT = 0.15
 
 
@@ -40,7 +40,7 @@ class Published:
     name: str
     source: str
     device: str
-    model: Llama
+    model: ModelShape
     gpus: int
     parallel: Parallel
     microbatches: int
@@ -53,16 +53,16 @@ class Published:
 
     @property
     def layout(self) -> str:
-        grid, replicas = self.parallel, self.gpus // (self.parallel.tp * self.parallel.pp)
+        grid, replicas = self.parallel, self.gpus // self.parallel.model_ranks
         return f"TP{grid.tp} PP{grid.pp}" + (f"x{grid.vpp}" if grid.vpp > 1 else "") + f" DP{replicas} m={self.microbatches}"
 
 
-def gpt(layers: int, hidden: int, heads: int, vocab: int) -> Llama:
+def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelShape:
     """A Llama that multiplies as much as a GPT of these sizes: 3 x hidden x ffn for its 2 x hidden x 4 hidden, no grouped heads."""
-    return Llama(layers=layers, hidden=hidden, ffn=-(-8 * hidden // 3 // 64) * 64, heads=heads, kv_heads=heads, vocab=vocab)
+    return ModelShape(layers=layers, hidden=hidden, ffn=-(-8 * hidden // 3 // 64) * 64, heads=heads, kv_heads=heads, vocab=vocab)
 
 
-def counted_gpt(model: Llama, tokens: int, length: int, *, passes: int) -> float:
+def counted_gpt(model: ModelShape, tokens: int, length: int, *, passes: int) -> float:
     """FLOPs of a step of a GPT: arXiv 2205.05198, equation 7 (passes=3), and 2104.04473, equation 3, which counts the forward that is
     computed again (passes=4). Attention counts masked pairs too, and the output layer three times."""
     hidden, layers = model.hidden, model.layers
@@ -70,7 +70,7 @@ def counted_gpt(model: Llama, tokens: int, length: int, *, passes: int) -> float
     return body + 6 * tokens * hidden * model.vocab
 
 
-def counted_llama(model: Llama, tokens: int, length: int) -> float:
+def counted_llama(model: ModelShape, tokens: int, length: int) -> float:
     """6 a weight and token, the embedding's left out, and causal attention."""
     weights = model.parameters - model.hidden * model.vocab
     return 6.0 * weights * tokens + 6.0 * model.layers * model.heads * model.head_dim * length * tokens
@@ -80,7 +80,7 @@ def rehearsed(run: Published) -> Slots:
     """One layer, embedding and head of the run's model and microbatch, on two replicas."""
     recompute = run.parallel.recompute
     grid = Parallel(tp=run.parallel.tp, pp=3, stages=(0, 1, 0), recompute=recompute)
-    stages = rehearse(replace(run.model, layers=1), grid, 2 * 3 * grid.tp, run.lengths, optim=Optim(lr=1e-5))
+    stages = simulate_stages(replace(run.model, layers=1), grid, 2 * 3 * grid.tp, run.lengths, optim=Optim(lr=1e-5))
     slots = Slots(*stages)
     return slots._replace(layer=as_told(slots.layer, run))
 
@@ -142,7 +142,7 @@ def staged(run: Published, slots: Slots) -> list[Stage]:
 
 
 def _sum(parts: Sequence[Stage], run: Published) -> Stage:
-    replicas = run.gpus // (run.parallel.tp * run.parallel.pp) if run.parallel.distributed_optimizer else 1
+    replicas = run.gpus // run.parallel.model_ranks if run.parallel.distributed_optimizer else 1
     total = parts[0]
     for part in parts[1:]:
         numbers = ("layers", "parameters", "weights", "gradients", "optimizer", "held", "peak", "inference_peak")
@@ -154,7 +154,7 @@ def _sum(parts: Sequence[Stage], run: Published) -> Stage:
 def timed(run: Published, slots: Slots, hardware: Hardware) -> Update:
     """The run's optimizer step."""
     message = 2 * sum(run.lengths) / run.parallel.tp * run.model.hidden
-    return Clock(hardware, run.parallel, run.gpus).update(staged(run, slots), run.microbatches, message)
+    return CostModel(hardware, run.parallel, run.gpus).update(staged(run, slots), run.microbatches, message)
 
 
 def rate(run: Published, update: Update) -> float:
@@ -181,30 +181,30 @@ def llama3(gpus: int, rate: float, fitted: bool = False) -> Published:
     return Published("Llama 3 405B", source, "h100", LLAMA_405B, gpus, grid, microbatches, (8192,), rate, counted, (), assumed, fitted)
 
 
-def megatron_h100(name: str, model: Llama, gpus: int, grid: Parallel, batch: int, used: float, assumed: str) -> Published:
+def megatron_h100(name: str, model: ModelShape, gpus: int, grid: Parallel, batch: int, used: float, assumed: str) -> Published:
     """Megatron-LM's README (core 0.7 and later): sequences of 4,096, a vocabulary of 131,072, all messages overlapped."""
-    microbatches = batch // (gpus // (grid.tp * grid.pp))
+    microbatches = batch // (gpus // grid.model_ranks)
     counted = counted_gpt(model, batch * 4096, 4096, passes=3)
     traits: tuple[Trait, ...] = ("hides tensor parallel messages", "adds gradients in the product")
     source = "github.com/NVIDIA/Megatron-LM, README"
     return Published(name, source, "h100", model, gpus, grid, microbatches, (4096,), used * 989.4e12, counted, traits, assumed)
 
 
-def megatron_2022(name: str, model: Llama, grid: Parallel, batch: int, micro: int, used: float, fitted: bool = False) -> Published:
+def megatron_2022(name: str, model: ModelShape, grid: Parallel, batch: int, micro: int, used: float, fitted: bool = False) -> Published:
     """arXiv 2205.05198, tables 3 and 5: one replica, sequences of 2,048, selective recomputation of attention."""
     counted = counted_gpt(model, batch * 2048, 2048, passes=3)
     traits: tuple[Trait, ...] = ("attention unfused", "adds gradients in the product")
-    lengths, gpus = (2048,) * micro, grid.tp * grid.pp
+    lengths, gpus = (2048,) * micro, grid.model_ranks
     source = "arXiv 2205.05198, table 5"
     return Published(name, source, "a100", model, gpus, grid, batch // micro, lengths, used * 312e12, counted, traits, "", fitted)
 
 
-def megatron_2021(name: str, model: Llama, grid: Parallel, gpus: int, batch: int, rate: float) -> Published:
+def megatron_2021(name: str, model: ModelShape, grid: Parallel, gpus: int, batch: int, rate: float) -> Published:
     """arXiv 2104.04473, table 1: sequences of 2,048, everything computed again, gradients summed by all-reduce."""
     counted = counted_gpt(model, batch * 2048, 2048, passes=4)
     traits: tuple[Trait, ...] = ("attention unfused", "adds gradients in the product", "no sequence parallel")
     grid = replace(grid, recompute="full", distributed_optimizer=False)
-    microbatches = batch // (gpus // (grid.tp * grid.pp))
+    microbatches = batch // (gpus // grid.model_ranks)
     source, assumed = "arXiv 2104.04473, table 1", "one sequence a microbatch, no virtual stages"
     return Published(name, source, "a100", model, gpus, grid, microbatches, (2048,), rate, counted, traits, assumed)
 

@@ -11,7 +11,6 @@ from benchmarks.support.tables import as_file, heading, table, versions
 from engine.__main__ import load_recipe
 from engine.algorithms.rlvr import RLVR
 from engine.config import Run
-from engine.dryrun import model_shapes
 from engine.dryrun.forecast import forecast
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.search import ROOM, search
@@ -44,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
 def fact_of(path: Path) -> dict[str, Any]:
     """A recipe on the GPUs of its torchrun line."""
     run, hardware = load_recipe(str(path)), Hardware.load(DEVICE)
-    gpus = model_shapes.gpus(path, run)
+    gpus = run.gpus
     found, most = (forecast(run, gpus, hardware, given=given, seek=False) for given in ([], longest(run)))
     best = search(run, gpus, hardware, confirm=1)[0]
     beside = best.confirmed
@@ -64,7 +63,7 @@ def fact_of(path: Path) -> dict[str, Any]:
         "fits": found.fits and most.fits,
         "warnings": found.warnings,
         "best": {
-            "layout": layout(beside.scene.run, gpus),
+            "layout": layout(beside.simulation.run, gpus),
             "settings": best.settings,
             "step_seconds": best.step_seconds,
             "peak_bytes": best.peak_bytes,
@@ -75,14 +74,14 @@ def fact_of(path: Path) -> dict[str, Any]:
 def longest(run: Run) -> list[tuple[int, int]]:
     """(tokens of prompt, of response) of sequences of which none may be longer."""
     algorithm = run.algorithm
-    return [(algorithm.max_prompt, algorithm.max_response) if isinstance(algorithm, RLVR) else (0, algorithm.max_length)]
+    return [(algorithm.max_prompt_tokens, algorithm.max_response_tokens) if isinstance(algorithm, RLVR) else (0, algorithm.max_length)]
 
 
 def layout(run: Run, gpus: int) -> str:
     """The grid, and how microbatches go through it."""
     grid = run.parallel
     virtual = f" x {grid.vpp}" if grid.vpp > 1 else ""
-    return f"tp{grid.tp} pp{grid.pp}{virtual} dp{gpus // (grid.tp * grid.pp)}, {grid.recompute}, {run.tokens_per_microbatch}"
+    return f"tp{grid.tp} pp{grid.pp}{virtual} dp{gpus // grid.model_ranks}, {grid.recompute}, {run.tokens_per_microbatch}"
 
 
 def page(facts: dict[str, dict[str, Any]]) -> str:

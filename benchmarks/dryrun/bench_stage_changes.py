@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.support.tables import as_file, heading, table, versions
 from engine.config import Optim, Parallel
-from engine.dryrun.clock import Clock
+from engine.dryrun.clock import CostModel
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.model_shapes import SHAPES
-from engine.dryrun.stages import rehearse
+from engine.dryrun.stages import simulate_stages
 from engine.dryrun.types import Stage
 from engine.megatron import attention, layer, model, overlap
 from triton_kernels import rmsnorm, rope
@@ -45,10 +45,10 @@ class Change(NamedTuple):
     without: Callable[[], AbstractContextManager[Any]]
 
 
-def repeated(query: Tensor, key: Tensor, value: Tensor, flight: attention.Flight) -> Tensor:
+def repeated(query: Tensor, key: Tensor, value: Tensor, packed_forward: attention.PackedForward) -> Tensor:
     """Attention that is given as many heads of keys and values as of queries."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    return attention._attention(query, key, value, list(flight.lengths))[0]
+    return attention._attention(query, key, value, list(packed_forward.lengths))[0]
 
 
 def in_two_passes(*arguments: Any, **options: Any) -> Any:
@@ -95,7 +95,7 @@ class Row:
     def seconds(self, ceiling: float) -> tuple[float, float]:
         """Forward and backward of one microbatch, where products reach `ceiling` of the device's peak."""
         hardware = Hardware.load(DEVICE)
-        clock = Clock(replace(hardware, gemm=replace(hardware.gemm, ceiling=ceiling)), self.parallel, GPUS)
+        clock = CostModel(replace(hardware, gemm=replace(hardware.gemm, ceiling=ceiling)), self.parallel, GPUS)
         return clock.seconds(self.stage.forward), clock.seconds(self.stage.backward)
 
     def mfu(self, ceiling: float, attention: bool) -> float:
@@ -112,7 +112,7 @@ def rows(recompute: Any, tokens: int, changes: Sequence[Change] = CHANGES) -> li
         with ExitStack() as stack:
             for change in changes[count:]:
                 stack.enter_context(change.without())
-            stage = rehearse(SHAPES[MODEL], parallel, GPUS, (tokens,), optim=Optim(lr=1e-5))[1]
+            stage = simulate_stages(SHAPES[MODEL], parallel, GPUS, (tokens,), optim=Optim(lr=1e-5))[1]
         found.append(Row(f"+ {changes[count - 1].name}" if count else "before", stage, parallel))
     return found
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.support.tables import as_file, heading, table, versions
 from engine.__main__ import load_recipe
-from engine.config import Model, Parallel, Run, spread
+from engine.config import Model, Parallel, Run, even_split
 from engine.dryrun import model_shapes
 from engine.dryrun.forecast import Forecast, forecast
 from engine.dryrun.hardware import Hardware
@@ -53,10 +53,10 @@ def _facts() -> Iterator[dict[str, Any]]:
 def _on_240(recipe: Run) -> Run:
     """Their 30 nodes: 15 stages, dealt by hand. The critic is on the same grid, whose stages want equally many of its layers: 30 of 32."""
     asked = recipe.algorithm.critic
-    shape = model_shapes.shape(asked.model)
+    shape = model_shapes.shape_of(asked.model)
     critic = replace(asked, model=Model(init=replace(shape, layers=30)))
-    layers = model_shapes.shape(recipe.model).layers
-    parallel = Parallel(tp=8, pp=15, stages=tuple(spread(layers, 15)), recompute="selective")
+    layers = model_shapes.shape_of(recipe.model).layers
+    parallel = Parallel(tp=8, pp=15, stages=tuple(even_split(layers, 15)), recompute="selective")
     return replace(recipe, parallel=parallel, algorithm=replace(recipe.algorithm, critic=critic))
 
 
@@ -72,19 +72,19 @@ def _rollouts(prompt: int) -> list[tuple[int, int]]:
 
 def fact_of(found: Forecast) -> dict[str, Any]:
     """What the page says of one forecast."""
-    scene = found.scene
-    grid, trained = scene.run.parallel, [phase for phase in found.phases if phase.name not in GENERATES]
+    simulation = found.simulation
+    grid, trained = simulation.run.parallel, [phase for phase in found.phases if phase.name not in GENERATES]
     seconds = sum(phase.seconds for phase in trained)
     virtual = f"x{grid.vpp}" if grid.vpp > 1 else ""
     return {
-        "gpus": scene.gpus,
-        "layout": f"TP{grid.tp} PP{grid.pp}{virtual} DP{scene.replicas}, {grid.recompute}, {scene.run.tokens_per_microbatch} tokens",
-        "prompt": int(scene.sequences.prompt_N.mean()),
-        "passes": scene.run.algorithm.epochs,
+        "gpus": simulation.gpus,
+        "layout": f"TP{grid.tp} PP{grid.pp}{virtual} DP{simulation.dp}, {grid.recompute}, {simulation.run.tokens_per_microbatch} tokens",
+        "prompt": int(simulation.sequences.prompt_N.mean()),
+        "passes": simulation.run.algorithm.epochs,
         "updates": sum(phase.seconds for phase in trained if phase.name.startswith("updates")),
         "training": seconds,
         "ratio": REPORTED / seconds,
-        "mfu": sum(phase.flops for phase in trained) / (seconds * scene.gpus * scene.hardware.peak),
+        "mfu": sum(phase.flops for phase in trained) / (seconds * simulation.gpus * simulation.hardware.peak),
         "peak_gb": max(rank.peak_bytes for rank in found.stages) / 1e9,
         "fits": found.fits,
         "phases": {phase.name: phase.seconds for phase in found.phases},

@@ -103,18 +103,18 @@ def row_bits(contact: Contact) -> Iterator[Fact]:
 
 def attention(contact: Contact) -> Iterator[Fact]:
     """Packed causal attention with 16 query heads a key head against float64, forward and backward; twice, for the same bits."""
-    from engine.megatron.attention import Flight, attend_for
+    from engine.megatron.attention import PackedForward, attend_for
 
     lengths = contact.sized(3000, 5192)
     total = sum(lengths)
     cu = torch.tensor([0, lengths[0], total], dtype=torch.int32, device=contact.device)
-    flight: Any = Flight(cu_seqlens_q=cu, max_seqlen_q=max(lengths), lengths=lengths)  # type: ignore[arg-type]
+    packed_forward: Any = PackedForward(cu_seqlens_q=cu, max_seqlen_q=max(lengths), lengths=lengths)  # type: ignore[arg-type]
     query, key, value = (contact.normal(total, heads, 128).requires_grad_() for heads in (16, 1, 1))
     upstream = contact.normal(total, 16, 128)
     attend = attend_for(contact.device.type == "cuda")
 
     def run() -> tuple[Tensor, ...]:
-        out = attend(query, key, value, flight)
+        out = attend(query, key, value, packed_forward)
         return (out, *torch.autograd.grad(out, (query, key, value), upstream))
 
     exact = _attention_in_float64(query, key, value, upstream, lengths)
@@ -145,18 +145,23 @@ def graphs(contact: Contact) -> Iterator[Fact]:
     """The same responses decoded launch by launch and from captured graphs. `graphs_match` is what the engine may rely on here."""
     import numpy as np
 
-    from engine.config import Llama, Model, Parallel
+    from engine.config import Model, ModelShape, Parallel
     from engine.distributed.world import World
     from engine.megatron.policy import Policy
-    from engine.rollout.sampler import Sampling, Slotting, generate
+    from engine.rollout.config import RolloutConfig
+    from engine.rollout.engine import SamplingParams
+    from engine.rollout.sampler import generate
     from engine.types import Prompt
 
-    model = Llama(layers=2, hidden=256, ffn=512, heads=8, kv_heads=2, vocab=512)
+    model = ModelShape(layers=2, hidden=256, ffn=512, heads=8, kv_heads=2, vocab=512)
     asked = [Prompt(np.full(24, i, np.int32), id=i) for i in range(8)]
-    how = Sampling(40 // min(contact.scale, 10), stop=(model.vocab,), temperature=0.0)
+    how = SamplingParams(40 // min(contact.scale, 10), stop=(model.vocab,), temperature=0.0)
     with closing(World.start()) as world, closing(Policy(Model(init=model), None, Parallel(), world)) as policy:
         plain, replayed = (
-            [response.tokens.tolist() for (response,) in generate(policy, asked, how, Slotting(8, cache_gb=0.5, graphs=captured))]
+            [
+                response.tokens.tolist()
+                for (response,) in generate(policy, asked, how, RolloutConfig(8, kv_cache_gb=0.5, cuda_graphs=captured))
+            ]
             for captured in ("off", "on")
         )
     yield {"graphs_match": plain == replayed, "good": plain == replayed}

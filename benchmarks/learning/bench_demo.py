@@ -24,7 +24,7 @@ import torch
 from benchmarks.learning.chain import TEMPERATURES, Measured, answers, exported, run_chain
 from benchmarks.support.tables import table
 from benchmarks.support.timing import RESULTS, environment
-from engine.commands.generate import Generating, answer
+from engine.commands.generate import GenerateConfig, answer
 from engine.config import Model
 from engine.data.wordproblems import LONG, tasks
 from engine.distributed.world import World
@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
         row = tasks(1, seed=7, held_out=True, kind=LONG)[0]
         said = answers(exported("rlvr"), [row], world, temperature=0.0)[0][0][0]
         print(f"\n{row['prompt']}\n  the small model: {said}   (right: {row['truth']})")
-        reply = answer(Generating(Model(SMOLLM2), temperature=0.0, max_tokens=48), "What is the capital of France?", world)[0]
+        reply = answer(GenerateConfig(Model(SMOLLM2), temperature=0.0, max_tokens=48), "What is the capital of France?", world)[0]
         print(f"What is the capital of France?\n  SmolLM2-135M:    {reply}")
     curves = draw(RESULTS if arguments.save else Path("runs"))
     print(f"\n{MEANING}\n\nCurves: {curves}. The models: {', '.join(str(exported(s)) for s in ('sft', 'reward', 'dpo', 'rlvr'))}.")

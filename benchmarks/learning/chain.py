@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.commands.generate import Answering, Generating
+from engine.commands.generate import GenerateConfig, Generator
 from engine.config import Model
 from engine.data.wordproblems import LONG, tasks, write
 from engine.distributed.world import World
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 from engine.verify import verifier
 
 PYTHON = [sys.executable, "-m"]
@@ -75,8 +75,8 @@ def _stage(name: str, seed: int) -> None:
 def answers(folder: Path, rows: list[dict[str, Any]], world: World, **how: Any) -> list[list[tuple[str, bool, int]]]:
     """(text, whether it is right and ended, tokens) of each response to each row's prompt."""
     judged_by = verifier("gsm8k")
-    generating = Generating(Model(str(folder)), rollout=Slotting(slots=256, cache_gb=1.0), max_tokens=48, **how)
-    with closing(Answering(generating, world)) as answering:
+    generating = GenerateConfig(Model(str(folder)), rollout=RolloutConfig(max_num_seqs=256, kv_cache_gb=1.0), max_tokens=48, **how)
+    with closing(Generator(generating, world)) as answering:
         said = [(answering.text(r), r.stopped, len(r.tokens)) for _, r in answering([{"prompt": row["prompt"]} for row in rows])]
     n = generating.n
     return [

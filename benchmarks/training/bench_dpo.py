@@ -108,32 +108,32 @@ def _contender(name: str) -> Contender:
 
 def _ours(given: list[dict[str, Any]], whole: bool, sft: bool) -> None:
     from benchmarks.training.train_baselines import now, since
-    from engine.batching.plan import batch
+    from engine.batching.build import batch
     from engine.config import Model, Optim, Parallel
     from engine.data.pairs import Pairs, grouped
     from engine.distributed.world import World
     from engine.losses import SFT_LOSS, dpo
     from engine.megatron.policy import Policy
     from engine.models.hub import SMOLLM2
-    from engine.rollout.scoring import keep
+    from engine.rollout.scoring import cached_logprobs
 
     world = World.start("cpu")
-    corpus = world.first(lambda: _prepared(given)).corpus
+    corpus = world.rank0_first(lambda: _prepared(given)).corpus
     loss = SFT_LOSS if sft else partial(dpo, beta=5.0)
     with closing(Policy(Model(SMOLLM2), Optim(lr=0.0), Parallel(), world)) as policy:
 
         def score() -> Pairs:
-            return Pairs(corpus, keep(WORK / "reference", policy, [corpus], 1024)[0])
+            return Pairs(corpus, cached_logprobs(WORK / "reference", policy, [corpus], 1024)[0])
 
         def train(pairs: Pairs, last: int) -> None:
             for first in range(0, last, TOGETHER):
                 samples = grouped([pairs[i] for i in range(first, min(first + TOGETHER, last))])
-                policy.update(batch(samples, 1024, **policy.cut), loss, lr=0.0)
+                policy.update(batch(samples, 1024, **policy.batch_options), loss, lr=0.0)
 
         pairs = score()
         train(pairs, 2)
         if whole:
-            world.first(lambda: shutil.rmtree(WORK / "reference", ignore_errors=True))
+            world.rank0_first(lambda: shutil.rmtree(WORK / "reference", ignore_errors=True))
         began = now()
         train(score() if whole else pairs, len(pairs))
         spent = since(began)

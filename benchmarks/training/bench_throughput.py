@@ -20,7 +20,7 @@ from benchmarks.gpu.facts import Facts
 from benchmarks.kernels.kernels_baselines import why
 from benchmarks.support.tables import heading, table, versions
 from benchmarks.support.timing import Spread
-from engine.config import Llama, Model, Optim, Parallel
+from engine.config import Model, ModelShape, Optim, Parallel
 
 PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bfloat16 FLOP/s of the data sheets
 WARM_UP, FEWEST, MOST = 2, 3, 20  # steps
@@ -32,15 +32,15 @@ class Case:
     """A model, and a batch of `sequences` of up to `longest` tokens, the shortest an eighth as long."""
 
     name: str
-    model: Llama
+    model: ModelShape
     sequences: int
     longest: int
     tokens_per_microbatch: int
 
 
 CASES = (
-    Case("SmolLM2-135M's shape", Llama(30, 576, 1536, 9, 3, 49152, tied=True), 64, 2048, 16384),
-    Case("2 layers of Llama 8B, an eighth of its vocabulary", Llama(2, 4096, 14336, 32, 8, 16032, rope_theta=5e5), 32, 4096, 16384),
+    Case("SmolLM2-135M's shape", ModelShape(30, 576, 1536, 9, 3, 49152, tied=True), 64, 2048, 16384),
+    Case("2 layers of Llama 8B, an eighth of its vocabulary", ModelShape(2, 4096, 14336, 32, 8, 16032, rope_theta=5e5), 32, 4096, 16384),
 )
 
 
@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def train(case: Case, seconds: float) -> dict[str, Any]:
     """Steps of `case` for about `seconds`, in a world of one."""
-    from engine.batching.plan import batch  # here, because they need packages that a bare GPU machine may lack
+    from engine.batching.build import batch  # here, because they need packages that a bare GPU machine may lack
     from engine.distributed.world import World
     from engine.losses import SFT_LOSS
     from engine.megatron.policy import Policy
@@ -79,7 +79,7 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
 
             def step() -> float:
                 began = time.perf_counter()
-                policy.update(batch(samples, case.tokens_per_microbatch, **policy.cut), SFT_LOSS, 1e-5)
+                policy.update(batch(samples, case.tokens_per_microbatch, **policy.batch_options), SFT_LOSS, 1e-5)
                 if world.on_gpu:
                     torch.cuda.synchronize()
                 return time.perf_counter() - began
@@ -104,24 +104,26 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
 def decode(policy: Any, rows: int = ROWS, response: int = RESPONSE) -> dict[str, Any]:
     """Tokens a second of `rows` responses drawn at once, prompts and captures included: without CUDA graphs and with them in turn, after a
     round that is not counted. Where that fails, why."""
-    from engine.rollout.sampler import Sampling, Slotting, generate
+    from engine.rollout.config import RolloutConfig
+    from engine.rollout.engine import SamplingParams
+    from engine.rollout.sampler import generate
     from engine.types import Prompt
 
     prompts = [Prompt(np.full(PROMPT, i, np.int32), id=i) for i in range(rows)]
-    how = Sampling(response, stop=(policy.model.vocab,))  # which no row draws: all go on to the end
+    how = SamplingParams(response, stop=(policy.model.vocab,))  # which no row draws: all go on to the end
     rates: dict[str, list[float]] = {"launched": [], "replayed": []}
     try:
         for _ in range(1 + ROUNDS):
             for name, found in rates.items():
                 began = time.perf_counter()
-                generate(policy, prompts, how, Slotting(rows, graphs="on" if name == "replayed" else "off"))
+                generate(policy, prompts, how, RolloutConfig(rows, cuda_graphs="on" if name == "replayed" else "off"))
                 found.append(rows * response / (time.perf_counter() - began))
     except Exception as error:
         return {"error": why(error)}
     return {name: found[1:] for name, found in rates.items()}
 
 
-def flops(model: Llama, lengths: np.ndarray) -> float:
+def flops(model: ModelShape, lengths: np.ndarray) -> float:
     """Of one step: 6 a parameter of a matrix and token, and 6 a layer, head dimension, token and token before it (PaLM, appendix B,
     halved for a causal mask). The embedding is looked up, not multiplied."""
     matrices = model.parameters - (0 if model.tied else model.hidden * model.vocab)

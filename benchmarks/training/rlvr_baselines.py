@@ -16,7 +16,8 @@ import torch
 from benchmarks.support.timing import report
 from benchmarks.training.train_baselines import now, rows, since
 from engine.advantages import by_group
-from engine.algorithms.rlvr import RLVR, Started
+from engine.algorithms.rlvr import RLVR
+from engine.algorithms.rlvr.step import RLVRTrainer
 from engine.batching.ragged import Arena
 from engine.config import Model, Optim, Parallel, Run
 from engine.data.rows import Source
@@ -24,8 +25,8 @@ from engine.data.wordproblems import write
 from engine.distributed.world import World
 from engine.megatron.policy import Policy
 from engine.models.hub import SMOLLM2, resolve
-from engine.rollout.remote import Ask, Drawn
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
+from engine.rollout.engine import GenerationRequest, GenerationResult
 from engine.train import learn
 from engine.types import Sample
 
@@ -68,7 +69,7 @@ def main() -> None:
 def ours(given: list[Row], samples: int, length: int, parallel: Parallel, budget: int) -> None:
     """A step as engine.train takes it, but that no token ends a response, and that the reward is by place."""
     world, path, watch = World.start("cpu"), WORK / "prompts.jsonl", Stopwatch()
-    world.first(lambda: _put(path, given))
+    world.rank0_first(lambda: _put(path, given))
     algorithm = RLVR(
         sources=(Source(str(path)),),
         verifier="gsm8k",
@@ -76,10 +77,10 @@ def ours(given: list[Row], samples: int, length: int, parallel: Parallel, budget
         prompts_per_step=len(given),
         samples_per_prompt=samples,
         epochs=1,
-        max_prompt=budget - length,
-        max_response=length,
+        max_prompt_tokens=budget - length,
+        max_response_tokens=length,
         kl_coef=0.0,
-        rollout=Slotting(slots=len(given) * samples),
+        rollout=RolloutConfig(max_num_seqs=len(given) * samples),
     )
     run = Run(Model(SMOLLM2), algorithm, Optim(lr=0.0), parallel, str(WORK), tokens_per_microbatch=budget)
     with closing(Policy(run.model, run.optim, parallel, world)) as policy, closing(algorithm.start(policy, run)) as started:
@@ -99,16 +100,16 @@ def _put(path: Path, given: list[Row]) -> None:
     write(path, given)
 
 
-def _timed(started: Started, watch: Stopwatch) -> Started:
-    class Timed(Started):
-        def _draw(self, step: int, ask: Ask) -> Drawn:
+def _timed(started: RLVRTrainer, watch: Stopwatch) -> RLVRTrainer:
+    class Timed(RLVRTrainer):
+        def _draw(self, step: int, ask: GenerationRequest) -> GenerationResult:
             with watch.generating():
-                return super()._draw(step, ask)
+                return super()._generate(step, ask)
 
     return Timed(**{field.name: getattr(started, field.name) for field in fields(started)})
 
 
-def _step(started: Started, budget: int) -> list[Sample]:
+def _step(started: RLVRTrainer, budget: int) -> list[Sample]:
     drawn, _ = started.collect(0)
     each = started.config.samples_per_prompt
     rewarded = [replace(sample, reward=float(i % 2)) for i, sample in enumerate(drawn)]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.support.timing import report
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.config import Model, Optim, Parallel
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def ours(given: list[Row], parallel: Parallel, budget: int) -> None:
     with closing(Policy(Model(SMOLLM2), Optim(lr=0.0), parallel, world)) as policy:
 
         def whole_pass(samples: list[Sample]) -> float:
-            loss = policy.update(batch(samples, budget, **policy.cut), SFT_LOSS, lr=0.0)["loss"]
+            loss = policy.update(batch(samples, budget, **policy.batch_options), SFT_LOSS, lr=0.0)["loss"]
             return loss * _trained(samples) if world.rank == 0 else 0.0
 
         _time(whole_pass, samples, warm=samples[:2], counted=samples if world.rank == 0 else [])

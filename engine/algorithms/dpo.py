@@ -11,15 +11,16 @@ from typing import ClassVar
 
 from engine import losses
 from engine.algorithms.supervised import Supervised
+from engine.algorithms.workload import Workload
 from engine.config import Run
-from engine.config.checks import Asked, Demands, Launch
+from engine.config.checks import Launch, Limit, Requirements
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
 from engine.data.pairs import Pairs, grouped, prepare_pairs
 from engine.data.prepare import open_chat, prepare_all
 from engine.data.rows import Source
 from engine.megatron.policy import Policy
-from engine.rollout.scoring import keep
+from engine.rollout.scoring import cached_logprobs
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,24 @@ class DPO:
                 f"algorithm: label_smoothing={self.label_smoothing} must be in [0, 0.5), nll_weight={self.nll_weight} not negative"
             )
 
-    def demands(self, launch: Launch) -> Demands:
+    def requirements(self, launch: Launch) -> Requirements:
         """What engine/config/checks.py looks at before a run starts."""
-        longest, update = Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size)
-        return Demands("lm", longest, update, together=2)
+        longest, update = Limit.by("algorithm.max_length", self.max_length), Limit.by("algorithm.batch_size", self.batch_size)
+        return Requirements("lm", longest, update, seqs_per_unit=2)
+
+    def workload(self) -> Workload:
+        """For the dry run."""
+        return Workload(
+            lengths="preference",
+            sequences=2 * self.batch_size,
+            max_length=self.max_length,
+            samples=self.batch_size,
+            token_loss=self.token_loss,
+            sequences_per_sample=2,
+            token_values=1,
+            reference="cached",
+            passes=self.epochs,
+        )
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise the pairs and compute the reference's log-probs, as far as earlier starts have not. Raises ValueError for data that
@@ -68,7 +83,7 @@ class DPO:
             pairs.check_fit(source.path, run.microbatch_tokens)
         corpora = [pairs.corpus for pairs in read]
         say = partial(print, flush=True) if policy.world.rank == 0 else lambda _: None
-        kept = keep(Path(run.out) / "reference", policy, corpora, run.tokens_per_microbatch, say)
+        kept = cached_logprobs(Path(run.out) / "reference", policy, corpora, run.tokens_per_microbatch, say)
         trained, held_out = _split(list(map(Pairs, corpora, kept)), len(self.sources))
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         return Supervised(

@@ -9,8 +9,9 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerFast
 
 from engine.algorithms.supervised import Supervised
+from engine.algorithms.workload import Workload
 from engine.config import Run
-from engine.config.checks import Asked, Demands, Launch
+from engine.config.checks import Launch, Limit, Requirements
 from engine.data.corpus import BadRows, TooLong
 from engine.data.mixture import Mixture
 from engine.data.pairs import grouped, prepare_pairs
@@ -42,10 +43,22 @@ class Reward:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
 
-    def demands(self, launch: Launch) -> Demands:
+    def requirements(self, launch: Launch) -> Requirements:
         """What engine/config/checks.py looks at before a run starts."""
-        longest, update = Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size)
-        return Demands("scalar", longest, update, together=2)
+        longest, update = Limit.by("algorithm.max_length", self.max_length), Limit.by("algorithm.batch_size", self.batch_size)
+        return Requirements("scalar", longest, update, seqs_per_unit=2)
+
+    def workload(self) -> Workload:
+        """For the dry run."""
+        return Workload(
+            lengths="preference",
+            sequences=2 * self.batch_size,
+            max_length=self.max_length,
+            samples=self.batch_size,
+            token_loss=self.token_loss,
+            sequences_per_sample=2,
+            passes=self.epochs,
+        )
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""

@@ -9,8 +9,9 @@ from functools import partial
 from typing import ClassVar
 
 from engine.algorithms.supervised import Supervised
+from engine.algorithms.workload import Workload
 from engine.config import Run
-from engine.config.checks import Asked, Demands, Launch
+from engine.config.checks import Launch, Limit, Requirements
 from engine.data.corpus import TooLong, prepare
 from engine.data.mixture import Mixture
 from engine.data.prepare import open_chat, prepare_all
@@ -40,9 +41,13 @@ class SFT:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
 
-    def demands(self, launch: Launch) -> Demands:
+    def requirements(self, launch: Launch) -> Requirements:
         """What engine/config/checks.py looks at before a run starts."""
-        return Demands("lm", Asked.by("algorithm.max_length", self.max_length), Asked.by("algorithm.batch_size", self.batch_size))
+        return Requirements("lm", Limit.by("algorithm.max_length", self.max_length), Limit.by("algorithm.batch_size", self.batch_size))
+
+    def workload(self) -> Workload:
+        """For the dry run."""
+        return Workload("conversation", self.batch_size, self.max_length, self.batch_size, self.token_loss, passes=self.epochs)
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""

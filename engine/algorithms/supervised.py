@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.megatron.policy import Learner, Policy
 from engine.types import LossFunction, Sample
 
@@ -42,9 +42,9 @@ class Supervised:
         """The loss function's metrics on held-out samples, where there are any."""
         if not self.held_out:
             return {}
-        return self.policy.evaluate(batch(self.held_out, self.budget, **self.policy.cut), self.loss)
+        return self.policy.evaluate(batch(self.held_out, self.budget, **self.policy.batch_options), self.loss)
 
-    def kept(self) -> dict[str, bytes]:
+    def extra_state(self) -> dict[str, bytes]:
         """All there is to go on with is in the weights."""
         return {}
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from engine.config import Run
 from engine.distributed.world import World
 from engine.dryrun import forecast as forecasting
-from engine.dryrun import lengths, model_shapes, report
+from engine.dryrun import lengths, report
 from engine.dryrun import search as searching
 from engine.dryrun.hardware import Hardware
 
@@ -24,7 +24,7 @@ WIDTH = 160  # columns, where there is no terminal to ask
 
 
 @dataclass(frozen=True)
-class Asked:
+class DryRunOptions:
     """The words of the command line."""
 
     recipe: Path
@@ -38,10 +38,10 @@ class Asked:
     @property
     def world(self) -> int:
         """How many GPUs."""
-        return model_shapes.gpus(self.recipe, self.run) if self.gpus is None else self.gpus
+        return self.gpus or self.run.gpus or self.run.parallel.model_ranks
 
     @property
-    def given(self) -> Sequence[tuple[int, int]]:
+    def given_lengths(self) -> Sequence[tuple[int, int]]:
         return lengths.read(self.lengths) if self.lengths else ()
 
     def check(self) -> None:
@@ -53,21 +53,21 @@ class Asked:
             raise ValueError(f"--png {self.png} needs the package matplotlib; pip install matplotlib, or leave it out")
 
 
-def forecast(asked: Asked) -> bool:
+def forecast(asked: DryRunOptions) -> bool:
     """Tell what the launch will be like; whether it fits. Raises ValueError for one that cannot start."""
     asked.check()
-    found = forecasting.forecast(asked.run, asked.world, Hardware.load(asked.device), given=asked.given)
-    report.show(found, _console())
+    found = forecasting.forecast(asked.run, asked.world, Hardware.load(asked.device), given=asked.given_lengths)
+    report.print_report(found, _console())
     _write(asked.json, report.as_json(found))
     if asked.png:
-        report.draw(found, Path(asked.png))
+        report.draw_pipeline(found, Path(asked.png))
     return found.fits
 
 
-def search(asked: Asked) -> bool:
+def search(asked: DryRunOptions) -> bool:
     """Tell the fastest layouts; whether any fits."""
     asked.check()
-    found = searching.search(asked.run, asked.world, Hardware.load(asked.device), given=asked.given)
+    found = searching.search(asked.run, asked.world, Hardware.load(asked.device), given=asked.given_lengths)
     console = _console()
     console.print(searching.table(found, asked.run))
     if not found:
@@ -76,7 +76,7 @@ def search(asked: Asked) -> bool:
         console.print(f"{place}: {asked.recipe} {' '.join(layout.settings)}", markup=False, highlight=False, soft_wrap=True)
     _write(asked.json, {"ranks": asked.world, "device": asked.device, "layouts": searching.as_json(found)})
     if asked.png and found and found[0].confirmed:
-        report.draw(found[0].confirmed, Path(asked.png))
+        report.draw_pipeline(found[0].confirmed, Path(asked.png))
     return bool(found)
 
 

@@ -13,17 +13,17 @@ import torch
 
 from engine.config import Parallel, step_folder
 from engine.distributed.world import World
-from engine.megatron.policy import Policy, shape_of
+from engine.megatron.policy import Policy, read_shape
 
 
 @dataclass(frozen=True)
-class Exporting:
+class ExportConfig:
     """How the model is spread over the processes while it is exported."""
 
     parallel: Parallel = field(default_factory=Parallel)
 
 
-def export(run_dir: Path, out_dir: Path, exporting: Exporting, world: World) -> None:
+def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) -> None:
     """Write weights, config.json and tokenizer into `out_dir`, which appears when all is done. Weights keep the dtype that
     config.json names.
 
@@ -35,14 +35,14 @@ def export(run_dir: Path, out_dir: Path, exporting: Exporting, world: World) -> 
     if not assets.is_dir():
         raise ValueError(f"{run_dir} is not the folder of a run (it has no model/)")
     work = out_dir.with_name(out_dir.name + ".part")
-    with closing(Policy(shape_of(assets), None, exporting.parallel, world)) as policy:
+    with closing(Policy(read_shape(assets), None, exporting.parallel, world)) as policy:
         step = policy.load_latest(run_dir)
         if step == 0:
             raise ValueError(f"{run_dir} has no checkpoint yet; let the run save one first (save_every=)")
         if world.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(step_folder(run_dir, step) / "model", work)
-        world.agree(None)  # all wait for the folder
+        world.first_error(None)  # all wait for the folder
         policy.export(work, _dtype(work / "config.json") or policy.dtype)
         if world.rank == 0:
             os.replace(work, out_dir)

@@ -16,19 +16,21 @@ from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
 from engine.megatron.policy import Policy
-from engine.rollout.sampler import Response, Sampling, Slotting, generate, stop_tokens, text_of
+from engine.rollout.config import RolloutConfig
+from engine.rollout.engine import Response, SamplingParams
+from engine.rollout.sampler import generate, stop_tokens, text_of
 from engine.types import Prompt
 
 BLOCK = 1024  # prompts that are answered together, and held in memory
 
 
 @dataclass(frozen=True)
-class Generating:
+class GenerateConfig:
     """What `answer` needs to know besides its prompts."""
 
     model: Model
     parallel: Parallel = field(default_factory=Parallel)
-    rollout: Slotting = field(default_factory=Slotting)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     n: int = 1  # responses to each prompt
     max_tokens: int = 256
     temperature: float = 1.0
@@ -41,17 +43,17 @@ class Generating:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1")
-        if self.rollout.gpus:
-            raise ValueError(f"rollout.gpus={self.rollout.gpus} sets ranks apart from training, which there is none of here; leave it at 0")
+        if self.rollout.generator_gpus:
+            raise ValueError(f"rollout.generator_gpus={self.rollout.generator_gpus} is for training runs; leave it at 0")
 
 
-def answer(generating: Generating, question: str, world: World) -> list[str]:
+def answer(generating: GenerateConfig, question: str, world: World) -> list[str]:
     """The texts of the responses to one question."""
-    with closing(Answering(generating, world)) as answering:
+    with closing(Generator(generating, world)) as answering:
         return [answering.text(response) for _, response in answering([{"prompt": question}])]
 
 
-def answer_all(generating: Generating, prompts: str, out: Path, world: World) -> int:
+def answer_all(generating: GenerateConfig, prompts: str, out: Path, world: World) -> int:
     """Write {"tokens", "prompt_length", "logprobs", "finish_reason", "text"} for each response to each row of the .jsonl file `prompts`, in
     order, and return how many; `out` appears when all are done.
 
@@ -59,7 +61,7 @@ def answer_all(generating: Generating, prompts: str, out: Path, world: World) ->
     Raises ValueError, naming the line, for a row that has none of these or whose prompt is too long.
     """
     count = 0
-    with closing(Answering(generating, world)) as answering, whole_file(out, world.rank == 0) as file:
+    with closing(Generator(generating, world)) as answering, whole_file(out, world.rank == 0) as file:
         rows = read_rows(Source(prompts))
         while block := list(islice(rows, BLOCK)):
             where, asked = zip(*block, strict=True)
@@ -70,10 +72,10 @@ def answer_all(generating: Generating, prompts: str, out: Path, world: World) ->
     return count * generating.n
 
 
-class Answering:
+class Generator:
     """A model that answers."""
 
-    def __init__(self, generating: Generating, world: World):
+    def __init__(self, generating: GenerateConfig, world: World):
         self.generating = generating
         self.policy = Policy(generating.model, None, generating.parallel, world)
         try:
@@ -81,7 +83,7 @@ class Answering:
             self.tokenizer = load_tokenizer(generating.model.tokenizer or str(self.policy.folder))
             self.chat = ChatTemplate(self.tokenizer, generating.chat_template or None)
             stop = stop_tokens(self.tokenizer, generating.stop)
-            self.sampling = Sampling(generating.max_tokens, stop, generating.temperature, generating.top_k, generating.top_p)
+            self.sampling = SamplingParams(generating.max_tokens, stop, generating.temperature, generating.top_k, generating.top_p)
         except ValueError:
             self.close()
             raise

@@ -18,12 +18,12 @@ from engine.data.template import ChatTemplate, given, read_whole
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
 from engine.megatron.policy import Policy
-from engine.rollout.scoring import per_token
+from engine.rollout.scoring import score_samples
 from engine.types import Sample
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreConfig:
     """What `score` needs to know besides its rows."""
 
     model: Model
@@ -32,7 +32,7 @@ class Scoring:
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
 
 
-def score(scoring: Scoring, data: str, out: Path, world: World, *, reward: bool = False) -> int:
+def score(scoring: ScoreConfig, data: str, out: Path, world: World, *, reward: bool = False) -> int:
     """Write {"tokens", "logprobs", "mask"} for every row of the .jsonl file `data`, and return how many; `out` appears when all are done.
 
     logprobs[t] is the natural-log probability of tokens[t + 1] given those before it; mask[t] whether training would count it.
@@ -45,7 +45,7 @@ def score(scoring: Scoring, data: str, out: Path, world: World, *, reward: bool 
         rows = _samples(data, _Encoder(scoring, policy, reward), scoring.tokens_per_microbatch)
         count = 0
         with whole_file(out, world.rank == 0) as file:
-            for block, values in per_token(policy, verb, rows, scoring.tokens_per_microbatch):
+            for block, values in score_samples(policy, verb, rows, scoring.tokens_per_microbatch):
                 count += len(block)
                 if file:
                     file.writelines(map(line, block, values))
@@ -55,7 +55,7 @@ def score(scoring: Scoring, data: str, out: Path, world: World, *, reward: bool 
 class _Encoder:
     """Rows of ids need no tokenizer; the first row of text fetches it. `whole`: the model is to read the last token too."""
 
-    def __init__(self, scoring: Scoring, policy: Policy, whole: bool):
+    def __init__(self, scoring: ScoreConfig, policy: Policy, whole: bool):
         self.scoring, self.policy, self.whole = scoring, policy, whole
 
     @cached_property

@@ -1,3 +1,22 @@
-"""A run as a typed Python value: frozen dataclasses that check themselves."""
+"""A run as a typed Python value: frozen dataclasses that validate themselves."""
 
-from engine.config.run import *  # noqa: F403
+from engine.config.model import Model, ModelShape, RopeScaling, padded_vocab
+from engine.config.overrides import override
+from engine.config.parallel import Parallel, Recompute, even_split
+from engine.config.run import Logging, Optim, Run, step_folder, to_dict
+
+__all__ = [
+    "Logging",
+    "Model",
+    "ModelShape",
+    "Optim",
+    "Parallel",
+    "Recompute",
+    "RopeScaling",
+    "Run",
+    "even_split",
+    "override",
+    "padded_vocab",
+    "step_folder",
+    "to_dict",
+]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from engine.config import Llama, Model, Parallel, Run, padded_vocab, spread
+from engine.config import Model, ModelShape, Parallel, Run, even_split, padded_vocab
 
-HEAVY = 0.1  # by which the ends of a pipeline may outweigh its other stages, before it is said
-IDLE = 1 / 3  # of a step, before it is said
-KEPT = 30e9  # bytes of activations on a GPU, before it is said
+MAX_END_EXCESS = 0.1  # by which the ends of a pipeline may outweigh its other stages, before it is said
+MAX_BUBBLE = 1 / 3  # of a step, before it is said
+MAX_ACTIVATION_BYTES = 30e9  # bytes of activations on a GPU, before it is said
 
-Shape = Callable[[Model], Llama]  # of a model's weights, or its `init`; the head that Model.head asks for is not its concern
+Shape = Callable[[Model], ModelShape]  # of a model's weights, or its `init`; the head that Model.head asks for is not its concern
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Launch:
     on_gpu: bool = True
 
     @cached_property
-    def model(self) -> Llama:
-        return self.run.model.headed(self.shape(self.run.model))
+    def model(self) -> ModelShape:
+        return self.run.model.with_head(self.shape(self.run.model))
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.run.parallel.tp * self.run.parallel.pp)
+        return self.world_size // self.run.parallel.model_ranks
 
     @property
     def itemsize(self) -> int:
@@ -42,26 +42,26 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Limit:
     """A number that settings come to: how they say it, and settings that would come to another."""
 
     value: int
-    said: str
-    instead: Callable[[int], str]
+    setting: str
+    suggest: Callable[[int], str]
 
     @staticmethod
-    def by(name: str, value: int) -> Asked:
-        return Asked(value, f"{name}={value}", lambda other: f"{name}={other}")
+    def by(name: str, value: int) -> Limit:
+        return Limit(value, f"{name}={value}", lambda other: f"{name}={other}")
 
 
 @dataclass(frozen=True)
-class Demands:
+class Requirements:
     """What an algorithm asks of a launch."""
 
     head: Literal["lm", "scalar"]
-    longest: Asked  # predicted tokens of one sequence
-    update: Asked  # sequences (or pairs, which share a microbatch) of one optimizer step, over all ranks
-    together: int = 1  # sequences that share a microbatch
+    longest_sequence: Limit  # predicted tokens of one sequence
+    sequences_per_update: Limit  # sequences (or pairs, which share a microbatch) of one optimizer step, over all ranks
+    seqs_per_unit: int = 1  # sequences that share a microbatch
     context: int = 0  # tokens that the model's context must hold; 0: the longest sequence's
     problems: Iterable[str] = ()  # of the algorithm's own
     warnings: Iterable[str] = ()
@@ -77,14 +77,19 @@ def problems(run: Run, shape: Shape, world_size: int, *, on_gpu: bool = True, to
         run.parallel.check(launch.model, world_size)
     except ValueError as error:
         return [str(error)]  # what is left is about the grid's parts
-    demands = run.algorithm.demands(launch)
-    found = [_wrong_head(launch, demands), _wrong_tokenizer(launch, tokens), _no_room(launch, demands), _too_few(launch, demands)]
-    return [*filter(None, found), *demands.problems]
+    requirements: Requirements = run.algorithm.requirements(launch)
+    found = [
+        _wrong_head(launch, requirements),
+        _wrong_tokenizer(launch, tokens),
+        _no_room(launch, requirements),
+        _too_few(launch, requirements),
+    ]
+    return [*filter(None, found), *requirements.problems]
 
 
-def _wrong_head(launch: Launch, demands: Demands) -> str:
+def _wrong_head(launch: Launch, requirements: Requirements) -> str:
     try:
-        check_head(launch.model, demands.head, f"model {launch.run.model.path or 'init'}")
+        check_head(launch.model, requirements.head, f"model {launch.run.model.path or 'init'}")
     except ValueError as error:
         return str(error)
     return ""
@@ -99,29 +104,29 @@ def _wrong_tokenizer(launch: Launch, tokens: int | None) -> str:
     return f"{whose} has {tokens} tokens, over the model's vocabulary of {launch.model.vocab}; {way_out}"
 
 
-def _no_room(launch: Launch, demands: Demands) -> str:
-    longest, budget, tp = demands.longest, launch.run.microbatch_tokens, launch.run.parallel.tp
-    over = (demands.context or longest.value) - launch.model.max_length
+def _no_room(launch: Launch, requirements: Requirements) -> str:
+    longest, budget, tp = requirements.longest_sequence, launch.run.microbatch_tokens, launch.run.parallel.tp
+    over = (requirements.context or longest.value) - launch.model.max_length
     if over > 0:
-        shorter = longest.instead(longest.value - over)
-        return f"{longest.said} is over the model's context of {launch.model.max_length} tokens; use {shorter}"
+        shorter = longest.suggest(longest.value - over)
+        return f"{longest.setting} is over the model's context of {launch.model.max_length} tokens; use {shorter}"
     if longest.value > budget:
         need = -(-longest.value // tp) * tp
-        shorter = f", or {longest.instead(budget)}" if budget else ""
+        shorter = f", or {longest.suggest(budget)}" if budget else ""
         of = f" (a multiple of parallel.tp={tp})" if budget != launch.run.tokens_per_microbatch else ""
-        return f"{longest.said} is over tokens_per_microbatch={budget}{of}; use tokens_per_microbatch={need}{shorter}"
+        return f"{longest.setting} is over tokens_per_microbatch={budget}{of}; use tokens_per_microbatch={need}{shorter}"
     return ""
 
 
-def _too_few(launch: Launch, demands: Demands) -> str:
-    update, pp, dp = demands.update, launch.run.parallel.pp, launch.dp
+def _too_few(launch: Launch, requirements: Requirements) -> str:
+    update, pp, dp = requirements.sequences_per_update, launch.run.parallel.pp, launch.dp
     if update.value >= pp * dp:
         return ""
     where = f"the parallel.pp={pp} stages of each of {dp} replicas" if pp > 1 else f"{dp} replicas"
-    return f"{update.said} makes an optimizer step of {update.value}, too few to give {where} work; use {update.instead(pp * dp)}"
+    return f"{update.setting} makes an optimizer step of {update.value}, too few to give {where} work; use {update.suggest(pp * dp)}"
 
 
-def check_head(model: Llama, head: Literal["lm", "scalar"], name: str, setting: str = "model") -> None:
+def check_head(model: ModelShape, head: Literal["lm", "scalar"], name: str, setting: str = "model") -> None:
     """Raise ValueError when `model`, called `name` and chosen by `setting`, has another head than `head`."""
     if model.head != head:
         kinds = {"lm": "a language model", "scalar": "a reward model"}
@@ -138,14 +143,14 @@ def check_generation(parallel: Parallel) -> None:
 
 def critic_problems(launch: Launch, model: Model) -> Iterator[str]:
     """Why `model` cannot be the critic: its head, its place on the policy's grid, its vocabulary."""
-    field, critic, grid = "algorithm.critic.model", model.headed(launch.shape(model)), launch.run.parallel
+    field, critic, grid = "algorithm.critic.model", model.with_head(launch.shape(model)), launch.run.parallel
     try:
         check_head(critic, "scalar", f"{field} {model.path or 'init'}", field)
     except ValueError as error:
         yield str(error)
 
     def hold(parallel: Parallel) -> bool:
-        return parallel.holds(launch.model, launch.world_size) and parallel.evenly().holds(critic, launch.world_size)
+        return parallel.fits_model(launch.model, launch.world_size) and parallel.with_even_stages().fits_model(critic, launch.world_size)
 
     if not hold(grid):
         ways = " or ".join(grid.alternatives(launch.model, hold)) or "a critic of other sizes"
@@ -166,17 +171,17 @@ def warnings(run: Run, shape: Shape, world_size: int, *, node: int = 8, tokens: 
     node: ranks that share fast links. tokens: the mean length of a sequence, where it is known; else none is shorter than the longest.
     """
     launch = Launch(run, world_size, shape)
-    demands = run.algorithm.demands(launch)
+    requirements: Requirements = run.algorithm.requirements(launch)
     found = [
         _across_nodes(run.parallel, node),
         _heavy_ends(run.parallel, launch.model),
         _padded(run.parallel, launch.model),
-        _uneven(launch, demands),
-        _bubble(launch, demands, tokens or demands.longest.value),
-        _apart(launch, demands),
-        _kept(launch),
+        _uneven(launch, requirements),
+        _bubble(launch, requirements, tokens or requirements.longest_sequence.value),
+        _split_pairs(launch, requirements),
+        _activation_memory(launch),
     ]
-    return [*filter(None, found), *demands.warnings]
+    return [*filter(None, found), *requirements.warnings]
 
 
 def _across_nodes(parallel: Parallel, node: int) -> str:
@@ -189,18 +194,18 @@ def _across_nodes(parallel: Parallel, node: int) -> str:
     )
 
 
-def _heavy_ends(parallel: Parallel, model: Llama) -> str:
+def _heavy_ends(parallel: Parallel, model: ModelShape) -> str:
     """Weighed in parameters: memory at both ends, and work at the last."""
     if parallel.pp == 1:
         return ""
     vocabulary = model.hidden * model.vocab / model.layer_parameters
-    dealt = parallel.dealt(model)
+    dealt = parallel.layers_per_stage(model)
     ends = (dealt[0] + vocabulary, dealt[-1] + (vocabulary if model.head == "lm" else 0))
     excess = max(ends) / max(dealt) - 1
-    if excess <= HEAVY:
+    if excess <= MAX_END_EXCESS:
         return ""
     slots = round(vocabulary)
-    better = spread(model.layers + 2 * slots, len(dealt))
+    better = even_split(model.layers + 2 * slots, len(dealt))
     better[0], better[-1] = better[0] - slots, better[-1] - slots
     way_out = f"parallel.stages={better}" if min(better) >= 0 else "a smaller parallel.pp"
     return (
@@ -209,7 +214,7 @@ def _heavy_ends(parallel: Parallel, model: Llama) -> str:
     )
 
 
-def _padded(parallel: Parallel, model: Llama) -> str:
+def _padded(parallel: Parallel, model: ModelShape) -> str:
     padded = padded_vocab(model.vocab, parallel.tp)
     if padded == model.vocab:
         return ""
@@ -219,41 +224,44 @@ def _padded(parallel: Parallel, model: Llama) -> str:
     )
 
 
-def _uneven(launch: Launch, demands: Demands) -> str:
-    update, dp = demands.update, launch.dp
+def _uneven(launch: Launch, requirements: Requirements) -> str:
+    update, dp = requirements.sequences_per_update, launch.dp
     if update.value % dp == 0:
         return ""
     even = -(-update.value // dp) * dp
     return (
-        f"{update.said} does not divide over {dp} replicas: they get equal work in tokens, not in sequences; {update.instead(even)} would"
+        f"{update.setting} does not divide over {dp} replicas: they get equal numbers of tokens, not of sequences; "
+        f"use {update.suggest(even)} for equal numbers of sequences"
     )
 
 
-def _bubble(launch: Launch, demands: Demands, tokens: float) -> str:
+def _bubble(launch: Launch, requirements: Requirements, tokens: float) -> str:
     parallel = launch.run.parallel
-    microbatches = math.ceil(demands.update.value * demands.together * tokens / (launch.dp * launch.run.microbatch_tokens))
+    microbatches = math.ceil(
+        requirements.sequences_per_update.value * requirements.seqs_per_unit * tokens / (launch.dp * launch.run.microbatch_tokens)
+    )
     if parallel.vpp > 1:
         microbatches = -(-microbatches // parallel.pp) * parallel.pp
     idle = (parallel.pp - 1) / (parallel.vpp * microbatches + parallel.pp - 1)
-    if idle <= IDLE:
+    if idle <= MAX_BUBBLE:
         return ""
     return (
-        f"{demands.update.said} makes {microbatches} microbatches a replica: parallel.pp={parallel.pp} stages stand idle {idle:.0%} of "
-        "the time; raise parallel.vpp or the batch, or lower parallel.pp or tokens_per_microbatch"
+        f"{requirements.sequences_per_update.setting} makes {microbatches} microbatches a replica: parallel.pp={parallel.pp} stages are "
+        f"idle {idle:.0%} of the time; raise parallel.vpp or the batch, or lower parallel.pp or tokens_per_microbatch"
     )
 
 
-def _apart(launch: Launch, demands: Demands) -> str:
-    need, budget = demands.together * demands.longest.value, launch.run.microbatch_tokens
+def _split_pairs(launch: Launch, requirements: Requirements) -> str:
+    need, budget = requirements.seqs_per_unit * requirements.longest_sequence.value, launch.run.microbatch_tokens
     if need <= budget:
         return ""
     return (
-        f"the two halves of a pair share a microbatch, and of {demands.longest.said} tokens they can be {need}, over tokens_per_microbatch="
-        f"{budget}: if the data has such a pair, it is refused once it is read; use tokens_per_microbatch={need}"
+        f"both halves of a pair share a microbatch, and with {requirements.longest_sequence.setting} they can have {need} tokens, over "
+        f"tokens_per_microbatch={budget}: such a pair is refused when the data is read; use tokens_per_microbatch={need}"
     )
 
 
-def _kept(launch: Launch) -> str:
+def _activation_memory(launch: Launch) -> str:
     """By what a layer keeps of each token from forward to backward: its input, the sum after attention and both norms' outputs; the product
     of queries, keys and values, and queries and keys turned; attention's output; gates, ups and their product. The dry run counts them."""
     run, model, grid = launch.run, launch.model, launch.run.parallel
@@ -261,9 +269,9 @@ def _kept(launch: Launch) -> str:
         return ""
     query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     layer = launch.itemsize * run.microbatch_tokens / grid.tp * (4 * model.hidden + 3 * query + 3 * kv + 3 * model.ffn)
-    turns = grid.pp if grid.vpp == 1 else 2 * (grid.pp - 1) + (grid.vpp - 1) * grid.pp + 1  # of the first rank, in flight at once
+    turns = grid.pp if grid.vpp == 1 else 2 * (grid.pp - 1) + (grid.vpp - 1) * grid.pp + 1  # of the first rank, in packed_forward at once
     kept = turns * model.layers / (grid.pp * grid.vpp) * layer
-    if kept <= KEPT:
+    if kept <= MAX_ACTIVATION_BYTES:
         return ""
     return (
         f"parallel.recompute=none with tokens_per_microbatch={run.tokens_per_microbatch} keeps about {kept / 1e9:.0f} GB of activations on "

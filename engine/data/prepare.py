@@ -32,4 +32,4 @@ def open_chat(model: Model, folder: Path | None, chat_template: str) -> ChatTemp
 def prepare_all(world: World, sources: Sequence[Source], prepare: Callable[[Source, Path], Prepared]) -> list[Prepared]:
     """prepare(source, cache folder) of each source: done by rank 0, opened by the others."""
     cache = cache_folder() / "corpora"
-    return [world.first(partial(prepare, source, cache)) for source in sources]
+    return [world.rank0_first(partial(prepare, source, cache)) for source in sources]

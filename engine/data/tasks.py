@@ -53,7 +53,7 @@ def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int
             dropped += 1
         else:
             raise ValueError(
-                f"{where}: the prompt has {len(prompt.tokens)} tokens, over max_prompt={max_length}; raise it, or set too_long=drop"
+                f"{where}: the prompt has {len(prompt.tokens)} tokens, over max_prompt_tokens={max_length}; raise it, or set too_long=drop"
             )
     if not prompts:
         raise ValueError(f"{source.path}: all {dropped} prompts are over {max_length} tokens; raise max_prompt")

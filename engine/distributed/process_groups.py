@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 PATIENCE = timedelta(days=1)  # one side waits for as long as a step or an evaluation of the other takes; a dead peer is noticed at once
 
 
-class Line:
+class CrossGroup:
     """Ranks of both worlds, numbered for the purpose, of which one speaks and the others listen."""
 
     def __init__(self, store: Store, rank: int, size: int, *, on_gpu: bool):
@@ -26,31 +26,31 @@ class Line:
         if not on_gpu:
             self.group.barrier().wait()  # none leaves before all have come: gloo would have the last wait for it
 
-    def tell(self, tensor: Tensor, speaker: int = 0) -> None:
+    def broadcast(self, tensor: Tensor, speaker: int = 0) -> None:
         """The speaker's tensor becomes everyone's; it has arrived when this returns."""
         self.group.broadcast(tensor, speaker).wait()
         if self.on_gpu:
             torch.accelerator.synchronize(tensor.device)
 
-    def say(self, thing: Any, speaker: int = 0) -> Any:
+    def broadcast_object(self, thing: Any, speaker: int = 0) -> Any:
         """The speaker's `thing`, whatever it is, told to everyone (whose own is not looked at). For lines on host memory."""
         data = pickle.dumps(thing) if self.rank == speaker else b""
         size = torch.tensor([len(data)])
-        self.tell(size, speaker)
+        self.broadcast(size, speaker)
         content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
-        self.tell(content, speaker)
+        self.broadcast(content, speaker)
         return pickle.loads(content.numpy().tobytes())
 
 
 @dataclass(frozen=True)
-class Bridge:
+class WorldSplit:
     """What a rank knows of the launch that its world is a part of: the first `near` ranks are one world, the other `far` the other."""
 
     store: Store
-    near: int
-    far: int
-    is_far: bool  # this rank
+    trainers: int
+    generators: int
+    is_generator: bool  # this rank
 
-    def line(self, name: str, rank: int, size: int, *, on_gpu: bool = False) -> Line:
+    def group(self, name: str, rank: int, size: int, *, on_gpu: bool = False) -> CrossGroup:
         """A line of `size` ranks, each of which calls this with the same `name` and a `rank` of its own."""
-        return Line(PrefixStore(name, self.store), rank, size, on_gpu=on_gpu)
+        return CrossGroup(PrefixStore(name, self.store), rank, size, on_gpu=on_gpu)

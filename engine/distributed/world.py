@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
-from engine.distributed.process_groups import Bridge
+from engine.distributed.process_groups import WorldSplit
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: long enough for rank 0 to tokenise a large data set while the others wait
 
@@ -22,7 +22,7 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":16:8", ":4096:8")  # with which cuBLAS repeats itself; the first leaves no room to split sums over blocks, so that a row's
 # bits do not depend on how many rows are multiplied with it
 
-Seat = Literal["cuda", "cpu", "meta"]
+Backend = Literal["cuda", "cpu", "meta"]
 Result = TypeVar("Result")
 
 
@@ -30,18 +30,18 @@ Result = TypeVar("Result")
 class World:
     """This process among all: who it is, where its tensors live, and how ranks talk."""
 
-    seat: Seat
+    backend: Backend
     rank: int
     size: int
     device: torch.device
-    bridge: Bridge | None = None  # to the rest of the launch, where this world is a part of it
+    parent: WorldSplit | None = None  # to the rest of the launch, where this world is a part of it
 
     @property
     def on_gpu(self) -> bool:
-        return self.seat == "cuda"
+        return self.backend == "cuda"
 
     @staticmethod
-    def start(seat: Seat | None = None) -> World:
+    def start(seat: Backend | None = None) -> World:
         """Join the world that torchrun describes, or a world of one. On CPU a rank computes on one thread unless OMP_NUM_THREADS says
         otherwise: two ranks of one thread outrun one rank of two."""
         seat = seat or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,19 +69,19 @@ class World:
         own = self.device if self.on_gpu else None
         dist.init_process_group("nccl" if self.on_gpu else "gloo", device_id=own, timeout=TIMEOUT, **meeting)
 
-    def parted(self, far: int) -> World:
+    def split(self, far: int) -> World:
         """Leave this world for one's own part of it: its last `far` ranks, or the others. All ranks must call it."""
         assert 0 < far < self.size
         store, near = dist.distributed_c10d._get_default_store(), self.size - far
         is_far = self.rank >= near
         rank, size = (self.rank - near, far) if is_far else (self.rank, near)
         dist.destroy_process_group()
-        part = replace(self, rank=rank, size=size, bridge=Bridge(store, near, far, is_far))
+        part = replace(self, rank=rank, size=size, parent=WorldSplit(store, near, far, is_far))
         part._join(PrefixStore("far" if is_far else "near", store))
         return part
 
     @staticmethod
-    def imagined(rank: int, size: int) -> World:
+    def fake(rank: int, size: int) -> World:
         """Become any rank of a world of any size, on meta tensors, with collectives that only pretend. Leaves the previous world first."""
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -101,7 +101,7 @@ class World:
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    def first(self, work: Callable[[], Result]) -> Result:
+    def rank0_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on rank 0, then on every other rank: for work that rank 0 leaves on disk for the rest. If rank 0 raises, all
         ranks do."""
         result, failure = None, None
@@ -119,7 +119,7 @@ class World:
             raise ValueError(f"rank 0 failed: {box[0]}")
         return result if self.rank == 0 else work()  # type: ignore[return-value]
 
-    def agree(self, problem: str | None) -> str | None:
+    def first_error(self, problem: str | None) -> str | None:
         """The first problem that any rank has, on every rank; None when none has. All ranks must call it."""
         problems: list[str | None] = [problem]
         if self.size > 1:

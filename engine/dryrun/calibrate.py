@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine.batching.plan import batch
-from engine.config import Llama, Model, Optim, Parallel
+from engine.batching.build import batch
+from engine.config import Model, ModelShape, Optim, Parallel
 from engine.distributed.world import World
-from engine.dryrun.clock import Clock
+from engine.dryrun.clock import CostModel
 from engine.dryrun.hardware import Gemm, Hardware, Link
 from engine.dryrun.meter import Meter
 from engine.dryrun.types import Matmul, Work
-from engine.megatron.decode import Cache, Decoder, Drawing, Wave, layers_of
-from engine.megatron.onednn import in_onednn
+from engine.megatron.decode import DecodeBatch, DecodeRunner, KVCache, TokenSampling, layers_of
+from engine.megatron.onednn import use_onednn
 from engine.megatron.policy import Policy
-from engine.megatron.single_stage import Passage
+from engine.megatron.single_stage import SingleStage
 from engine.types import Sample
 
 REPEATS = 7
@@ -45,11 +45,11 @@ class Sizes:
     attention: tuple[int, int, int]  # heads, length, size
     copied: int  # bytes
     messages: tuple[int, int]  # bytes
-    layers: tuple[tuple[Llama, int], ...]  # a model and a microbatch's tokens
+    layers: tuple[tuple[ModelShape, int], ...]  # a model and a microbatch's tokens
 
 
-def _llama(layers: int, hidden: int, heads: int) -> Llama:
-    return Llama(layers=layers, hidden=hidden, ffn=3 * hidden, heads=heads, kv_heads=heads // 2, vocab=512)
+def _llama(layers: int, hidden: int, heads: int) -> ModelShape:
+    return ModelShape(layers=layers, hidden=hidden, ffn=3 * hidden, heads=heads, kv_heads=heads // 2, vocab=512)
 
 
 ON_CPU = Sizes(
@@ -75,7 +75,7 @@ def calibrate(world: World, sizes: Sizes | None = None) -> Hardware:
     All ranks must call it, without a policy open. Takes some seconds.
     """
     sizes, before = sizes or (ON_GPU if world.on_gpu else ON_CPU), _before(world)
-    with nullcontext() if world.on_gpu else in_onednn():
+    with nullcontext() if world.on_gpu else use_onednn():
         found = _products(world, sizes, before)
         copied = _copying(world, sizes)
         memory = {"streaming": copied / before.bandwidth} if world.on_gpu else {"bandwidth": copied}
@@ -247,7 +247,7 @@ def _kernels(world: World, sizes: Sizes, known: Hardware) -> Hardware:
     found = [_layers(world, model, tokens) for model, tokens in sizes.layers]
     if world.on_gpu:
         return replace(known, dispatch=min(taken / work.kernels for work, taken in found))
-    clock = Clock(replace(known, streaming=np.inf), Parallel(), 1)
+    clock = CostModel(replace(known, streaming=np.inf), Parallel(), 1)
     rests = [taken - clock.seconds(work) for work, taken in found]
     per_byte, launch = fit_kernels([work for work, _ in found], rests, [taken for _, taken in found])
     return replace(known, launch=launch, streaming=1 / max(per_byte * known.bandwidth, 1e-3))
@@ -259,15 +259,15 @@ def _decode_layer(world: World) -> float:
     return max(0.0, deep - shallow) / 4
 
 
-def _wave_seconds(world: World, model: Llama) -> float:
+def _wave_seconds(world: World, model: ModelShape) -> float:
     """Of a wave of 8 rows, at the tenth position of each."""
     rows = 8
-    wave = Wave([1] * rows, [9] * rows, rows, 10, [], [], list(range(rows)), np.zeros((rows, 2), np.int32))
+    wave = DecodeBatch([1] * rows, [9] * rows, rows, 10, [], [], list(range(rows)), np.zeros((rows, 2), np.int32))
     with torch.no_grad(), closing(Policy(Model(init=model), None, Parallel(), world)) as policy:
         policy.chunks[0].eval()
         like = torch.empty(0, dtype=policy.dtype, device=world.device)
-        cache = Cache(layers_of(policy.chunks), rows, model.kv_heads, 16, model.head_dim, like)
-        decoder = Decoder(policy.chunks, cache, Drawing(), model, 1, world, None)
+        cache = KVCache(layers_of(policy.chunks), rows, model.kv_heads, 16, model.head_dim, like)
+        decoder = DecodeRunner(policy.chunks, cache, TokenSampling(), model, 1, world, None)
         return seconds(world, _many(lambda: decoder.step(wave).through(0), 4)) / 4
 
 
@@ -283,11 +283,11 @@ def fit_kernels(works: Sequence[Work], rests: Sequence[float], times: Sequence[f
     return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
 
 
-def _layers(world: World, model: Llama, tokens: int) -> tuple[Work, float]:
+def _layers(world: World, model: ModelShape, tokens: int) -> tuple[Work, float]:
     """What `model` does with one microbatch of one sequence, forward and backward, and the seconds it takes."""
     sample = Sample(np.zeros(tokens + 1, np.int32), np.ones(tokens, np.uint8))
     with closing(Policy(Model(init=model), Optim(lr=1e-5), Parallel(), world)) as policy:
-        passage = Passage(policy, 0, batch([sample], tokens)[0])
+        passage = SingleStage(policy, 0, batch([sample], tokens)[0])
 
         def both() -> None:
             passage.forward()

@@ -47,7 +47,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Clock:
+class CostModel:
     """Tells the time of works on `hardware`, on a grid of `world_size` ranks: tensor parallel ranks side by side, then data parallel ones,
     pipeline stages apart, as megatron-core places them."""
 
@@ -57,7 +57,7 @@ class Clock:
 
     @cached_property
     def dp(self) -> int:
-        return self.world_size // (self.parallel.tp * self.parallel.pp)
+        return self.world_size // self.parallel.model_ranks
 
     def seconds(self, work: Work) -> float:
         """Of one rank, the work's collectives included."""
@@ -115,7 +115,7 @@ class Clock:
         steps, bandwidth, latency = self._ring(collective.axis)
         return latency + rounds * (steps + (ranks - 1) / ranks * collective.size / bandwidth)
 
-    def handed(self, size: float, listeners: int, apart: bool) -> float:
+    def weight_sync(self, size: float, listeners: int, apart: bool) -> float:
         """Of `size` bytes that each rank of a replica tells as many `listeners` at its own place of theirs, which are in other nodes where
         `apart`: over its own adapter, and through memory as it is made one piece and taken to pieces again."""
         link = self.hardware.across if apart else self.hardware.inside

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from engine.config import Llama, Optim, Parallel
+from engine.config import ModelShape, Optim, Parallel
 from engine.dryrun.types import Stage, Work
-from engine.dryrun.workload import Rehearse
+from engine.dryrun.workload import StageBuilder
 
 SUMS = ("parameters", "weights", "gradients", "optimizer", "held")
 WORKS = ("forward", "backward", "inference")
@@ -26,25 +26,25 @@ class Samples(NamedTuple):
     last: Stage
 
 
-def composer(rehearse: Rehearse) -> Rehearse:
+def composer(rehearse: StageBuilder) -> StageBuilder:
     """What answers as `rehearse` does, from four small stages for each tp, kind of recomputation and microbatch."""
 
     @cache
-    def samples(model: Llama, parallel: Parallel, lengths: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> Samples:
+    def samples(model: ModelShape, parallel: Parallel, lengths: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> Samples:
         """Of one replica: with more of them, only the optimizer differs."""
         small = replace(parallel, pp=4, vpp=1, count_embedding=False, count_loss=False, stages=(1, 1, 2, 1))
-        return Samples(*rehearse(replace(model, layers=5), small, small.tp * small.pp, lengths, **dict(options)))
+        return Samples(*rehearse(replace(model, layers=5), small, small.model_ranks, lengths, **dict(options)))
 
     def composed(
-        model: Llama, parallel: Parallel, world_size: int, lengths: Sequence[int], *, optim: Optim | None, **options: Any
+        model: ModelShape, parallel: Parallel, world_size: int, lengths: Sequence[int], *, optim: Optim | None, **options: Any
     ) -> list[Stage]:
         parallel.check(model, world_size)
         if model.tied and parallel.pp == 1:  # one stage has both ends, and their weight but once
             return rehearse(model, parallel, world_size, lengths, optim=optim, **options)
         grid = replace(parallel, pp=1, vpp=1, count_embedding=False, count_loss=False, stages=())
         known = samples(model, grid, tuple(lengths), (("optim", optim), *options.items()))
-        shares = world_size // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
-        dealt = parallel.dealt(model)
+        shares = world_size // parallel.model_ranks if parallel.distributed_optimizer else 1
+        dealt = parallel.layers_per_stage(model)
         stages = [_stage(known, layers, place, len(dealt)) for place, layers in enumerate(dealt)]
         placed = [
             replace(stage, pp=i % parallel.pp, chunk=i // parallel.pp, optimizer=stage.optimizer // shares)

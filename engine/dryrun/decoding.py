@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine.config import Llama, padded_vocab
-from engine.dryrun.clock import Clock
+from engine.config import ModelShape, padded_vocab
+from engine.dryrun.clock import CostModel
 from engine.dryrun.types import Collective, Matmul, Work
 
 LAYER_KERNELS = (
@@ -19,7 +19,7 @@ REPLAY_CALLS = 10  # host calls per stage with CUDA graphs: input copy, messages
 TOKEN_BYTES = 16  # a row's token and log-prob, as they are sent to the other stages
 
 
-class Rollout(NamedTuple):
+class GenerationTime(NamedTuple):
     """Generation on one replica, in seconds, and what it was made of."""
 
     prefill: float
@@ -32,7 +32,9 @@ class Rollout(NamedTuple):
         return self.prefill + self.decode
 
 
-def wave(model: Llama, tp: int, layers: int, rows: int, reach: float, *, prompts: Sequence[int] = (), head: bool, width: int = 2) -> Work:
+def decode_work(
+    model: ModelShape, tp: int, layers: int, rows: int, reach: float, *, prompts: Sequence[int] = (), head: bool, width: int = 2
+) -> Work:
     """What one rank does when `rows` sequences advance by a token, each looking back over `reach` positions on average, and whole prompts
     are taken in: `layers` layers, and the output layer where `head`. `width`: bytes of an element."""
     tokens, drawn = rows + sum(prompts), rows + len(prompts)
@@ -68,7 +70,7 @@ def wave(model: Llama, tp: int, layers: int, rows: int, reach: float, *, prompts
     return work + Work(Counter({Matmul(drawn, model.hidden, vocab): 1}), 0.0, 4 * 4.0 * drawn * vocab, HEAD_KERNELS, told)
 
 
-def round_seconds(clock: Clock, model: Llama, rows: int, reach: float, prompts: Sequence[int] = (), *, graphs: bool) -> float:
+def round_seconds(clock: CostModel, model: ModelShape, rows: int, reach: float, prompts: Sequence[int] = (), *, graphs: bool) -> float:
     """Until every group of `rows` sequences, one group a pipeline stage, has its next token: each wave goes through all stages, and no
     stage waits but for the messages. `prompts`: what one group takes in beside. `graphs`: waves without prompts are replayed."""
     parallel, hardware = clock.parallel, clock.hardware
@@ -77,14 +79,16 @@ def round_seconds(clock: Clock, model: Llama, rows: int, reach: float, prompts: 
     seconds = 0.0
     for i, n in enumerate(layers):
         head = i == stages - 1
-        work = wave(model, parallel.tp, n, rows, reach, prompts=prompts, head=head, width=hardware.width)
+        work = decode_work(model, parallel.tp, n, rows, reach, prompts=prompts, head=head, width=hardware.width)
         launched = n * hardware.decode_layer + head * HEAD_KERNELS * hardware.dispatch
         seconds += clock.parts(work, REPLAY_CALLS * hardware.dispatch if graphs and not prompts else launched).seconds
     drawn = clock.hop(rows * TOKEN_BYTES) if parallel.pp > 1 else 0.0
     return seconds + stages * clock.hop((rows + sum(prompts)) / parallel.tp * model.hidden * hardware.width) + drawn
 
 
-def rollout(clock: Clock, model: Llama, prompts: Sequence[int], responses: Sequence[int], slots: int, *, graphs: bool) -> Rollout:
+def generation_time(
+    clock: CostModel, model: ModelShape, prompts: Sequence[int], responses: Sequence[int], slots: int, *, graphs: bool
+) -> GenerationTime:
     """One replica answers prompts[i] tokens with responses[i] tokens, at most `slots` at once on each of its pipeline groups, in order,
     the next as soon as a slot is free. `graphs`: it decodes in CUDA graphs."""
     groups = clock.parallel.pp
@@ -107,4 +111,4 @@ def rollout(clock: Clock, model: Llama, prompts: Sequence[int], responses: Seque
         now = until
         while live and live[0][0] <= now:
             heapq.heappop(live)
-    return Rollout(prefill, decode, now, sum(responses))
+    return GenerationTime(prefill, decode, now, sum(responses))

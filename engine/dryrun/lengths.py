@@ -7,20 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from engine.algorithms.dpo import DPO
-from engine.algorithms.reward import Reward
-from engine.algorithms.rlvr import RLVR
-from engine.algorithms.sft import SFT
+from engine.algorithms.workload import Generation, Workload
 
 BYTES_A_TOKEN = 4.3  # of English text in Llama 3's vocabulary, assumed where a dataset card counts bytes
 
 
 @dataclass(frozen=True)
-class Spread:
+class LogNormal:
     """A log-normal of tokens: its mean, and the standard deviation of its logarithm."""
 
     mean: float
@@ -35,10 +31,10 @@ class Spread:
         return f"log-normal, mean {self.mean:g}, sigma {self.sigma:g}"
 
 
-CONVERSATION = Spread(700, 0.9)  # tulu-3-sft-mixture: 2,914 MB in 939,343 rows
-HALF = Spread(950, 0.7)  # of a pair: tulu-3-405b-preference-mixture, 3,319 MB in 360,924 rows, each with its prompt three times
-PROMPT = Spread(450, 0.5)  # RLVR: 150 tokens of a MATH problem alone to 750 of GSM8K's with eight examples
-RESPONSE = Spread(400, 0.6)  # RLVR: about what Tülu 3's responses to MATH are
+CONVERSATION = LogNormal(700, 0.9)  # tulu-3-sft-mixture: 2,914 MB in 939,343 rows
+HALF = LogNormal(950, 0.7)  # of a pair: tulu-3-405b-preference-mixture, 3,319 MB in 360,924 rows, each with its prompt three times
+PROMPT = LogNormal(450, 0.5)  # 150 tokens of a MATH problem alone to 750 of GSM8K's with eight examples
+RESPONSE = LogNormal(400, 0.6)  # about what Tülu 3's responses to MATH are
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +44,7 @@ class Sequences:
     lengths_N: np.ndarray  # int64, predicted tokens: one less than the sequence has
     group_N: np.ndarray  # int64; equal for the halves of a pair, -1: alone
     prompt_N: np.ndarray  # int64, of rollouts; else empty
-    said: str  # where the lengths come from
+    source: str  # where the lengths come from
 
     @property
     def response_N(self) -> np.ndarray:
@@ -61,41 +57,36 @@ class Sequences:
         return float(self.response_N.sum() / self.lengths_N.sum()) if len(self.prompt_N) else 1.0
 
 
-def draw(algorithm: Any, seed: int = 0, given: Sequence[tuple[int, int]] = ()) -> Sequences:
-    """One step's sequences for `algorithm`, from `given` pairs (tokens of prompt, of response) or else from this module's distributions.
-
-    Raises ValueError for an algorithm that this module does not know.
-    """
+def sample_lengths(workload: Workload, seed: int = 0, given: Sequence[tuple[int, int]] = ()) -> Sequences:
+    """One step's sequences, from `given` pairs (tokens of prompt, of response) or else from this module's distributions."""
     generator = np.random.default_rng(seed)
-    if isinstance(algorithm, RLVR):
-        return _rollouts(algorithm, generator, given)
-    if isinstance(algorithm, SFT):
-        return _texts(algorithm.batch_size, CONVERSATION, algorithm.max_length, generator, given)
-    if isinstance(algorithm, DPO | Reward):
-        halves = _texts(2 * algorithm.batch_size, HALF, algorithm.max_length, generator, given)
-        return replace(halves, group_N=np.arange(len(halves.lengths_N)) // 2, said=f"halves of pairs: {halves.said}")
-    raise ValueError(f"algorithm={type(algorithm).__name__} is not known to the dry run; it knows SFT, Reward, DPO and RLVR")
+    if workload.generation is not None:
+        return _rollouts(workload.generation, workload.sequences, generator, given)
+    assumed = CONVERSATION if workload.lengths == "conversation" else HALF
+    texts = _texts(workload.sequences, assumed, workload.max_length, generator, given)
+    if workload.sequences_per_sample == 1:
+        return texts
+    return replace(texts, group_N=np.arange(workload.sequences) // workload.sequences_per_sample, source=f"halves of pairs: {texts.source}")
 
 
-def _texts(count: int, spread: Spread, most: int, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
+def _texts(count: int, spread: LogNormal, most: int, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
     lengths = np.minimum(_given(given, count, generator).sum(1), most) if len(given) else spread.draw(count, most, generator)
     return Sequences(lengths, np.full(count, -1), np.empty(0, np.int64), f"{_source(given, spread)}, at most {most} tokens")
 
 
-def _rollouts(algorithm: RLVR, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
-    prompts, samples = algorithm.prompts_per_step, algorithm.samples_per_prompt
-    most = np.array([algorithm.max_prompt, algorithm.max_response])
+def _rollouts(asked: Generation, count: int, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
+    samples, most = asked.samples_per_prompt, np.array([asked.max_prompt_tokens, asked.max_response_tokens])
     if len(given):
-        pairs = np.clip(_given(given, prompts * samples, generator), 1, most)
-        asked, answered = np.repeat(pairs[::samples, 0], samples), pairs[:, 1]
+        pairs = np.clip(_given(given, count, generator), 1, most)
+        prompts, responses = np.repeat(pairs[::samples, 0], samples), pairs[:, 1]
     else:
-        asked = np.repeat(PROMPT.draw(prompts, int(most[0]), generator), samples)
-        answered = RESPONSE.draw(prompts * samples, int(most[1]), generator)
-    said = f"prompts {_source(given, PROMPT)}, at most {most[0]} tokens; responses {_source(given, RESPONSE)}, at most {most[1]}"
-    return Sequences(asked + answered - 1, np.full(len(asked), -1), asked, said)
+        prompts = np.repeat(PROMPT.draw(count // samples, int(most[0]), generator), samples)
+        responses = RESPONSE.draw(count, int(most[1]), generator)
+    source = f"prompts {_source(given, PROMPT)}, at most {most[0]} tokens; responses {_source(given, RESPONSE)}, at most {most[1]}"
+    return Sequences(prompts + responses - 1, np.full(count, -1), prompts, source)
 
 
-def _source(given: Sequence[tuple[int, int]], spread: Spread) -> str:
+def _source(given: Sequence[tuple[int, int]], spread: LogNormal) -> str:
     return f"from {len(given)} given rows" if len(given) else str(spread)
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.algorithms.dpo import DPO
-from engine.algorithms.rlvr import RLVR
+from engine.algorithms.workload import Generation
 from engine.dryrun.types import Stage
-from engine.dryrun.workload import Scene, Trained
+from engine.dryrun.workload import Simulation, TrainedModel
 from engine.megatron.policy import BUCKET_BYTES
 
 IDS = 3 * 8 + 1 + 8  # bytes of a token on the device: ids, targets and positions as int64, the mask, its place among the wanted rows
-COLUMNS = {RLVR: 5, DPO: 1}  # float32 values a token brings along: advantage, old and reference log-prob, value, return
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankMemory:
     """The GPUs of one pipeline rank. Bytes of one GPU, at the moment when it holds most."""
 
     pp: int
@@ -37,103 +35,102 @@ class Rank:
         return self.peak_bytes <= self.capacity
 
 
-def ledger(scene: Scene) -> list[Rank]:
+def memory_of_ranks(simulation: Simulation) -> list[RankMemory]:
     """Every pipeline rank's memory: of those that train, then of those that only generate."""
-    kinds = (True,) if scene.generator is None else (True, False)
-    return [_rank(scene, pp, stages, trains) for trains in kinds for pp, stages in enumerate(scene.policy.ranks)]
+    kinds = (True,) if simulation.generator is None else (True, False)
+    return [_rank(simulation, pp, stages, trains) for trains in kinds for pp, stages in enumerate(simulation.policy.ranks)]
 
 
-def _rank(scene: Scene, pp: int, stages: list[Stage], trains: bool) -> Rank:
-    lasting = _lasting(scene, pp) if trains else _read_only(scene, pp)
-    moments = {name: lasting | added for name, added in (_moments if trains else _moments_apart)(scene, pp)}
+def _rank(simulation: Simulation, pp: int, stages: list[Stage], trains: bool) -> RankMemory:
+    lasting = _resident(simulation, pp) if trains else _read_only(simulation, pp)
+    moments = {name: lasting | added for name, added in (_moments if trains else _generator_moments)(simulation, pp)}
     worst = max(moments, key=lambda name: sum(moments[name].values()))
-    return Rank(
+    return RankMemory(
         pp=pp,
         layers=sum(stage.layers for stage in stages),
         params=sum(stage.parameters for stage in stages),
         parts=moments[worst],
         moment=worst,
         moments={name: sum(parts.values()) for name, parts in moments.items()},
-        capacity=int(scene.hardware.memory),
+        capacity=int(simulation.hardware.memory),
         trains=trains,
     )
 
 
-def _read_only(scene: Scene, pp: int) -> dict[str, int]:
-    return {"weights": sum(stage.weights for stage in scene.policy.ranks[pp]), "context": int(scene.hardware.allowance)}
+def _read_only(simulation: Simulation, pp: int) -> dict[str, int]:
+    return {"weights": sum(stage.weights for stage in simulation.policy.ranks[pp]), "context": int(simulation.hardware.allowance)}
 
 
-def _lasting(scene: Scene, pp: int) -> dict[str, int]:
+def _resident(simulation: Simulation, pp: int) -> dict[str, int]:
     """What is there all the time. A reference that is offloaded takes the policy's place when it speaks: nothing."""
-    policy = scene.policy.ranks[pp]
+    policy = simulation.policy.ranks[pp]
     parts = {
         "weights": sum(stage.weights for stage in policy),
         "gradients": sum(stage.gradients for stage in policy),
         "optimizer": sum(stage.optimizer for stage in policy),
-        "context": int(scene.hardware.allowance),
+        "context": int(simulation.hardware.allowance),
     }
-    algorithm = scene.run.algorithm
-    if isinstance(algorithm, RLVR) and algorithm.kl_coef and algorithm.reference == "resident":
+    if simulation.workload.reference == "resident":
         parts["reference"] = parts["weights"]
-    if scene.critic is not None:
-        parts["critic"] = sum(stage.weights + stage.gradients + stage.optimizer for stage in scene.critic.ranks[pp])
+    if simulation.critic is not None:
+        parts["critic"] = sum(stage.weights + stage.gradients + stage.optimizer for stage in simulation.critic.ranks[pp])
     return parts
 
 
-def _moments(scene: Scene, pp: int) -> Iterator[tuple[str, dict[str, int]]]:
-    algorithm = scene.run.algorithm
-    if isinstance(algorithm, RLVR) and (scene.generator is None or algorithm.held_out):  # the policy itself is evaluated
-        yield "generation", _generation(scene, algorithm, pp)
-    if scene.generator is not None:
-        yield "handing weights", _handing(scene, pp)
-    for trained in scene.trained:
-        if algorithm.__class__ in COLUMNS:  # reads log-probs or values before it learns
+def _moments(simulation: Simulation, pp: int) -> Iterator[tuple[str, dict[str, int]]]:
+    generation = simulation.workload.generation
+    if generation is not None and (simulation.generator is None or generation.evaluates):
+        yield "generation", _generation(simulation, generation, pp)
+    if simulation.generator is not None:
+        yield "handing weights", _weight_sync(simulation, pp)
+    for trained in simulation.models:
+        if simulation.workload.token_values:  # reads log-probs or values before it learns
             read = max(stage.inference_peak for stage in trained.ranks[pp])
-            yield f"reading, {trained.name}", {"activations": read, "batch": _batch(scene, trained, trained.reading.tokens, pp)}
+            yield f"reading, {trained.name}", {"activations": read, "batch": _batch(simulation, trained, trained.forward_pass.tokens, pp)}
         held, peak = ([getattr(stage, what) for stage in trained.ranks[pp]] for what in ("held", "peak"))
         most = trained.update.timeline.most_held(pp, held, peak)
-        yield f"update, {trained.name}", {"activations": int(most), "batch": _batch(scene, trained, trained.step.tokens, pp)}
+        yield f"update, {trained.name}", {"activations": int(most), "batch": _batch(simulation, trained, trained.update_batch.tokens, pp)}
 
 
-def _moments_apart(scene: Scene, pp: int) -> Iterator[tuple[str, dict[str, int]]]:
+def _generator_moments(simulation: Simulation, pp: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Of ranks that only generate: the cache is made for each step's responses, and let go."""
-    assert isinstance(scene.run.algorithm, RLVR)
-    yield "generation", _generation(scene, scene.run.algorithm, pp)
-    yield "handing weights", _handing(scene, pp)
+    assert simulation.workload.generation is not None
+    yield "generation", _generation(simulation, simulation.workload.generation, pp)
+    yield "handing weights", _weight_sync(simulation, pp)
 
 
-def _handing(scene: Scene, pp: int) -> dict[str, int]:
+def _weight_sync(simulation: Simulation, pp: int) -> dict[str, int]:
     """Weights travel some at a time, in one piece."""
-    return {"batch": min(BUCKET_BYTES, sum(stage.weights for stage in scene.policy.ranks[pp]))}
+    return {"batch": min(BUCKET_BYTES, sum(stage.weights for stage in simulation.policy.ranks[pp]))}
 
 
-def _batch(scene: Scene, trained: Trained, tokens: int, pp: int) -> int:
+def _batch(simulation: Simulation, trained: TrainedModel, tokens: int, pp: int) -> int:
     """All microbatches of a pass lie on the device from its start, with the angles of their positions; what the last stage says of each
     token is kept to its end."""
     angles = 4 * trained.model.head_dim
-    columns = 4 * COLUMNS.get(type(scene.run.algorithm), 0)
+    columns = 4 * simulation.workload.token_values
     said = 4 if pp == trained.parallel.pp - 1 else 0
     return tokens * (IDS + columns + angles + said)
 
 
-def slots(scene: Scene, algorithm: RLVR) -> int:
+def seqs_per_group(simulation: Simulation, generation: Generation) -> int:
     """Sequences under way at once on each replica, in each of its groups: rollout/sampler.py's rule, where the cache holds least. Raises
     ValueError for a cache that does not hold one for each group."""
-    groups, positions = scene.run.parallel.pp, algorithm.max_prompt + algorithm.max_response
-    most = -(-len(scene.sequences.lengths_N) // scene.draws.dp)
-    bytes_of = max(_slot_bytes(scene, pp, positions) for pp in range(groups))
-    return max(1, min(algorithm.rollout.slots, algorithm.rollout.held(bytes_of, positions, groups), most) // groups)
+    groups, positions = simulation.run.parallel.pp, generation.max_prompt_tokens + generation.max_response_tokens
+    most = -(-len(simulation.sequences.lengths_N) // simulation.generation_clock.dp)
+    bytes_of = max(_slot_bytes(simulation, pp, positions) for pp in range(groups))
+    return max(1, min(generation.rollout.max_num_seqs, generation.rollout.max_cached_seqs(bytes_of, positions, groups), most) // groups)
 
 
-def _slot_bytes(scene: Scene, pp: int, positions: int) -> int:
-    layers = sum(stage.layers for stage in scene.policy.ranks[pp])
-    return scene.policy.model.cache_bytes(layers, scene.run.parallel.tp, positions, scene.hardware.width)
+def _slot_bytes(simulation: Simulation, pp: int, positions: int) -> int:
+    layers = sum(stage.layers for stage in simulation.policy.ranks[pp])
+    return simulation.policy.model.kv_cache_bytes(layers, simulation.run.parallel.tp, positions, simulation.hardware.width)
 
 
-def _generation(scene: Scene, algorithm: RLVR, pp: int) -> dict[str, int]:
+def _generation(simulation: Simulation, generation: Generation, pp: int) -> dict[str, int]:
     """The caches for the longest that may come, and a forward of a wave: a token of each slot of a group, and prompts."""
-    each, groups = slots(scene, algorithm), scene.run.parallel.pp
-    wave = each + max(algorithm.rollout.prefill, int(scene.sequences.prompt_N.max()))
-    read = max(stage.inference_peak for stage in scene.policy.ranks[pp])
-    cache = groups * each * _slot_bytes(scene, pp, algorithm.max_prompt + algorithm.max_response)
-    return {"cache": cache, "activations": read * wave // sum(scene.policy.lengths)}
+    each, groups = seqs_per_group(simulation, generation), simulation.run.parallel.pp
+    wave = each + max(generation.rollout.max_prefill_tokens, int(simulation.sequences.prompt_N.max()))
+    read = max(stage.inference_peak for stage in simulation.policy.ranks[pp])
+    cache = groups * each * _slot_bytes(simulation, pp, generation.max_prompt_tokens + generation.max_response_tokens)
+    return {"cache": cache, "activations": read * wave // sum(simulation.policy.lengths)}

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.batching.plan import Plan, plan
-from engine.config import Llama, Parallel
+from engine.config import ModelShape, Parallel
 
 GRAIN = 16  # sizes of a full microbatch are rounded up to a budget's sixteenths, so that layouts that hardly differ are rehearsed once
 
 
 @dataclass(frozen=True)
-class Cut:
+class MicrobatchPlan:
     """One pass over a batch, of each data-parallel rank."""
 
     microbatches: int
@@ -25,7 +25,7 @@ class Cut:
     imbalance: float
 
     @staticmethod
-    def of(lengths_N: np.ndarray, group_N: np.ndarray, model: Llama, parallel: Parallel, replicas: int, budget: int) -> Cut:
+    def of(lengths_N: np.ndarray, group_N: np.ndarray, model: ModelShape, parallel: Parallel, replicas: int, budget: int) -> MicrobatchPlan:
         """By the planner of engine.batching.plan, asked as Policy.cut asks it. Raises ValueError for sequences beyond `budget`."""
         interleaved = parallel.vpp > 1
         planned = plan(
@@ -41,10 +41,10 @@ class Cut:
         ranks = [[_segments(planned, rank, i) for i in range(planned.microbatches)] for rank in range(replicas)]
         if interleaved:  # Policy pads all of a rank's microbatches to its longest
             ranks = [[_padded(segments, max(map(sum, rank))) for segments in rank] for rank in ranks]
-        return Cut(
+        return MicrobatchPlan(
             microbatches=planned.microbatches,
             most=max(sum(segments) for rank in ranks for segments in rank),
-            cost=max(sum(cost(segments, model) for segments in rank) for rank in ranks) / planned.microbatches,
+            cost=max(sum(attention_cost(segments, model) for segments in rank) for rank in ranks) / planned.microbatches,
             tokens=max(sum(map(sum, rank)) for rank in ranks),
             fill=planned.stats.fill,
             imbalance=planned.stats.imbalance,
@@ -62,7 +62,7 @@ class Cut:
         return _padded(tuple(taken), total)
 
 
-def cost(lengths: Iterable[int], model: Llama) -> float:
+def attention_cost(lengths: Iterable[int], model: ModelShape) -> float:
     """Of one microbatch, as the planner weighs it."""
     _, per_token, per_square = model.cost
     return float(sum(per_token * length + per_square * length * length for length in lengths))

@@ -1,17 +1,14 @@
-"""What recipes name and a machine without network cannot look up: shapes of models, rows of data sets; and how many GPUs they
-are launched on. Nothing is ever downloaded."""
+"""What recipes name and a machine without network cannot look up: shapes of models, rows of data sets. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
-import ast
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import Llama, Model, RopeScaling, Run
+from engine.config import Model, ModelShape, RopeScaling
 from engine.data.rows import Source
-from engine.megatron.policy import shape_of
+from engine.megatron.policy import read_shape
 from engine.models.hub import SMOLLM2
 
 _LLAMA_31: dict[str, Any] = {
@@ -23,10 +20,10 @@ _LLAMA_31: dict[str, Any] = {
 }
 # Their config.json, as read on the hub.
 SHAPES = {
-    "405b": Llama(layers=126, hidden=16384, ffn=53248, heads=128, **_LLAMA_31),
-    "70b": Llama(layers=80, hidden=8192, ffn=28672, heads=64, **_LLAMA_31),
-    "8b": Llama(layers=32, hidden=4096, ffn=14336, heads=32, **_LLAMA_31),
-    SMOLLM2: Llama(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, rope_theta=100000.0, tied=True),
+    "405b": ModelShape(layers=126, hidden=16384, ffn=53248, heads=128, **_LLAMA_31),
+    "70b": ModelShape(layers=80, hidden=8192, ffn=28672, heads=64, **_LLAMA_31),
+    "8b": ModelShape(layers=32, hidden=4096, ffn=14336, heads=32, **_LLAMA_31),
+    SMOLLM2: ModelShape(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, rope_theta=100000.0, tied=True),
 }
 TULU_VOCAB = 128264  # eight tokens more than Llama 3.1's
 
@@ -42,13 +39,13 @@ ROWS = {
 }
 
 
-def shape(model: Model) -> Llama:
+def shape_of(model: Model) -> ModelShape:
     """The shape of the weights that `model` names, as its folder's config.json says it, or the hub's where it lies on this machine; else
     by what the name contains. Raises ValueError for a name that says nothing."""
     return model.init or _stored(model.path) or _by_name(model.path)
 
 
-def guessed(model: Model) -> str:
+def guess_note(model: Model) -> str:
     """What `shape` assumes of `model`; "" where it knows."""
     if model.init or _stored(model.path):
         return ""
@@ -56,18 +53,18 @@ def guessed(model: Model) -> str:
     return f"{model.path} is not on this machine; by its name it has {found.layers} layers of {found.hidden}, as the hub's config.json says"
 
 
-def _stored(path: str) -> Llama | None:
+def _stored(path: str) -> ModelShape | None:
     from huggingface_hub import try_to_load_from_cache  # slow to import
 
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return shape_of(folder)
+        return read_shape(folder)
     if path.count("/") == 1 and isinstance(config := try_to_load_from_cache(path, "config.json"), str):
-        return shape_of(Path(config).parent)
+        return read_shape(Path(config).parent)
     return None
 
 
-def _by_name(path: str) -> Llama:
+def _by_name(path: str) -> ModelShape:
     name = path.lower()
     size = next((size for size in SHAPES if size == name or size in name.split("-")), None)
     if size is None:
@@ -78,16 +75,7 @@ def _by_name(path: str) -> Llama:
     return found.with_scalar_head() if name.endswith("-rm") else found
 
 
-def gpus(recipe: Path, run: Run) -> int:
-    """As many as the torchrun line in the recipe's docstring starts; without one, as many as one replica takes."""
-    said = ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""
-    told = dict(re.findall(r"--(nnodes|nproc-per-node) (\d+)", said))
-    if "nproc-per-node" not in told:
-        return run.parallel.tp * run.parallel.pp
-    return int(told.get("nnodes", 1)) * int(told["nproc-per-node"])
-
-
-def rows(sources: tuple[Source, ...]) -> int | None:
+def dataset_rows(sources: tuple[Source, ...]) -> int | None:
     """Samples of one epoch over `sources`, weights applied; None where one is neither a file at hand nor known."""
     total = 0
     for source in sources:

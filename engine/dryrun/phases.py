@@ -7,18 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.algorithms.dpo import DPO
-from engine.algorithms.rlvr import RLVR
-from engine.config import Llama
-from engine.dryrun.clock import Clock
-from engine.dryrun.decoding import rollout
-from engine.dryrun.memory import slots
-from engine.dryrun.workload import Scene
+from engine.algorithms.workload import Generation
+from engine.config import ModelShape
+from engine.dryrun.clock import CostModel
+from engine.dryrun.decoding import generation_time
+from engine.dryrun.memory import seqs_per_group
+from engine.dryrun.workload import Simulation
 
-VERDICTS = 685.0  # a second, of `math` on two cores: benchmarks/results/verifiers_cpu2_2026-11-22.md
-HOST_LINK = 5e9  # bytes/s of a GPU between its memory and pageable memory of the host, all of a node at once; assumed
+VERDICTS_PER_SECOND = 685.0  # a second, of `math` on two cores: benchmarks/results/verifiers_cpu2_2026-11-22.md
+HOST_BANDWIDTH = 5e9  # bytes/s of a GPU between its memory and pageable memory of the host, all of a node at once; assumed
 
-DRAWING = ("prefill", "decoding")
+GENERATION = ("prefill", "decoding")
 
 
 class Phase(NamedTuple):
@@ -28,25 +27,25 @@ class Phase(NamedTuple):
     name: str
     seconds: float
     flops: float = 0.0
-    beside: bool = False
+    concurrent: bool = False
 
 
-def phases(scene: Scene) -> list[Phase]:
+def phases(simulation: Simulation) -> list[Phase]:
     """Of one step of the recipe, in order; of a step in the middle, where the next one's responses are drawn ahead."""
-    algorithm = scene.run.algorithm
-    return list(_rlvr(scene, algorithm)) if isinstance(algorithm, RLVR) else list(_supervised(scene))
+    generation = simulation.workload.generation
+    return list(_supervised(simulation)) if generation is None else list(_with_generation(simulation, generation))
 
 
-def once(scene: Scene, steps: int) -> list[Phase]:
-    """What a run of `steps` does before its first: DPO computes the reference's log-probs."""
-    if not isinstance(scene.run.algorithm, DPO):
+def one_time_phases(simulation: Simulation, steps: int) -> list[Phase]:
+    """What a run of `steps` does before its first: with a cached reference, its log-probs."""
+    if simulation.workload.reference != "cached":
         return []
-    passes = steps / max(1.0, scene.run.algorithm.epochs)
-    flops = forward_flops(scene.policy.model, scene.sequences.lengths_N)
-    return [Phase("reference log-probs", passes * scene.policy.reading_seconds, passes * flops)]
+    passes = steps / max(1.0, simulation.workload.passes)
+    flops = forward_flops(simulation.policy.model, simulation.sequences.lengths_N)
+    return [Phase("reference log-probs", passes * simulation.policy.forward_seconds, passes * flops)]
 
 
-def forward_flops(model: Llama, lengths_N: np.ndarray) -> float:
+def forward_flops(model: ModelShape, lengths_N: np.ndarray) -> float:
     """Two a matrix parameter and token, and four a head dimension and pair of positions of causal attention (the two products)."""
     lengths = lengths_N.astype(float)
     matrices = model.parameters - model.hidden * model.vocab * (not model.tied)
@@ -54,21 +53,21 @@ def forward_flops(model: Llama, lengths_N: np.ndarray) -> float:
     return 2.0 * matrices * lengths.sum() + 4.0 * model.layers * model.heads * model.head_dim * pairs
 
 
-def _supervised(scene: Scene) -> Iterator[Phase]:
-    policy = scene.policy
-    yield Phase("forward and backward", policy.pipeline_seconds, 3 * forward_flops(policy.model, scene.sequences.lengths_N))
+def _supervised(simulation: Simulation) -> Iterator[Phase]:
+    policy = simulation.policy
+    yield Phase("forward and backward", policy.pipeline_seconds, 3 * forward_flops(policy.model, simulation.sequences.lengths_N))
     yield Phase("gradients' reduction", policy.update.reduction)
     yield Phase("optimizer", policy.update.optimizer)
 
 
-def _rlvr(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
-    drawing, learning = list(_generation(scene, algorithm)), list(_learning(scene, algorithm))
-    if scene.generator is None:
+def _with_generation(simulation: Simulation, generation: Generation) -> Iterator[Phase]:
+    drawing, learning = list(_generation(simulation, generation)), list(_learning(simulation))
+    if simulation.generator is None:
         yield from [*drawing, *learning]
         return
-    ahead = algorithm.rollout.lag > 0
-    yield from (phase._replace(beside=ahead) for phase in drawing)
-    yield Phase("handing weights", _handing(scene, scene.generator))
+    ahead = generation.rollout.max_staleness > 0
+    yield from (phase._replace(concurrent=ahead) for phase in drawing)
+    yield Phase("handing weights", _weight_sync(simulation, simulation.generator))
     if ahead:
         yield Phase("waiting for responses", max(0.0, seconds_of(drawing) - seconds_of(learning)))
     yield from learning
@@ -76,44 +75,45 @@ def _rlvr(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
 
 def seconds_of(phases: Iterable[Phase]) -> float:
     """Of phases one after the other."""
-    return sum(phase.seconds for phase in phases if not phase.beside)
+    return sum(phase.seconds for phase in phases if not phase.concurrent)
 
 
-def _learning(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
-    lengths_N = scene.sequences.lengths_N
-    whole = {trained.name: forward_flops(trained.model, lengths_N) for trained in scene.trained}
-    yield Phase("verification", len(lengths_N) / VERDICTS)
-    if not algorithm.learns_once:
-        yield Phase("log-probs, policy", scene.policy.reading_seconds, whole["policy"])
-    if algorithm.kl_coef:
-        yield Phase("log-probs, reference", scene.policy.reading_seconds + _moving(scene, algorithm), whole["policy"])
-    if scene.critic is not None:
-        yield Phase("values, critic", scene.critic.reading_seconds, whole["critic"])
-    updates = algorithm.epochs * algorithm.minibatches
-    for trained in scene.trained:
-        yield Phase(f"updates, {trained.name}", updates * trained.update_seconds, 3 * algorithm.epochs * whole[trained.name])
+def _learning(simulation: Simulation) -> Iterator[Phase]:
+    lengths_N = simulation.sequences.lengths_N
+    whole = {trained.name: forward_flops(trained.model, lengths_N) for trained in simulation.models}
+    yield Phase("verification", len(lengths_N) / VERDICTS_PER_SECOND)
+    workload = simulation.workload
+    if workload.policy_logprobs:
+        yield Phase("log-probs, policy", simulation.policy.forward_seconds, whole["policy"])
+    if workload.reference != "none":
+        yield Phase("log-probs, reference", simulation.policy.forward_seconds + _reference_swap(simulation), whole["policy"])
+    if simulation.critic is not None:
+        yield Phase("values, critic", simulation.critic.forward_seconds, whole["critic"])
+    updates = workload.epochs * workload.minibatches
+    for trained in simulation.models:
+        yield Phase(f"updates, {trained.name}", updates * trained.update_seconds, 3 * workload.epochs * whole[trained.name])
 
 
-def _generation(scene: Scene, algorithm: RLVR) -> Iterator[Phase]:
+def _generation(simulation: Simulation, generation: Generation) -> Iterator[Phase]:
     """Of the replica that got the first of each `replicas` sequences; all have nearly the same."""
-    sequences, model = scene.sequences, scene.policy.model
-    prompts, responses = (column[:: scene.draws.dp].tolist() for column in (sequences.prompt_N, sequences.response_N))
-    setting = algorithm.rollout.graphs
-    graphs = setting == "on" or (setting == "auto" and scene.hardware.width == 2)  # on GPUs
-    drawn = rollout(scene.draws, model, prompts, responses, slots(scene, algorithm), graphs=graphs)
+    sequences, model = simulation.sequences, simulation.policy.model
+    prompts, responses = (column[:: simulation.generation_clock.dp].tolist() for column in (sequences.prompt_N, sequences.response_N))
+    setting = generation.rollout.cuda_graphs
+    graphs = setting == "on" or (setting == "auto" and simulation.hardware.width == 2)  # on GPUs
+    drawn = generation_time(simulation.generation_clock, model, prompts, responses, seqs_per_group(simulation, generation), graphs=graphs)
     asked = forward_flops(model, sequences.prompt_N)
     drawing = ((drawn.prefill, asked), (drawn.decode, forward_flops(model, sequences.lengths_N) - asked))
-    yield from (Phase(name, *costs) for name, costs in zip(DRAWING, drawing, strict=True))
+    yield from (Phase(name, *costs) for name, costs in zip(GENERATION, drawing, strict=True))
 
 
-def _handing(scene: Scene, generator: Clock) -> float:
+def _weight_sync(simulation: Simulation, generator: CostModel) -> float:
     """Weights go from the first replica that trains to all that only generate, which are in other nodes where the launch has several."""
-    largest = max(sum(stage.weights for stage in rank) for rank in scene.policy.ranks)
-    return generator.handed(largest, generator.dp, apart=scene.gpus > scene.hardware.node)
+    largest = max(sum(stage.weights for stage in rank) for rank in simulation.policy.ranks)
+    return generator.weight_sync(largest, generator.dp, apart=simulation.gpus > simulation.hardware.node)
 
 
-def _moving(scene: Scene, algorithm: RLVR) -> float:
+def _reference_swap(simulation: Simulation) -> float:
     """An offloaded reference takes the policy's place: its weights go out, those of the reference come in, and the policy's again."""
-    if algorithm.reference == "resident":
+    if simulation.workload.reference == "resident":
         return 0.0
-    return 3 * max(sum(stage.weights for stage in rank) for rank in scene.policy.ranks) / HOST_LINK
+    return 3 * max(sum(stage.weights for stage in rank) for rank in simulation.policy.ranks) / HOST_BANDWIDTH

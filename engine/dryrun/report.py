@@ -10,18 +10,18 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from engine.dryrun.clock import Clock
+from engine.dryrun.clock import CostModel
 from engine.dryrun.forecast import Forecast
-from engine.dryrun.memory import Rank
-from engine.dryrun.phases import DRAWING, Phase
-from engine.dryrun.schedule import Op
-from engine.dryrun.workload import Trained
+from engine.dryrun.memory import RankMemory
+from engine.dryrun.phases import GENERATION, Phase
+from engine.dryrun.schedule import TimedOp
+from engine.dryrun.workload import TrainedModel
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "batch", "cache", "reference", "critic", "context")
 COLOURS = ("#4477aa", "#cc6677")  # of forwards and backwards; a chunk's shade tells it from the others
 
 
-def show(forecast: Forecast, console: Console) -> None:
+def print_report(forecast: Forecast, console: Console) -> None:
     """Print all of it."""
     memory = [memory_table(forecast.stages, "GB on each GPU of a pipeline stage, when it holds most")]
     if forecast.generating:
@@ -30,15 +30,16 @@ def show(forecast: Forecast, console: Console) -> None:
 
 
 def _headline(forecast: Forecast) -> str:
-    scene, parallel = forecast.scene, forecast.scene.run.parallel
+    simulation, parallel = forecast.simulation, forecast.simulation.run.parallel
     virtual = f" x {parallel.vpp} virtual stages" if parallel.vpp > 1 else ""
-    grid = f"tp{parallel.tp} pp{parallel.pp}{virtual} dp{scene.replicas}"
-    kind = type(scene.run.algorithm).__name__
-    apart = f", and dp{scene.generator.dp} that only generates" if scene.generator else ""
-    return f"{kind} of {scene.policy.model.parameters / 1e9:.1f}B parameters on {scene.gpus} x {scene.hardware.name}, {grid}{apart}"
+    grid = f"tp{parallel.tp} pp{parallel.pp}{virtual} dp{simulation.dp}"
+    kind = type(simulation.run.algorithm).__name__
+    apart = f", and dp{simulation.generator.dp} that only generates" if simulation.generator else ""
+    size = f"{simulation.policy.model.parameters / 1e9:.1f}B parameters"
+    return f"{kind} of {size} on {simulation.gpus} x {simulation.hardware.name}, {grid}{apart}"
 
 
-def memory_table(ranks: list[Rank], title: str) -> Table:
+def memory_table(ranks: list[RankMemory], title: str) -> Table:
     """A row for each run of pipeline ranks that need the same."""
     used = [name for name in COLUMNS if any(name in rank.parts for rank in ranks)]
     table = Table("stage", "layers", "params", *used, "peak", "of", "when", title=title)
@@ -53,7 +54,7 @@ def memory_table(ranks: list[Rank], title: str) -> Table:
     return table
 
 
-def _alike(stages: list[Rank]) -> Iterator[tuple[int, int, Rank]]:
+def _alike(stages: list[RankMemory]) -> Iterator[tuple[int, int, RankMemory]]:
     """(first, last, one of them) of neighbours that show the same numbers."""
     start = 0
     for i, rank in enumerate(stages):
@@ -63,7 +64,7 @@ def _alike(stages: list[Rank]) -> Iterator[tuple[int, int, Rank]]:
             start = i + 1
 
 
-def _shown(rank: Rank) -> tuple[Any, ...]:
+def _shown(rank: RankMemory) -> tuple[Any, ...]:
     return rank.layers, rank.moment, {name: round(size / 1e8) for name, size in rank.parts.items()}
 
 
@@ -72,7 +73,7 @@ def phase_table(forecast: Forecast) -> Table:
     table = Table("phase", "seconds", "share", "MFU", title="one step")
     for column in table.columns[1:]:
         column.justify = "right"
-    devices = forecast.scene.gpus * forecast.scene.hardware.peak
+    devices = forecast.simulation.gpus * forecast.simulation.hardware.peak
     whole = Phase("step", forecast.step_seconds, forecast.mfu * forecast.step_seconds * devices)
     for name, seconds, flops, beside in [*forecast.phases, whole]:
         useful = f"{flops / seconds / devices:.1%}" if flops and seconds else ""
@@ -83,10 +84,10 @@ def phase_table(forecast: Forecast) -> Table:
 
 def _lines(forecast: Forecast) -> Iterator[Text]:
     yield Text(f"{forecast.tokens:,} tokens a step: {forecast.tokens_per_second:,.0f} a second; pipeline idle {forecast.bubble:.1%}")
-    for trained in forecast.scene.trained:
+    for trained in forecast.simulation.models:
         yield Text(f"{trained.name}: {_batch_line(trained)}")
-    if generator := forecast.scene.generator:
-        drawing = sum(phase.seconds for phase in forecast.phases if phase.name in DRAWING)
+    if generator := forecast.simulation.generator:
+        drawing = sum(phase.seconds for phase in forecast.phases if phase.name in GENERATION)
         yield Text(f"{generator.world_size} GPUs only generate, and wait {1 - drawing / forecast.step_seconds:.0%} of a step")
     for phase in forecast.once:
         yield Text(f"once: {phase.name}, {phase.seconds / 3600:,.1f} hours")
@@ -98,8 +99,8 @@ def _lines(forecast: Forecast) -> Iterator[Text]:
     yield from (Text(f"assumed: {line}", style="dim") for line in forecast.assumptions)
 
 
-def _batch_line(trained: Trained) -> str:
-    cut = trained.step
+def _batch_line(trained: TrainedModel) -> str:
+    cut = trained.update_batch
     return f"{cut.microbatches} microbatches a replica, {cut.fill:.1%} full, costliest replica {cut.imbalance:.3f} of the mean"
 
 
@@ -116,50 +117,55 @@ def verdict(forecast: Forecast) -> str:
 def as_json(forecast: Forecast) -> dict[str, Any]:
     """Plain values. Bytes and seconds; `stages` are pipeline ranks. A step takes as long as its `phases` that are not `beside`; these go on
     meanwhile, on ranks that only generate."""
-    scene = forecast.scene
+    simulation = forecast.simulation
     return {
-        "ranks": scene.gpus,
-        "device": scene.hardware.name,
-        "grid": {"tp": scene.run.parallel.tp, "pp": scene.run.parallel.pp, "vpp": scene.run.parallel.vpp, "dp": scene.replicas},
-        "generating": _generating(forecast, scene.generator) if scene.generator else None,
+        "ranks": simulation.gpus,
+        "device": simulation.hardware.name,
+        "grid": {
+            "tp": simulation.run.parallel.tp,
+            "pp": simulation.run.parallel.pp,
+            "vpp": simulation.run.parallel.vpp,
+            "dp": simulation.dp,
+        },
+        "generating": _generating(forecast, simulation.generator) if simulation.generator else None,
         "fits": forecast.fits,
         "way_out": forecast.way_out,
         "stages": [_stage(rank) for rank in forecast.stages],
         "step_seconds": forecast.step_seconds,
         "phases": {phase.name: phase.seconds for phase in forecast.phases},
-        "beside": [phase.name for phase in forecast.phases if phase.beside],
+        "beside": [phase.name for phase in forecast.phases if phase.concurrent],
         "once": {phase.name: phase.seconds for phase in forecast.once},
         "mfu": forecast.mfu,
         "tokens_per_second": forecast.tokens_per_second,
         "bubble": forecast.bubble,
-        "batch": _batch(scene.policy) | {"tokens": forecast.tokens},
-        "critic_batch": None if scene.critic is None else _batch(scene.critic),
+        "batch": _batch(simulation.policy) | {"tokens": forecast.tokens},
+        "critic_batch": None if simulation.critic is None else _batch(simulation.critic),
         "recipe": {"steps": forecast.steps, "gpu_hours": forecast.gpu_hours, "energy_kwh": forecast.energy_kwh},
         "warnings": forecast.warnings,
         "assumptions": forecast.assumptions,
     }
 
 
-def _generating(forecast: Forecast, grid: Clock) -> dict[str, Any]:
+def _generating(forecast: Forecast, grid: CostModel) -> dict[str, Any]:
     return {"ranks": grid.world_size, "dp": grid.dp, "stages": [_stage(rank) for rank in forecast.generating]}
 
 
-def _stage(rank: Rank) -> dict[str, Any]:
+def _stage(rank: RankMemory) -> dict[str, Any]:
     sizes = {"pp": rank.pp, "layers": rank.layers, "params": rank.params, "peak_bytes": rank.peak_bytes, "fits": rank.fits}
     return sizes | {"moment": rank.moment, "bytes": rank.parts, "moments": rank.moments}
 
 
-def _batch(trained: Trained) -> dict[str, Any]:
-    cut = trained.step
+def _batch(trained: TrainedModel) -> dict[str, Any]:
+    cut = trained.update_batch
     return {"fill": cut.fill, "imbalance": cut.imbalance, "microbatches": cut.microbatches}
 
 
-def draw(forecast: Forecast, path: Path) -> None:
+def draw_pipeline(forecast: Forecast, path: Path) -> None:
     """A PNG of one optimizer step of the policy: pipeline ranks downwards, seconds to the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not everyone has it
     from matplotlib.figure import Figure
 
-    timeline, parallel = forecast.scene.policy.update.timeline, forecast.scene.run.parallel
+    timeline, parallel = forecast.simulation.policy.update.timeline, forecast.simulation.run.parallel
     figure = Figure(figsize=(14, 1.5 + 0.3 * parallel.pp), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -177,5 +183,5 @@ def draw(forecast: Forecast, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _bar(op: Op) -> tuple[float, float]:
+def _bar(op: TimedOp) -> tuple[float, float]:
     return op.start, op.end - op.start

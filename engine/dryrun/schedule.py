@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["forward", "backward"]
 
 
-class Piece(NamedTuple):
+class PipelineOp(NamedTuple):
     """One microbatch through one virtual stage (a chunk) of one pipeline rank, one way."""
 
     kind: Kind
@@ -21,10 +21,10 @@ class Piece(NamedTuple):
     chunk: int
 
 
-class Op(NamedTuple):
+class TimedOp(NamedTuple):
     """A piece in time, in seconds from the start of the pipeline."""
 
-    piece: Piece
+    piece: PipelineOp
     start: float
     end: float
 
@@ -33,7 +33,7 @@ class Op(NamedTuple):
 class Timeline:
     """What every pipeline rank does when: `ranks[pp]` in order of time."""
 
-    ranks: tuple[tuple[Op, ...], ...]
+    ranks: tuple[tuple[TimedOp, ...], ...]
 
     @property
     def seconds(self) -> float:
@@ -61,7 +61,7 @@ class Timeline:
         return worst
 
 
-def order(pp: int, vpp: int, microbatches: int, rank: int, *, forward_only: bool = False) -> list[Piece]:
+def order(pp: int, vpp: int, microbatches: int, rank: int, *, forward_only: bool = False) -> list[PipelineOp]:
     """What `rank` of `pp` does, in megatron-core's order: forwards to warm up, then one forward and one backward by turns, then the
     backwards that are left.
 
@@ -73,10 +73,10 @@ def order(pp: int, vpp: int, microbatches: int, rank: int, *, forward_only: bool
     table = [
         (microbatch, chunk) for first in range(0, microbatches, group) for chunk in range(vpp) for microbatch in range(first, first + group)
     ]
-    forwards = [Piece("forward", *entry) for entry in table]
+    forwards = [PipelineOp("forward", *entry) for entry in table]
     if forward_only:
         return forwards
-    backwards = [Piece("backward", microbatch, vpp - 1 - chunk) for microbatch, chunk in table]
+    backwards = [PipelineOp("backward", microbatch, vpp - 1 - chunk) for microbatch, chunk in table]
     warmup = min(len(table), 2 * (pp - 1 - rank) + (vpp - 1) * pp if vpp > 1 else pp - 1 - rank)
     steady = [piece for pair in zip(forwards[warmup:], backwards, strict=False) for piece in pair]
     return forwards[:warmup] + steady + backwards[len(table) - warmup :]
@@ -111,8 +111,8 @@ def simulate(
     pp, vpp = len(forward), len(forward[0])
     seconds = [{"forward": forward[rank], "backward": backward[rank]} for rank in range(pp)]
     todo = [order(pp, vpp, microbatches, rank, forward_only=forward_only) for rank in range(pp)]
-    ranks: list[list[Op]] = [[] for _ in range(pp)]
-    ended: dict[tuple[int, Piece], float] = {}
+    ranks: list[list[TimedOp]] = [[] for _ in range(pp)]
+    ended: dict[tuple[int, PipelineOp], float] = {}
     come = [0.0] * pp  # when the weights that each rank asked for last are there
     ready = list(range(pp))
     while ready:
@@ -130,24 +130,24 @@ def simulate(
                 now = max(now, come[rank])
             start, now = now, now + seconds[rank][piece.kind][piece.chunk]
             ended[rank, piece] = now
-            ops.append(Op(piece, start, now))
+            ops.append(TimedOp(piece, start, now))
         if len(ops) > before:
             ready = [*{*ready, (rank + 1) % pp, (rank - 1) % pp} - {rank}]
     assert all(len(ops) == len(pieces) for ops, pieces in zip(ranks, todo, strict=True)), "the schedule waits for itself"
     return Timeline(tuple(tuple(ops) for ops in ranks))
 
 
-def _asked(ops: list[Op], rank: int, chunk: int, pp: int) -> float:
+def _asked(ops: list[TimedOp], rank: int, chunk: int, pp: int) -> float:
     """When a rank asks for the weights of `chunk`, as megatron-core does: of the first two at the start, of another when the pipeline's
     last rank takes its first microbatch of the chunk before, which is that many microbatches earlier on the others."""
     return 0.0 if chunk < 2 else ops[(chunk - 1) * pp - rank].start
 
 
-def _needs(rank: int, piece: Piece, pp: int, vpp: int) -> tuple[int, Piece] | None:
+def _needs(rank: int, piece: PipelineOp, pp: int, vpp: int) -> tuple[int, PipelineOp] | None:
     """Which piece of which rank must have ended before `piece` can start; None for what needs nobody."""
     kind, microbatch, chunk = piece
     stage = chunk * pp + rank
     if kind == "backward" and stage == pp * vpp - 1:
-        return rank, Piece("forward", microbatch, chunk)
+        return rank, PipelineOp("forward", microbatch, chunk)
     before = stage - 1 if kind == "forward" else stage + 1
-    return None if before < 0 else (before % pp, Piece(kind, microbatch, before // pp))
+    return None if before < 0 else (before % pp, PipelineOp(kind, microbatch, before // pp))

@@ -10,17 +10,16 @@ from typing import Any, get_args
 
 from rich.table import Table
 
-from engine.algorithms.rlvr import RLVR
-from engine.config import Llama, Parallel, Recompute, Run, override, spread
-from engine.config.checks import Launch
+from engine.config import ModelShape, Parallel, Recompute, Run, even_split, override
+from engine.config.checks import Launch, Requirements
 from engine.dryrun import model_shapes
 from engine.dryrun.compose import composer
 from engine.dryrun.forecast import Forecast, forecast
 from engine.dryrun.hardware import Hardware
-from engine.dryrun.memory import ledger
+from engine.dryrun.memory import memory_of_ranks
 from engine.dryrun.phases import phases, seconds_of
-from engine.dryrun.stages import rehearse as rehearse_every_rank
-from engine.dryrun.workload import Rehearse, Scene
+from engine.dryrun.stages import simulate_stages as rehearse_every_rank
+from engine.dryrun.workload import Simulation, StageBuilder
 
 BUDGETS = 5  # sizes of a microbatch that are tried: powers of two and one and a half times such, from the least that holds the longest
 DEEPEST = 8  # virtual stages of a pipeline rank
@@ -53,7 +52,7 @@ def search(
     hardware: Hardware,
     *,
     given: Sequence[tuple[int, int]] = (),
-    rehearse: Rehearse = rehearse_every_rank,
+    rehearse: StageBuilder = rehearse_every_rank,
     confirm: int = 3,
 ) -> list[Layout]:
     """Layouts of `run` that fill at most ROOM of each of `gpus` of `hardware`, the fastest first; the first `confirm` are rehearsed whole,
@@ -63,28 +62,30 @@ def search(
     LOOKED_AT that fit are timed with all their phases.
     """
     composed = composer(rehearse)
-    waiting: list[tuple[float, int, list[str], Scene]] = []
+    waiting: list[tuple[float, int, list[str], Simulation]] = []
 
     def consider(settings: list[str]) -> None:
         with suppress(ValueError):  # such a run cannot start
-            scene = Scene.of(override(run, settings), gpus, hardware, composed, given)
-            heapq.heappush(waiting, (_least(scene), len(waiting), settings, scene))
+            simulation = Simulation.of(override(run, settings), gpus, hardware, composed, given)
+            heapq.heappush(waiting, (_least(simulation), len(waiting), settings, simulation))
 
     for settings in _candidates(run, gpus, hardware):
         consider(settings)
     fitting: list[Layout] = []
     while waiting and len(fitting) < LOOKED_AT:
-        _, _, settings, scene = heapq.heappop(waiting)
-        memory = max(rank.peak_bytes for rank in ledger(scene))
+        _, _, settings, simulation = heapq.heappop(waiting)
+        memory = max(rank.peak_bytes for rank in memory_of_ranks(simulation))
         if memory <= ROOM * hardware.memory:
-            fitting.append(Layout(_differing(run, settings), seconds_of(phases(scene)), memory))
-        elif harder := RECOMPUTES[RECOMPUTES.index(scene.run.parallel.recompute) + 1 :]:
+            fitting.append(Layout(_differing(run, settings), seconds_of(phases(simulation)), memory))
+        elif harder := RECOMPUTES[RECOMPUTES.index(simulation.run.parallel.recompute) + 1 :]:
             consider([*settings[:-1], f"parallel.recompute={harder[0]}"])
     ranked = sorted(fitting, key=lambda layout: layout.seconds)
     return _confirmed(ranked, run, gpus, hardware, given, rehearse, confirm)
 
 
-def _confirmed(ranked: list[Layout], run: Run, gpus: int, hardware: Hardware, given: Any, rehearse: Rehearse, count: int) -> list[Layout]:
+def _confirmed(
+    ranked: list[Layout], run: Run, gpus: int, hardware: Hardware, given: Any, rehearse: StageBuilder, count: int
+) -> list[Layout]:
     """The first `count` that still fit when they are rehearsed whole, then those that nobody rehearsed."""
     whole: list[Layout] = []
     left = list(ranked)
@@ -96,18 +97,19 @@ def _confirmed(ranked: list[Layout], run: Run, gpus: int, hardware: Hardware, gi
     return sorted(whole, key=lambda layout: layout.step_seconds) + left
 
 
-def _least(scene: Scene) -> float:
+def _least(simulation: Simulation) -> float:
     """Seconds that all optimizer steps of one step of the recipe take at least: the slowest rank's work, after it has come to it."""
-    policy = scene.policy
+    policy = simulation.policy
     times = [sum(policy.clock.seconds(stage.forward) + policy.clock.seconds(stage.backward) for stage in rank) for rank in policy.ranks]
     before = (len(times) - 1) * min(times) / policy.parallel.vpp
-    return policy.scaled(policy.step.microbatches * max(times) + before)
+    return policy.scaled(policy.update_batch.microbatches * max(times) + before)
 
 
 def _candidates(run: Run, gpus: int, hardware: Hardware) -> Iterator[list[str]]:
     """Every layout without recomputation, which is the last of its settings."""
-    model = run.model.headed(model_shapes.shape(run.model))
-    trainers = gpus - (run.algorithm.rollout.gpus if isinstance(run.algorithm, RLVR) else 0)
+    model = run.model.with_head(model_shapes.shape_of(run.model))
+    generation = run.algorithm.workload().generation
+    trainers = gpus - (generation.rollout.generator_gpus if generation else 0)
     for grid in _grids(model, run.parallel, trainers, hardware):
         dealt = f"parallel.stages={list(grid.stages)}"
         ends = [f"parallel.count_{name}={str(on).lower()}" for name, on in (("embedding", grid.count_embedding), ("loss", grid.count_loss))]
@@ -117,7 +119,7 @@ def _candidates(run: Run, gpus: int, hardware: Hardware) -> Iterator[list[str]]:
             yield [*layout, f"tokens_per_microbatch={budget}", f"parallel.recompute={RECOMPUTES[0]}"]
 
 
-def _grids(model: Llama, parallel: Parallel, gpus: int, hardware: Hardware) -> Iterator[Parallel]:
+def _grids(model: ModelShape, parallel: Parallel, gpus: int, hardware: Hardware) -> Iterator[Parallel]:
     """Those whose weights, gradients and optimizer alone would not be too much, each with the first way to deal layers that holds."""
     for tp in range(1, min(hardware.node, model.kv_heads) + 1):
         for pp in range(1, gpus // tp + 1):
@@ -130,16 +132,16 @@ def _grids(model: Llama, parallel: Parallel, gpus: int, hardware: Hardware) -> I
                 yield from _dealt(model, replace(parallel, tp=tp, pp=pp, vpp=vpp, stages=()), gpus)
 
 
-def _dealt(model: Llama, grid: Parallel, gpus: int) -> Iterator[Parallel]:
+def _dealt(model: ModelShape, grid: Parallel, gpus: int) -> Iterator[Parallel]:
     plain = replace(grid, count_embedding=False, count_loss=False)
-    by_hand = replace(plain, stages=tuple(spread(model.layers, grid.pp)) if grid.vpp == 1 else ())
+    by_hand = replace(plain, stages=tuple(even_split(model.layers, grid.pp)) if grid.vpp == 1 else ())
     ways = [grid, replace(grid, count_embedding=True, count_loss=True), plain, by_hand]
-    yield from [way for way in ways if way.holds(model, gpus)][:1]
+    yield from [way for way in ways if way.fits_model(model, gpus)][:1]
 
 
 def _budgets(run: Run, gpus: int) -> list[int]:
-    demands = run.algorithm.demands(Launch(run, gpus, model_shapes.shape))
-    longest = demands.together * demands.longest.value
+    requirements: Requirements = run.algorithm.requirements(Launch(run, gpus, model_shapes.shape_of))
+    longest = requirements.seqs_per_unit * requirements.longest_sequence.value
     sizes = sorted(size << i for i in range(longest.bit_length() + BUDGETS) for size in (2, 3))
     return [size for size in sizes if size >= longest][:BUDGETS]
 

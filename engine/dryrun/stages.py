@@ -11,21 +11,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.config import Llama, Model, Optim, Parallel
+from engine.config import Model, ModelShape, Optim, Parallel
 from engine.distributed.world import World
 from engine.dryrun.costs import Axis
 from engine.dryrun.meter import Meter
 from engine.dryrun.types import Stage, Work
 from engine.megatron import optimizers
 from engine.megatron.policy import Policy
-from engine.megatron.single_stage import Passage
+from engine.megatron.single_stage import SingleStage
 from engine.types import Packed
 
 Precision = Literal["bf16", "fp32"]
 
 
-def rehearse(
-    model: Llama,
+def simulate_stages(
+    model: ModelShape,
     parallel: Parallel,
     world_size: int,
     lengths: Sequence[int],
@@ -58,9 +58,9 @@ def rehearse(
 
 
 @contextmanager
-def become(model: Llama, parallel: Parallel, world_size: int, pp: int, optim: Optim | None, dtype: Precision) -> Iterator[Policy]:
+def become(model: ModelShape, parallel: Parallel, world_size: int, pp: int, optim: Optim | None, dtype: Precision) -> Iterator[Policy]:
     """The policy of pipeline rank `pp`'s first rank; the grid, the seat and the world are given back afterwards."""
-    world = World.imagined(pp * (world_size // parallel.pp), world_size)
+    world = World.fake(pp * (world_size // parallel.pp), world_size)
     with closing(world), closing(Policy(Model(init=model, dtype=dtype), optim, parallel, world)) as policy:
         yield policy
 
@@ -95,7 +95,7 @@ def _stage(policy: Policy, chunk: int, packed: Packed, token_loss: bool) -> Stag
     model = policy.chunks[chunk]
     forward, backward, held, peak = inference, Work(), 0, inference_peak
     if policy.optimizer is not None:
-        forward, backward, held, peak = _learned(policy, Passage(policy, chunk, packed, token_loss=token_loss))
+        forward, backward, held, peak = _learned(policy, SingleStage(policy, chunk, packed, token_loss=token_loss))
     return Stage(
         pp=policy.grid.pp_rank,
         chunk=chunk,
@@ -114,13 +114,13 @@ def _stage(policy: Policy, chunk: int, packed: Packed, token_loss: bool) -> Stag
 
 
 def _inferred(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, int]:
-    passage = Passage(policy, chunk, packed)
+    passage = SingleStage(policy, chunk, packed)
     with meter_of(policy) as meter:
         passage.infer()
     return meter.taken(), meter.peak
 
 
-def _learned(policy: Policy, passage: Passage) -> tuple[Work, Work, int, int]:
+def _learned(policy: Policy, passage: SingleStage) -> tuple[Work, Work, int, int]:
     """(forward, backward, held, peak) of a microbatch."""
     with meter_of(policy) as meter:
         passage.forward()

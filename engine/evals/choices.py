@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.megatron.policy import Policy
-from engine.rollout.scoring import per_token
+from engine.rollout.scoring import score_samples
 from engine.types import Sample
 
 
@@ -17,7 +17,7 @@ def choose(policy: Policy, prompts: Sequence[np.ndarray], choices: Sequence[Sequ
     On rank 0; the others get an empty list. All ranks must call it. `budget` is the tokens of a microbatch.
     """
     pairs = [(prompt, choice) for prompt, each in zip(prompts, choices, strict=True) for choice in each]
-    found = [values for _, block in per_token(policy, policy.logprobs, (_sample(*pair) for pair in pairs), budget) for values in block]
+    found = [values for _, block in score_samples(policy, policy.logprobs, (_sample(*pair) for pair in pairs), budget) for values in block]
     sums = [float(values[-len(choice) :].sum()) for values, (_, choice) in zip(found, pairs, strict=False)]
     total = iter(sums)
     return [[next(total) for _ in each] for each in choices] if sums else []

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
 from engine.evals.choices import choose
-from engine.evals.exam import Evaluating, Exam
-from engine.evals.generation import Response, respond
+from engine.evals.exam import EvalConfig, Exam
+from engine.evals.generation import EvalResponse, respond
 from engine.evals.statistics import Estimate
 from engine.evals.suite import Item, Scores, Suite
 from engine.megatron.policy import Policy
@@ -27,7 +27,7 @@ from engine.verify.pool import Case, Pool
 class Answer:
     """What was answered to one item, and how it was judged. `verdicts[r][c]` is of case c of response r."""
 
-    responses: list[Response]
+    responses: list[EvalResponse]
     verdicts: list[list[Verdict | Unjudged]]
     scores: Scores | None  # None: the machine failed to judge it, and it counts nowhere
 
@@ -50,7 +50,7 @@ class Result:
         return sum(answer.scores is None for answer in self.answers)
 
 
-def evaluate(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: World) -> list[Result]:
+def evaluate(settings: EvalConfig, exams: Sequence[Exam], folder: Path, world: World) -> list[Result]:
     """Every exam's result, on rank 0; the others get an empty list. All ranks must call it."""
     tokenizer = load_tokenizer(settings.model.tokenizer or str(folder))
     with closing(Policy(replace(settings.model, path=str(folder)), None, settings.parallel, world)) as policy:
@@ -59,7 +59,7 @@ def evaluate(settings: Evaluating, exams: Sequence[Exam], folder: Path, world: W
     return [Result(*pair) for pair in zip(exams, found, strict=True)] if world.rank == 0 else []
 
 
-def _answers(settings: Evaluating, exam: Exam, policy: Policy, tokenizer: PreTrainedTokenizerFast) -> list[Answer]:
+def _answers(settings: EvalConfig, exam: Exam, policy: Policy, tokenizer: PreTrainedTokenizerFast) -> list[Answer]:
     """On rank 0; the others get an empty list."""
     if exam.decoding is None:
         found = choose(policy, exam.prompts, exam.choices, settings.tokens_per_microbatch)
@@ -68,7 +68,7 @@ def _answers(settings: Evaluating, exam: Exam, policy: Policy, tokenizer: PreTra
     return judged(exam, responses) if policy.world.rank == 0 else []
 
 
-def judged(exam: Exam, responses: list[list[Response]]) -> list[Answer]:
+def judged(exam: Exam, responses: list[list[EvalResponse]]) -> list[Answer]:
     """The responses to each item of `exam`, with verdicts and scores. Raises Unjudged when the machine fails to judge 1 % of them."""
     cases = [
         [[Case(judge, *pair) for judge in exam.verifiers for pair in exam.suite.cases(item, response.text)] for response in each]
@@ -89,5 +89,5 @@ def _chosen(suite_: Suite, item: Item, logprobs: list[float]) -> Answer:
     best = int(np.argmax(logprobs))
     reason = "log-probabilities " + ", ".join(f"{choice} {value:.4f}" for choice, value in zip(item.choices, logprobs, strict=True))
     return Answer(
-        [Response(item.choices[best], 1, "chosen")], [[Verdict(best == item.truth, reason)]], suite_.scores([[best == item.truth]])
+        [EvalResponse(item.choices[best], 1, "chosen")], [[Verdict(best == item.truth, reason)]], suite_.scores([[best == item.truth]])
     )

@@ -16,20 +16,20 @@ from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
 from engine.evals.generation import Decoding
 from engine.evals.suite import Item, Suite, suite
-from engine.megatron.policy import shape_of
+from engine.megatron.policy import read_shape
 from engine.models.hub import resolve
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 from engine.verify import Verifier, verifier
 from engine.verify.code import UNSAFE_CODE
 
 
 @dataclass(frozen=True)
-class Evaluating:
+class EvalConfig:
     """What an evaluation needs to know besides its suites. None: as the suite has it."""
 
     model: Model
     parallel: Parallel = field(default_factory=Parallel)
-    rollout: Slotting = field(default_factory=lambda: Slotting(share=True))
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prefix_caching=True))
     seed: int = 0
     samples: int | None = None
     temperature: float | None = None
@@ -68,7 +68,7 @@ class Exam:
 
 
 def prepare(
-    settings: Evaluating, names: Sequence[str], data: Mapping[str, str], limit: int, chat: bool | None, world: World
+    settings: EvalConfig, names: Sequence[str], data: Mapping[str, str], limit: int, chat: bool | None, world: World
 ) -> tuple[Path, list[Exam]]:
     """The model's folder, and the questions of all suites, before any weight is read.
 
@@ -79,8 +79,8 @@ def prepare(
     suites = [suite(name) for name in names]
     if strange := data.keys() - set(names):
         raise ValueError(f"--data names {', '.join(sorted(strange))}, not among the suites {', '.join(names)}")
-    folder = world.first(lambda: resolve(settings.model.path))
-    settings.parallel.check(shape_of(folder), world.size)
+    folder = world.rank0_first(lambda: resolve(settings.model.path))
+    settings.parallel.check(read_shape(folder), world.size)
     template = ChatTemplate(load_tokenizer(settings.model.tokenizer or str(folder)), settings.chat_template or None)
     by_chat = bool(template.text) if chat is None else chat
     return folder, [_exam(settings, each, _source(each, data), limit, template, by_chat) for each in suites]
@@ -91,7 +91,7 @@ def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
     return suite_.source if path == suite_.source.path else replace(suite_.source, path=path, name="")
 
 
-def _exam(settings: Evaluating, suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool) -> Exam:
+def _exam(settings: EvalConfig, suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool) -> Exam:
     decoding = settings.decoding(suite_)
     verifiers = [UNSAFE_CODE if settings.unsafe_code and name == "code" else verifier(name) for name in suite_.verifiers]
     where, items = [], []

@@ -12,8 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from engine.megatron.policy import Policy
-from engine.rollout.sampler import Sampling, Slotting, generate, stop_tokens
-from engine.rollout.stopping import Until
+from engine.rollout.config import RolloutConfig
+from engine.rollout.engine import SamplingParams
+from engine.rollout.sampler import generate, stop_tokens
+from engine.rollout.stopping import StopStrings
 from engine.types import Prompt
 
 
@@ -35,7 +37,7 @@ class Decoding:
             )
 
 
-class Response(NamedTuple):
+class EvalResponse(NamedTuple):
     """A response without what stopped it. `finish` is "stop", or "length" where max_tokens did."""
 
     text: str
@@ -44,21 +46,26 @@ class Response(NamedTuple):
 
 
 def respond(
-    policy: Policy, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[np.ndarray], decoding: Decoding, slotting: Slotting, seed: int
-) -> list[list[Response]]:
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[np.ndarray],
+    decoding: Decoding,
+    rollout: RolloutConfig,
+    seed: int,
+) -> list[list[EvalResponse]]:
     """`n` responses to each prompt, int32 [L], in order, on every rank.
 
     Draws are a function of (seed, place of the prompt, sample, position). Raises ValueError for a prompt that leaves no room for
     `max_tokens` in the model's context.
     """
-    ends, until = end_tokens(policy.folder, tokenizer), Until(tokenizer, decoding.stop)
-    sampling = Sampling(decoding.max_tokens, ends, decoding.temperature, top_p=decoding.top_p, until=until)
+    ends, until = end_tokens(policy.folder, tokenizer), StopStrings(tokenizer, decoding.stop)
+    sampling = SamplingParams(decoding.max_tokens, ends, decoding.temperature, top_p=decoding.top_p, until=until)
     asked = [Prompt(tokens, id=place) for place, tokens in enumerate(prompts)]
-    found = generate(policy, asked, sampling, slotting, samples=decoding.n, seed=(seed,))
+    found = generate(policy, asked, sampling, rollout, samples=decoding.n, seed=(seed,))
 
-    def told(tokens: list[int], stopped: bool) -> Response:
+    def told(tokens: list[int], stopped: bool) -> EvalResponse:
         written = tokens[:-1] if tokens[-1] in ends else tokens
-        return Response(until.before(written), len(written), "stop" if stopped else "length")
+        return EvalResponse(until.before(written), len(written), "stop" if stopped else "length")
 
     return [[told(response.tokens.tolist(), response.stopped) for response in group] for group in found]
 

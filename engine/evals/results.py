@@ -11,7 +11,7 @@ from rich.table import Table
 
 from engine.config import to_dict
 from engine.evals.evaluate import Answer, Result
-from engine.evals.exam import Evaluating
+from engine.evals.exam import EvalConfig
 from engine.verify import Verdict
 
 
@@ -27,7 +27,7 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
-def write(results: Sequence[Result], settings: Evaluating, out: Path) -> None:
+def write(results: Sequence[Result], settings: EvalConfig, out: Path) -> None:
     """results.json and SUITE.jsonl, a line for each item in order, in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for result in results:

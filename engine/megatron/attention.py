@@ -14,15 +14,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from engine.config import Llama
+from engine.config import ModelShape
 from engine.types import Packed, TokenTerms
 from triton_kernels import rope_qkv
 
-Attend = Callable[[Tensor, Tensor, Tensor, "Flight"], Tensor]  # q [T, H, K], k and v [T, KV, K] -> [T, H, K]
+Attend = Callable[[Tensor, Tensor, Tensor, "PackedForward"], Tensor]  # q [T, H, K], k and v [T, KV, K] -> [T, H, K]
 
 
 @dataclass
-class Flight(PackedSeqParams):
+class PackedForward(PackedSeqParams):
     """One microbatch on its way through the model. It rides in megatron's own `packed_seq_params` argument, from embedding to log-probs."""
 
     lengths: tuple[int, ...] = ()  # tokens of each sequence, on the host
@@ -32,16 +32,18 @@ class Flight(PackedSeqParams):
     inv_temp: float = 1.0  # 1 / the temperature that log-probs are taken at
     entropy: bool = False  # beside the log-probs: [2, T]
     terms: TokenTerms | None = None  # the loss, where the output layer makes its gradient
-    landing: Any = None  # generation only: the caches it writes and how it draws (decode.py)
+    kv_write: Any = None  # generation only: the caches it writes and how it draws (decode.py)
 
     @staticmethod
-    def of(packed: Packed, rows_M: Tensor, model: Llama, device: torch.device, inv_temp: float = 1.0, entropy: bool = False) -> Flight:
+    def of(
+        packed: Packed, rows_M: Tensor, model: ModelShape, device: torch.device, inv_temp: float = 1.0, entropy: bool = False
+    ) -> PackedForward:
         """`packed` is on the host; what the model needs of it goes to `device`."""
         lengths = packed.cu_seqlens.diff().tolist()
         cos, sin = rope_angles(packed.positions_T, rope_frequencies(model))
         cu_seqlens = packed.cu_seqlens.to(device)
         longest = max(lengths)
-        return Flight(
+        return PackedForward(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
@@ -62,7 +64,7 @@ def rope_angles(positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
     return angles.cos(), angles.sin()
 
 
-def rope_frequencies(model: Llama) -> Tensor:
+def rope_frequencies(model: ModelShape) -> Tensor:
     """Radians per position of each pair of a head's dimensions, float32 [K/2] (RoFormer, arXiv 2104.09864; Llama 3.1's scaling)."""
     frequency = model.rope_theta ** -(torch.arange(0, model.head_dim, 2).double() / model.head_dim)
     if (scaling := model.rope_scaling) is not None:
@@ -76,7 +78,7 @@ class PackedSelfAttention(SelfAttention):
     """megatron's two projections with PackedAttention between them, which takes the first one's product as it is."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Flight, **_: Any
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedForward, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [T / tp, 1, D] -> the same, and no bias."""
         qkv, _bias = self.linear_qkv(hidden_states)  # type: ignore[operator]
@@ -85,20 +87,20 @@ class PackedSelfAttention(SelfAttention):
 
 
 class PackedAttention(torch.nn.Module):
-    """Stands where megatron's core_attention stood. Rotary embedding by the flight's positions, then attention within each sequence."""
+    """Replaces megatron's core_attention: rotary embedding, then causal attention within each sequence."""
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, attend: Attend, **_: Any):
         super().__init__()
         self.layer, self.attend = layer_number, attend
         self.shared, self.size = config.num_attention_heads // config.num_query_groups + 2, config.kv_channels
 
-    def forward(self, qkv: Tensor, *, packed_seq_params: Flight) -> Tensor:
+    def forward(self, qkv: Tensor, *, packed_seq_params: PackedForward) -> Tensor:
         """qkv [T, 1, KV * (G + 2) * K], as triton_kernels.rope_qkv takes it -> [T, 1, H * K]."""
-        flight = packed_seq_params
-        query, key, value = rope_qkv(qkv.view(len(qkv), -1, self.shared, self.size), flight.cos_TK, flight.sin_TK)
-        if flight.landing is not None:
-            return flight.landing.attend(self.layer, query, key, value, flight, self.attend).flatten(1)[:, None]
-        return self.attend(query, key, value, flight).flatten(1)[:, None]
+        packed_forward = packed_seq_params
+        query, key, value = rope_qkv(qkv.view(len(qkv), -1, self.shared, self.size), packed_forward.cos_TK, packed_forward.sin_TK)
+        if packed_forward.kv_write is not None:
+            return packed_forward.kv_write.attend(self.layer, query, key, value, packed_forward, self.attend).flatten(1)[:, None]
+        return self.attend(query, key, value, packed_forward).flatten(1)[:, None]
 
 
 def attend_for(on_gpu: bool) -> Attend:
@@ -110,8 +112,8 @@ def attend_for(on_gpu: bool) -> Attend:
     except ImportError:
         return _varlen()
 
-    def attend_flash(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
-        cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
+    def attend_flash(query: Tensor, key: Tensor, value: Tensor, packed_forward: PackedForward) -> Tensor:
+        cu, longest = packed_forward.cu_seqlens_q, packed_forward.max_seqlen_q
         repeatable = torch.are_deterministic_algorithms_enabled()
         return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True, deterministic=repeatable)
 
@@ -127,16 +129,16 @@ def _varlen() -> Attend:
     # Without the argument, its flash attention takes fewer heads of keys than of queries unasked.
     options = causal | ({"enable_gqa": True} if "enable_gqa" in accepts else {})
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
-        cu, longest = flight.cu_seqlens_q, flight.max_seqlen_q
+    def attend(query: Tensor, key: Tensor, value: Tensor, packed_forward: PackedForward) -> Tensor:
+        cu, longest = packed_forward.cu_seqlens_q, packed_forward.max_seqlen_q
         return varlen.varlen_attn(query, key, value, cu, cu, longest, longest, **options)  # type: ignore[return-value]
 
     return attend
 
 
-def attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, flight: Flight) -> Tensor:
+def attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, packed_forward: PackedForward) -> Tensor:
     """The same where no GPU is: by torch's CPU kernel one sequence at a time, and on meta tensors as shapes alone."""
-    return _attention(query, key, value, list(flight.lengths))[0]
+    return _attention(query, key, value, list(packed_forward.lengths))[0]
 
 
 @torch.library.custom_op("trivet::attention", mutates_args=())

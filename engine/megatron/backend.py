@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from engine.config import Parallel
 from engine.distributed.world import World
 from engine.megatron import weight_gradient
-from engine.megatron.onednn import in_onednn
+from engine.megatron.onednn import use_onednn
 
 TESTED_VERSIONS = ("0.16.1", "0.19.2")  # the latter for Python 3.12 and newer
 
@@ -36,7 +36,7 @@ SITES: tuple[Site, ...] = (
     ("models.gpt", "GPTModel.shared_embedding_or_output_weight", (), "tied output weights"),
     ("models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec", ("normalization",), "the layer whose norms and attention we swap"),
     ("transformer.attention", "SelfAttentionSubmodules", ("core_attention",), "our packed attention"),
-    ("transformer.attention", "SelfAttention.forward", ("packed_seq_params",), "the flight reaches attention"),
+    ("transformer.attention", "SelfAttention.forward", ("packed_seq_params",), "the packed_forward reaches attention"),
     ("transformer.transformer_layer", "TransformerLayer.forward", (), "a layer's additions within its norms"),
     ("tensor_parallel", "checkpoint", ("function", "distribute_saved_activations"), "recomputing the MLP"),
     ("tensor_parallel.layers", "_grad_accum_fusion_available", (), "weight gradients accumulated by the product"),
@@ -114,11 +114,11 @@ def _stand_ins(device: torch.device) -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def taken(world: World) -> Iterator[None]:
+def cpu_backend(world: World) -> Iterator[None]:
     """While it is open, megatron-core computes on `world.device`, and its linear layers accumulate weight gradients by weight_gradient.py.
     On GPUs the latter is all it does."""
     with ExitStack() as stack:
-        if world.seat != "cuda":
+        if world.backend != "cuda":
             _redirect(world, stack)
         stack.enter_context(_accumulating(world))
         yield
@@ -129,8 +129,8 @@ def _redirect(world: World, stack: ExitStack) -> None:
         stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         if hasattr(torch.cuda.random, name):
             stack.enter_context(mock.patch.object(torch.cuda.random, name, stand_in))
-    if world.seat == "cpu":
-        stack.enter_context(in_onednn())
+    if world.backend == "cpu":
+        stack.enter_context(use_onednn())
     stack.enter_context(_Redirect(world.device))
 
 
@@ -141,7 +141,7 @@ def _accumulating(world: World) -> Iterator[None]:
     from megatron.core.tensor_parallel import layers
 
     with ExitStack() as stack:
-        if world.seat != "cuda" or not layers._grad_accum_fusion_available:
+        if world.backend != "cuda" or not layers._grad_accum_fusion_available:
             stack.enter_context(mock.patch.object(layers, APEX, weight_gradient, create=True))
             stack.enter_context(mock.patch.object(layers, "_grad_accum_fusion_available", True))
         yield

@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from engine.config import Llama, step_folder
+from engine.config import ModelShape, step_folder
 from engine.distributed.world import World
 from engine.megatron.model import PackedModel
+from engine.models.families import to_hf
 
 # Optimizer state in the shape of the parameters, so that any grid can take it up again. (megatron writes into the dict that it is given.)
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -100,7 +101,7 @@ class _InProcess(TorchDistSaveShardedStrategy):
 
 
 def save(
-    state: State, model: Llama, out: Path, step: int, assets: Path | None, keep_last: int, world: World, beside: Mapping[str, bytes]
+    state: State, model: ModelShape, out: Path, step: int, assets: Path | None, keep_last: int, world: World, beside: Mapping[str, bytes]
 ) -> None:
     """Write `out/step-N`; afterwards only the newest `keep_last` whole checkpoints stay.
 
@@ -111,9 +112,9 @@ def save(
     final = step_folder(out, step)
     work = final.with_name(final.name + ".tmp")
     problem = _attempt(lambda: _prepare(work, assets, beside), when=world.rank == 0)
-    problem = world.agree(problem) or world.agree(_attempt(lambda: _write(state, work / TENSORS)))
+    problem = world.first_error(problem) or world.first_error(_attempt(lambda: _write(state, work / TENSORS)))
     if problem is None:
-        problem = world.agree(_attempt(lambda: _seal(work, final, model, state.optimizer_kind, step, world)))
+        problem = world.first_error(_attempt(lambda: _seal(work, final, model, state.optimizer_kind, step, world)))
     if problem is not None:
         if world.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -155,7 +156,7 @@ def _write(state: State, folder: Path) -> None:
     dist_checkpointing.save(state.sharded(loading=False), str(folder), sharded_strategy=_InProcess("torch_dist", 1))
 
 
-def _seal(work: Path, final: Path, model: Llama, optimizer: str, step: int, world: World) -> None:
+def _seal(work: Path, final: Path, model: ModelShape, optimizer: str, step: int, world: World) -> None:
     """Hash every file (each rank its share), write the manifest, make it durable, and give the folder its name."""
     files = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
     mine = {name: _sha256(work / name) for name in files[world.rank :: world.size]}
@@ -164,7 +165,7 @@ def _seal(work: Path, final: Path, model: Llama, optimizer: str, step: int, worl
     if world.rank != 0:
         return
     hashes = {name: digest for part in everyone for name, digest in (part or {}).items()}
-    manifest = {"format": 1, "step": step, "model": model.to_hf(), "optimizer": optimizer, "sha256": dict(sorted(hashes.items()))}
+    manifest = {"format": 1, "step": step, "model": to_hf(model), "optimizer": optimizer, "sha256": dict(sorted(hashes.items()))}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     (work / SEAL).write_text(_sha256(work / MANIFEST) + "\n")
     for path in work.rglob("*"):
@@ -210,7 +211,7 @@ def found(out: Path) -> list[Path]:
     return sorted(named, reverse=True)
 
 
-def load_latest(state: State, model: Llama, out: Path, world: World, step: int | None = None) -> int:
+def load_latest(state: State, model: ModelShape, out: Path, world: World, step: int | None = None) -> int:
     """Load the newest whole checkpoint under `out`, or that of `step` and no other; returns its step, or 0 where there is none.
 
     Says on stderr which damaged ones it passed over. Raises ValueError when all are damaged, when the newest whole one is of another model,
@@ -221,7 +222,7 @@ def load_latest(state: State, model: Llama, out: Path, world: World, step: int |
         box = [[folder for folder in box[0] if folder == step_folder(out, step)]]
     dist.broadcast_object_list(box, src=0)
     for folder in box[0]:
-        if (damage := world.agree(damage_of(folder, world.rank, world.size))) is None:
+        if (damage := world.first_error(damage_of(folder, world.rank, world.size))) is None:
             return _load(state, model, folder)
         if world.rank == 0:
             print(f"WARNING: {folder} is damaged and is passed over: {damage}", file=sys.stderr, flush=True)
@@ -251,10 +252,10 @@ def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     return None
 
 
-def _load(state: State, model: Llama, folder: Path) -> int:
+def _load(state: State, model: ModelShape, folder: Path) -> int:
     manifest = json.loads((folder / MANIFEST).read_text())
     if differences := [
-        f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in model.to_hf().items() if manifest["model"].get(k) != v
+        f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in to_hf(model).items() if manifest["model"].get(k) != v
     ]:
         raise ValueError(f"{folder} is a checkpoint of another model ({'; '.join(differences)}); choose another out=, or that model")
     if state.optimizer_kind not in ("", manifest["optimizer"]):

@@ -1,8 +1,8 @@
-"""Generation on the policy's own weights: key-value caches, and waves of tokens on their way round the pipeline.
+"""Generation on the policy's own weights: key-value caches, and batches of tokens on their way round the pipeline.
 
-Slots are dealt to groups; each group's next token travels the stages as one wave, and while one group's is under way the others' are
+Slots are dealt to groups; each group's next token travels the stages as one batch, and while one group's is under way the others' are
 computed: with as many groups as stages, no stage waits. What a group does next is a pure function of the tokens it was told, so every
-rank of a replica plans the same waves, knows their shapes without asking, and stops at the same moment.
+rank of a replica plans the same batches, knows their shapes without asking, and stops at the same moment.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import Llama
+from engine.config import ModelShape
 from engine.distributed.world import World
-from engine.megatron.attention import Attend, Flight, rope_angles, rope_frequencies
+from engine.megatron.attention import Attend, PackedForward, rope_angles, rope_frequencies
 from engine.megatron.backend import Grid
 from engine.megatron.graphs import Graphs
-from engine.megatron.prefix_attention import Shared, attend_behind, decode_behind
+from engine.megatron.prefix_attention import Shared, decode_attention_with_prefix, prefill_attention
 from engine.megatron.tokens import Pending, TokenSender
 from triton_kernels import decode_attention
 from triton_kernels.launch import by_kernel
@@ -32,7 +32,7 @@ from triton_kernels.tiles import power_of_2
 
 
 @dataclass(frozen=True)
-class Drawing:
+class TokenSampling:
     """How tokens are drawn; see triton_kernels.draw. Log-probs are those of the whole tempered distribution (greedy: at temperature 1)."""
 
     temperature: float = 1.0
@@ -41,28 +41,28 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Wave:
+class DecodeBatch:
     """One forward of one group: a token for each row that decodes, rows 0 ... decode - 1, then whole prompts. R rows draw a token next."""
 
     tokens: list[int]
     positions: list[int]
-    decode: int
-    reach: int  # positions that the decoding rows look back over, their own included
+    decode_rows: int
+    max_context: int  # positions that the decoding rows look back over, their own included
     prompts: list[int]  # lengths
     rows: list[list[int]]  # the rows that each prompt is written to
-    wanted_R: list[int]  # the token after which each row draws
+    sampled_R: list[int]  # the token after which each row draws
     keys_R2: np.ndarray  # int32
 
 
-class Group(Protocol):
+class SequenceGroup(Protocol):
     """The slots of one cache, as the pipeline knows them."""
 
-    def plan(self) -> Wave | None:
+    def plan(self) -> DecodeBatch | None:
         """What to compute next; None when all is done."""
         ...
 
     def absorb(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
-        """Take what the last wave drew. Returns the moves (from row, to row, positions) that keep the live rows in front."""
+        """Take what the last batch drew. Returns the moves (from row, to row, positions) that keep the live rows in front."""
         ...
 
 
@@ -72,24 +72,26 @@ class Prefill:
 
     tokens: list[int]
 
-    def plan(self) -> Wave | None:
+    def plan(self) -> DecodeBatch | None:
         """All of it, once."""
         tokens, self.tokens = self.tokens, []
         if not tokens:
             return None
         count = len(tokens)
-        return Wave(tokens, list(range(count)), 0, 1, [count], [[0]], [count - 1], np.zeros((1, 2), np.int32))
+        return DecodeBatch(tokens, list(range(count)), 0, 1, [count], [[0]], [count - 1], np.zeros((1, 2), np.int32))
 
     def absorb(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
         """Nobody asks what is drawn behind it."""
         return []
 
 
-class Cache:
+class KVCache:
     """Keys and values of this rank's layers, each [slots, KV, positions, K]. With a `prefix`, a cache of one slot, every slot goes on from
     its positions, and its own are counted from there."""
 
-    def __init__(self, layers: Sequence[int], slots: int, heads: int, positions: int, size: int, like: Tensor, prefix: Cache | None = None):
+    def __init__(
+        self, layers: Sequence[int], slots: int, heads: int, positions: int, size: int, like: Tensor, prefix: KVCache | None = None
+    ):
         self.layers = {
             layer: (like.new_zeros(slots, heads, positions, size), like.new_zeros(slots, heads, positions, size)) for layer in layers
         }
@@ -103,14 +105,14 @@ class Cache:
 
 
 @dataclass
-class Landing:
-    """Where a wave's keys and values go, and how its tokens are drawn; rides in the flight."""
+class KVWrite:
+    """Where a batch's keys and values go, and how its tokens are drawn; rides in the packed_forward."""
 
-    cache: Cache
-    drawing: Drawing
+    cache: KVCache
+    sampling: TokenSampling
     positions_n: Tensor  # of the rows that decode, 0 ... n - 1; -1: a row that pads, whose keys and values go where nobody looks
     keys_R2: Tensor
-    reach: int  # as the wave's
+    reach: int  # as the batch's
     prompts: Sequence[int] = ()
     rows: Sequence[list[int]] = ()
 
@@ -128,7 +130,7 @@ class Landing:
         """[n, 1, 1, reach], what each decoding row may look at."""
         return (torch.arange(self.reach, device=self.positions_n.device) < self.lengths_n[:, None])[:, None, None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, flight: Flight, attend: Attend) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, packed_forward: PackedForward, attend: Attend) -> Tensor:
         """Attention of rows that decode over what is cached, of prompts over themselves; both leave their keys and values behind."""
         keys, values = self.cache.layers[layer]
         n = len(self.positions_n)
@@ -142,7 +144,7 @@ class Landing:
         parts = [self._decode(keys, values, query[:n], key[:n], value[:n], shared)] if n else []
         if len(query) > n:
             rest = (query[n:], key[n:], value[n:])
-            parts.append(attend_behind(shared, *rest, flight.lengths) if shared else attend(*rest, flight))
+            parts.append(prefill_attention(shared, *rest, packed_forward.lengths) if shared else attend(*rest, packed_forward))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _decode(self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, shared: Shared | None) -> Tensor:
@@ -154,13 +156,13 @@ class Landing:
         grouped = query.view(n, keys.shape[1], -1, size)  # a key's query heads stand in a row: nothing is expanded
         keys, values = (kept[:n, :, : self.reach] for kept in (keys, values))
         if shared:
-            return decode_behind(shared, grouped, keys, values, self.mask_n).reshape(n, heads, size)
+            return decode_attention_with_prefix(shared, grouped, keys, values, self.mask_n).reshape(n, heads, size)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask_n).reshape(n, heads, size)
 
 
 @dataclass
-class Step:
-    """A wave as this rank computes it."""
+class StageInput:
+    """A batch as this rank computes it."""
 
     live: int  # R, rows that draw a token
     tokens: int  # T, the padding's included
@@ -169,24 +171,32 @@ class Step:
     hidden: Tensor | None = None  # [T / tp, 1, D], where the hidden states of the stage before have to be; None: anywhere
 
 
-class Drawn(NamedTuple):
+class PendingTokens(NamedTuple):
     """What a step will have drawn."""
 
     pending: Pending  # padding rows at the end
     live: int
 
 
-def mixed(chunks: Sequence[Any], cache: Cache, wave: Wave, drawing: Drawing, model: Llama, multiple: int, device: torch.device) -> Step:
-    """A wave that takes prompts in, its tokens padded to a multiple. Sequences of its flight are the prompts (and the padding)."""
-    extra = -len(wave.tokens) % multiple
-    tokens_T = torch.tensor(wave.tokens + [0] * extra, device=device)
-    positions_T = torch.tensor(wave.positions + list(range(extra)), device=device)
-    lengths = [*wave.prompts, extra] if extra else wave.prompts
+def prefill_step(
+    chunks: Sequence[Any],
+    cache: KVCache,
+    batch: DecodeBatch,
+    sampling: TokenSampling,
+    model: ModelShape,
+    multiple: int,
+    device: torch.device,
+) -> StageInput:
+    """A batch that takes prompts in, its tokens padded to a multiple. Sequences of its packed_forward are the prompts (and the padding)."""
+    extra = -len(batch.tokens) % multiple
+    tokens_T = torch.tensor(batch.tokens + [0] * extra, device=device)
+    positions_T = torch.tensor(batch.positions + list(range(extra)), device=device)
+    lengths = [*batch.prompts, extra] if extra else batch.prompts
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     cos, sin = rope_angles(positions_T + cache.first, rope_frequencies(model).to(device))
-    keys_R2 = torch.from_numpy(wave.keys_R2).to(device)
+    keys_R2 = torch.from_numpy(batch.keys_R2).to(device)
     longest = max(lengths, default=0)
-    flight = Flight(
+    packed_forward = PackedForward(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
@@ -195,22 +205,33 @@ def mixed(chunks: Sequence[Any], cache: Cache, wave: Wave, drawing: Drawing, mod
         lengths=tuple(lengths),
         cos_TK=cos,
         sin_TK=sin,
-        rows_M=torch.tensor(wave.wanted_R, device=device),
-        landing=Landing(cache, drawing, positions_T[: wave.decode], keys_R2, wave.reach, wave.prompts, wave.rows),
+        rows_M=torch.tensor(batch.sampled_R, device=device),
+        kv_write=KVWrite(cache, sampling, positions_T[: batch.decode_rows], keys_R2, batch.max_context, batch.prompts, batch.rows),
     )
-    draws = len(wave.wanted_R)
-    return Step(draws, len(tokens_T), draws, lambda stage: chunks[stage](tokens_T[None], None, None, packed_seq_params=flight))
+    draws = len(batch.sampled_R)
+    return StageInput(
+        draws, len(tokens_T), draws, lambda stage: chunks[stage](tokens_T[None], None, None, packed_seq_params=packed_forward)
+    )
 
 
 PADDING = np.array([[0], [-1], [0]])  # token, position and key of a row that pads
 
 
-class Decoder:
-    """The waves of one group in which every row decodes. They are computed on tensors that stay where they are, of few shapes where
-    `graphs` are captured, and all that the device is told of a wave is one copy from the host."""
+class DecodeRunner:
+    """The batches of one group in which every row decodes. They are computed on tensors that stay where they are, of few shapes where
+    `graphs` are captured, and all that the device is told of a batch is one copy from the host."""
 
-    def __init__(self, chunks: Sequence[Any], cache: Cache, drawing: Drawing, model: Llama, tp: int, world: World, graphs: Graphs | None):
-        self.chunks, self.cache, self.drawing, self.tp = chunks, cache, drawing, tp
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        cache: KVCache,
+        sampling: TokenSampling,
+        model: ModelShape,
+        tp: int,
+        world: World,
+        graphs: Graphs | None,
+    ):
+        self.chunks, self.cache, self.sampling, self.tp = chunks, cache, sampling, tp
         self.graphs = None if cache.shared else graphs  # shapes behind a prefix depend on how far rows look back
         self.frequencies = rope_frequencies(model).to(world.device)
         self.host = torch.empty(3 * cache.slots, dtype=torch.int64, pin_memory=world.on_gpu)
@@ -221,16 +242,16 @@ class Decoder:
         self.computed: set[tuple[int, int]] = set()  # (stage, rows)
         self.captured: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
-    def step(self, wave: Wave) -> Step:
-        """Tell the device of `wave`."""
-        rows = self._padded(wave.decode)
+    def step(self, batch: DecodeBatch) -> StageInput:
+        """Tell the device of `batch`."""
+        rows = self._padded(batch.decode_rows)
         told = self.host[: 3 * rows].view(3, rows).numpy()
         told[:] = PADDING
-        told[:, : wave.decode] = wave.tokens, wave.positions, wave.keys_R2.view(np.int64)[:, 0]
+        told[:, : batch.decode_rows] = batch.tokens, batch.positions, batch.keys_R2.view(np.int64)[:, 0]
         if self.told is not self.host:
             self.told[: 3 * rows].copy_(self.host[: 3 * rows], non_blocking=True)
-        self.reach = wave.reach
-        return Step(wave.decode, rows, rows, partial(self._through, rows), self.hidden[: rows // self.tp])
+        self.reach = batch.max_context
+        return StageInput(batch.decode_rows, rows, rows, partial(self._through, rows), self.hidden[: rows // self.tp])
 
     def _padded(self, rows: int) -> int:
         """Rows that so many are computed as: a multiple of tp, and where shapes are captured one of few."""
@@ -249,10 +270,10 @@ class Decoder:
 
     def _compute(self, rows: int, stage: int) -> Tensor:
         tokens_n, positions_n, keys_n = self.told[: 3 * rows].view(3, rows)
-        landing = Landing(self.cache, self.drawing, positions_n, keys_n.view(torch.int32).view(rows, 2), self.reach)
+        kv_write = KVWrite(self.cache, self.sampling, positions_n, keys_n.view(torch.int32).view(rows, 2), self.reach)
         cos, sin = rope_angles(positions_n + self.cache.first, self.frequencies)
-        flight = Flight(qkv_format="thd", cos_TK=cos, sin_TK=sin, rows_M=landing.rows_n, landing=landing)
-        return self.chunks[stage](tokens_n[None], None, None, packed_seq_params=flight)
+        packed_forward = PackedForward(qkv_format="thd", cos_TK=cos, sin_TK=sin, rows_M=kv_write.rows_n, kv_write=kv_write)
+        return self.chunks[stage](tokens_n[None], None, None, packed_seq_params=packed_forward)
 
 
 def layers_of(chunks: Sequence[Any]) -> list[int]:
@@ -260,38 +281,38 @@ def layers_of(chunks: Sequence[Any]) -> list[int]:
     return [layer.self_attention.core_attention.layer for chunk in chunks for layer in chunk.decoder.layers]
 
 
-class Ring:
+class PipelineDecoder:
     """The pipeline as generation sees it: group after group, stage after stage, and the tokens back to every stage."""
 
     def __init__(
         self,
         chunks: Sequence[Any],
-        model: Llama,
+        model: ModelShape,
         grid: Grid,
-        drawing: Drawing,
+        sampling: TokenSampling,
         world: World,
         tokens: TokenSender,
         graphs: Graphs | None = None,
     ):
-        self.chunks, self.model, self.grid, self.drawing, self.world, self.graphs = chunks, model, grid, drawing, world, graphs
+        self.chunks, self.model, self.grid, self.sampling, self.world, self.graphs = chunks, model, grid, sampling, world, graphs
         self.tokens = tokens
         self.sending: list[tuple[Any, Tensor]] = []  # gloo's sends wait for their receiver: kept until it has come
 
     @torch.no_grad()
-    def run(self, groups: Sequence[Group], caches: Sequence[Cache]) -> None:
+    def run(self, groups: Sequence[SequenceGroup], caches: Sequence[KVCache]) -> None:
         """Until every group's plan is empty. The same calls on every rank of a replica; nothing is said to other replicas."""
-        decoders = [Decoder(self.chunks, cache, self.drawing, self.model, self.grid.tp, self.world, self.graphs) for cache in caches]
-        drawn: dict[int, Drawn] = {}
+        decoders = [DecodeRunner(self.chunks, cache, self.sampling, self.model, self.grid.tp, self.world, self.graphs) for cache in caches]
+        drawn: dict[int, PendingTokens] = {}
         while True:
-            steps: dict[int, Step] = {}
+            steps: dict[int, StageInput] = {}
             for stage in range(len(self.chunks)):
                 for g, (group, decoder) in enumerate(zip(groups, decoders, strict=True)):
                     if stage == 0:
                         self._absorb(group, decoder.cache, drawn.pop(g, None))
-                        if (wave := group.plan()) is None:
+                        if (batch := group.plan()) is None:
                             continue
-                        steps[g] = self._step(decoder, wave)
-                    if g in steps and (found := self._fly(stage, steps[g])):
+                        steps[g] = self._step(decoder, batch)
+                    if g in steps and (found := self._run_stage(stage, steps[g])):
                         drawn[g] = found
             if not steps:
                 break
@@ -300,20 +321,20 @@ class Ring:
         self.sending.clear()
         self.tokens.finish()
 
-    def _step(self, decoder: Decoder, wave: Wave) -> Step:
-        if not wave.prompts:
-            return decoder.step(wave)
-        return mixed(self.chunks, decoder.cache, wave, self.drawing, self.model, self.grid.tp, self.world.device)
+    def _step(self, decoder: DecodeRunner, batch: DecodeBatch) -> StageInput:
+        if not batch.prompts:
+            return decoder.step(batch)
+        return prefill_step(self.chunks, decoder.cache, batch, self.sampling, self.model, self.grid.tp, self.world.device)
 
-    def _absorb(self, group: Group, cache: Cache, drawn: Drawn | None) -> None:
+    def _absorb(self, group: SequenceGroup, cache: KVCache, drawn: PendingTokens | None) -> None:
         if drawn is None:
             return
         tokens, logprobs = (row[: drawn.live] for row in drawn.pending().tolist())
         for move in group.absorb([int(token) for token in tokens], logprobs):
             cache.move(*move)
 
-    def _fly(self, stage: int, step: Step) -> Drawn | None:
-        """One wave through one of this rank's stages; what it drew, behind the last of them."""
+    def _run_stage(self, stage: int, step: StageInput) -> PendingTokens | None:
+        """One batch through one of this rank's stages; what it drew, behind the last of them."""
         grid, chunk = self.grid, self.chunks[stage]
         first, last = grid.pp_rank == 0 and stage == 0, grid.pp_rank == grid.pp - 1 and stage == len(self.chunks) - 1
         if not first:
@@ -330,7 +351,7 @@ class Ring:
             self._send(out.contiguous())
         if stage < len(self.chunks) - 1:
             return None
-        return Drawn(self.tokens.send(out) if last else self.tokens.receive(step.draws), step.live)
+        return PendingTokens(self.tokens.send(out) if last else self.tokens.receive(step.draws), step.live)
 
     def _send(self, hidden: Tensor) -> None:
         self.sending.append((dist.isend(hidden, self._peer(1), group=self.grid.pp_group), hidden))

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from engine.config.choices import CudaGraphs
 from engine.distributed.world import World
-
-Setting = Literal["auto", "on", "off"]  # of rollout.graphs; see Graphs.enabled
 
 
 @contextmanager
@@ -38,7 +37,7 @@ class Graphs:
         self.checked = self.failed = self.required = False
         self.pool: Any = None
 
-    def enabled(self, setting: Setting) -> Graphs | None:
+    def enabled(self, setting: CudaGraphs) -> Graphs | None:
         """Returns itself for one generation, or None to decode eagerly.
 
         off   never
@@ -69,9 +68,9 @@ class Graphs:
         if not problem:
             problem = self._agreed("" if _equal(graph(), expected) else "the captured graph's results differ from eager execution")
         if problem and self.required:
-            raise RuntimeError(f"rollout.graphs=on: {problem}; use rollout.graphs=off")
+            raise RuntimeError(f"rollout.cuda_graphs=on: {problem}; use rollout.cuda_graphs=off")
         if problem:
-            warnings.warn(f"rollout.graphs=auto: {problem}; decoding without CUDA graphs", stacklevel=2)
+            warnings.warn(f"rollout.cuda_graphs=auto: {problem}; decoding without CUDA graphs", stacklevel=2)
         self.checked, self.failed = not problem, bool(problem)
         return compute if problem else graph
 

@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from engine.megatron.attention import Flight
+from engine.megatron.attention import PackedForward
 from triton_kernels import rmsnorm
 
 
@@ -67,7 +67,7 @@ class Layer(TransformerLayer):
         self.adds = adds
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor | Addends, attention_mask: Tensor | None = None, *, packed_seq_params: Flight, **_: Any
+        self, hidden_states: Tensor | Addends, attention_mask: Tensor | None = None, *, packed_seq_params: PackedForward, **_: Any
     ) -> tuple[Tensor | Addends, None]:
         """As megatron's, with nothing for cross-attention."""
         normed, total = self.input_layernorm(hidden_states)

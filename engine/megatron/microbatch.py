@@ -14,10 +14,10 @@ from engine.types import LossFunction, Packed, TokenLoss
 Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # what megatron wants of a loss: (sum, count, anything)
 
 
-def forward_step(finish: Finish, flights: Iterator[Any], stage: Any) -> tuple[Tensor, Any]:
+def forward_step(finish: Finish, packed_forwards: Iterator[Any], stage: Any) -> tuple[Tensor, Any]:
     """The next microbatch through a stage, as megatron's schedules ask for it: the output, and what to make of it at the end."""
-    packed, flight = next(flights)
-    out = stage(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=flight)
+    packed, packed_forward = next(packed_forwards)
+    out = stage(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=packed_forward)
     return out, partial(finish, packed)
 
 

@@ -18,10 +18,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.config import Llama, Parallel, padded_vocab
+from engine.config import ModelShape, Parallel, padded_vocab
 from engine.distributed.world import World
 from engine.megatron.activation import SwiGLU, Unchanged
-from engine.megatron.attention import Flight, PackedAttention, PackedSelfAttention, attend_for
+from engine.megatron.attention import PackedAttention, PackedForward, PackedSelfAttention, attend_for
 from engine.megatron.backend import Grid
 from engine.megatron.layer import FinalNorm, Layer, RMSNorm
 from engine.megatron.linear import ColumnLinear, RecomputingLinear, RowLinear
@@ -33,7 +33,7 @@ from triton_kernels.linear_logprob import multiply
 SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
 
 
-def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: torch.dtype, learns: bool) -> TransformerConfig:
+def transformer_config(model: ModelShape, parallel: Parallel, world: World, dtype: torch.dtype, learns: bool) -> TransformerConfig:
     """megatron's description of `model` on this grid. Weights are left uninitialised: weights.py fills every one."""
     return TransformerConfig(
         num_layers=model.layers,
@@ -63,7 +63,7 @@ def transformer_config(model: Llama, parallel: Parallel, world: World, dtype: to
         batch_p2p_comm=parallel.vpp == 1,
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, of dense models too
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=world.seat != "cpu",  # gloo may still be sending them
+        deallocate_pipeline_outputs=world.backend != "cpu",  # gloo may still be sending them
         gradient_accumulation_fusion=learns,  # into main_grad, which only a model in training.wrap has
         bias_activation_fusion=False,
         use_te_activation_func=True,  # that is: the activation of the layer's spec, which is ours
@@ -114,7 +114,7 @@ class PackedModel(GPTModel):
 
 
 class LogprobModel(PackedModel):
-    """Its last stage returns logprob_T: hidden states go straight to the log-probs of the flight's rows."""
+    """Its last stage returns logprob_T: hidden states go straight to the log-probs of the packed_forward's rows."""
 
     def __init__(self, vocab_valid: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -123,9 +123,9 @@ class LogprobModel(PackedModel):
             # Still called as a module: megatron gathers a layer's weight just before the layer runs.
             self.output_layer.forward = self._head  # type: ignore[method-assign,assignment]
 
-    def _head(self, hidden_states: Tensor, labels: Tensor | None, flight: Flight) -> Tensor:
-        """logprob_T of the labels [1, T], and entropy_T below it where the flight asks; without labels, what each of the flight's rows
-        draws and its log-prob, float64 [2, R]. With the flight's terms, see _token_loss."""
+    def _head(self, hidden_states: Tensor, labels: Tensor | None, packed_forward: PackedForward) -> Tensor:
+        """logprob_T of the labels [1, T], and entropy_T below it where the packed_forward asks; without labels, what each of its rows
+        draws and its log-prob, float64 [2, R]. With the packed_forward's terms, see _token_loss."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
@@ -137,18 +137,18 @@ class LogprobModel(PackedModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
         vocabulary = Vocabulary(tp.group_name if tp.size() > 1 else "", tp.rank() * len(weight), self.vocab_valid)
         if labels is None:
-            return _drawn(hidden_states[:, 0], weight, flight, vocabulary)
-        if flight.terms is not None:
-            return _token_loss(hidden_states[:, 0], weight, labels[0], flight, flight.terms, vocabulary, weight_grad)
+            return _drawn(hidden_states[:, 0], weight, packed_forward, vocabulary)
+        if packed_forward.terms is not None:
+            return _token_loss(hidden_states[:, 0], weight, labels[0], packed_forward, packed_forward.terms, vocabulary, weight_grad)
         logprob_T, entropy_T, _ = linear_logprob(
             hidden_states[:, 0],
             weight,
             labels[0],
-            rows=flight.rows_M,
+            rows=packed_forward.rows_M,
             **vocabulary._asdict(),
-            inv_temp=flight.inv_temp,
-            entropy=flight.entropy,
-            mode="save" if len(flight.rows_M) * len(weight) * 4 <= SAVED_LOGITS_BYTES else "recompute",
+            inv_temp=packed_forward.inv_temp,
+            entropy=packed_forward.entropy,
+            mode="save" if len(packed_forward.rows_M) * len(weight) * 4 <= SAVED_LOGITS_BYTES else "recompute",
             weight_grad=weight_grad,
         )
         return logprob_T if entropy_T is None else torch.stack([logprob_T, entropy_T])
@@ -162,11 +162,11 @@ class Vocabulary(NamedTuple):
     vocab_valid: int
 
 
-def _drawn(hidden_TD: Tensor, weight: Tensor, flight: Flight, vocabulary: Vocabulary) -> Tensor:
-    hidden_RD = hidden_TD[flight.rows_M]
+def _drawn(hidden_TD: Tensor, weight: Tensor, packed_forward: PackedForward, vocabulary: Vocabulary) -> Tensor:
+    hidden_RD = hidden_TD[packed_forward.rows_M]
     logits_RV = weight.new_empty((len(hidden_RD), len(weight)), dtype=torch.float32)
     multiply(logits_RV, hidden_RD, weight.T)
-    how, keys_R2 = flight.landing.drawing, flight.landing.keys_R2
+    how, keys_R2 = packed_forward.kv_write.sampling, packed_forward.kv_write.keys_R2
     token_R = draw(logits_RV, keys_R2, **asdict(how), **vocabulary._asdict())
     logp_R = logprob(logits_RV, token_R, **vocabulary._asdict(), inv_temp=1 / (how.temperature or 1.0))[0]
     return torch.stack([token_R.double(), logp_R.double()])
@@ -176,12 +176,12 @@ def _token_loss(
     hidden_TD: Tensor,
     weight: Tensor,
     target_T: Tensor,
-    flight: Flight,
+    packed_forward: PackedForward,
     terms: TokenTerms,
     vocabulary: Vocabulary,
     weight_grad: Tensor | None,
 ) -> Tensor:
-    """The total of the loss, then logprob_T, and entropy_T where the flight asks: [1 + T] or [1 + 2 T]. Only the total has a gradient."""
+    """The total of the loss, then logprob_T, and entropy_T where asked for: [1 + T] or [1 + 2 T]. Only the total has a gradient."""
     total, *stats = linear_policy_loss(
         hidden_TD,
         weight,
@@ -194,10 +194,10 @@ def _token_loss(
         clip_high=terms.clip_high,
         kl=terms.kl,
         kl_coef=terms.kl_coef,
-        rows=flight.rows_M,
+        rows=packed_forward.rows_M,
         **vocabulary._asdict(),
-        inv_temp=flight.inv_temp,
-        entropy=flight.entropy,
+        inv_temp=packed_forward.inv_temp,
+        entropy=packed_forward.entropy,
         weight_grad=weight_grad,
     )
     return torch.cat([total[None], *(each for each in stats if each is not None)])
@@ -214,7 +214,7 @@ class ScalarHead(MegatronModule):
         # As with the norms, each rank sees its tokens only, and megatron sums the gradients over the tensor-parallel group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden_states: Tensor, labels: Tensor | None, flight: Flight) -> Tensor:
+    def forward(self, hidden_states: Tensor, labels: Tensor | None, packed_forward: PackedForward) -> Tensor:
         value_T = F.linear(hidden_states[:, 0].float(), self.weight.float())[:, 0]
         if not self.config.sequence_parallel:
             return value_T
@@ -231,13 +231,13 @@ class ValueModel(PackedModel):
             self.output_layer = ScalarHead(self.config, device, self.pg_collection.tp)
 
 
-def build(model: Llama, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype, *, learns: bool) -> list[PackedModel]:
+def build(model: ModelShape, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype, *, learns: bool) -> list[PackedModel]:
     """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made. `learns`: training.wrap follows."""
     config = transformer_config(model, parallel, world, dtype, learns)
     return [_build_stage(model, parallel, grid, world, config, stage) for stage in range(parallel.vpp)]
 
 
-def _build_stage(model: Llama, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> PackedModel:
+def _build_stage(model: ModelShape, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> PackedModel:
     vp_stage = stage if parallel.vpp > 1 else None
     last = grid.pp_rank == grid.pp - 1 and stage == parallel.vpp - 1
     headed: Any = partial(LogprobModel, model.vocab) if model.head == "lm" else partial(ValueModel, world.device)

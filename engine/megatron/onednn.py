@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @contextmanager
-def in_onednn() -> Iterator[None]:
+def use_onednn() -> Iterator[None]:
     """While it is open, aten::mm and mm.out of this process, forward and backward, compute fp32 on CPU in oneDNN. Where torch has none
     nothing changes. Both libraries accumulate in fp32: results differ in rounding alone.
 

@@ -16,7 +16,7 @@ from engine.config import Optim, Parallel
 from engine.megatron.model import PackedModel
 
 
-def wrap(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataParallel]:
+def wrap_ddp(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataParallel]:
     """Each stage inside megatron's DDP: fp32 gradient buffers, reduced over replicas while backward still runs; a sharded optimizer's
     parameters are gathered while the next forward does, those of a virtual stage while the one before it has its turn."""
     config = DistributedDataParallelConfig(
@@ -32,7 +32,7 @@ def wrap(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataP
     shared.no_sync_func = _each(stages, "no_sync")
     shared.grad_sync_func = _each(stages, "start_grad_sync")
     if parallel.distributed_optimizer and len(stages) > 1:
-        functions: Any = [partial(ask, stage) for stage in stages]
+        functions: Any = [partial(start_param_gather, stage) for stage in stages]
         shared.param_sync_func = functions
     return stages
 
@@ -43,7 +43,7 @@ def _each(stages: list[DistributedDataParallel], name: str) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def ask(stage: DistributedDataParallel, *_: Any) -> None:
+def start_param_gather(stage: DistributedDataParallel, *_: Any) -> None:
     """Start gathering the parameters that this stage's forward needs first, unless that was done since the last step; each bucket asks
     for the next. megatron itself starts when a forward already waits, and along a pipeline those waits add up."""
     first = stage.bucket_groups[-1]  # in the order of backward
@@ -60,7 +60,7 @@ def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],
         adam_eps=optim.eps,
-        clip_grad=optim.clip,
+        clip_grad=optim.max_grad_norm,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -69,11 +69,11 @@ def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel
     optimizer: Any = get_megatron_optimizer(config, list(stages), use_gloo_process_groups=False)
     for chained in optimizer.chained_optimizers:
         if isinstance(chained.optimizer, torch.optim.AdamW):  # not where Apex or Transformer Engine brought their own
-            _allocate(chained.optimizer)
+            _allocate_state(chained.optimizer)
     return optimizer
 
 
-def _allocate(adamw: torch.optim.AdamW) -> None:
+def _allocate_state(adamw: torch.optim.AdamW) -> None:
     """Make the state now, not in the first step: megatron's checkpoints of torch's AdamW need it there before they load."""
     for group in adamw.param_groups:
         group["fused"], group["foreach"] = True, False
@@ -92,7 +92,7 @@ def state_of(optimizer: Any) -> list[Tensor]:
     return weights + [x for each in inner for state in each.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
-def settle(stages: list[DistributedDataParallel]) -> None:
+def finish_param_gather(stages: list[DistributedDataParallel]) -> None:
     """Finish gathering the parameters of the last step, for who reads them other than by a forward."""
     for stage in stages:
         if stage.ddp_config.overlap_param_gather:
@@ -109,7 +109,7 @@ def step(optimizer: Any, optim: Optim, lr: float) -> float:
     if not math.isfinite(norm):
         return norm
     for inner in optimizer.chained_optimizers:
-        if optim.clip and (parameters := inner.get_parameters()):
-            clip_grad_by_total_norm_fp32(parameters, max_norm=optim.clip, total_norm=norm)
+        if optim.max_grad_norm and (parameters := inner.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, max_norm=optim.max_grad_norm, total_norm=norm)
     optimizer.step_with_ready_grads()
     return norm

@@ -16,18 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import Llama, Model, Optim, Parallel
+from engine.config import Model, ModelShape, Optim, Parallel
 from engine.config.checks import check_generation, check_head
+from engine.config.choices import CudaGraphs
 from engine.distributed.world import World
 from engine.megatron import backend
-from engine.megatron.graphs import Graphs, Setting
+from engine.megatron.graphs import Graphs
 from engine.megatron.microbatch import Finish, finish_for, finish_loss, finish_per_token, forward_step
+from engine.models.families import from_hf
 from engine.models.hub import resolve
 from engine.types import LossFunction, Moments, Packed, Step, TokenLoss, TokenTerms
 
 if TYPE_CHECKING:
-    from engine.megatron.decode import Drawing, Group
-    from engine.megatron.weights import Origin
+    from engine.megatron.decode import SequenceGroup, TokenSampling
+    from engine.megatron.weights import WeightSource
 
 BUCKET_BYTES = 1 << 30  # of weights that travel in one piece
 
@@ -39,20 +41,20 @@ class Policy:
     Raises ValueError when the grid cannot hold the model, or its weights are missing, damaged or of another shape.
     """
 
-    def __init__(self, model: Model | Llama, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
+    def __init__(self, model: Model | ModelShape, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
         start = model if isinstance(model, Model) else Model(init=model)
-        self.folder, own = located(start, world)
-        self.model = start.headed(own)
+        self.folder, own = locate_weights(start, world)
+        self.model = start.with_head(own)
         self.has_fresh_head = self.folder is not None and self.model.head != own.head
         self.optim, self.parallel, self.world = optim, parallel, world
-        self.dtype = dtype_of(start, world)
+        self.dtype = compute_dtype(start, world)
         parallel.check(self.model, world.size)
         with ExitStack() as borrowed:
-            borrowed.enter_context(backend.taken(world))
+            borrowed.enter_context(backend.cpu_backend(world))
             self.grid = backend.make_grid(parallel, world, seed)
             borrowed.callback(backend.leave_grid, self.grid)
             self.graphs = Graphs(world, self.grid.tp_group)
-            self._build(seed, fill=isinstance(model, Model) and world.seat != "meta")
+            self._build(seed, fill=isinstance(model, Model) and world.backend != "meta")
             self.borrowed = borrowed.pop_all()
 
     def _build(self, seed: int, fill: bool) -> None:
@@ -61,7 +63,7 @@ class Policy:
         if self.parallel.tp_comm_overlap and self.world.on_gpu and self.grid.tp > 1:
             overlap.check(self.grid.tp_group, self.world.device, self.dtype)
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype, learns=self.optim is not None)
-        self.origin: Origin | None = None
+        self.origin: WeightSource | None = None
         if fill:
             self.origin = self._origin(seed)
             weights.fill(self.chunks, self.model, self.origin, self.grid)
@@ -70,31 +72,31 @@ class Policy:
         if self.optim is not None:
             from engine.megatron import optimizers
 
-            self.stages = optimizers.wrap(self.chunks, self.parallel)
+            self.stages = optimizers.wrap_ddp(self.chunks, self.parallel)
             self.optimizer = optimizers.make_optimizer(self.stages, self.optim, self.parallel, self.dtype)
 
-    def _origin(self, seed: int) -> Origin:
+    def _origin(self, seed: int) -> WeightSource:
         from engine.megatron import weights
 
-        drawn = weights.RandomOrigin(self.model, seed)
+        drawn = weights.RandomWeights(self.model, seed)
         if self.folder is None:
             return drawn
-        stored = weights.FolderOrigin(self.folder, shape_of(self.folder))
-        return weights.FreshHead(stored, drawn) if self.has_fresh_head else stored
+        stored = weights.FolderWeights(self.folder, read_shape(self.folder))
+        return weights.FreshHeadWeights(stored, drawn) if self.has_fresh_head else stored
 
     def close(self) -> None:
         """Give the seat and the grid back; the policy is of no use afterwards."""
         self.borrowed.close()
 
     @property
-    def cut(self) -> dict[str, Any]:
+    def batch_options(self) -> dict[str, Any]:
         """How this rank's share of a batch must be cut: keyword arguments of batching.batch."""
         interleaved = self.parallel.pp if self.parallel.vpp > 1 else 1
         multiples = {"total_multiple": self.parallel.tp, "microbatch_multiple": interleaved}
         return {"rank": self.grid.dp_rank, "ranks": self.grid.dp, "cost": self.model.cost, **multiples}
 
     @property
-    def speaks(self) -> bool:
+    def is_replica_writer(self) -> bool:
         """True on one rank of each replica: the rank that writes down what the replica computed."""
         return self.grid.pp_rank == self.grid.pp - 1 and self.grid.tp_rank == 0
 
@@ -119,7 +121,7 @@ class Policy:
         from engine.megatron import optimizers
 
         assert self.optim is not None, "this policy was built without an optimizer"
-        optimizers.ask(self.stages[0])  # megatron's schedule would, but only of virtual stages
+        optimizers.start_param_gather(self.stages[0])  # megatron's schedule would, but only of virtual stages
         for stage in self.stages:
             stage.train()
             stage.zero_grad_buffer()
@@ -179,13 +181,13 @@ class Policy:
 
     def generate(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[SequenceGroup],
         slots: int,
         positions: int,
-        drawing: Drawing,
+        drawing: TokenSampling,
         prefix: Sequence[int] = (),
         *,
-        graphs: Setting = "off",
+        graphs: CudaGraphs = "off",
     ) -> None:
         """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens, all of
         which go on from the tokens of `prefix`. `graphs`: decode in CUDA graphs, which live as long as the caches: until this returns.
@@ -198,30 +200,30 @@ class Policy:
 
         if self.world.on_gpu:
             check_generation(self.parallel)
-        self._settle()
+        self._finish_param_gather()
         for stage in self.stages:
             stage.eval()
         layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
         slots += -slots % self.grid.tp  # rows that pad have slots of their own
         with closing(TokenSender(self.grid, in_thread=self.world.on_gpu)) as tokens:
-            ring = decode.Ring(self.chunks, self.model, self.grid, drawing, self.world, tokens, self.graphs.enabled(graphs))
-            shared = decode.Cache(layers, 1, heads, len(prefix), size, like) if prefix else None
+            ring = decode.PipelineDecoder(self.chunks, self.model, self.grid, drawing, self.world, tokens, self.graphs.enabled(graphs))
+            shared = decode.KVCache(layers, 1, heads, len(prefix), size, like) if prefix else None
             if shared:
                 ring.run([decode.Prefill(list(prefix))], [shared])
-            ring.run(groups, [decode.Cache(layers, slots, heads, positions, size, like, shared) for _ in groups])
+            ring.run(groups, [decode.KVCache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
-    def slot_bytes(self, positions: int) -> int:
+    def kv_bytes(self, positions: int) -> int:
         """Bytes of keys and values of one sequence of `positions` tokens, on the pipeline rank that holds most layers: all plan alike."""
-        return self.model.cache_bytes(self.parallel.most_layers(self.model), self.grid.tp, positions, self.dtype.itemsize)
+        return self.model.kv_cache_bytes(self.parallel.most_layers(self.model), self.grid.tp, positions, self.dtype.itemsize)
 
     def weights_on_host(self) -> list[Tensor]:
         """A copy of this rank's weights in host memory."""
-        self._settle()
+        self._finish_param_gather()
         return [parameter.detach().to("cpu", copy=True) for chunk in self.chunks for parameter in chunk.parameters()]
 
     @contextmanager
-    def holding(self, weights: list[Tensor]) -> Iterator[None]:
+    def swapped_weights(self, weights: list[Tensor]) -> Iterator[None]:
         """Speak with other weights, as weights_on_host gave them, until the context is left."""
         own = self.weights_on_host()
         self._fill(weights)
@@ -231,12 +233,12 @@ class Policy:
             self._fill(own)
 
     @torch.no_grad()
-    def share_weights(self, tell: Callable[[Tensor], None], *, taking: bool) -> int:
+    def send_weights(self, tell: Callable[[Tensor], None], *, taking: bool) -> int:
         """Hand this rank's weights to `tell`, some at a time in one flat tensor, or take what it leaves there; returns their bytes.
 
         The other side must be a rank at the same place of the same grid. All ranks of a policy with an optimizer must call it.
         """
-        self._settle()
+        self._finish_param_gather()
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         for some in _bucketed(parameters):
             flat = torch.cat([parameter.flatten() for parameter in some])
@@ -260,11 +262,11 @@ class Policy:
         # Interleaved stages exchange hidden states without telling shapes first: there, all microbatches are made as long as the longest.
         longest = max((len(packed.tokens_T) for packed in step), default=0)
         equal = [packed.padded(longest) for packed in step] if self.parallel.vpp > 1 else step
-        flights = [self._flight(packed, **how) for packed in equal]
+        packed_forwards = [self._packed_forward(packed, **how) for packed in equal]
 
         return get_forward_backward_func()(
             forward_step_func=partial(forward_step, finish),
-            data_iterator=[iter(flights) for _ in self.stages],
+            data_iterator=[iter(packed_forwards) for _ in self.stages],
             model=self.stages,
             num_microbatches=len(step),
             seq_length=longest,
@@ -272,7 +274,7 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _flight(
+    def _packed_forward(
         self,
         packed: Packed,
         *,
@@ -281,14 +283,14 @@ class Policy:
         entropy: bool = False,
         terms: Callable[[Packed], TokenTerms] | None = None,
     ) -> tuple[Packed, Any]:
-        from engine.megatron.attention import Flight
+        from engine.megatron.attention import PackedForward
 
         rows_M = torch.arange(len(packed.tokens_T)) if every else packed.mask_T.nonzero()[:, 0]
-        flight = Flight.of(packed, rows_M, self.model, self.world.device, 1 / temperature, entropy)
+        packed_forward = PackedForward.of(packed, rows_M, self.model, self.world.device, 1 / temperature, entropy)
         moved = packed.to(self.world.device)
         if terms is not None and self.chunks[-1].post_process:
-            flight.terms = terms(moved)
-        return moved, flight
+            packed_forward.terms = terms(moved)
+        return moved, packed_forward
 
     def _reduced(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
         """Each metric over the microbatches of all replicas: its sum over its count, its correlation or the largest; told to all stages."""
@@ -300,7 +302,7 @@ class Policy:
             sums = torch.stack([torch.stack(row) for row in rows]).sum(0)
             dist.all_reduce(sums, group=self.grid.dp_group)
             left = iter(sums.tolist())
-            found = {name: _told(metrics[0][name], list(islice(left, len(metrics[0][name])))) for name in names}
+            found = {name: _metric_value(metrics[0][name], list(islice(left, len(metrics[0][name])))) for name in names}
             found |= self._largest([out["maxima"] for out in outputs])
         if self.parallel.pp > 1:
             box = [found]
@@ -320,7 +322,7 @@ class Policy:
         """Write the checkpoint `out/step-N`, whole or not at all; see checkpoint.save."""
         from engine.megatron import checkpoint
 
-        self._settle()
+        self._finish_param_gather()
         state = checkpoint.State(self.chunks, self.optimizer)
         checkpoint.save(state, self.model, out, step, assets, keep_last, self.world, beside or {})
 
@@ -335,14 +337,14 @@ class Policy:
         """Write the weights into `folder` as safetensors that transformers loads beside a config.json."""
         from engine.megatron import weights
 
-        self._settle()
+        self._finish_param_gather()
         weights.export(self.chunks, self.model, folder, dtype or self.dtype, self.grid, self.world)
 
-    def _settle(self) -> None:
+    def _finish_param_gather(self) -> None:
         if self.optimizer is not None:
             from engine.megatron import optimizers
 
-            optimizers.settle(self.stages)
+            optimizers.finish_param_gather(self.stages)
 
 
 class Learner(NamedTuple):
@@ -355,28 +357,28 @@ class Learner(NamedTuple):
     entropy: bool = False  # whether the loss wants that too
 
 
-def located(model: Model, world: World) -> tuple[Path | None, Llama]:
+def locate_weights(model: Model, world: World) -> tuple[Path | None, ModelShape]:
     """Where the weights of `model` are (None: nowhere, they are random), fetched if need be, and the shape that they have there. All ranks
     must call it. Raises ValueError when there is no such model."""
     if model.init is not None:
         return None, model.init
-    folder = world.first(lambda: resolve(model.path))
-    return folder, shape_of(folder)
+    folder = world.rank0_first(lambda: resolve(model.path))
+    return folder, read_shape(folder)
 
 
-def shape_of(folder: Path) -> Llama:
+def read_shape(folder: Path) -> ModelShape:
     """The Llama that a folder's config.json describes. Raises ValueError when it describes none."""
     path = folder / "config.json"
     try:
-        return Llama.from_hf(json.loads(path.read_text()))
+        return from_hf(json.loads(path.read_text()))
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
 
 
-def dtype_of(model: Model, world: World) -> torch.dtype:
+def compute_dtype(model: Model, world: World) -> torch.dtype:
     """The dtype that `model` computes in: what it says, else float32 on CPUs and bfloat16 elsewhere."""
     if model.dtype == "auto":
-        return torch.float32 if world.seat == "cpu" else torch.bfloat16
+        return torch.float32 if world.backend == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
 
 
@@ -391,7 +393,7 @@ def _bucketed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield some
 
 
-def _told(kind: tuple[Any, ...], sums: list[float]) -> float:
+def _metric_value(kind: tuple[Any, ...], sums: list[float]) -> float:
     if isinstance(kind, Moments):
         return Moments(*sums).correlation()
     total, count = sums

@@ -15,7 +15,7 @@ from torch import Tensor
 Shared = tuple[Tensor, Tensor]  # a layer's keys and values of the prefix, each [KV, P, K]
 
 
-def attend_behind(shared: Shared, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+def prefill_attention(shared: Shared, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
     """Causal attention of sequences that each continue the prefix; query [T, H, K], key and value [T, KV, K] -> [T, H, K]."""
     out = []
     for q, *own in zip(*(x.split(list(lengths)) for x in (query, key, value)), strict=True):
@@ -26,7 +26,7 @@ def attend_behind(shared: Shared, query: Tensor, key: Tensor, value: Tensor, len
     return torch.cat(out)
 
 
-def decode_behind(shared: Shared, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def decode_attention_with_prefix(shared: Shared, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention of one token of each row over the prefix and over what follows it; query [n, KV, G, K], keys and values [n, KV, reach, K],
     mask [n, 1, 1, reach] -> [n, KV, G, K]."""
     n, heads, group, size = query.shape

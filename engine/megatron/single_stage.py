@@ -23,7 +23,7 @@ if "model_type" in inspect.signature(backward_step).parameters:
     backward_step = partial(backward_step, model_type=None)
 
 
-class Passage:
+class SingleStage:
     """`packed`, whose T is a multiple of tp, through the virtual stage `chunk` of `policy`. Gradients are added up, not reduced."""
 
     def __init__(self, policy: Policy, chunk: int, packed: Packed, *, token_loss: bool = False):
@@ -67,11 +67,13 @@ class Passage:
     def _forward(self, learns: bool) -> None:
         config = self.model.config
         self.received = None if self.model.pre_process else self._hidden().requires_grad_(learns)
-        flights = iter([self.policy._flight(self.packed, every=False, temperature=1.0, terms=self.terms if learns else None)])
+        packed_forwards = iter(
+            [self.policy._packed_forward(self.packed, every=False, temperature=1.0, terms=self.terms if learns else None)]
+        )
         with self._silent():
             self.sent, _ = schedules.forward_step(
-                lambda flights, stage: forward_step(_total, flights, stage),
-                flights,
+                lambda packed_forwards, stage: forward_step(_total, packed_forwards, stage),
+                packed_forwards,
                 self.stage,
                 1,
                 self.received,

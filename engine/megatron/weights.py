@@ -18,113 +18,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import Llama, padded_vocab
+from engine.config import ModelShape
 from engine.distributed.world import World
 from engine.megatron.backend import Grid
 from engine.megatron.model import PackedModel
+from engine.models.families import SCALAR_HEAD, Slice, slices, tensor_shapes
 
-SCALAR_HEAD = "score.weight"  # as LlamaForSequenceClassification calls it
 SHARD_BYTES = 4 << 30  # of an exported safetensors file
 
 
-@dataclass(frozen=True)
-class Piece:
-    """`length` rows (dim 0) or columns (dim 1): from `there` of the Hugging Face tensor `name`, at `here` of a rank's parameter."""
-
-    name: str
-    dim: int
-    there: int
-    here: int
-    length: int
-
-
-def pieces(parameter: str, model: Llama, tp: int, rank: int) -> list[Piece]:
-    """The table: what tensor-parallel rank `rank` of `tp` holds in `parameter` (megatron's name, layers counted over the whole model)."""
-    if parameter == "embedding.word_embeddings.weight":
-        return _vocab("model.embed_tokens.weight", model, tp, rank)
-    if parameter == "output_layer.weight" and model.head == "scalar":
-        return [Piece(SCALAR_HEAD, 0, 0, 0, 1)]
-    if parameter == "output_layer.weight":
-        return _vocab("model.embed_tokens.weight" if model.tied else "lm_head.weight", model, tp, rank)
-    if parameter == "decoder.final_layernorm.weight":
-        return [Piece("model.norm.weight", 0, 0, 0, model.hidden)]
-    _, _, layer, part = parameter.split(".", 3)
-    prefix = f"model.layers.{layer}."
-    heads, ffn = model.heads // tp * model.head_dim, model.ffn // tp
-    match part:
-        case "input_layernorm.weight":
-            return [Piece(prefix + "input_layernorm.weight", 0, 0, 0, model.hidden)]
-        case "pre_mlp_layernorm.weight":
-            return [Piece(prefix + "post_attention_layernorm.weight", 0, 0, 0, model.hidden)]
-        case "self_attention.linear_qkv.weight":
-            return _qkv(prefix + "self_attn.", model, tp, rank)
-        case "self_attention.linear_proj.weight":
-            return [Piece(prefix + "self_attn.o_proj.weight", 1, rank * heads, 0, heads)]
-        case "mlp.linear_fc1.weight":  # gate then up, within each rank
-            return [Piece(prefix + f"mlp.{branch}_proj.weight", 0, rank * ffn, i * ffn, ffn) for i, branch in enumerate(("gate", "up"))]
-        case "mlp.linear_fc2.weight":
-            return [Piece(prefix + "mlp.down_proj.weight", 1, rank * ffn, 0, ffn)]
-    raise AssertionError(f"no row in the table for {parameter}")
-
-
-def _vocab(name: str, model: Llama, tp: int, rank: int) -> list[Piece]:
-    """Rows beyond the vocabulary are padding: no piece names them."""
-    shard = padded_vocab(model.vocab, tp) // tp
-    length = min(shard, model.vocab - rank * shard)
-    return [Piece(name, 0, rank * shard, 0, length)] if length > 0 else []
-
-
-def _qkv(prefix: str, model: Llama, tp: int, rank: int) -> list[Piece]:
-    """For each key-value head: the query heads that share it, then its key, then its value."""
-    query, size = model.heads // model.kv_heads * model.head_dim, model.head_dim
-    rows, here = [], 0
-    for group in range(rank * model.kv_heads // tp, (rank + 1) * model.kv_heads // tp):
-        for name, there, length in (("q", group * query, query), ("k", group * size, size), ("v", group * size, size)):
-            rows.append(Piece(f"{prefix}{name}_proj.weight", 0, there, here, length))
-            here += length
-    return rows
-
-
-def shapes(model: Llama) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the Hugging Face model."""
-    query, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    layer = {
-        "input_layernorm.weight": (model.hidden,),
-        "post_attention_layernorm.weight": (model.hidden,),
-        "self_attn.q_proj.weight": (query, model.hidden),
-        "self_attn.k_proj.weight": (kv, model.hidden),
-        "self_attn.v_proj.weight": (kv, model.hidden),
-        "self_attn.o_proj.weight": (model.hidden, query),
-        "mlp.gate_proj.weight": (model.ffn, model.hidden),
-        "mlp.up_proj.weight": (model.ffn, model.hidden),
-        "mlp.down_proj.weight": (model.hidden, model.ffn),
-    }
-    named = {"model.embed_tokens.weight": (model.vocab, model.hidden), "model.norm.weight": (model.hidden,)}
-    if model.head == "scalar":
-        named[SCALAR_HEAD] = (1, model.hidden)
-    elif not model.tied:
-        named["lm_head.weight"] = (model.vocab, model.hidden)
-    return named | {f"model.layers.{i}.{name}": shape for i in range(model.layers) for name, shape in layer.items()}
-
-
-class Origin(Protocol):
+class WeightSource(Protocol):
     """Where weights come from: anything that can read a run of rows or columns of a named tensor, and say what it is in digests, of
     which each of `size` ranks takes a share."""
 
-    def read(self, piece: Piece) -> Tensor: ...
+    def read(self, piece: Slice) -> Tensor: ...
     def digests(self, rank: int, size: int) -> dict[str, str]: ...
 
 
-class RandomOrigin:
+class RandomWeights:
     """N(0, 0.02) weights, a scalar head of N(0, 1 / sqrt(d + 1)) (arXiv 2411.15124), and norms of one: a function of (seed, tensor name)
     alone, so that every layout starts from the same model."""
 
-    def __init__(self, model: Llama, seed: int):
-        self.shapes, self.seed = shapes(model), seed
+    def __init__(self, model: ModelShape, seed: int):
+        self.shapes, self.seed = tensor_shapes(model), seed
         self.draw = lru_cache(maxsize=3)(self._draw)  # q, k and v are read in turns
 
-    def read(self, piece: Piece) -> Tensor:
-        return self.draw(piece.name).narrow(piece.dim, piece.there, piece.length)
+    def read(self, piece: Slice) -> Tensor:
+        return self.draw(piece.name).narrow(piece.dim, piece.source_offset, piece.length)
 
     def digests(self, rank: int, size: int) -> dict[str, str]:
         return {"random": f"{self.seed} {sorted(self.shapes.items())}"} if rank == 0 else {}
@@ -138,16 +58,16 @@ class RandomOrigin:
         return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))) * deviation
 
 
-class FolderOrigin:
+class FolderWeights:
     """A Hugging Face folder, one safetensors file or many, read lazily: a rank reads only its own runs.
 
     Raises ValueError, naming the file, for a shard that is missing, cut short or corrupt, and for tensors that do not fit config.json.
     """
 
-    def __init__(self, folder: Path, model: Llama):
+    def __init__(self, folder: Path, model: ModelShape):
         self.folder = folder
         self.files = _index(folder)
-        wanted = shapes(model)
+        wanted = tensor_shapes(model)
         if model.tied:  # some folders store the tied copy too
             self.files.pop("lm_head.weight", None)
         self.files = {name: file for name, file in self.files.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -167,8 +87,8 @@ class FolderOrigin:
                 if (found := tuple(handle.get_slice(name).get_shape())) != wanted[name]:
                     raise ValueError(f"{self.folder / file}: {name} has shape {found}, but config.json asks for {wanted[name]}")
 
-    def read(self, piece: Piece) -> Tensor:
-        run = slice(piece.there, piece.there + piece.length)
+    def read(self, piece: Slice) -> Tensor:
+        run = slice(piece.source_offset, piece.source_offset + piece.length)
         # Opened anew for each piece: a file that stays open keeps every page that was read of it in memory.
         with _open(self.folder / self.files[piece.name]) as handle:
             view = handle.get_slice(piece.name)
@@ -183,13 +103,13 @@ class FolderOrigin:
 
 
 @dataclass(frozen=True)
-class FreshHead:
+class FreshHeadWeights:
     """A language model's folder for all but the scalar head, which is drawn."""
 
-    folder: FolderOrigin
-    drawn: RandomOrigin
+    folder: FolderWeights
+    drawn: RandomWeights
 
-    def read(self, piece: Piece) -> Tensor:
+    def read(self, piece: Slice) -> Tensor:
         return (self.drawn if piece.name == SCALAR_HEAD else self.folder).read(piece)
 
     def digests(self, rank: int, size: int) -> dict[str, str]:
@@ -231,16 +151,16 @@ def named_parameters(chunks: list[PackedModel]) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def fill(chunks: list[PackedModel], model: Llama, origin: Origin, grid: Grid) -> None:
+def fill(chunks: list[PackedModel], model: ModelShape, origin: WeightSource, grid: Grid) -> None:
     """Write every parameter of this rank from `origin`; padding rows of the vocabulary become zeros."""
     for name, parameter in named_parameters(chunks):
         parameter.zero_()
-        for piece in pieces(name, model, grid.tp, grid.tp_rank):
-            parameter.narrow(piece.dim, piece.here, piece.length).copy_(origin.read(piece))
+        for piece in slices(name, model, grid.tp, grid.tp_rank):
+            parameter.narrow(piece.dim, piece.offset, piece.length).copy_(origin.read(piece))
 
 
 @torch.no_grad()
-def export(chunks: list[PackedModel], model: Llama, folder: Path, dtype: torch.dtype, grid: Grid, world: World) -> None:
+def export(chunks: list[PackedModel], model: ModelShape, folder: Path, dtype: torch.dtype, grid: Grid, world: World) -> None:
     """Write the safetensors of a Hugging Face folder. Each pipeline stage writes its own layers, a file of about 4 GiB at a time."""
     files: dict[str, list[str]] = {}  # what this rank wrote
     if grid.dp_rank == 0:
@@ -255,7 +175,7 @@ def export(chunks: list[PackedModel], model: Llama, folder: Path, dtype: torch.d
     dist.barrier()
 
 
-def _batches(chunks: list[PackedModel], model: Llama, dtype: torch.dtype, grid: Grid) -> Iterator[dict[str, Tensor]]:
+def _batches(chunks: list[PackedModel], model: ModelShape, dtype: torch.dtype, grid: Grid) -> Iterator[dict[str, Tensor]]:
     """This stage's tensors, a file's worth at a time, on its first tensor-parallel rank; the others only lend their shards."""
     batch: dict[str, Tensor] = {}
     for name, parameter in named_parameters(chunks):
@@ -269,15 +189,15 @@ def _batches(chunks: list[PackedModel], model: Llama, dtype: torch.dtype, grid: 
         yield batch
 
 
-def _whole(name: str, parameter: Tensor, model: Llama, dtype: torch.dtype, grid: Grid) -> dict[str, Tensor]:
+def _whole(name: str, parameter: Tensor, model: ModelShape, dtype: torch.dtype, grid: Grid) -> dict[str, Tensor]:
     """On tensor-parallel rank 0, the whole Hugging Face tensors that `parameter` is a part of; empty on the others."""
     parts = [torch.empty_like(parameter) for _ in range(grid.tp)] if grid.tp_rank == 0 else None
     dist.gather(parameter.contiguous(), parts, dst=dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
     whole: dict[str, Tensor] = {}
     for rank, part in enumerate(parts or []):
-        for piece in pieces(name, model, grid.tp, rank):
-            tensor = whole.setdefault(piece.name, torch.empty(shapes(model)[piece.name], dtype=dtype))
-            tensor.narrow(piece.dim, piece.there, piece.length).copy_(part.narrow(piece.dim, piece.here, piece.length))
+        for piece in slices(name, model, grid.tp, rank):
+            tensor = whole.setdefault(piece.name, torch.empty(tensor_shapes(model)[piece.name], dtype=dtype))
+            tensor.narrow(piece.dim, piece.source_offset, piece.length).copy_(part.narrow(piece.dim, piece.offset, piece.length))
     return whole
 
 

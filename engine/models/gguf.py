@@ -18,7 +18,8 @@ from gguf.quants import dequantize
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from engine.config import Llama
+from engine.config import ModelShape
+from engine.models.families import to_hf
 
 LAYER_WEIGHTS = {
     "attn_norm": "input_layernorm",
@@ -80,10 +81,10 @@ def _refuse_unsupported(metadata: dict[str, Any], source: Path) -> None:
             )
 
 
-def _shape(metadata: dict[str, Any], tied: bool) -> Llama:
+def _shape(metadata: dict[str, Any], tied: bool) -> ModelShape:
     # GGUF keeps epsilon as float32; its shortest decimal is the number that was meant (1e-5, not 9.99999975e-06).
     epsilon = float(str(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"])))
-    return Llama(
+    return ModelShape(
         layers=metadata["llama.block_count"],
         hidden=metadata["llama.embedding_length"],
         ffn=metadata["llama.feed_forward_length"],
@@ -98,7 +99,7 @@ def _shape(metadata: dict[str, Any], tied: bool) -> Llama:
     )
 
 
-def _weights(reader: GGUFReader, shape: Llama, source: Path) -> dict[str, np.ndarray]:
+def _weights(reader: GGUFReader, shape: ModelShape, source: Path) -> dict[str, np.ndarray]:
     names = _hf_names(shape)
     found = {tensor.name for tensor in reader.tensors}
     if found != set(names):
@@ -115,7 +116,7 @@ def _weights(reader: GGUFReader, shape: Llama, source: Path) -> dict[str, np.nda
     return weights
 
 
-def _hf_names(shape: Llama) -> dict[str, str]:
+def _hf_names(shape: ModelShape) -> dict[str, str]:
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     if not shape.tied:
         names["output.weight"] = "lm_head.weight"
@@ -131,9 +132,9 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, hidden), np.float32)
 
 
-def _write_config(metadata: dict[str, Any], shape: Llama, folder: Path) -> None:
+def _write_config(metadata: dict[str, Any], shape: ModelShape, folder: Path) -> None:
     ids = {f"{name}_token_id": id for name, id in _token_ids(metadata).items() if name != "unk"}
-    write_json(folder / "config.json", shape.to_hf() | ids | {"dtype": "float32"})
+    write_json(folder / "config.json", to_hf(shape) | ids | {"dtype": "float32"})
     write_json(folder / "generation_config.json", ids)
 
 

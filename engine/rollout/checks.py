@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config import Parallel
 from engine.config.checks import Launch, check_generation
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 
 
-def generation_problems(launch: Launch, slotting: Slotting, positions: int) -> Iterator[str]:
+def generation_problems(launch: Launch, rollout: RolloutConfig, positions: int) -> Iterator[str]:
     """Why sequences of `positions` tokens, prompt and response, cannot be drawn."""
     model, grid = launch.model, launch.run.parallel
     try:
-        slotting.held(model.cache_bytes(grid.most_layers(model), grid.tp, positions, launch.itemsize), positions, grid.pp)
+        rollout.max_cached_seqs(model.kv_cache_bytes(grid.most_layers(model), grid.tp, positions, launch.itemsize), positions, grid.pp)
     except ValueError as error:
-        yield f"algorithm.rollout.{error}"
+        yield f"algorithm.{error}"
     try:
         if launch.on_gpu:
             check_generation(grid)
@@ -22,16 +23,32 @@ def generation_problems(launch: Launch, slotting: Slotting, positions: int) -> I
         yield str(error)
 
 
-def slot_warnings(launch: Launch, slotting: Slotting, responses: int) -> Iterator[str]:
+def batch_size_warnings(launch: Launch, rollout: RolloutConfig, responses: int) -> Iterator[str]:
     """What is lost by the number of slots, when a step draws so many responses."""
-    slots, pp, tp = slotting.slots, launch.run.parallel.pp, launch.run.parallel.tp
-    replicas = slotting.gpus // (pp * tp) or launch.dp
-    most = max(pp * tp, -(-responses // replicas))
-    even = max(1, min(slots, most) // (pp * tp)) * pp * tp
+    parallel = launch.run.parallel
+    slots, pp, tp, unit = rollout.max_num_seqs, parallel.pp, parallel.tp, parallel.model_ranks
+    replicas = rollout.generator_gpus // unit or launch.dp
+    most = max(unit, -(-responses // replicas))
+    even = max(1, min(slots, most) // unit) * unit
     if slots > most:
-        yield f"algorithm.rollout.slots={slots} is more than the {most} responses that a replica draws; use {even}"
-    elif slots % (pp * tp):
+        yield f"algorithm.rollout.max_num_seqs={slots} is more than the {most} responses that a replica draws; use {even}"
+    elif slots % unit:
         yield (
-            f"algorithm.rollout.slots={slots} makes {max(1, slots // pp)} for each of parallel.pp={pp} stages, padded to a multiple of "
-            f"parallel.tp={tp} whenever they draw; use {even}"
+            f"algorithm.rollout.max_num_seqs={slots} makes {max(1, slots // pp)} for each of parallel.pp={pp} stages, padded to a multiple "
+            f"of parallel.tp={tp} in each decode step; use {even}"
         )
+
+
+def training_ranks(parallel: Parallel, size: int, gpus: int) -> int:
+    """How many of `size` ranks train. Raises ValueError when the last `gpus` are no replicas of the trainer, or leave none."""
+    ranks = parallel.model_ranks
+    if not gpus:
+        return size
+    if gpus % ranks:
+        raise ValueError(
+            f"rollout.generator_gpus={gpus} must be a multiple of parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = "
+            f"{ranks}: generators have the trainer's tp and pp; use {-(-gpus // ranks) * ranks}"
+        )
+    if gpus >= size:
+        raise ValueError(f"rollout.generator_gpus={gpus} leaves none of the world's {size} ranks to train; start more ranks, or lower it")
+    return size - gpus

@@ -11,7 +11,7 @@ from engine.rollout.verification import Rollout
 from engine.types import Sample
 
 
-def described(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> dict[str, float]:
     """The field's numbers for a step's responses.
 
     kl          mean over responses of the sum over tokens of log(policy / reference), in nats (k1); kl3: mean over tokens of k3

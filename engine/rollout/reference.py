@@ -12,7 +12,7 @@ from engine.megatron.policy import Policy
 class Reference(Protocol):
     """Lends a policy that speaks as the reference."""
 
-    def speaking(self) -> AbstractContextManager[Policy]: ...
+    def activated(self) -> AbstractContextManager[Policy]: ...
 
 
 class Resident:
@@ -22,7 +22,7 @@ class Resident:
         self.policy = policy
 
     @contextmanager
-    def speaking(self) -> Iterator[Policy]:
+    def activated(self) -> Iterator[Policy]:
         yield self.policy
 
 
@@ -33,6 +33,6 @@ class Offloaded:
         self.policy, self.weights = policy, policy.weights_on_host()
 
     @contextmanager
-    def speaking(self) -> Iterator[Policy]:
-        with self.policy.holding(self.weights):
+    def activated(self) -> Iterator[Policy]:
+        with self.policy.swapped_weights(self.weights):
             yield self.policy

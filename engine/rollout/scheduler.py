@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.megatron.decode import Wave
+from engine.megatron.decode import DecodeBatch
 
 
 @dataclass(eq=False)
@@ -16,8 +16,8 @@ class Request:
     """One sequence to be continued, and what has come of it."""
 
     prompt: list[int]
-    limit: int  # tokens to draw at most
-    noise: np.uint64  # its random stream; see `streams`
+    max_tokens: int  # tokens to draw at most
+    rng_stream: np.uint64  # its random stream; see `streams`
     index: tuple[int, int]  # (prompt, sample)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -28,25 +28,34 @@ class Request:
         return len(self.prompt) + len(self.tokens)
 
 
-class Slots:
-    """A group of slots that takes requests from a queue. Rows 0 ... len(live) - 1 are live: decoding reads them as a view."""
+class Scheduler:
+    """A group of slots that takes requests from a queue. Rows 0 ... len(running) - 1 are running: decoding reads them as a view."""
 
     def __init__(
-        self, count: int, queue: deque[Request], stop: frozenset[int], prefill: int, until: Callable[[list[int]], bool] | None = None
+        self,
+        max_num_seqs: int,
+        waiting: deque[Request],
+        stop: frozenset[int],
+        prefill: int,
+        until: Callable[[list[int]], bool] | None = None,
     ):
-        self.count, self.queue, self.stop, self.prefill, self.until = count, queue, stop, prefill, until
-        self.live: list[Request] = []
+        self.max_num_seqs, self.waiting, self.stop, self.prefill, self.until = max_num_seqs, waiting, stop, prefill, until
+        self.running: list[Request] = []
 
-    def plan(self) -> Wave | None:
-        """A token of each live sequence, and as many waiting prompts as slots and the budget of prompt tokens admit (one in any case)."""
-        decode = len(self.live)
-        tokens = [request.tokens[-1] for request in self.live]
-        positions = [request.length - 1 for request in self.live]
+    def plan(self) -> DecodeBatch | None:
+        """A token of each running sequence, and as many waiting prompts as fit max_num_seqs and the prefill budget (at least one)."""
+        decode = len(self.running)
+        tokens = [request.tokens[-1] for request in self.running]
+        positions = [request.length - 1 for request in self.running]
         wanted, prompts, rows = list(range(decode)), [], []
-        while self.queue and len(self.live) < self.count and (not prompts or sum(prompts) + len(self.queue[0].prompt) <= self.prefill):
+        while (
+            self.waiting
+            and len(self.running) < self.max_num_seqs
+            and (not prompts or sum(prompts) + len(self.waiting[0].prompt) <= self.prefill)
+        ):
             mates = self._admit()
-            rows.append(list(range(len(self.live), len(self.live) + len(mates))))
-            self.live += mates
+            rows.append(list(range(len(self.running), len(self.running) + len(mates))))
+            self.running += mates
             prompt = mates[0].prompt
             prompts.append(len(prompt))
             tokens += prompt
@@ -54,42 +63,42 @@ class Slots:
             wanted += [len(tokens) - 1] * len(mates)
         if not tokens:
             return None
-        keys_R2 = keys([request.noise for request in self.live], [len(request.tokens) for request in self.live])
-        return Wave(tokens, positions, decode, max(positions[:decode], default=0) + 1, prompts, rows, wanted, keys_R2)
+        keys_R2 = rng_keys([request.rng_stream for request in self.running], [len(request.tokens) for request in self.running])
+        return DecodeBatch(tokens, positions, decode, max(positions[:decode], default=0) + 1, prompts, rows, wanted, keys_R2)
 
     def _admit(self) -> list[Request]:
         """The next request, and those behind it that continue the same prompt: it is computed once."""
-        mates = [self.queue.popleft()]
-        while self.queue and self.queue[0].index[0] == mates[0].index[0] and len(self.live) + len(mates) < self.count:
-            mates.append(self.queue.popleft())
+        mates = [self.waiting.popleft()]
+        while self.waiting and self.waiting[0].index[0] == mates[0].index[0] and len(self.running) + len(mates) < self.max_num_seqs:
+            mates.append(self.waiting.popleft())
         return mates
 
     def absorb(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
-        """Give each live sequence its token, and free the slots of those that are done. Returns (from, to, positions) of rows that move."""
-        for request, token, logprob in zip(self.live, tokens_R, logprobs_R, strict=True):
+        """Give each running sequence its token, and remove finished sequences. Returns (from, to, positions) of rows that move."""
+        for request, token, logprob in zip(self.running, tokens_R, logprobs_R, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
             request.stopped = token in self.stop or (self.until is not None and self.until(request.tokens))
         moves, row = [], 0
-        while row < len(self.live):
-            if not self._done(self.live[row]):
+        while row < len(self.running):
+            if not self._done(self.running[row]):
                 row += 1
                 continue
-            last = self.live.pop()
-            if row < len(self.live):
-                self.live[row] = last
+            last = self.running.pop()
+            if row < len(self.running):
+                self.running[row] = last
                 if not self._done(last):
-                    moves.append((len(self.live), row, last.length))
+                    moves.append((len(self.running), row, last.length))
         return moves
 
     def _done(self, request: Request) -> bool:
-        return request.stopped or len(request.tokens) >= request.limit
+        return request.stopped or len(request.tokens) >= request.max_tokens
 
 
 MULTIPLIER, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
-def stream(*names: int) -> np.uint64:
+def rng_stream(*names: int) -> np.uint64:
     """A random stream for (seed, step, prompt, sample): 64 bits in which every one of them counts, their order too (SplitMix64)."""
     state = 0
     for name in names:
@@ -100,7 +109,7 @@ def stream(*names: int) -> np.uint64:
     return np.uint64(state)
 
 
-def keys(noises: list[np.uint64], drawn: list[int]) -> np.ndarray:
+def rng_keys(noises: list[np.uint64], drawn: list[int]) -> np.ndarray:
     """The key of each stream's next draw, int32 [R, 2]: SplitMix64's output at that position."""
     with np.errstate(over="ignore"):
         state = np.array(noises, dtype=np.uint64) + np.uint64(MULTIPLIER) * (np.array(drawn, dtype=np.uint64) + np.uint64(1))

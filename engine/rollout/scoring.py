@@ -15,15 +15,15 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.batching.plan import batch, scatter
+from engine.batching.build import batch, scatter
 from engine.data.corpus import Corpus, mapped
 from engine.megatron.policy import Policy
 from engine.types import Sample, Step
 
-BLOCK = 16  # microbatches of each replica and pipeline stage that are planned together; what an interruption can cost
+MICROBATCHES_PER_BLOCK = 16  # microbatches of each replica and pipeline stage that are planned together; what an interruption can cost
 
 
-def per_token(
+def score_samples(
     policy: Policy, verb: Callable[[Step], list[Tensor]], samples: Iterable[Sample], budget: int
 ) -> Iterator[tuple[list[Sample], list[np.ndarray]]]:
     """`samples` in order, in blocks, with what a verb of the policy (logprobs, values) says of every predicted token of each, float32 [L].
@@ -31,10 +31,10 @@ def per_token(
     Only rank 0 is told the values. All ranks must iterate, over the same samples. `budget` is the tokens of a microbatch; no sample may
     be longer.
     """
-    for block in _blocks(samples, BLOCK * policy.parallel.pp * policy.grid.dp * budget):
-        step = batch(block, budget, **policy.cut)
+    for block in _blocks(samples, MICROBATCHES_PER_BLOCK * policy.parallel.pp * policy.grid.dp * budget):
+        step = batch(block, budget, **policy.batch_options)
         mine = enumerate(scatter(verb(step), step, len(block)) if step else [])
-        found = {i: values.numpy() for i, values in mine if values is not None and policy.speaks}
+        found = {i: values.numpy() for i, values in mine if values is not None and policy.is_replica_writer}
         parts: list[dict[int, np.ndarray]] = [{}] * policy.world.size
         dist.gather_object(found, parts if policy.world.rank == 0 else None)
         whole = {i: values for part in parts for i, values in part.items()}
@@ -55,7 +55,7 @@ def _blocks(samples: Iterable[Sample], tokens: int) -> Iterator[list[Sample]]:
         yield block
 
 
-def keep(
+def cached_logprobs(
     folder: Path, policy: Policy, corpora: Sequence[Corpus], budget: int, say: Callable[[str], None] = lambda _: None
 ) -> list[np.ndarray]:
     """The log-probs under `policy`, as it started, of every predicted token of each corpus: float32 [sum of L], memory-mapped.
@@ -66,17 +66,17 @@ def keep(
     """
     weights = policy.origin_hash()
     key = _key(weights, corpora)
-    done = policy.world.first(lambda: _opened(folder, key))
+    done = policy.world.rank0_first(lambda: _opened(folder, key))
     ends = [0, *accumulate(int(corpus.lengths.sum()) for corpus in corpora)]
     count = sum(map(len, corpora))
     if done < count:
         kept = _Kept(folder, done, corpora) if policy.world.rank == 0 else None
-        for block, values in per_token(policy, policy.logprobs, _samples(corpora, done), budget):
+        for block, values in score_samples(policy, policy.logprobs, _samples(corpora, done), budget):
             done += len(block)
             if kept:
                 kept.append(values, done)
             say(f"reference log-probs of {done} of {count} sequences")
-    values = policy.world.first(lambda: mapped(folder / "logprobs.bin", np.float32, ends[-1]))
+    values = policy.world.rank0_first(lambda: mapped(folder / "logprobs.bin", np.float32, ends[-1]))
     return [values[start:end] for start, end in pairwise(ends)]
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
-class Until:
+class StopStrings:
     """Ends a response as soon as its text holds one of `strings`. A function of its tokens alone, so that all ranks agree."""
 
     tokenizer: PreTrainedTokenizerFast

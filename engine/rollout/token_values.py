@@ -8,17 +8,17 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.batching.plan import batch, scatter
+from engine.batching.build import batch, scatter
 from engine.megatron.policy import Policy
 from engine.types import Sample, Step
 
 
-def per_token(policy: Policy, samples: Sequence[Sample], budget: int, read: Callable[[Step], list[Tensor]]) -> list[np.ndarray]:
+def token_values(policy: Policy, samples: Sequence[Sample], budget: int, read: Callable[[Step], list[Tensor]]) -> list[np.ndarray]:
     """float32 [L], or [2, L], for each sample, equal on every rank; `read` is a verb of `policy`, such as logprobs or values.
 
     Raises FloatingPointError, naming the sample, where it is not finite.
     """
-    step = batch(samples, budget, **policy.cut)
+    step = batch(samples, budget, **policy.batch_options)
     mine = {i: values.numpy() for i, values in enumerate(scatter(read(step), step, len(samples))) if values is not None}
     parts = [mine]
     if policy.grid.dp > 1:

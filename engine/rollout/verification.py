@@ -9,7 +9,8 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from engine.distributed.world import World
-from engine.rollout.sampler import Response, text_of
+from engine.rollout.engine import Response
+from engine.rollout.sampler import text_of
 from engine.types import Prompt
 from engine.verify import Unjudged, Verdict, verifier
 from engine.verify.pool import Case, Pool
@@ -25,7 +26,7 @@ class Rollout:
     verdict: Verdict
 
 
-def judge(
+def verify_responses(
     prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], tokenizer: PreTrainedTokenizerFast, pool: Pool, world: World
 ) -> tuple[list[Rollout], int]:
     """Every response with its verdict, in order of prompts, and how many could not be judged and were dropped; equal on every rank.

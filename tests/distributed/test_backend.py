@@ -8,12 +8,12 @@ from contextlib import closing
 import pytest
 import torch
 
-from engine.config import Llama, Model, Optim, Parallel, RopeScaling, padded_vocab
+from engine.config import Model, ModelShape, Optim, Parallel, RopeScaling, padded_vocab
 from engine.distributed.world import World
 from engine.megatron import backend
 from engine.megatron.policy import Policy
 
-LLAMA_405B = Llama(126, 16384, 53248, 128, 8, 128256, rope_theta=5e5, rope_scaling=RopeScaling(), max_length=131072)
+LLAMA_405B = ModelShape(126, 16384, 53248, 128, 8, 128256, rope_theta=5e5, rope_scaling=RopeScaling(), max_length=131072)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_a_moved_site_is_named_with_its_use() -> None:
 
 def test_the_seat_is_given_back() -> None:
     before = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "_lazy_init")}
-    with backend.taken(World("cpu", 0, 1, torch.device("cpu"))):
+    with backend.cpu_backend(World("cpu", 0, 1, torch.device("cpu"))):
         assert torch.zeros(1, device="cuda").device.type == "cpu"
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert {name: getattr(torch.cuda, name) for name in before} == before
@@ -58,7 +58,7 @@ def test_every_rank_class_of_405b(parallel: Parallel) -> None:
     for stage in range(parallel.pp):
         counts = {}
         for tp_rank in (0, 7):
-            world = World.imagined(rank=tp_rank + 2 * parallel.tp * stage, size=256)
+            world = World.fake(rank=tp_rank + 2 * parallel.tp * stage, size=256)
             with closing(Policy(Model(init=LLAMA_405B), None, parallel, world)) as policy:
                 assert policy.grid.pp_rank == stage
                 assert policy.grid.tp_rank == tp_rank
@@ -76,7 +76,7 @@ def test_every_rank_class_of_405b(parallel: Parallel) -> None:
 
 def test_a_training_rank_of_405b_has_its_optimizer() -> None:
     """With gradients in fp32 and the optimizer sharded over 2 replicas: 12 bytes of state per 2 parameters of this rank."""
-    world = World.imagined(rank=16, size=256)
+    world = World.fake(rank=16, size=256)
     with closing(Policy(Model(init=LLAMA_405B), Optim(2e-6), Parallel(8, 16, count_embedding=True, count_loss=True), world)) as policy:
         here = sum(p.numel() for p in policy.chunks[0].parameters())
         adamw = policy.optimizer.chained_optimizers[0].optimizer

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.config import Llama, Model, Parallel
+from engine.config import Model, ModelShape, Parallel
 from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import tasks, words, write
+from engine.models.families import to_hf
 from tests.support import jobs
 from tests.support.pool import ranks
 
-SHAPE = Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=111, max_length=96)
+SHAPE = ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=111, max_length=96)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model, as an export leaves it, with weights large enough that greedy answers are no near ties."""
     path = tmp_path_factory.mktemp("model")
     ranks(1).run(jobs.export, parallel=Parallel(), model=Model(init=SHAPE), folder=path)
-    (path / "config.json").write_text(json.dumps(SHAPE.to_hf()))
+    (path / "config.json").write_text(json.dumps(to_hf(SHAPE)))
     load_tokenizer("words").save_pretrained(path)
     return path
 
@@ -64,7 +65,7 @@ def test_greedy_answers_are_transformers(folder: Path, prompts: Path, tmp_path: 
         assert len(answer) == 12 or row["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize(("size", "setting"), [(2, "parallel.pp=2"), (2, "parallel.tp=2"), (2, "rollout.slots=3")])
+@pytest.mark.parametrize(("size", "setting"), [(2, "parallel.pp=2"), (2, "parallel.tp=2"), (2, "rollout.max_num_seqs=3")])
 def test_the_same_rows_on_any_layout(folder: Path, prompts: Path, tmp_path: Path, size: int, setting: str) -> None:
     how = ["--n", 3, "--temperature", 0.9, "--top-p", 0.95, "--max-tokens", 8, "--seed", 5]
     assert rows(1, folder, "--prompts", prompts, "--out", tmp_path / "one.jsonl", *how)[0] == 0

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import Parallel
 from engine.data.tokenizer import load_tokenizer
-from engine.evals.generation import Decoding, Response, end_tokens
-from engine.rollout.sampler import common
-from engine.rollout.stopping import Until
+from engine.evals.generation import Decoding, EvalResponse, end_tokens
+from engine.rollout.sampler import common_prefix
+from engine.rollout.stopping import StopStrings
 from engine.types import Prompt
 from tests.support import jobs_rollout
 from tests.support.pool import ranks
@@ -40,11 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def written(folder: Path, size: int = 1, prompts: list[list[int]] = PROMPTS, **how: Any) -> list[list[Response]]:
+def written(folder: Path, size: int = 1, prompts: list[list[int]] = PROMPTS, **how: Any) -> list[list[EvalResponse]]:
     """What each prompt is answered, the same on every rank."""
     first, *others = ranks(size).run(jobs_rollout.written, folder=folder, prompts=prompts, **how)
     assert all(found == first for found in others)
-    return [[Response(*response) for response in group] for group in first]
+    return [[EvalResponse(*response) for response in group] for group in first]
 
 
 def test_greedy_answers_are_those_of_transformers_one_by_one(folder: Path) -> None:
@@ -56,17 +56,22 @@ def test_greedy_answers_are_those_of_transformers_one_by_one(folder: Path) -> No
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=256)
         new = whole[0, len(prompt) :].tolist()
         said = new[: new.index(END)] if END in new else new
-        assert response == Response(str(tokenizer.decode(said)), len(said), "stop" if END in new else "length")
+        assert response == EvalResponse(str(tokenizer.decode(said)), len(said), "stop" if END in new else "length")
 
 
-LAYOUTS = [(1, Parallel(), {"slots": 1}), (2, Parallel(), {}), (2, Parallel(tp=2), {}), (2, Parallel(pp=2), {"slots": 3, "share": False})]
+LAYOUTS = [
+    (1, Parallel(), {"max_num_seqs": 1}),
+    (2, Parallel(), {}),
+    (2, Parallel(tp=2), {}),
+    (2, Parallel(pp=2), {"max_num_seqs": 3, "prefix_caching": False}),
+]
 
 
-@pytest.mark.parametrize(("size", "parallel", "slotting"), LAYOUTS, ids=str)
-def test_samples_do_not_depend_on_how_they_are_computed(folder: Path, size: int, parallel: Parallel, slotting: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("size", "parallel", "rollout"), LAYOUTS, ids=str)
+def test_samples_do_not_depend_on_how_they_are_computed(folder: Path, size: int, parallel: Parallel, rollout: dict[str, Any]) -> None:
     how: dict[str, Any] = {"decoding": {"max_tokens": 16, "n": 3, "temperature": 0.8, "top_p": 0.95, "stop": ("e", "no")}, "seed": 5}
     together = written(folder, **how)
-    assert written(folder, size, parallel=parallel, slotting=slotting, **how) == together
+    assert written(folder, size, parallel=parallel, rollout=rollout, **how) == together
     assert len({response.text for response in together[0]}) > 1
 
 
@@ -92,25 +97,25 @@ def test_a_response_ends_before_its_stop_string(folder: Path) -> None:
 def test_a_stop_string_is_found_as_soon_as_it_is_there() -> None:
     """Of whichever tokens it is made, characters of several bytes too."""
     tokenizer = load_tokenizer("bytes")
-    until = Until(tokenizer, ("née", "\n\n", "Q:"))
+    until = StopStrings(tokenizer, ("née", "\n\n", "Q:"))
     for text in ("a longer text, née somewhere", "one line\n\nQ: a next", "\n\n", "née"):
         tokens = list(text.encode())
         shortest = next(n for n in range(len(tokens) + 1) if until(tokens[:n]))
         assert until.before(tokens[:shortest]) == text[: min(text.find(s) for s in until.strings if s in text)]
         assert not any(s in str(tokenizer.decode(tokens[: shortest - 1])) for s in until.strings)
     assert not until(list(b"nee \n Q :"))
-    assert not Until(tokenizer, ())(list(b"anything"))
+    assert not StopStrings(tokenizer, ())(list(b"anything"))
 
 
 def test_the_first_of_several_stop_strings_counts() -> None:
     tokenizer = load_tokenizer("bytes")
-    assert Until(tokenizer, ("three", "two", "four")).before(list(b"one two three")) == "one "
-    assert Until(tokenizer, ("x",)).before(list(b"one")) == "one"
+    assert StopStrings(tokenizer, ("three", "two", "four")).before(list(b"one two three")) == "one "
+    assert StopStrings(tokenizer, ("x",)).before(list(b"one")) == "one"
 
 
 def test_what_prompts_share_is_cut_off_before_the_last_token_of_any() -> None:
     def shared(*prompts: list[int]) -> list[int]:
-        return common([Prompt(np.array(prompt, np.int32)) for prompt in prompts])
+        return common_prefix([Prompt(np.array(prompt, np.int32)) for prompt in prompts])
 
     assert shared([1, 2, 3], [1, 2, 4]) == [1, 2]
     assert shared([1, 2], [1, 2, 3]) == [1]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import Llama, Optim, Parallel, Recompute
+from engine.config import ModelShape, Optim, Parallel, Recompute
 from engine.dryrun import stages
-from engine.megatron.single_stage import Passage
+from engine.megatron.single_stage import SingleStage
 
-MODEL = Llama(layers=9, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
+MODEL = ModelShape(layers=9, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
 LAYERS = 3
 VIEWS = {"view", "_unsafe_view", "t", "detach", "slice", "select", "transpose", "split", "squeeze", "unsqueeze", "expand", "alias"}
 ALLOCATIONS = {"empty", "new_empty", "empty_like"}
@@ -39,7 +39,7 @@ def counted(pp: int, recompute: Recompute) -> tuple[Counter[str], Counter[str]]:
     """Of one microbatch of 24 tokens through three layers of nine: (forward, backward)."""
     parallel = Parallel(pp=3, recompute=recompute)
     with stages.become(MODEL, parallel, 3, pp, Optim(1e-5), "bf16") as policy:
-        passage = Passage(policy, 0, stages.microbatch((16, 8), 24))
+        passage = SingleStage(policy, 0, stages.microbatch((16, 8), 24))
         with Names() as forward:
             passage.forward()
         with Names() as backward:
@@ -91,8 +91,8 @@ def test_what_is_held_is_no_more_than_before(recompute: Recompute) -> None:
     """Bytes a token and layer, in bf16, by hand: full recomputation keeps a layer's input; the others what both norms, attention and the
     MLP work on."""
     parallel = Parallel(pp=3, recompute=recompute)
-    longer = Llama(layers=12, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
-    held = [stages.rehearse(model, parallel, 3, (16, 8), optim=Optim(1e-5))[1].held for model in (MODEL, longer)]
+    longer = ModelShape(layers=12, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
+    held = [stages.simulate_stages(model, parallel, 3, (16, 8), optim=Optim(1e-5))[1].held for model in (MODEL, longer)]
     norms, heads, branches = 4 * 64, 2 * 64 + 2 * 32, 3 * 192
     of_each = {"none": norms + heads + branches, "swiglu": norms + heads + branches - 192, "selective": norms + heads, "full": 64}
     numbers = of_each[recompute]

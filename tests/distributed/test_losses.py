@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.data.pairs import grouped
 from engine.losses import Average, dpo, nll, ppo_clip, ppo_first, ppo_terms, reward_bt, value_clip
 from engine.types import Moments, Packed, Sample

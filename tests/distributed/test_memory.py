@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from engine.config import Llama, Model, Parallel
+from engine.config import Model, ModelShape, Parallel
 from tests.support import jobs
 from tests.support.pool import ranks
 
-BIG = Llama(layers=4, hidden=256, ffn=1024, heads=8, kv_heads=4, vocab=8192)
+BIG = ModelShape(layers=4, hidden=256, ffn=1024, heads=8, kv_heads=4, vocab=8192)
 
 
 def test_dpo_takes_no_more_than_sft() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from engine.config import Model, Parallel
+from engine.models.families import to_hf
 from tests.support import jobs
 from tests.support.pool import ranks
 
@@ -48,7 +49,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Tensor]:
     """Log-probs at temperature 0.7, and entropy below them, [2, L], of what jobs.logprobs reads: transformers, in float64."""
     folder = tmp_path_factory.mktemp("exact")
     ranks(1).run(jobs.export, parallel=Parallel(), model=Model(init=jobs.TINY), folder=folder)
-    (folder / "config.json").write_text(json.dumps(jobs.TINY.to_hf()))
+    (folder / "config.json").write_text(json.dumps(to_hf(jobs.TINY)))
     network: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
     found = {}
     for i, sample in enumerate(jobs.samples(7)):
@@ -80,9 +81,9 @@ def test_a_policy_takes_its_process_groups_along(size: int, parallel: Parallel) 
 
 
 def by_sequence(query: Tensor, key: Tensor, value: Tensor, cu: Tensor) -> Tensor:
-    from engine.megatron.attention import Flight, attend_by_sequence
+    from engine.megatron.attention import PackedForward, attend_by_sequence
 
-    return attend_by_sequence(query, key, value, Flight(lengths=tuple(cu.diff().tolist())))
+    return attend_by_sequence(query, key, value, PackedForward(lengths=tuple(cu.diff().tolist())))
 
 
 def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +113,13 @@ def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pyt
     query = torch.randn(12, 4, 8, generator=draw)
     key, value = torch.randn(2, 12, 2, 8, generator=draw)
     cu = torch.tensor([0, 5, 12], dtype=torch.int32)
-    flight = attention.Flight(cu_seqlens_q=cu, max_seqlen_q=7, lengths=(5, 7))  # type: ignore[arg-type]
-    expected = attention.attend_for(on_gpu=False)(query, key, value, flight)
+    packed_forward = attention.PackedForward(cu_seqlens_q=cu, max_seqlen_q=7, lengths=(5, 7))  # type: ignore[arg-type]
+    expected = attention.attend_for(on_gpu=False)(query, key, value, packed_forward)
 
     module: Any = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, flight), expected)
+    assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, packed_forward), expected)
 
     def new(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, window_size: Any, enable_gqa: bool
@@ -137,7 +138,7 @@ def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     for kernel in (new, before_2_13, before_2_11):
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
-        assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, flight), expected)
+        assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, packed_forward), expected)
 
 
 def test_attention_and_its_gradients_are_torchs_own() -> None:

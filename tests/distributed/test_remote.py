@@ -14,20 +14,20 @@ import pytest
 import torch
 
 from engine.advantages import off_policy
-from engine.batching.plan import batch
-from engine.commands.generate import Generating
+from engine.batching.build import batch
+from engine.commands.generate import GenerateConfig
 from engine.config import Model, Parallel, override
 from engine.losses import ppo_clip
 from engine.reporting.console import read_metrics
-from engine.rollout.remote import Drawn
-from engine.rollout.sampler import Response, Slotting
+from engine.rollout.config import RolloutConfig
+from engine.rollout.engine import GenerationResult, Response
 from tests.distributed.test_rlvr import check_steps, drawn, one_rank, told
 from tests.support import jobs_remote, jobs_rlvr
 from tests.support import ppo_definition as definition
 from tests.support.pool import ranks
 
 FOLDER = Path(mkdtemp(prefix="apart-"))
-AHEAD = Slotting(slots=6, cache_gb=1.0, prefill=24, gpus=2, lag=1, max_weight=1.02)
+AHEAD = RolloutConfig(max_num_seqs=6, kv_cache_gb=1.0, max_prefill_tokens=24, generator_gpus=2, max_staleness=1, importance_cap=1.02)
 
 
 @lru_cache
@@ -61,14 +61,14 @@ def test_it_exercises_what_it_must() -> None:
 
 
 def test_without_lag_it_is_the_run_that_does_it_all_on_one_rank() -> None:
-    near = ranks(4).run(jobs_remote.steps, folder=FOLDER, parallel=Parallel(), rollout=replace(AHEAD, lag=0))[0]
+    near = ranks(4).run(jobs_remote.steps, folder=FOLDER, parallel=Parallel(), rollout=replace(AHEAD, max_staleness=0))[0]
     check_steps(near, one_rank())
     assert all("weights_bytes" in step["said"] and "importance" not in step["said"] for step in near)
 
 
 def test_the_next_step_is_drawn_while_one_is_learned(tmp_path: Path) -> None:
     """Each step waits to be learned for the responses to the next: a run that drew them afterwards would wait for ever."""
-    ranks(3).run(jobs_remote.learned_after_the_next_is_drawn, folder=tmp_path, rollout=replace(AHEAD, gpus=1))
+    ranks(3).run(jobs_remote.learned_after_the_next_is_drawn, folder=tmp_path, rollout=replace(AHEAD, generator_gpus=1))
     rows = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "step"]
     assert [r["staleness"] for r in rows] == [0.0, 1.0, 1.0]
     for row in rows:
@@ -105,9 +105,9 @@ def test_drawn_survives_being_written(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     sizes = [[3, 1], [1, 7], [2, 2]]
     responses = [[Response(draw.integers(0, 9, n, np.int32), draw.random(n, np.float32), n % 2 == 0) for n in pair] for pair in sizes]
-    (tmp_path / "drawn.npz").write_bytes(Drawn(responses, 4, {"seconds_generate": 0.1}).to_bytes())
-    read = Drawn.read(tmp_path / "drawn.npz")
-    assert (read.version, read.said) == (4, {"seconds_generate": 0.1})
+    (tmp_path / "drawn.npz").write_bytes(GenerationResult(responses, 4, {"seconds_generate": 0.1}).to_bytes())
+    read = GenerationResult.read(tmp_path / "drawn.npz")
+    assert (read.version, read.metrics) == (4, {"seconds_generate": 0.1})
     for group, wanted in zip(read.responses, responses, strict=True):
         for mine, theirs in zip(group, wanted, strict=True):
             assert (mine.tokens.dtype, mine.logprobs.dtype, mine.stopped) == (np.int32, np.float32, theirs.stopped)
@@ -157,34 +157,34 @@ def test_the_loss_is_weighted_token_by_token(average: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"lag": 1}, r"rollout.lag=1 and rollout.gpus=0: .* set rollout.gpus"),
-        ({"gpus": 2, "lag": 2}, r"rollout.lag=2 is neither 0 nor 1; use 1 .*, 0"),
-        ({"gpus": -1}, r"rollout.gpus=-1 must not be negative"),
-        ({"gpus": 1, "lag": 1, "max_weight": 0.0}, r"rollout.max_weight=0.0 must be positive"),
-        ({"graphs": True}, r"rollout.graphs=True must be one of auto, on, off"),
+        ({"max_staleness": 1}, r"rollout.max_staleness=1 needs .*rollout.generator_gpus=0; set rollout.generator_gpus"),
+        ({"generator_gpus": 2, "max_staleness": 2}, r"rollout.max_staleness=2 must be 0 .* or 1"),
+        ({"generator_gpus": -1}, r"rollout.generator_gpus=-1 must not be negative"),
+        ({"generator_gpus": 1, "max_staleness": 1, "importance_cap": 0.0}, r"rollout.importance_cap=0.0 must be positive"),
+        ({"cuda_graphs": True}, r"rollout.cuda_graphs=True must be one of auto, on, off"),
     ],
     ids=str,
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Slotting(**changes)
+        RolloutConfig(**changes)
 
 
 def test_engine_generate_has_no_ranks_to_spare() -> None:
-    with pytest.raises(ValueError, match=r"rollout.gpus=1 sets ranks apart .* leave it at 0"):
-        override(Generating(Model("nowhere")), ["rollout.gpus=1"])
+    with pytest.raises(ValueError, match=r"rollout.generator_gpus=1 is for training runs; leave it at 0"):
+        override(GenerateConfig(Model("nowhere")), ["rollout.generator_gpus=1"])
 
 
 @pytest.mark.parametrize(
     ("size", "parallel", "changes", "says"),
     [
-        (4, Parallel(tp=2), {"gpus": 1}, "rollout.gpus=1 must be a multiple of parallel.tp=2 x parallel.pp=1 = 2"),
-        (2, Parallel(), {"gpus": 2}, "rollout.gpus=2 leaves none of the world's 2 ranks to train"),
-        (3, Parallel(), {"gpus": 1, "cache_gb": 1e-6}, "algorithm.rollout.cache_gb=1e-06 holds 0 sequences"),
+        (4, Parallel(tp=2), {"generator_gpus": 1}, "rollout.generator_gpus=1 must be a multiple of parallel.tp=2 x parallel.pp=1 = 2"),
+        (2, Parallel(), {"generator_gpus": 2}, "rollout.generator_gpus=2 leaves none of the world's 2 ranks to train"),
+        (3, Parallel(), {"generator_gpus": 1, "kv_cache_gb": 1e-6}, "algorithm.rollout.kv_cache_gb=1e-06 holds 0 sequences"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused(size: int, parallel: Parallel, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
-    rollout = Slotting(**{"lag": 1, "cache_gb": 1.0} | changes)
+    rollout = RolloutConfig(**{"max_staleness": 1, "kv_cache_gb": 1.0} | changes)
     told = ranks(size).run(jobs_remote.whole_run, folder=tmp_path, parallel=parallel, rollout=rollout)
     assert all(says in said for said in told)

@@ -15,14 +15,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.data import preferences
-from engine.batching.plan import batch
-from engine.config import Llama, Model, Parallel
+from engine.batching.build import batch
+from engine.config import Model, Parallel
 from engine.data.pairs import grouped, prepare_pairs
 from engine.data.rows import Source
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import pairs, problems, write
 from engine.losses import reward_bt
+from engine.models.families import from_hf, to_hf
 from tests.distributed.test_weights import make_folder, read
 from tests.e2e.test_cli import complaint, engine
 from tests.support import jobs
@@ -157,10 +158,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, parallel: Parallel, tmp_path: Path) -> None:
     """Two steps from the language model; what is written has transformers' values at every token, and comes back bit for bit."""
     first, second = tmp_path / "first", tmp_path / "second"
-    shape = Llama.from_hf(json.loads((base / "config.json").read_text())).with_scalar_head()
+    shape = from_hf(json.loads((base / "config.json").read_text())).with_scalar_head()
     for folder in (first, second):
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(shape.to_hf()))
+        (folder / "config.json").write_text(json.dumps(to_hf(shape)))
     ranks(size).run(jobs.export, parallel=parallel, model=Model(str(base), head="scalar"), folder=first, steps=2)
     ranks(size).run(jobs.export, parallel=parallel, model=Model(str(first)), folder=second)
     written, again, original = read(first), read(second), read(base)
@@ -270,9 +271,9 @@ def test_a_fresh_head_is_told_of_in_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_classifier_of_several_labels_is_refused(change: dict[str, Any], expected: str) -> None:
-    config = {name: value for name, value in jobs.TINY.with_scalar_head().to_hf().items() if name != "id2label"}
+    config = {name: value for name, value in to_hf(jobs.TINY.with_scalar_head()).items() if name != "id2label"}
     with pytest.raises(ValueError, match=expected):
-        Llama.from_hf(config | change)
+        from_hf(config | change)
 
 
 def test_a_scalar_head_ties_nothing() -> None:

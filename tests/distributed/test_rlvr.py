@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from engine.advantages import by_critic, by_group, explained_variance
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.config import Model, Parallel
 from engine.losses import ppo_clip, value_clip
 from engine.reporting.console import read_metrics
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 from engine.types import Sample
 from tests.support import jobs, jobs_rlvr
 from tests.support import ppo_definition as definition
@@ -182,7 +182,7 @@ def test_what_needs_logprobs_before_the_update() -> None:
     critic = jobs_rlvr.asked(FOLDER, Parallel(), epochs=1, minibatches=1).algorithm
     assert not critic.learns_once  # KL in the reward
     assert replace(critic, kl_coef=0.0).learns_once
-    for changes in ({"epochs": 2}, {"minibatches": 2}, {"rollout": Slotting(gpus=1, lag=1)}):
+    for changes in ({"epochs": 2}, {"minibatches": 2}, {"rollout": RolloutConfig(generator_gpus=1, max_staleness=1)}):
         assert not replace(group, **changes).learns_once
 
 
@@ -276,8 +276,8 @@ def told(folder: Path) -> list[dict[str, Any]]:
     ("changes", "says"),
     [
         ({"verifier": "nonesuch"}, "verifier='nonesuch' is unknown"),
-        ({"max_prompt": 4}, "over max_prompt=4"),
-        ({"max_prompt": 120, "tokens_per_microbatch": 256}, "over the model's context"),
+        ({"max_prompt_tokens": 4}, "over max_prompt_tokens=4"),
+        ({"max_prompt_tokens": 120, "tokens_per_microbatch": 256}, "over the model's context"),
         ({"stop": ("no such token",)}, "stop='no such token' is no token"),
         (
             {"critic": replace(jobs_rlvr.asked(FOLDER, Parallel()).algorithm.critic, model=Model(init=jobs.TINY))},
@@ -297,10 +297,10 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
         ({"advantage": "group", "critic": None, "samples_per_prompt": 1}, "samples_per_prompt=1"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"minibatches": 17}, "minibatches=17"),
-        ({"correct": float("nan")}, "algorithm.correct=nan must be finite"),
-        ({"no_stop": float("-inf")}, "algorithm.no_stop=-inf must be finite"),
+        ({"correct_reward": float("nan")}, "algorithm.correct_reward=nan must be finite"),
+        ({"no_stop_reward": float("-inf")}, "algorithm.no_stop_reward=-inf must be finite"),
         ({"kl_coef": float("nan")}, "algorithm.kl_coef=nan"),
-        ({"skip_agreeing": True}, "skip_agreeing needs"),
+        ({"skip_zero_std_groups": True}, "skip_agreeing needs"),
     ],
     ids=str,
 )
@@ -310,5 +310,5 @@ def test_settings_that_cannot_be(changes: dict[str, Any], says: str) -> None:
 
 
 def test_long_prompts_may_be_dropped_and_are_counted(tmp_path: Path) -> None:
-    algorithm = ranks(1).run(jobs_rlvr.refused, folder=tmp_path, max_prompt=5, too_long="drop", steps=1)[0]
+    algorithm = ranks(1).run(jobs_rlvr.refused, folder=tmp_path, max_prompt_tokens=5, too_long="drop", steps=1)[0]
     assert algorithm == ""

@@ -30,7 +30,7 @@ def check_learns(found: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("how", [{}, GROUPS], ids=["critic", "group"])
 def test_responses_of_one_token(how: dict[str, Any], size: int, tmp_path: Path) -> None:
-    found = ranks(size).run(jobs_rlvr.steps, folder=tmp_path, parallel=Parallel(), max_response=1, **how)[0]
+    found = ranks(size).run(jobs_rlvr.steps, folder=tmp_path, parallel=Parallel(), max_response_tokens=1, **how)[0]
     check_learns(found)
     assert {sum(sample["mask"]) for step in found for sample in step["samples"]} == {1}
     assert all(step["said"]["length"] == 1 and step["learned"]["grad_norm"] > 0 for step in found)
@@ -40,7 +40,7 @@ def test_responses_of_one_token(how: dict[str, Any], size: int, tmp_path: Path) 
 def test_where_nothing_is_correct_groups_learn_nothing_and_are_counted(how: dict[str, Any], tmp_path: Path) -> None:
     """All samples of all prompts have the same score; the critic still learns that it is 0."""
     source = jobs_rlvr.tasks(tmp_path / "hard.jsonl", ("(?!)",) * 8)
-    same = {"sources": (source,), "no_stop": 0.0, "kl_coef": 0.0}
+    same = {"sources": (source,), "no_stop_reward": 0.0, "kl_coef": 0.0}
     found = ranks(1).run(jobs_rlvr.steps, folder=tmp_path, parallel=Parallel(), **same, **how)[0]
     check_learns(found)
     for step in found:

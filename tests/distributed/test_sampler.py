@@ -140,7 +140,7 @@ def test_tied_weights() -> None:
     [
         ({"tokens": []}, "prompt 0 is empty"),
         ({"tokens": [1] * 8190}, "over the model's context of 8192"),
-        ({"cache_gb": 1e-6}, "cache_gb=1e-06 holds 0 sequences"),
+        ({"kv_cache_gb": 1e-6}, "kv_cache_gb=1e-06 holds 0 sequences"),
     ],
 )
 def test_what_cannot_be_is_refused(how: dict[str, Any], says: str) -> None:

@@ -113,9 +113,9 @@ def test_apex_is_not_shadowed_on_gpus(place: Any, installed: bool, wanted: Any, 
         monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
     before = layers.__dict__.get(backend.APEX)
     world = World(place, 0, 1, torch.device(place))
-    with backend.taken(world):
+    with backend.cpu_backend(world):
         assert getattr(layers, backend.APEX) is wanted
-        with backend.taken(world):  # a second policy
+        with backend.cpu_backend(world):  # a second policy
             assert layers._grad_accum_fusion_available
         assert getattr(layers, backend.APEX) is wanted
     assert layers.__dict__.get(backend.APEX) is before

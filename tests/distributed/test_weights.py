@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from engine.config import Llama, Model, Parallel, RopeScaling
+from engine.config import Model, ModelShape, Parallel, RopeScaling
+from engine.models import families
+from engine.models.families import to_hf
 from tests.support import jobs
 from tests.support.pool import ranks
 
@@ -23,10 +25,10 @@ SHAPES = {"untied": UNTIED, "tied": replace(UNTIED, tied=True, vocab=256, rope_s
 LAYOUTS = [(1, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2, vpp=2)), (4, Parallel(tp=2, pp=2)), (4, Parallel(tp=2))]
 
 
-def make_folder(folder: Path, shape: Llama) -> Path:
+def make_folder(folder: Path, shape: ModelShape) -> Path:
     """A random model as transformers writes it."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape.to_hf()))
+    model = LlamaForCausalLM(LlamaConfig(**to_hf(shape)))
     for parameter in model.parameters():  # norms too, so that a forgotten one shows
         torch.nn.init.normal_(parameter, 0.0, 0.3)
     model.save_pretrained(folder)
@@ -82,17 +84,16 @@ def test_trained_weights_are_the_same_from_any_layout_and_load_in_transformers(f
 
 def test_a_rank_reads_only_its_own_slices(folder: Path) -> None:
     """Over all of tp2's rank 0, the elements that are read are those of its parameters: half the matrices, all the norms."""
-    from engine.megatron import weights
 
     model = SHAPES[folder.name]
     read_elements = 0
-    for name, shape in weights.shapes(model).items():
+    for name, shape in families.tensor_shapes(model).items():
         for parameter in _parameters_of(name):
-            for piece in weights.pieces(parameter, model, 2, 0):
+            for piece in families.slices(parameter, model, 2, 0):
                 if piece.name == name:
                     read_elements += piece.length * (shape[1 - piece.dim] if len(shape) > 1 else 1)
-    matrices = sum(s[0] * s[1] for s in weights.shapes(model).values() if len(s) > 1)
-    norms = sum(s[0] for s in weights.shapes(model).values() if len(s) == 1)
+    matrices = sum(s[0] * s[1] for s in families.tensor_shapes(model).values() if len(s) > 1)
+    norms = sum(s[0] for s in families.tensor_shapes(model).values() if len(s) == 1)
     vocab_rows = 128 - model.vocab / 2  # the first shard has no padding
     assert read_elements == matrices / 2 + norms + (1 if model.tied else 2) * vocab_rows * model.hidden
 
@@ -169,6 +170,6 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: str) -> Non
 
 
 def test_a_tp_that_does_not_divide_names_what_does() -> None:
-    smollm2 = Llama(30, 576, 1536, 9, 3, 49152, tied=True)
+    smollm2 = ModelShape(30, 576, 1536, 9, 3, 49152, tied=True)
     with pytest.raises(ValueError, match=r"tp=2 must divide model.heads=9, model.kv_heads=3 .*; use parallel.tp=1"):
         Parallel(tp=2).check(smollm2, 2)

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import Llama
+from engine.config import ModelShape
 from engine.distributed.world import World
 from engine.dryrun.calibrate import Sizes, calibrate, fit_gemm, fit_kernels, save
 from engine.dryrun.hardware import Gemm, Hardware
 from engine.dryrun.types import Matmul, Work
 from tests.support.pool import ranks
 
-TINY = Llama(layers=1, hidden=16, ffn=32, heads=2, kv_heads=1, vocab=64)
+TINY = ModelShape(layers=1, hidden=16, ffn=32, heads=2, kv_heads=1, vocab=64)
 SMALL = Sizes(
     products=(Matmul(16, 16, 16), Matmul(64, 32, 64)),
     attention=(2, 16, 8),

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from engine.config import Llama, Parallel
-from engine.dryrun.clock import Clock
-from engine.dryrun.decoding import rollout, round_seconds, wave
+from engine.config import ModelShape, Parallel
+from engine.dryrun.clock import CostModel
+from engine.dryrun.decoding import decode_work, generation_time, round_seconds
 from engine.dryrun.hardware import Gemm, Hardware, Link
 from engine.dryrun.types import Collective, Matmul, Overlapped, Stage, Work
 
@@ -36,8 +36,8 @@ PLAIN = Hardware(
 )
 
 
-def clock(hardware: Hardware = PLAIN, world_size: int = 8, **parallel: Any) -> Clock:
-    return Clock(hardware, Parallel(**parallel), world_size)
+def clock(hardware: Hardware = PLAIN, world_size: int = 8, **parallel: Any) -> CostModel:
+    return CostModel(hardware, Parallel(**parallel), world_size)
 
 
 def test_a_product_is_bound_by_arithmetic_or_by_memory() -> None:
@@ -155,8 +155,8 @@ def test_forward_alone() -> None:
     assert clock(world_size=2, pp=2).forward([stage(0), stage(1)], 4, 1.0).seconds == 5 * 100 + 1 / 0.1
 
 
-SMALL = Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=256)
-LLAMA8B = Llama(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256)
+SMALL = ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=256)
+LLAMA8B = ModelShape(layers=32, hidden=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256)
 
 
 def test_decoding_reads_weights_and_cache() -> None:
@@ -168,11 +168,11 @@ def test_decoding_reads_weights_and_cache() -> None:
     short = clock(replace(h100.hardware, bandwidth=1e18, peak=1e21, launch=0.0), world_size=1)
     assert round_seconds(short, LLAMA8B, 16, 1000, graphs=True) == pytest.approx(10 * 8e-6)
     assert round_seconds(short, LLAMA8B, 16, 1000, [100], graphs=True) == pytest.approx(32 * 1e-3 + 30 * 8e-6)  # prompts are in no graph
-    assert wave(LLAMA8B, 1, 32, 16, 0, head=True).flops == pytest.approx(2 * 16 * weights / 2, rel=1e-4)
+    assert decode_work(LLAMA8B, 1, 32, 16, 0, head=True).flops == pytest.approx(2 * 16 * weights / 2, rel=1e-4)
 
 
 def test_a_prompt_costs_what_a_forward_does() -> None:
-    work = wave(LLAMA8B, 4, 32, 0, 0.0, prompts=[100, 300], head=True)
+    work = decode_work(LLAMA8B, 4, 32, 0, 0.0, prompts=[100, 300], head=True)
     body = LLAMA8B.parameters - 2 * LLAMA8B.vocab * LLAMA8B.hidden
     causal = 4 * 4096 * (100 * 101 + 300 * 301) / 2 * 32
     assert 4 * work.flops == pytest.approx(2 * 400 * body + causal + 2 * 2 * LLAMA8B.vocab * LLAMA8B.hidden, rel=1e-4)
@@ -181,15 +181,15 @@ def test_a_prompt_costs_what_a_forward_does() -> None:
 
 def test_slots_are_filled_anew() -> None:
     machine = clock(Hardware.load("h100"), world_size=1)
-    found = rollout(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=2, graphs=False)
+    found = generation_time(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=2, graphs=False)
     assert (found.rounds, found.tokens) == (100, 155)
     assert found.decode == pytest.approx(100 * (32 * 1e-3 + 30 * 8e-6))  # as long as the host sets the pace
     assert found.prefill == 0  # and few tokens more take it no longer
-    assert rollout(machine, LLAMA8B, [3000] * 4, [5, 100, 20, 30], slots=2, graphs=False).prefill > 0
-    assert rollout(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=1, graphs=False).rounds == 155
+    assert generation_time(machine, LLAMA8B, [3000] * 4, [5, 100, 20, 30], slots=2, graphs=False).prefill > 0
+    assert generation_time(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=1, graphs=False).rounds == 155
     two = clock(Hardware.load("h100"), world_size=2, pp=2)
-    assert rollout(two, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=1, graphs=False).rounds == 100
-    replayed = rollout(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=2, graphs=True)
+    assert generation_time(two, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=1, graphs=False).rounds == 100
+    replayed = generation_time(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=2, graphs=True)
     assert replayed.decode < 0.3 * found.decode
     assert replayed.prefill > 0  # what takes a prompt in is launched kernel by kernel
 

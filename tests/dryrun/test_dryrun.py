@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,25 +16,26 @@ from benchmarks.dryrun import bench_tulu
 from engine.__main__ import load_recipe, main
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.algorithms.sft import SFT
-from engine.config import Llama, Model, Optim, Parallel, Run, override
+from engine.config import Model, ModelShape, Optim, Parallel, Run, override
 from engine.data.rows import Source
 from engine.dryrun import lengths, model_shapes
 from engine.dryrun import search as searching
 from engine.dryrun.compose import composer
 from engine.dryrun.forecast import Forecast, forecast
 from engine.dryrun.hardware import Hardware
-from engine.dryrun.microbatches import Cut, cost
-from engine.dryrun.phases import DRAWING
+from engine.dryrun.microbatches import MicrobatchPlan, attention_cost
+from engine.dryrun.phases import GENERATION
 from engine.dryrun.report import as_json
 from engine.dryrun.search import ROOM, search
-from engine.dryrun.stages import rehearse
+from engine.dryrun.stages import simulate_stages
 from engine.megatron import overlap
-from engine.rollout.sampler import Slotting
+from engine.models.families import to_hf
+from engine.rollout.config import RolloutConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = Llama(layers=6, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=320, max_length=4096)
+SMALL = ModelShape(layers=6, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=320, max_length=4096)
 H100 = Hardware.load("h100")
-PARTS = composer(rehearse)  # what is rehearsed for one test serves the others
+PARTS = composer(simulate_stages)  # what is rehearsed for one test serves the others
 
 
 def foretold(run: Run, gpus: int, hardware: Hardware = H100) -> Forecast:
@@ -59,52 +61,53 @@ def sft(**parallel: Any) -> Run:
     )
 
 
-def rlvr(critic: Llama = SMALL, **settings: Any) -> Run:
+def rlvr(critic: ModelShape = SMALL, **settings: Any) -> Run:
     algorithm = RLVR(
         sources=(Source("allenai/RLVR-MATH"),),
         critic=Critic(Model(init=critic.with_scalar_head()), Optim(lr=1e-5)),
         prompts_per_step=32,
-        max_prompt=512,
-        max_response=256,
-        rollout=Slotting(slots=8, cache_gb=1.0),
+        max_prompt_tokens=512,
+        max_response_tokens=256,
+        rollout=RolloutConfig(max_num_seqs=8, kv_cache_gb=1.0),
         **settings,
     )
     return replace(sft(pp=2, tp=2), algorithm=algorithm)
 
 
 def test_models_are_known_by_their_folder_or_their_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
-    assert model_shapes.shape(Model(str(tmp_path))) == SMALL
-    assert model_shapes.guessed(Model(str(tmp_path))) == ""
-    big = model_shapes.shape(Model("meta-llama/Llama-3.1-405B"))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(SMALL)))
+    assert model_shapes.shape_of(Model(str(tmp_path))) == SMALL
+    assert model_shapes.guess_note(Model(str(tmp_path))) == ""
+    big = model_shapes.shape_of(Model("meta-llama/Llama-3.1-405B"))
     assert big.parameters == 405_853_388_800
-    critic = model_shapes.shape(Model("allenai/Llama-3.1-Tulu-3-8B-RM"))
+    critic = model_shapes.shape_of(Model("allenai/Llama-3.1-Tulu-3-8B-RM"))
     assert (critic.head, critic.vocab, critic.layers) == ("scalar", 128264, 32)
-    assert "126 layers of 16384" in model_shapes.guessed(Model("meta-llama/Llama-3.1-405B"))
+    assert "126 layers of 16384" in model_shapes.guess_note(Model("meta-llama/Llama-3.1-405B"))
     with pytest.raises(ValueError, match=r"model.path='runs/mine' is not on this machine.*; give a folder with config.json"):
-        model_shapes.shape(Model("runs/mine"))
+        model_shapes.shape_of(Model("runs/mine"))
 
 
-def test_gpus_are_those_of_the_recipes_torchrun_line() -> None:
-    for name, gpus in (("tulu3_405b_rlvr", 256), ("tulu3_70b_sft", 64), ("tulu3_8b_sft", 8), ("tiny_sft", 1)):
-        path = RECIPES / f"{name}.py"
-        assert model_shapes.gpus(path, load_recipe(str(path))) == gpus
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_gpus_are_those_of_the_recipes_torchrun_line(path: Path) -> None:
+    line = dict(re.findall(r"--(nnodes|nproc-per-node)\s+(\d+)", path.read_text()))
+    expected = int(line.get("nnodes", 1)) * int(line["nproc-per-node"]) if line else 0
+    assert load_recipe(str(path)).gpus == expected
 
 
 def test_lengths_are_drawn_as_stated_or_from_what_is_given(tmp_path: Path) -> None:
-    drawn = lengths.Spread(400, 0.6).draw(100_000, 10**6, np.random.default_rng(0))
+    drawn = lengths.LogNormal(400, 0.6).draw(100_000, 10**6, np.random.default_rng(0))
     assert drawn.mean() == pytest.approx(400, rel=0.02)
     assert np.log(drawn).std() == pytest.approx(0.6, rel=0.02)
     asked = rlvr(samples_per_prompt=2).algorithm
-    sequences = lengths.draw(asked, seed=3)
+    sequences = lengths.sample_lengths(asked.workload(), seed=3)
     assert len(sequences.lengths_N) == 64
     assert (sequences.prompt_N[::2] == sequences.prompt_N[1::2]).all()
     assert sequences.prompt_N.max() <= 512
     assert sequences.response_N.max() <= 256
-    assert (lengths.draw(asked, seed=3).lengths_N == sequences.lengths_N).all()
+    assert (lengths.sample_lengths(asked.workload(), seed=3).lengths_N == sequences.lengths_N).all()
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": 100, "response": 28}\n')
-    assert set(lengths.draw(sft().algorithm, given=lengths.read(str(file))).lengths_N) == {128}
+    assert set(lengths.sample_lengths(sft().algorithm.workload(), given=lengths.read(str(file))).lengths_N) == {128}
     file.write_text('{"prompt": 100, "response": 28}\n{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl:2: a row is"):
         lengths.read(str(file))
@@ -112,13 +115,13 @@ def test_lengths_are_drawn_as_stated_or_from_what_is_given(tmp_path: Path) -> No
 
 def test_a_cut_is_the_planners_and_its_full_microbatch_is_full() -> None:
     lengths_N, alone = np.array([500, 300, 200, 100, 900, 24]), np.full(6, -1)
-    cut = Cut.of(lengths_N, alone, SMALL, Parallel(tp=2), 1, 1024)
+    cut = MicrobatchPlan.of(lengths_N, alone, SMALL, Parallel(tp=2), 1, 1024)
     assert (cut.microbatches, cut.tokens) == (2, 2024)
-    assert cut.cost == pytest.approx(cost(lengths_N.tolist(), SMALL) / 2)
+    assert cut.cost == pytest.approx(attention_cost(lengths_N.tolist(), SMALL) / 2)
     full = cut.full(lengths_N, Parallel(tp=2), 1024)
     assert sum(full) == 1024
     assert full == (500, 300, 200, 24)
-    virtual = Cut.of(lengths_N, alone, SMALL, Parallel(tp=2, pp=2, vpp=3), 1, 1024)
+    virtual = MicrobatchPlan.of(lengths_N, alone, SMALL, Parallel(tp=2, pp=2, vpp=3), 1, 1024)
     assert virtual.microbatches == 2
     assert virtual.tokens == 2 * virtual.most  # all as long as the longest
 
@@ -129,7 +132,7 @@ def test_stages_from_parts_are_the_rehearsed_ones(setting: str, monkeypatch: pyt
     deep = replace(SMALL, layers=10)
     grid = override(sft(tp=2, pp=2, vpp=3, count_embedding=True, count_loss=True), [f"parallel.{setting}"]).parallel
     options: dict[str, Any] = {"optim": Optim(lr=1e-5), "rows": 100, "dtype": "bf16"}
-    whole, parts = (make(deep, grid, 8, (100, 156), **options) for make in (rehearse, composer(rehearse)))
+    whole, parts = (make(deep, grid, 8, (100, 156), **options) for make in (simulate_stages, composer(simulate_stages)))
     for stage, other in zip(whole, parts, strict=True):
         assert other.optimizer == pytest.approx(stage.optimizer, rel=0.01)  # small shards are padded
         assert other.inference_peak == pytest.approx(stage.inference_peak, rel=0.1)
@@ -143,10 +146,10 @@ def check_sums(found: Forecast) -> dict[str, Any]:
     generating = told["generating"] or {"ranks": 0, "stages": []}
     assert grid["tp"] * grid["pp"] * grid["dp"] + generating["ranks"] == told["ranks"]
     assert [stage["pp"] for stage in told["stages"]] == list(range(grid["pp"]))
-    assert sum(stage["layers"] for stage in told["stages"]) == found.scene.policy.model.layers
+    assert sum(stage["layers"] for stage in told["stages"]) == found.simulation.policy.model.layers
     for stage in [*told["stages"], *generating["stages"]]:
         assert stage["peak_bytes"] == sum(stage["bytes"].values()) == max(stage["moments"].values())
-        assert stage["fits"] == (stage["peak_bytes"] <= found.scene.hardware.memory)
+        assert stage["fits"] == (stage["peak_bytes"] <= found.simulation.hardware.memory)
     assert told["fits"] == all(stage["fits"] for stage in [*told["stages"], *generating["stages"]])
     assert told["step_seconds"] == pytest.approx(sum(s for name, s in told["phases"].items() if name not in told["beside"]))
     assert all(seconds >= 0 for seconds in told["phases"].values())
@@ -188,7 +191,7 @@ def test_a_forecast_of_rlvr_has_every_phase_and_everything_that_takes_memory() -
     alone = forecast(override(run, ["algorithm.epochs=1", "algorithm.kl_coef=0"]), 8, H100)
     assert not {"log-probs, policy", "log-probs, reference"} & as_json(alone)["phases"].keys()  # a single update reads them itself
     # 4 slots in each of 2 groups, 3 layers, keys and values of one head of 16 numbers of 2 bytes, 768 positions.
-    settings = ["algorithm.rollout.slots=4", "algorithm.reference=offloaded"]
+    settings = ["algorithm.rollout.max_num_seqs=4", "algorithm.reference=offloaded"]
     halved = foretold(override(run, settings), 8).stages[0].moments["generation"]
     spared = offloaded.stages[0].moments["generation"] - halved
     assert spared == pytest.approx(2 * 2 * 3 * 2 * 16 * 2 * 768, rel=0.05)
@@ -201,25 +204,26 @@ def test_ranks_that_only_generate_are_a_launch_beside_the_one_that_learns(epochs
     run = rlvr(epochs=epochs)
     learning, drawing = (as_json(foretold(run, gpus))["phases"] for gpus in (8, 4))
     between, ahead = (
-        check_sums(foretold(override(run, ["algorithm.rollout.gpus=4", f"algorithm.rollout.lag={lag}"]), 12)) for lag in (0, 1)
+        check_sums(foretold(override(run, ["algorithm.rollout.generator_gpus=4", f"algorithm.rollout.max_staleness={lag}"]), 12))
+        for lag in (0, 1)
     )
     for told in (between, ahead):
         assert told["generating"]["dp"] == 1
         for name, seconds in told["phases"].items():
             if name not in ("handing weights", "waiting for responses"):
-                assert seconds == pytest.approx((drawing if name in DRAWING else learning)[name])
-    drawn = sum(drawing[name] for name in DRAWING)
-    learned = sum(learning.values()) - sum(learning[name] for name in DRAWING)
+                assert seconds == pytest.approx((drawing if name in GENERATION else learning)[name])
+    drawn = sum(drawing[name] for name in GENERATION)
+    learned = sum(learning.values()) - sum(learning[name] for name in GENERATION)
     handed = ahead["phases"]["handing weights"]
     assert (learned > drawn) == (epochs == 400)
     assert between["beside"] == []
     assert between["step_seconds"] == pytest.approx(drawn + handed + learned)
-    assert ahead["beside"] == list(DRAWING)
+    assert ahead["beside"] == list(GENERATION)
     assert ahead["step_seconds"] == pytest.approx(handed + max(drawn, learned))
 
 
 def test_ranks_that_only_generate_hold_weights_and_a_cache() -> None:
-    run = override(rlvr(), ["algorithm.rollout.gpus=4"])
+    run = override(rlvr(), ["algorithm.rollout.generator_gpus=4"])
     found, alone = foretold(run, 12), foretold(rlvr(), 4)
     for near, far, both in zip(found.stages, found.generating, alone.stages, strict=True):
         assert far.parts.keys() == {"weights", "context", "cache", "activations"}
@@ -229,8 +233,8 @@ def test_ranks_that_only_generate_hold_weights_and_a_cache() -> None:
         assert "generation" not in near.moments
         assert near.moments["handing weights"] <= near.moments["update, policy"] + near.parts["weights"]
     assert "generation" in foretold(override(run, ['algorithm.held_out=["allenai/RLVR-GSM"]']), 12).stages[0].moments
-    with pytest.raises(ValueError, match=r"rollout.gpus=3 must be a multiple of .* = 4.*use 4"):
-        foretold(override(run, ["algorithm.rollout.gpus=3"]), 12)
+    with pytest.raises(ValueError, match=r"rollout.generator_gpus=3 must be a multiple of .* = 4.*use 4"):
+        foretold(override(run, ["algorithm.rollout.generator_gpus=3"]), 12)
     assert not foretold(run, 12, replace(H100, memory=float(max(rank.peak_bytes for rank in found.generating) - 1))).fits
 
 

@@ -14,27 +14,27 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import Llama, Parallel
-from engine.dryrun.stages import rehearse
+from engine.config import ModelShape, Parallel
+from engine.dryrun.stages import simulate_stages
 from engine.dryrun.types import Stage
 from tests.support import jobs, jobs_dryrun
 from tests.support.pool import ranks
 
 LENGTHS = [1500, 1, 2000, 595]  # in sum what the head's kernel computes at a time: of fewer a GPU keeps as many, a CPU does not
 LATE = 8 << 20  # bytes of a few gathered microbatches
-TINY = Llama(layers=16, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=64)
+TINY = ModelShape(layers=16, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=64)
 PLAIN = [Parallel(tp=2), Parallel(pp=2), Parallel(tp=2, pp=2)]
 GRIDS = [*PLAIN, Parallel(pp=2, recompute="full"), Parallel(pp=2, recompute="selective"), Parallel(pp=2, recompute="swiglu")]
 
 
-def foretold(model: Llama, parallel: Parallel) -> list[tuple[Stage, int]]:
+def foretold(model: ModelShape, parallel: Parallel) -> list[tuple[Stage, int]]:
     """Of each rank of a launch without replicas: its stage, and the bytes of the output that a CPU keeps."""
-    stages = rehearse(model, parallel, parallel.tp * parallel.pp, LENGTHS, optim=jobs.OPTIM, dtype="fp32")
+    stages = simulate_stages(model, parallel, parallel.model_ranks, LENGTHS, optim=jobs.OPTIM, dtype="fp32")
     output = sum(LENGTHS) // parallel.tp * model.hidden * 4
     return [(stage, 0 if stage.pp == parallel.pp - 1 else output) for stage in stages for _ in range(parallel.tp)]
 
 
-def in_1f1b(model: Llama, parallel: Parallel) -> list[int]:
+def in_1f1b(model: ModelShape, parallel: Parallel) -> list[int]:
     """Bytes at the worst moment of a step on each rank: it holds a microbatch for itself and each pipeline rank behind it, and of the
     next one what it was sent."""
     received = sum(LENGTHS) // parallel.tp * model.hidden * 4
@@ -48,7 +48,7 @@ def in_1f1b(model: Llama, parallel: Parallel) -> list[int]:
 @pytest.mark.parametrize("parallel", GRIDS, ids=str)
 def test_a_microbatch_holds_what_was_foretold(parallel: Parallel) -> None:
     """By the allocator, but for random states and 64 KiB; and the meter reads the same off real tensors as off shapes."""
-    measured = ranks(parallel.tp * parallel.pp).run(jobs_dryrun.passage_memory, parallel=parallel, model=TINY, lengths=LENGTHS)
+    measured = ranks(parallel.model_ranks).run(jobs_dryrun.passage_memory, parallel=parallel, model=TINY, lengths=LENGTHS)
     for (stage, output), found in zip(foretold(TINY, parallel), measured, strict=True):
         held, peak = found["allocator"]
         late = LATE if parallel.tp > 1 else 0
@@ -61,7 +61,7 @@ def test_a_microbatch_holds_what_was_foretold(parallel: Parallel) -> None:
 @pytest.mark.parametrize("parallel", GRIDS, ids=str)
 def test_a_step_takes_what_was_foretold(parallel: Parallel) -> None:
     """Two microbatches, which the first of two pipeline ranks holds at once."""
-    measured = ranks(parallel.tp * parallel.pp).run(jobs_dryrun.step_memory, parallel=parallel, model=TINY, lengths=LENGTHS, microbatches=2)
+    measured = ranks(parallel.model_ranks).run(jobs_dryrun.step_memory, parallel=parallel, model=TINY, lengths=LENGTHS, microbatches=2)
     late = LATE if parallel.tp > 1 else 0
     for wanted, peak in zip(in_1f1b(TINY, parallel), measured, strict=True):
         assert 0.9 * peak - late < wanted < 1.1 * peak

@@ -13,7 +13,7 @@ import pytest
 from engine.__main__ import load_recipe
 from engine.config import Run, override
 from engine.config.checks import problems, warnings
-from engine.dryrun.model_shapes import shape
+from engine.dryrun.model_shapes import shape_of
 from tests.support import jobs
 from tests.support.launch_405b import RECIPE, prepared
 from tests.support.pool import ranks
@@ -71,7 +71,7 @@ FAULTS = [
     Fault("405b_sft", ["algorithm.epochs=inf"], "algorithm.epochs=inf must be positive and finite", ["algorithm.epochs=1"]),
     Fault("405b_sft", ["optim.lr=2"], "optim.lr=2.0 must be from 0 to 1", ["optim.lr=1e-6"]),
     Fault("405b_sft", ["optim.lr=nan"], "optim.lr=nan must be from 0 to 1", ["optim.lr=1e-6"]),
-    Fault("405b_sft", ["optim.warmup=3"], "optim.warmup=3.0 is a share of all steps", ["optim.warmup=0.03"]),
+    Fault("405b_sft", ["optim.warmup_ratio=3"], "optim.warmup_ratio=3.0 is a share of all steps", ["optim.warmup_ratio=0.03"]),
     Fault(
         "405b_sft",
         ["model.tokenizer=elsewhere"],
@@ -104,9 +104,9 @@ FAULTS = [
     ),
     Fault(
         "405b_rlvr",
-        ["algorithm.rollout.cache_gb=0.1"],
-        "algorithm.rollout.cache_gb=0.1 holds 8 sequences of 3072 tokens, and 16 pipeline stages need one each",
-        ["algorithm.rollout.cache_gb=0.188"],
+        ["algorithm.rollout.kv_cache_gb=0.1"],
+        "algorithm.rollout.kv_cache_gb=0.1 holds 8 sequences of 3072 tokens, and 16 pipeline stages need one each",
+        ["algorithm.rollout.kv_cache_gb=0.188"],
     ),
     Fault("405b_rlvr", ["algorithm.prompts_per_step=24"], "algorithm.prompts_per_step=24 makes", ["algorithm.prompts_per_step=32"]),
     Fault(
@@ -117,15 +117,20 @@ FAULTS = [
     ),
     Fault(
         "405b_rlvr",
-        ["algorithm.max_response=4096"],
-        "algorithm.max_prompt=2048 with max_response=4096 is over tokens_per_microbatch=3072",
+        ["algorithm.max_response_tokens=4096"],
+        "algorithm.max_prompt_tokens=2048 with max_response_tokens=4096 is over tokens_per_microbatch=3072",
         ["tokens_per_microbatch=6144"],
     ),
     Fault(
         "405b_rlvr",
-        ["algorithm.max_prompt=130048", "tokens_per_microbatch=131072", "algorithm.max_response=2048", "algorithm.rollout.cache_gb=100"],
-        "algorithm.max_prompt=130048 with max_response=2048 is over the model's context of 131072 tokens",
-        ["algorithm.max_response=1024"],
+        [
+            "algorithm.max_prompt_tokens=130048",
+            "tokens_per_microbatch=131072",
+            "algorithm.max_response_tokens=2048",
+            "algorithm.rollout.kv_cache_gb=100",
+        ],
+        "algorithm.max_prompt_tokens=130048 with max_response_tokens=2048 is over the model's context of 131072 tokens",
+        ["algorithm.max_response_tokens=1024"],
     ),
     Fault("405b_rlvr", ["algorithm.temperature=0"], "algorithm.temperature=0.0 must be positive", ["algorithm.temperature=1.0"]),
     Fault("70b_rlvr", ["parallel.pp=2", "parallel.vpp=2"], "parallel.pp=2 with parallel.vpp=2 cannot generate", ["parallel.vpp=1"], 64),
@@ -142,7 +147,7 @@ def complaints(fault: Fault, settings: list[str]) -> list[str]:
         run = override(recipe(fault.recipe), settings)
     except ValueError as error:
         return [str(error)]
-    return problems(run, shape, fault.world, tokens=fault.tokens if run.model.tokenizer else shape(run.model).vocab)
+    return problems(run, shape_of, fault.world, tokens=fault.tokens if run.model.tokenizer else shape_of(run.model).vocab)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.recipe} {' '.join(fault.settings)}"[:60])
@@ -159,32 +164,34 @@ def test_a_planted_fault_is_found_and_mended_as_it_says(fault: Fault) -> None:
 
 def test_run_refuses_before_a_weight_is_read(tmp_path: Path) -> None:
     """Weights that cannot be read are not what it complains of."""
-    settings = [*prepared(tmp_path), "parallel.tp=1", "parallel.pp=1", f"out={tmp_path / 'out'}", "algorithm.rollout.cache_gb=1e-6"]
+    settings = [*prepared(tmp_path), "parallel.tp=1", "parallel.pp=1", f"out={tmp_path / 'out'}", "algorithm.rollout.kv_cache_gb=1e-6"]
     for name in ("policy", "critic"):
         (tmp_path / name / "model.safetensors").write_bytes(b"no weights")
     code, _, stderr = ranks(1).run(jobs.command, words=["run", str(ROOT / RECIPE), *settings])[0]
     assert code == 1
-    assert "error: algorithm.rollout.cache_gb=1e-06 holds 0 sequences of 80 tokens, and 1 pipeline stages need one each; use" in stderr
+    assert "error: algorithm.rollout.kv_cache_gb=1e-06 holds 0 sequences of 80 tokens, and 1 pipeline stages need one each; use" in stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_the_size_of_the_world_is_one() -> None:
-    (line,) = problems(recipe("405b_rlvr"), shape, 250)
+    (line,) = problems(recipe("405b_rlvr"), shape_of, 250)
     assert line.startswith("the world has 250 ranks, which parallel.tp=8 x parallel.pp=16 = 128 must divide")
     assert "128 or 256 ranks" in line
-    assert problems(recipe("405b_rlvr"), shape, 256) == []
-    assert problems(recipe("405b_rlvr"), shape, 128) == []
+    assert problems(recipe("405b_rlvr"), shape_of, 256) == []
+    assert problems(recipe("405b_rlvr"), shape_of, 128) == []
 
 
 def test_several_faults_are_all_told() -> None:
-    run = override(recipe("405b_rlvr"), ["algorithm.prompts_per_step=24", "algorithm.rollout.cache_gb=0.1", "algorithm.max_response=4096"])
-    assert len(problems(run, shape, 256)) == 3
+    run = override(
+        recipe("405b_rlvr"), ["algorithm.prompts_per_step=24", "algorithm.rollout.kv_cache_gb=0.1", "algorithm.max_response_tokens=4096"]
+    )
+    assert len(problems(run, shape_of, 256)) == 3
 
 
 def test_a_fault_beyond_one_setting_names_a_pair_that_works() -> None:
-    (line,) = problems(override(recipe("405b_sft"), ["parallel.tp=3", "parallel.pp=7"]), shape, 256)
+    (line,) = problems(override(recipe("405b_sft"), ["parallel.tp=3", "parallel.pp=7"]), shape_of, 256)
     assert "parallel.tp=8 with parallel.pp=4 and vpp=1" in line
-    assert problems(override(recipe("405b_sft"), ["parallel.tp=8", "parallel.pp=4", "parallel.vpp=1"]), shape, 256) == []
+    assert problems(override(recipe("405b_sft"), ["parallel.tp=8", "parallel.pp=4", "parallel.vpp=1"]), shape_of, 256) == []
 
 
 WARNED = [
@@ -207,13 +214,19 @@ WARNED = [
         "405b_sft",
         ["parallel.vpp=1", "parallel.pp=16", "tokens_per_microbatch=8192"],
         {"tokens": 700.0},
-        "makes 11 microbatches a replica: parallel.pp=16 stages stand idle 58%",
+        "makes 11 microbatches a replica: parallel.pp=16 stages are idle 58%",
         "parallel.vpp=8",
     ),
     ("405b_dpo", ["tokens_per_microbatch=2048"], {}, "they can be 4096, over tokens_per_microbatch=2048", "tokens_per_microbatch=4096"),
     ("405b_sft", ["parallel.recompute=none", "parallel.vpp=1"], {}, "keeps about 56 GB of activations", "parallel.recompute=selective"),
-    ("405b_rlvr", ["algorithm.rollout.slots=1000"], {}, "is more than the 928 responses", "algorithm.rollout.slots=896"),
-    ("405b_rlvr", ["algorithm.rollout.slots=500"], {}, "makes 31 for each of parallel.pp=16 stages", "algorithm.rollout.slots=384"),
+    ("405b_rlvr", ["algorithm.rollout.max_num_seqs=1000"], {}, "is more than the 928 responses", "algorithm.rollout.max_num_seqs=896"),
+    (
+        "405b_rlvr",
+        ["algorithm.rollout.max_num_seqs=500"],
+        {},
+        "makes 31 for each of parallel.pp=16 stages",
+        "algorithm.rollout.max_num_seqs=384",
+    ),
 ]
 
 
@@ -221,8 +234,8 @@ WARNED = [
 def test_a_warning_is_given_and_goes_when_heeded(name: str, settings: list[str], how: dict[str, float], says: str, mended: str) -> None:
     def said(*more: str) -> list[str]:
         run = override(recipe(name), [*settings, *more])
-        assert problems(run, shape, 64 if name.startswith("70b") else 256) == []
-        return [line for line in warnings(run, shape, 64 if name.startswith("70b") else 256, **how) if "model.vocab" not in line]  # type: ignore[arg-type]
+        assert problems(run, shape_of, 64 if name.startswith("70b") else 256) == []
+        return [line for line in warnings(run, shape_of, 64 if name.startswith("70b") else 256, **how) if "model.vocab" not in line]  # type: ignore[arg-type]
 
     (line,) = said()
     assert says in line
@@ -230,5 +243,5 @@ def test_a_warning_is_given_and_goes_when_heeded(name: str, settings: list[str],
 
 
 def test_padding_of_the_vocabulary_is_explained() -> None:
-    (line,) = warnings(recipe("405b_rlvr"), shape, 256)
+    (line,) = warnings(recipe("405b_rlvr"), shape_of, 256)
     assert "model.vocab=128264 over parallel.tp=8 is 16033 rows a rank: padded to 128320, 16040 a rank" in line

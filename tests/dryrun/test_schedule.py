@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.dryrun.schedule import Piece, Timeline, order, simulate
+from engine.dryrun.schedule import PipelineOp, Timeline, order, simulate
 
 GRIDS = [(1, 1, 4), (4, 1, 4), (16, 1, 32), (4, 2, 8), (8, 2, 8), (16, 8, 16), (2, 4, 6)]
 
@@ -61,7 +61,7 @@ def test_nothing_starts_before_what_it_needs(pp: int, vpp: int, microbatches: in
     for (rank, (kind, microbatch, chunk)), op in ops.items():
         stage, step = chunk * pp + rank, -1 if kind == "forward" else 1
         if 0 <= stage + step < pp * vpp:
-            before = ops[(stage + step) % pp, Piece(kind, microbatch, (stage + step) // pp)]
+            before = ops[(stage + step) % pp, PipelineOp(kind, microbatch, (stage + step) // pp)]
             assert op.start >= before.end + (hop if pp > 1 else 0) - 1e-12
     for done in timeline.ranks:
         assert all(a.end <= b.start + 1e-12 for a, b in pairwise(done))

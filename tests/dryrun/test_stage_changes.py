@@ -8,7 +8,7 @@ from itertools import pairwise
 from benchmarks.dryrun.bench_stage_changes import GPUS, GRID, MODEL, Row, rows
 from engine.config import Optim
 from engine.dryrun.model_shapes import SHAPES
-from engine.dryrun.stages import rehearse
+from engine.dryrun.stages import simulate_stages
 
 TOKENS, LAYERS = 2048, 8
 
@@ -42,7 +42,7 @@ def test_each_change_saves_what_it_says() -> None:
 
 
 def test_the_last_row_is_the_engine_as_it_is() -> None:
-    whole = rehearse(SHAPES[MODEL], GRID, GPUS, (TOKENS,), optim=Optim(lr=1e-5))[1]
+    whole = simulate_stages(SHAPES[MODEL], GRID, GPUS, (TOKENS,), optim=Optim(lr=1e-5))[1]
     assert found()[-1].stage == whole
 
 

@@ -13,26 +13,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.config import Llama, Optim, Parallel, RopeScaling
+from engine.config import ModelShape, Optim, Parallel, RopeScaling
 from engine.dryrun import stages
-from engine.dryrun.clock import Clock
+from engine.dryrun.clock import CostModel
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.kernels import KERNELS
 from engine.dryrun.meter import Meter
 from engine.dryrun.types import Collective, Matmul, Stage, Work
 from triton_kernels import linear_logprob, linear_policy_loss
 
-LLAMA_405B = Llama(126, 16384, 53248, 128, 8, 128256, rope_theta=5e5, rope_scaling=RopeScaling(), max_length=131072)
+LLAMA_405B = ModelShape(126, 16384, 53248, 128, 8, 128256, rope_theta=5e5, rope_scaling=RopeScaling(), max_length=131072)
 GRID = Parallel(8, 16, count_embedding=True, count_loss=True)
 LENGTHS = (2048, 1024, 1024)
 T, TP, DP = 4096, 8, 2
-SMALL = Llama(layers=14, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
+SMALL = ModelShape(layers=14, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
 OPTIM = Optim(1e-5)
 
 
 @lru_cache
 def rehearsed(recompute: Any = "none") -> list[Stage]:
-    return stages.rehearse(LLAMA_405B, replace(GRID, recompute=recompute), 256, LENGTHS, optim=OPTIM)
+    return stages.simulate_stages(LLAMA_405B, replace(GRID, recompute=recompute), 256, LENGTHS, optim=OPTIM)
 
 
 def products(work: Work) -> float:
@@ -96,7 +96,7 @@ def test_what_lasts_between_steps() -> None:
 
 
 def test_a_model_that_is_only_read() -> None:
-    stage = stages.rehearse(LLAMA_405B, GRID, 256, LENGTHS, optim=None)[1]
+    stage = stages.simulate_stages(LLAMA_405B, GRID, 256, LENGTHS, optim=None)[1]
     trained = rehearsed()[1]
     assert (stage.weights, stage.gradients, stage.optimizer, stage.held) == (trained.weights, 0, 0, 0)
     assert (stage.backward, stage.inference) == (Work(), trained.inference)
@@ -105,8 +105,8 @@ def test_a_model_that_is_only_read() -> None:
 
 def test_a_critic_ends_in_a_number_a_token() -> None:
     """No vocabulary to multiply with: beyond its layers a stage gathers T numbers, and that alone."""
-    critic = stages.rehearse(SMALL.with_scalar_head(), Parallel(2), 2, (48, 16), optim=OPTIM)[0]
-    policy = stages.rehearse(SMALL, Parallel(2), 2, (48, 16), optim=OPTIM)[0]
+    critic = stages.simulate_stages(SMALL.with_scalar_head(), Parallel(2), 2, (48, 16), optim=OPTIM)[0]
+    policy = stages.simulate_stages(SMALL, Parallel(2), 2, (48, 16), optim=OPTIM)[0]
     assert critic.forward.collectives[Collective("all_gather", "tp", 64 * 4, True)] == 1
     assert critic.forward.matmuls[Matmul(32, 64, 1)] == 1
     assert critic.parameters == policy.parameters - 512 // 2 * 64 + 64
@@ -127,7 +127,7 @@ def test_overlapped_a_layer_waits_for_no_message() -> None:
     """The same products: those that were waited for have their messages with them, and the others are as they were."""
     whole = T * _M.hidden * 2
     plain = rehearsed()[1]
-    stage = stages.rehearse(LLAMA_405B, replace(GRID, tp_comm_overlap=True), 256, LENGTHS, optim=OPTIM)[1]
+    stage = stages.simulate_stages(LLAMA_405B, replace(GRID, tp_comm_overlap=True), 256, LENGTHS, optim=OPTIM)[1]
     for found, before in ((stage.forward, plain.forward), (stage.backward, plain.backward)):
         assert products(found) == products(before)
         assert found.flops == before.flops
@@ -137,12 +137,12 @@ def test_overlapped_a_layer_waits_for_no_message() -> None:
         assert found.matmuls + Counter({each.matmul: times for each, times in found.overlapped.items()}) == before.matmuls
     assert [sum(work.overlapped.values()) for work in (stage.forward, stage.backward)] == [32, 16]
     assert stage.held == plain.held
-    clock = Clock(Hardware.load("h100"), GRID, 256)
+    clock = CostModel(Hardware.load("h100"), GRID, 256)
     assert clock.parts(stage.forward).products == pytest.approx(clock.parts(plain.forward).products)
     assert clock.parts(stage.forward).waits < 0.05 * clock.parts(plain.forward).waits
 
 
-def held_by_a_layer(model: Llama, tokens: int, tp: int) -> int:
+def held_by_a_layer(model: ModelShape, tokens: int, tp: int) -> int:
     """Bytes in bf16, by hand: its input, what both norms and the attention's residual leave, each token on one rank; queries, keys, values
     and what attention makes of them; the MLP's two branches and their product; and in fp32 a number a token and norm, and one a token and
     head."""
@@ -163,10 +163,10 @@ def test_sixteen_layers_are_twice_eight() -> None:
     found = {}
     for layers, pp in ((2, 8), (4, 4)):
         model = replace(SMALL, layers=layers * pp)
-        found[layers] = stages.rehearse(model, Parallel(2, pp), 2 * pp, (48, 16), optim=OPTIM)[1]
+        found[layers] = stages.simulate_stages(model, Parallel(2, pp), 2 * pp, (48, 16), optim=OPTIM)[1]
     assert found[4].forward.matmuls == found[2].forward.matmuls + found[2].forward.matmuls
     assert found[4].backward.collectives == found[2].backward.collectives + found[2].backward.collectives
-    by_hand = stages.rehearse(model, Parallel(2, 4, stages=(4, 3, 5, 4)), 8, (48, 16), optim=OPTIM)
+    by_hand = stages.simulate_stages(model, Parallel(2, 4, stages=(4, 3, 5, 4)), 8, (48, 16), optim=OPTIM)
     held = {stage.layers: stage.held for stage in by_hand[1:3]} | {layers: stage.held for layers, stage in found.items()}
     assert held[5] - held[4] == held[4] - held[3] == held[3] - held[2] == held_by_a_layer(model, tokens=64, tp=2)
 
@@ -174,8 +174,8 @@ def test_sixteen_layers_are_twice_eight() -> None:
 def test_virtual_stages_are_told_apart() -> None:
     """Four ranks' worth of layers on two: stage i is chunk i // 2 of rank i % 2, and together they are what four ranks are."""
     model = replace(SMALL, layers=8)
-    two = stages.rehearse(model, Parallel(1, 2, 2), 2, (64,), optim=OPTIM)
-    four = {stage.pp: stage for stage in stages.rehearse(model, Parallel(1, 4), 4, (64,), optim=OPTIM)}
+    two = stages.simulate_stages(model, Parallel(1, 2, 2), 2, (64,), optim=OPTIM)
+    four = {stage.pp: stage for stage in stages.simulate_stages(model, Parallel(1, 4), 4, (64,), optim=OPTIM)}
     assert [(stage.pp, stage.chunk) for stage in two] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for stage in two:
         alone = four[2 * stage.chunk + stage.pp]
@@ -193,7 +193,7 @@ def clean() -> bool:
 @pytest.mark.parametrize("where", ["engine.megatron.single_stage.Passage.backward", "engine.megatron.optimizers.make_optimizer"])
 def test_the_process_is_left_as_it_was(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a failure in the middle, and by one before there is a policy to close."""
-    stages.rehearse(SMALL, Parallel(2), 4, (64,), optim=OPTIM)
+    stages.simulate_stages(SMALL, Parallel(2), 4, (64,), optim=OPTIM)
     assert clean()
 
     def fail(*_: Any) -> None:
@@ -201,15 +201,15 @@ def test_the_process_is_left_as_it_was(where: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(where, fail)
     with pytest.raises(RuntimeError, match="planted"):
-        stages.rehearse(SMALL, Parallel(2), 4, (64,), optim=OPTIM)
+        stages.simulate_stages(SMALL, Parallel(2), 4, (64,), optim=OPTIM)
     assert clean()
 
 
 def test_what_cannot_be_rehearsed_is_named() -> None:
     with pytest.raises(ValueError, match=r"parallel.tp=3 must divide .* use parallel.tp=1"):
-        stages.rehearse(SMALL, Parallel(3), 3, (63,), optim=None)
+        stages.simulate_stages(SMALL, Parallel(3), 3, (63,), optim=None)
     with pytest.raises(ValueError, match=r"their sum 63 must be a multiple of parallel.tp=2"):
-        stages.rehearse(SMALL, Parallel(2), 2, (63,), optim=None)
+        stages.simulate_stages(SMALL, Parallel(2), 2, (63,), optim=None)
 
 
 def metered(compute: Callable[[], Any], device: str = "meta") -> tuple[Work, int, int]:

@@ -22,13 +22,14 @@ from benchmarks.support.tables import table
 from benchmarks.support.timing import RESULTS, environment
 from benchmarks.training import dpo_baselines
 from engine import losses
-from engine.batching.plan import batch, scatter
+from engine.batching.build import batch, scatter
 from engine.config import Model, Optim, Parallel
 from engine.data.pairs import Pair, encode_pair, grouped
 from engine.data.rows import Source, read_rows
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
+from engine.models import families
 from engine.models.hub import resolve
 from engine.types import Sample
 from tests.support.pool import ranks
@@ -52,7 +53,7 @@ def ours(world: World, folder: Path, pairs: list[Pair]) -> tuple[list[Pair], dic
     from engine.megatron.policy import Policy
 
     found = {}
-    with closing(Policy(Model(str(folder)), Optim(lr=0.0, clip=0.0), Parallel(), world)) as policy:
+    with closing(Policy(Model(str(folder)), Optim(lr=0.0, max_grad_norm=0.0), Parallel(), world)) as policy:
         samples, draw = grouped(pairs), np.random.default_rng(0)
         step = batch(samples, 4096)
         logprobs = [values.numpy() for values in scatter(policy.logprobs(step), step, len(samples)) if values is not None]
@@ -62,10 +63,10 @@ def ours(world: World, folder: Path, pairs: list[Pair]) -> tuple[list[Pair], dic
             told = policy.update(batch(samples, 2048), partial(losses.dpo, **settings), 0.0)
             gradient: dict[str, Tensor] = {}
             for name, parameter in weights.named_parameters(policy.chunks):
-                for piece in weights.pieces(name, policy.model, 1, 0):
-                    whole = gradient.setdefault(piece.name, torch.empty(weights.shapes(policy.model)[piece.name]))
-                    part = parameter.main_grad.narrow(piece.dim, piece.here, piece.length)  # type: ignore[attr-defined]
-                    whole.narrow(piece.dim, piece.there, piece.length).copy_(part)
+                for piece in families.slices(name, policy.model, 1, 0):
+                    whole = gradient.setdefault(piece.name, torch.empty(families.tensor_shapes(policy.model)[piece.name]))
+                    part = parameter.main_grad.narrow(piece.dim, piece.offset, piece.length)  # type: ignore[attr-defined]
+                    whole.narrow(piece.dim, piece.source_offset, piece.length).copy_(part)
             found[kind] = told["loss"], gradient
     return list(zip(samples[::2], samples[1::2], strict=True)), found
 

@@ -20,8 +20,8 @@ from engine.config import Model
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
 from engine.evals.evaluate import Result, judged
-from engine.evals.exam import Evaluating, Exam, prepare
-from engine.evals.generation import Response
+from engine.evals.exam import EvalConfig, Exam, prepare
+from engine.evals.generation import EvalResponse
 from engine.evals.statistics import Estimate, pass_at_k
 from engine.evals.suite import SUITES, suite
 from tests.e2e.test_cli import complaint, engine
@@ -84,7 +84,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def exam(name: str, model: Path, data: dict[str, str], chat: bool = False) -> Exam:
     world = World("cpu", 0, 1, torch.device("cpu"))
-    return prepare(Evaluating(Model(str(model))), [name], {name: data[name]}, 0, chat, world)[1][0]
+    return prepare(EvalConfig(Model(str(model))), [name], {name: data[name]}, 0, chat, world)[1][0]
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -98,7 +98,7 @@ def test_the_first_prompt_is_the_published_one(name: str, model: Path, data: dic
 def metrics(exam: Exam, *texts: str) -> dict[str, float]:
     """The scores of these responses to the first item."""
     first = Exam(**{**exam.__dict__, "items": exam.items[:1]})
-    result = Result(first, judged(first, [[Response(text, len(text), "stop") for text in texts]]))
+    result = Result(first, judged(first, [[EvalResponse(text, len(text), "stop") for text in texts]]))
     return {name: estimate.value for name, estimate in result.metrics.items()}
 
 
@@ -190,7 +190,7 @@ def test_two_ranks_answer_as_one_does(model: Path, data: dict[str, str], tmp_pat
     """Sampled responses and log-probabilities are the same whoever computes them, however many at once."""
     pairs = [word for name in ("gsm8k", "mmlu") for word in ("--data", f"{name}={data[name]}")]
     words = ["eval", str(model), "--suite", "gsm8k,mmlu", *pairs, "--no-chat", "max_tokens=6", "samples=3", "temperature=1"]
-    for size, more in ((1, ["rollout.slots=1"]), (2, ["parallel.tp=2"])):
+    for size, more in ((1, ["rollout.max_num_seqs=1"]), (2, ["parallel.tp=2"])):
         found = ranks(size).run(jobs.command, words=[*words, "--out", str(tmp_path / str(size)), *more])
         assert [code for code, _, _ in found] == [0] * size, found
     one, two = told(tmp_path / "1"), told(tmp_path / "2")

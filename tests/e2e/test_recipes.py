@@ -19,10 +19,10 @@ from engine.config.checks import problems, warnings
 from engine.dryrun.compose import composer
 from engine.dryrun.forecast import forecast
 from engine.dryrun.hardware import Hardware
-from engine.dryrun.model_shapes import shape
+from engine.dryrun.model_shapes import shape_of
 from engine.dryrun.search import ROOM
-from engine.dryrun.stages import rehearse
-from engine.dryrun.workload import Rehearse
+from engine.dryrun.stages import simulate_stages
+from engine.dryrun.workload import StageBuilder
 from tests.support import jobs_rlvr
 from tests.support.launch_405b import RECIPE, check_same, prepared, told
 from tests.support.pool import ranks
@@ -43,15 +43,15 @@ def gpus(name: str) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_wrong_and_only_the_padding_is_worth_a_word(name: str) -> None:
     run = recipe(name)
-    assert problems(run, shape, gpus(name)) == []
-    said = warnings(run, shape, gpus(name))
-    assert [line.split(" over ")[0] for line in said] == ["model.vocab=128264"] * (shape(run.model).vocab == 128264)
+    assert problems(run, shape_of, gpus(name)) == []
+    said = warnings(run, shape_of, gpus(name))
+    assert [line.split(" over ")[0] for line in said] == ["model.vocab=128264"] * (shape_of(run.model).vocab == 128264)
 
 
 @lru_cache
-def composed() -> Rehearse:
+def composed() -> StageBuilder:
     """Stages of all recipes, those that are alike rehearsed once."""
-    return composer(rehearse)
+    return composer(simulate_stages)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,8 +77,8 @@ def test_its_forecast_is_on_the_page_and_nearly_the_best(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_hold_the_model_whole(name: str) -> None:
     run = recipe(name)
-    layers = run.parallel.dealt(shape(run.model))
-    assert sum(layers) == shape(run.model).layers
+    layers = run.parallel.layers_per_stage(shape_of(run.model))
+    assert sum(layers) == shape_of(run.model).layers
     assert max(layers) - min(layers) <= 2
     ranks_ = [sum(layers[rank :: run.parallel.pp]) for rank in range(run.parallel.pp)]
     assert max(ranks_) - min(ranks_) <= 1
@@ -88,11 +88,11 @@ def test_stages_hold_the_model_whole(name: str) -> None:
 def test_a_batch_is_cut_as_the_schedule_needs_it(name: str) -> None:
     """Microbatches of a step on its replicas: equally many, within the budget, and a multiple of the stages where these take turns."""
     run = recipe(name)
-    grid, dp = run.parallel, gpus(name) // (run.parallel.tp * run.parallel.pp)
+    grid, dp = run.parallel, gpus(name) // run.parallel.model_ranks
     turns = grid.pp if grid.vpp > 1 else 1
     count = getattr(run.algorithm, "batch_size", None) or run.algorithm.prompts_per_step
     lengths = np.random.default_rng(0).integers(50, 1400, count)
-    planned = plan(lengths, dp, run.microbatch_tokens, cost=shape(run.model).cost, total_multiple=grid.tp, microbatch_multiple=turns)
+    planned = plan(lengths, dp, run.microbatch_tokens, cost=shape_of(run.model).cost, total_multiple=grid.tp, microbatch_multiple=turns)
     assert planned.microbatches % turns == 0
     assert planned.microbatches >= grid.pp or grid.pp == 1
     assert planned.totals.max() <= run.microbatch_tokens
@@ -100,20 +100,44 @@ def test_a_batch_is_cut_as_the_schedule_needs_it(name: str) -> None:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {  # arXiv 2411.15124; 405B: its model card
-    "8b_sft": {"lr": 5e-6, "warmup": 0.03, "batch_size": 128, "max_length": 4096, "epochs": 2},
-    "70b_sft": {"lr": 2e-6, "warmup": 0.03, "batch_size": 128, "max_length": 4096, "epochs": 2},
-    "405b_sft": {"lr": 2e-6, "warmup": 0.03, "batch_size": 256, "max_length": 4096, "epochs": 2},
-    "8b_dpo": {"lr": 5e-7, "warmup": 0.1, "batch_size": 128, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
-    "70b_dpo": {"lr": 2e-7, "warmup": 0.1, "batch_size": 128, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
-    "405b_dpo": {"lr": 2e-7, "warmup": 0.1, "batch_size": 256, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
+    "8b_sft": {"lr": 5e-6, "warmup_ratio": 0.03, "batch_size": 128, "max_length": 4096, "epochs": 2},
+    "70b_sft": {"lr": 2e-6, "warmup_ratio": 0.03, "batch_size": 128, "max_length": 4096, "epochs": 2},
+    "405b_sft": {"lr": 2e-6, "warmup_ratio": 0.03, "batch_size": 256, "max_length": 4096, "epochs": 2},
+    "8b_dpo": {"lr": 5e-7, "warmup_ratio": 0.1, "batch_size": 128, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
+    "70b_dpo": {"lr": 2e-7, "warmup_ratio": 0.1, "batch_size": 128, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
+    "405b_dpo": {"lr": 2e-7, "warmup_ratio": 0.1, "batch_size": 256, "max_length": 2048, "beta": 5.0, "epochs": 1, "normalize": True},
     "8b_reward": {"lr": 3e-6, "batch_size": 256, "max_length": 2048, "epochs": 1},
-    "8b_rlvr": {"lr": 3e-7, "warmup": 0.0, "kl_coef": 0.05, "prompts_per_step": 224, "epochs": 4, "max_response": 2048, "steps": 446},
-    "70b_rlvr": {"lr": 1e-7, "warmup": 0.1, "kl_coef": 0.07, "prompts_per_step": 640, "epochs": 4, "max_response": 2048, "steps": 625},
-    "405b_rlvr": {"lr": 1e-7, "warmup": 0.0, "kl_coef": 0.05, "prompts_per_step": 1856, "epochs": 4, "max_response": 1024, "steps": 75},
+    "8b_rlvr": {
+        "lr": 3e-7,
+        "warmup_ratio": 0.0,
+        "kl_coef": 0.05,
+        "prompts_per_step": 224,
+        "epochs": 4,
+        "max_response_tokens": 2048,
+        "steps": 446,
+    },
+    "70b_rlvr": {
+        "lr": 1e-7,
+        "warmup_ratio": 0.1,
+        "kl_coef": 0.07,
+        "prompts_per_step": 640,
+        "epochs": 4,
+        "max_response_tokens": 2048,
+        "steps": 625,
+    },
+    "405b_rlvr": {
+        "lr": 1e-7,
+        "warmup_ratio": 0.0,
+        "kl_coef": 0.05,
+        "prompts_per_step": 1856,
+        "epochs": 4,
+        "max_response_tokens": 1024,
+        "steps": 75,
+    },
 }
 RLVR = {
-    "max_prompt": 2048, "temperature": 1.0, "correct": 10.0, "no_stop": -10.0, "gamma": 1.0, "lam": 0.95,
-    "clip_low": 0.2, "clip_high": 0.2, "kl": "k1", "loss_average": "sequence",
+    "max_prompt_tokens": 2048, "temperature": 1.0, "correct_reward": 10.0, "no_stop_reward": -10.0, "gamma": 1.0, "gae_lambda": 0.95,
+    "clip_low": 0.2, "clip_high": 0.2, "kl_estimator": "k1", "loss_average": "sequence",
     "minibatches": 1, "samples_per_prompt": 1, "weight_decay": 0.01,
 }  # fmt: skip
 
@@ -124,12 +148,12 @@ def test_the_numbers_are_the_papers(name: str) -> None:
     where = {**vars(run.algorithm), **vars(run.optim), "steps": run.steps}
     wanted = PUBLISHED[name.removeprefix("tulu3_")] | (RLVR if name.endswith("rlvr") else {"weight_decay": 0.0, "steps": 0})
     assert {field: where[field] for field in wanted} == wanted
-    assert (run.optim.schedule, run.optim.clip, run.optim.betas, run.optim.eps) == ("linear", 1.0, (0.9, 0.999), 1e-8)
+    assert (run.optim.schedule, run.optim.max_grad_norm, run.optim.betas, run.optim.eps) == ("linear", 1.0, (0.9, 0.999), 1e-8)
     assert run.algorithm.chat_template == "tulu"
     if name.endswith("rlvr"):
         critic = run.algorithm.critic
-        assert (critic.coef, critic.clip) == (0.1, 0.2)
-        assert critic.optim == Optim(run.optim.lr, warmup=run.optim.warmup, weight_decay=0.01)
+        assert (critic.loss_coef, critic.value_clip) == (0.1, 0.2)
+        assert critic.optim == Optim(run.optim.lr, warmup_ratio=run.optim.warmup_ratio, weight_decay=0.01)
         assert "8B-RM" in critic.model.path
 
 

@@ -16,16 +16,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 pytest.importorskip("engine._C")  # make gpu builds it where there is a compiler
 
-from engine.batching.plan import batch, scatter
-from engine.config import Llama, Model, Parallel
+from engine.batching.build import batch, scatter
+from engine.config import Model, ModelShape, Parallel
+from engine.config.choices import CudaGraphs
 from engine.distributed.world import World
 from engine.megatron import graphs
-from engine.megatron.graphs import Setting
 from engine.megatron.policy import Policy
-from engine.rollout.sampler import Response, Sampling, Slotting, generate
+from engine.rollout.config import RolloutConfig
+from engine.rollout.engine import Response, SamplingParams
+from engine.rollout.sampler import generate
 from engine.types import Prompt, Sample
 
-MODEL = Llama(layers=2, hidden=256, ffn=512, heads=8, kv_heads=2, vocab=512)
+MODEL = ModelShape(layers=2, hidden=256, ffn=512, heads=8, kv_heads=2, vocab=512)
 PROMPT, MOST = 24, 40  # tokens
 
 
@@ -58,10 +60,17 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def responses(policy: Policy, count: int, slots: int, sampling: Sampling, *, setting: Setting) -> tuple[list[Prompt], list[Response]]:
+def responses(
+    policy: Policy,
+    count: int,
+    slots: int,
+    sampling: SamplingParams,
+    *,
+    setting: CudaGraphs,
+) -> tuple[list[Prompt], list[Response]]:
     draw = np.random.default_rng(0)
     asked = [Prompt(draw.integers(0, MODEL.vocab, PROMPT, dtype=np.int32), id=i) for i in range(count)]
-    found = generate(policy, asked, sampling, Slotting(slots, cache_gb=1.0, graphs=setting))
+    found = generate(policy, asked, sampling, RolloutConfig(slots, kv_cache_gb=1.0, cuda_graphs=setting))
     return asked, [response for (response,) in found]
 
 
@@ -69,7 +78,7 @@ def responses(policy: Policy, count: int, slots: int, sampling: Sampling, *, set
 @pytest.mark.parametrize("slots", [1, 4, 16])
 def test_replayed_tokens_are_those_computed_one_by_one(policy: Policy, captures: list[Any], slots: int, temperature: float) -> None:
     """All rows go on to the end together: with and without graphs, products have the same shapes."""
-    how = Sampling(MOST, stop=(MODEL.vocab,), temperature=temperature)
+    how = SamplingParams(MOST, stop=(MODEL.vocab,), temperature=temperature)
     _, plain = responses(policy, slots, slots, how, setting="off")
     assert not captures
     _, replayed = responses(policy, slots, slots, how, setting="on")
@@ -81,14 +90,14 @@ def test_replayed_tokens_are_those_computed_one_by_one(policy: Policy, captures:
 
 def test_rows_that_come_and_go_are_said_as_the_trainer_says_them(policy: Policy, captures: list[Any]) -> None:
     """More responses than slots, of ragged lengths: mixed waves in between, rows that pad, every size down to one row."""
-    asked, found = responses(policy, 30, 11, Sampling(MOST, stop=tuple(range(24))), setting="on")
+    asked, found = responses(policy, 30, 11, SamplingParams(MOST, stop=tuple(range(24))), setting="on")
     assert len(captures) >= 4
     assert len({len(response.tokens) for response in found}) > 5
     samples = [
         Sample(np.concatenate([prompt.tokens, response.tokens]), _mask(len(prompt.tokens), len(response.tokens)))
         for prompt, response in zip(asked, found, strict=True)
     ]
-    step = batch(samples, 4096, **policy.cut)
+    step = batch(samples, 4096, **policy.batch_options)
     for response, values in zip(found, scatter(policy.logprobs(step), step, len(samples)), strict=True):
         assert values is not None
         np.testing.assert_allclose(response.logprobs, values[PROMPT - 1 :].numpy(), atol=0.05)  # bfloat16, in products of other shapes
@@ -96,7 +105,7 @@ def test_rows_that_come_and_go_are_said_as_the_trainer_says_them(policy: Policy,
 
 def test_what_graphs_held_is_given_back(policy: Policy) -> None:
     """After a first call, which leaves cuBLAS its workspaces."""
-    how = Sampling(MOST, stop=(MODEL.vocab,))
+    how = SamplingParams(MOST, stop=(MODEL.vocab,))
     held = []
     for _ in range(3):
         responses(policy, 16, 16, how, setting="on")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config import Llama, Model, Parallel
+from engine.config import Model, ModelShape, Parallel
 from tests.support import jobs_kernels_logprob as jobs
 from tests.support.pool import ranks
 from triton_kernels import linear_logprob, linear_policy_loss, logprob
@@ -155,7 +155,7 @@ def test_entropy_temperature_and_lse(rows: Tensor | None) -> None:
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
 def test_weight_gradient_of_microbatches_in_fp32(mode: Mode) -> None:
-    """Two microbatches in flight at once, as pipelines have them: their sum is in the caller's accumulator, none in the weight."""
+    """Two microbatches in packed_forward at once, as pipelines have them: their sum is in the caller's accumulator, none in the weight."""
     hidden, weight, target = problem(20, 300)
     _, _, expected = reference(hidden, weight.bfloat16(), target, torch.ones(20))
     weight = weight.bfloat16().requires_grad_()
@@ -305,7 +305,7 @@ def test_chunks_are_as_large_as_a_gibibyte_allows(vocab: int, rows: int) -> None
 
 def test_the_engine_accumulates_in_main_grad() -> None:
     """Of a last stage, which has no embedding: a whole step holds less than one gradient of the output layer's size."""
-    model = Model(init=Llama(layers=2, hidden=256, ffn=64, heads=4, kv_heads=4, head_dim=8, vocab=8192))
+    model = Model(init=ModelShape(layers=2, hidden=256, ffn=64, heads=4, kv_heads=4, head_dim=8, vocab=8192))
     first, last = ranks(2).run(jobs.output_layer, parallel=Parallel(pp=2, distributed_optimizer=False), model=model)
     assert first == ([], 0, 0)
     into_main_grad, peak, size = last

@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from engine import losses
-from engine.batching.plan import batch, scatter
-from engine.config import Llama, Model, Optim, Parallel
+from engine.batching.build import batch, scatter
+from engine.config import Model, ModelShape, Optim, Parallel
 from engine.data.pairs import Pair, grouped
 from engine.data.template import TULU
 from engine.distributed.world import World
@@ -26,7 +26,7 @@ from engine.losses import SFT_LOSS, nll, reward_bt
 from engine.types import Loss, LossFunction, Packed, Sample, Step, TokenLoss, TokenTerms
 from tests.support.allocator import allocated
 
-TINY = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # 250: padded to 256 in every layout
+TINY = ModelShape(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # 250: padded to 256 in every layout
 OPTIM = Optim(lr=1e-3, weight_decay=0.1)
 
 
@@ -66,8 +66,8 @@ def dpo_steps(world: World, parallel: Parallel, model: Model, *, budget: int = 6
             shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
             batch_ = pairs_with_reference(step)
             samples_ = grouped([batch_[i] for i in shuffled])
-            found.append(policy.update(batch(samples_, budget, **policy.cut), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
-        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), DPO_LOSSES[0])]
+            found.append(policy.update(batch(samples_, budget, **policy.batch_options), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.batch_options), DPO_LOSSES[0])]
 
 
 def keep_reference(
@@ -100,10 +100,10 @@ def keep_reference(
 
     chat = ChatTemplate(load_tokenizer("bytes"), "{{ '' }}" + TULU if chat_template else None)
     sources = [Source(str(root / f"{name}.jsonl")) for name in ("train", "held_out")[: 1 if other_data else 2]]
-    corpora = [world.first(lambda s=s: prepare_pairs(s, chat, max_length=max_length, cache=root / "cache")).corpus for s in sources]
+    corpora = [world.rank0_first(lambda s=s: prepare_pairs(s, chat, max_length=max_length, cache=root / "cache")).corpus for s in sources]
     with closing(Policy(Model(str(root / "model")), None, parallel, world)) as policy, mock.patch.object(logprobs, "BLOCK", 1):
         try:
-            values = scoring.keep(folder, policy, corpora, 300, say)
+            values = scoring.cached_logprobs(folder, policy, corpora, 300, say)
         except ValueError as error:
             return blocks, [], str(error)
     return blocks, [float(x) for part in values for x in part], ""
@@ -130,7 +130,7 @@ def sft_steps(
             shuffled = np.random.default_rng(order).permutation(16) if order else range(16)
             batch_ = samples(step)
             found.append(policy.update(_cut(policy, [batch_[i] for i in shuffled], budget, alone), SFT_LOSS, OPTIM.lr_at(step, 10)))
-        held_out = batch(samples(99), budget, **policy.cut)
+        held_out = batch(samples(99), budget, **policy.batch_options)
         return [*found, policy.evaluate(held_out, SFT_LOSS)]
 
 
@@ -147,8 +147,8 @@ def reward_steps(
             shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
             halves = grouped([batch_[i] for i in shuffled])
             # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
-            found.append(policy.update(batch(halves, budget, **policy.cut), reward_bt, OPTIM.lr_at(step, 10) / 10))
-        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.cut), reward_bt)]
+            found.append(policy.update(batch(halves, budget, **policy.batch_options), reward_bt, OPTIM.lr_at(step, 10) / 10))
+        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.batch_options), reward_bt)]
 
 
 def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
@@ -160,7 +160,7 @@ def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[st
         return Loss(total, count, {"loss": (total.detach(), count)})
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
-        return [policy.update(batch(samples(step), 64, **policy.cut), squares, OPTIM.lr / 10) for step in range(3)]
+        return [policy.update(batch(samples(step), 64, **policy.batch_options), squares, OPTIM.lr / 10) for step in range(3)]
 
 
 def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
@@ -173,7 +173,7 @@ def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64
 
     with closing(Policy(model, None, parallel, world)) as policy:
         batch_ = samples(7)
-        step = batch(batch_, budget, **policy.cut)
+        step = batch(batch_, budget, **policy.batch_options)
         per_token = policy.values(step) if policy.model.head == "scalar" else policy.logprobs(step, **how)
         values = scatter(per_token, step, len(batch_))
         return {i: v.tolist() for i, v in enumerate(values) if v is not None}
@@ -192,7 +192,7 @@ def train_and_save(
         found = []
         for step in range(start, last):
             batch_, loss = _lesson(policy, step)
-            found.append(policy.update(batch(batch_, 64, **policy.cut), loss, OPTIM.lr_at(step, 10)))
+            found.append(policy.update(batch(batch_, 64, **policy.batch_options), loss, OPTIM.lr_at(step, 10)))
             if step + 1 == save_at:
                 policy.save(out, save_at)
         return found
@@ -213,7 +213,7 @@ def export(world: World, parallel: Parallel, model: Model, folder: Path, *, step
     with closing(Policy(model, OPTIM if steps else None, parallel, world)) as policy:
         for step in range(steps):
             batch_, loss = _lesson(policy, step)
-            policy.update(batch(batch_, 64, **policy.cut), loss, OPTIM.lr)
+            policy.update(batch(batch_, 64, **policy.batch_options), loss, OPTIM.lr)
         policy.export(folder)
 
 
@@ -252,13 +252,13 @@ def bad_step(world: World, parallel: Parallel, model: Model, by_layer: bool) -> 
     complaint = ""
     for spoil in (True, False):
         with closing(Policy(model, OPTIM, parallel, world)) as policy:
-            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+            policy.update(batch(samples(0), 64, **policy.batch_options), SFT_LOSS, OPTIM.lr)
             if spoil:
                 try:
-                    policy.update(batch(samples(1), 64, **policy.cut), bad, OPTIM.lr)
+                    policy.update(batch(samples(1), 64, **policy.batch_options), bad, OPTIM.lr)
                 except FloatingPointError as error:
                     complaint = str(error)
-            results.append(policy.update(batch(samples(2), 64, **policy.cut), SFT_LOSS, OPTIM.lr))
+            results.append(policy.update(batch(samples(2), 64, **policy.batch_options), SFT_LOSS, OPTIM.lr))
     return complaint, results[0], results[1]
 
 
@@ -276,9 +276,9 @@ def asked_ahead(world: World, parallel: Parallel, model: Model) -> list[bool]:
         finish(self, *arguments, **options)
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
-        policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+        policy.update(batch(samples(0), 64, **policy.batch_options), SFT_LOSS, OPTIM.lr)
         with mock.patch.object(Group, "finish_param_sync", watched):
-            policy.update(batch(samples(1), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+            policy.update(batch(samples(1), 64, **policy.batch_options), SFT_LOSS, OPTIM.lr)
     return asked
 
 
@@ -303,7 +303,7 @@ def longest(world: World, parallel: Parallel, model: Model) -> float:
         return replace(nll(logprob_T, packed), maxima={"position": packed.positions_T.max()})
 
     with closing(Policy(model, None, parallel, world)) as policy:
-        return policy.evaluate(batch(samples(0), 32, **policy.cut), loss)["position"]
+        return policy.evaluate(batch(samples(0), 32, **policy.batch_options), loss)["position"]
 
 
 def load_memory(world: World, parallel: Parallel, model: Model) -> float:
@@ -327,7 +327,7 @@ def step_memory(world: World, parallel: Parallel, model: Model) -> tuple[float, 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
 
         def worst(loss: LossFunction) -> float:
-            return allocated(lambda: policy.update(batch(samples_, 1024, **policy.cut), loss, OPTIM.lr))[1] / 2**20
+            return allocated(lambda: policy.update(batch(samples_, 1024, **policy.batch_options), loss, OPTIM.lr))[1] / 2**20
 
         worst(SFT_LOSS)  # the first time makes what stays
         return worst(SFT_LOSS), worst(DPO_LOSSES[0])
@@ -340,7 +340,7 @@ def threads_after(world: World, parallel: Parallel, model: Model, policies: int)
     found = []
     for _ in range(policies):
         with closing(Policy(model, OPTIM, parallel, world)) as policy:
-            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, OPTIM.lr)
+            policy.update(batch(samples(0), 64, **policy.batch_options), SFT_LOSS, OPTIM.lr)
         gc.collect()
         found.append(len(list(Path("/proc/self/task").iterdir())))
     return found

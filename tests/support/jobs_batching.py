@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from engine.batching.plan import build, plan
+from engine.batching.build import build
+from engine.batching.plan import plan
 from engine.config import Model, Parallel
 from engine.distributed.world import World
 from engine.losses import SFT_LOSS

@@ -7,24 +7,24 @@ from contextlib import closing
 
 from torch.profiler import record_function
 
-from engine.config import Llama, Model, Parallel
+from engine.config import Model, ModelShape, Parallel
 from engine.distributed.world import World
 from engine.losses import SFT_LOSS
 from tests.support import jobs
 from tests.support.allocator import HELD, allocated
 
 
-def passage_memory(world: World, parallel: Parallel, model: Llama, lengths: list[int]) -> dict[str, tuple[int, int]]:
+def passage_memory(world: World, parallel: Parallel, model: ModelShape, lengths: list[int]) -> dict[str, tuple[int, int]]:
     """(held, peak) of one microbatch through this rank's stage on real tensors: by the allocator, and by the meter."""
     from engine.dryrun.stages import meter_of, microbatch
     from engine.megatron.policy import Policy
-    from engine.megatron.single_stage import Passage
+    from engine.megatron.single_stage import SingleStage
 
     packed = microbatch(lengths, sum(lengths))
     with closing(Policy(Model(init=model), jobs.OPTIM, parallel, world)) as policy:
 
-        def compute() -> Passage:
-            passage = Passage(policy, 0, packed)
+        def compute() -> SingleStage:
+            passage = SingleStage(policy, 0, packed)
             passage.forward()
             time.sleep(0.2)  # until gloo's threads have let go of what they gathered
             with record_function(HELD):
@@ -34,7 +34,7 @@ def passage_memory(world: World, parallel: Parallel, model: Llama, lengths: list
 
         shared = compute().shared  # the first time makes what stays, too
         held, peak = allocated(compute)
-        passage = Passage(policy, 0, packed)
+        passage = SingleStage(policy, 0, packed)
         with meter_of(policy) as meter:
             passage.forward()
             metered = meter.live
@@ -42,7 +42,7 @@ def passage_memory(world: World, parallel: Parallel, model: Llama, lengths: list
         return {"allocator": (held - shared, peak), "meter": (metered - shared, meter.peak)}
 
 
-def step_memory(world: World, parallel: Parallel, model: Llama, lengths: list[int], microbatches: int) -> int:
+def step_memory(world: World, parallel: Parallel, model: ModelShape, lengths: list[int], microbatches: int) -> int:
     """Bytes that a whole step takes on this rank at its worst moment, by the allocator: the less of two steps, for gloo's threads may be
     late in letting go."""
     from megatron.core.parallel_state import get_global_memory_buffer

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.config import Model, Parallel
 from engine.distributed.world import World
 from engine.losses import nll
@@ -21,12 +21,12 @@ def main_grads(world: World, parallel: Parallel, model: Model, *, fused: bool) -
     theirs by the product."""
     from engine.megatron.policy import Policy
 
-    with closing(Policy(model, replace(jobs.OPTIM, clip=0.0), parallel, world)) as policy:
+    with closing(Policy(model, replace(jobs.OPTIM, max_grad_norm=0.0), parallel, world)) as policy:
         layers = [m for chunk in policy.chunks for m in chunk.modules() if getattr(m, "gradient_accumulation_fusion", False)]
         for layer in layers if not fused else ():
             layer.gradient_accumulation_fusion = False  # type: ignore[assignment]
         loss = squares if policy.model.head == "scalar" else nll
-        policy.update(batch(jobs.samples(0), 64, **policy.cut), loss, 0.0)
+        policy.update(batch(jobs.samples(0), 64, **policy.batch_options), loss, 0.0)
         named = [(f"{i} {name}", p) for i, chunk in enumerate(policy.chunks) for name, p in chunk.named_parameters()]
         return {name: p.main_grad.flatten().tolist() for name, p in named}, len(layers)  # type: ignore[attr-defined]
 
@@ -45,7 +45,7 @@ def read_only_gradients(world: World, parallel: Parallel, model: Model, *, froze
         (chunk,) = policy.chunks
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(not frozen or frozen not in name)
-        packed, flight = policy._flight(batch(jobs.samples(0, 4), 128, **policy.cut)[0])
-        out = chunk(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=flight)
+        packed, packed_forward = policy._packed_forward(batch(jobs.samples(0, 4), 128, **policy.batch_options)[0])
+        out = chunk(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=packed_forward)
         out.sum().backward()
         return {name: None if p.grad is None else float(p.grad.double().abs().sum()) for name, p in chunk.named_parameters()}

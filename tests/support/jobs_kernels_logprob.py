@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.config import Model, Parallel
 from engine.distributed.world import World
 from engine.losses import SFT_LOSS
@@ -88,14 +88,14 @@ def output_layer(world: World, parallel: Parallel, model: Model) -> tuple[list[b
     the step allocated, and the size of main_grad, in bytes."""
     from engine.megatron.policy import Policy
 
-    optim = replace(OPTIM, clip=0.0)  # clipping makes a copy of the gradients on CPU
+    optim = replace(OPTIM, max_grad_norm=0.0)  # clipping makes a copy of the gradients on CPU
     with closing(Policy(model, optim, parallel, world)) as policy:
         batch_ = samples(0, count=6, longest=4)
-        step = [packed for i in range(0, 6, 2) for packed in batch(batch_[i : i + 2], 64, **policy.cut)]
+        step = [packed for i in range(0, 6, 2) for packed in batch(batch_[i : i + 2], 64, **policy.batch_options)]
         policy.update(step, SFT_LOSS, optim.lr)  # what is made once is there now
         with mock.patch("engine.megatron.model.linear_policy_loss", wraps=linear_policy_loss) as called:
             peak = peak_bytes(lambda: policy.update(step, SFT_LOSS, optim.lr))
-        if not policy.speaks:
+        if not policy.is_replica_writer:
             return [], 0, 0
         weight: Any = policy.chunks[-1].shared_embedding_or_output_weight()
         found = [call.kwargs["weight_grad"] is weight.main_grad for call in called.call_args_list]

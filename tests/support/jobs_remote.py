@@ -18,8 +18,9 @@ from torch._C._distributed_c10d import PrefixStore
 from engine.config import Parallel
 from engine.distributed.world import World
 from engine.rollout import remote
-from engine.rollout.remote import Ask, Drawn
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
+from engine.rollout.engine import GenerationRequest, GenerationResult, Response
+from engine.rollout.sampler import respond
 from tests.support import jobs_rlvr
 
 
@@ -38,24 +39,27 @@ def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> lis
     """As jobs_rlvr.steps, on the ranks that train; nothing on the others."""
     settings = jobs_rlvr.asked(folder, parallel, **changes)
     with whole_again(world):
-        mine = settings.algorithm.part(settings, world)
+        mine = settings.algorithm.split_world(settings, world)
         return [] if mine is None else jobs_rlvr.steps(mine, folder, parallel, **changes)
 
 
 class Sequential:
-    """Stands in for Apart on a single rank: what is drawn while a step is learned elsewhere is drawn before it here."""
+    """A RolloutEngine on a single rank: what is generated ahead elsewhere is generated before the step here."""
 
-    def __init__(self, policy: Any, slotting: Slotting):
-        self.policy, self.slotting = policy, slotting
-        self.ahead: Drawn | None = None
+    def __init__(self, policy: Any, rollout: RolloutConfig):
+        self.policy, self.rollout = policy, rollout
+        self.ahead: GenerationResult | None = None
 
-    def draw(self, version: int, now: Ask, then: Ask | None, checkpoint: Path) -> Drawn:
-        drawn = self.ahead or self._drawn(now, version)
-        self.ahead = self._drawn(then, version) if then else None
-        return drawn
+    def generate(self, step: int, request: GenerationRequest, next_request: GenerationRequest | None, checkpoint: Path) -> GenerationResult:
+        result = self.ahead or self._result(request, step)
+        self.ahead = self._result(next_request, step) if next_request and self.rollout.max_staleness else None
+        return result
 
-    def _drawn(self, ask: Ask, version: int) -> Drawn:
-        return Drawn(ask.answered(self.policy, self.slotting), version, {"seconds_generate": 1.0, "weights_bytes": 0.0})
+    def _result(self, request: GenerationRequest, version: int) -> GenerationResult:
+        return GenerationResult(self.respond(request), version, {"seconds_generate": 1.0, "weights_bytes": 0.0})
+
+    def respond(self, request: GenerationRequest) -> list[list[Response]]:
+        return respond(self.policy, self.rollout, request)
 
 
 def sequential(world: World, folder: Path, **changes: Any) -> list[dict[str, Any]]:
@@ -68,7 +72,7 @@ def sequential(world: World, folder: Path, **changes: Any) -> list[dict[str, Any
         closing(Policy(settings.model, settings.optim, Parallel(), world, seed=settings.seed)) as policy,
         closing(settings.algorithm.start(policy, settings)) as algorithm,
     ):
-        return jobs_rlvr.learned(replace(algorithm, apart=Sequential(policy, settings.algorithm.rollout)), settings)
+        return jobs_rlvr.learned(replace(algorithm, engine=Sequential(policy, settings.algorithm.rollout)), settings)
 
 
 def whole_run(world: World, folder: Path, parallel: Parallel, **changes: Any) -> str:
@@ -88,10 +92,10 @@ def learned_after_the_next_is_drawn(world: World, folder: Path, **changes: Any) 
     from engine import train
 
     drawn = folder / "drawn"
-    draw, learn = remote.Ask.answered, train.learn
+    generate, learn = remote.respond, train.learn
 
-    def noted(ask: Ask, *how: Any) -> Any:
-        responses = draw(ask, *how)
+    def noted(*how: Any) -> Any:
+        responses = generate(*how)
         with drawn.open("a") as file:
             file.write("x")
         return responses
@@ -103,7 +107,7 @@ def learned_after_the_next_is_drawn(world: World, folder: Path, **changes: Any) 
             time.sleep(0.01)
         return learn(algorithm, step, *how)
 
-    with mock.patch.object(remote.Ask, "answered", noted), mock.patch.object(train, "learn", late), whole_again(world):
+    with mock.patch.object(remote, "respond", noted), mock.patch.object(train, "learn", late), whole_again(world):
         train.train(jobs_rlvr.asked(folder, Parallel(), steps=3, **changes), world)
 
 
@@ -113,14 +117,14 @@ def weights_travel(world: World, parallel: Parallel, gpus: int) -> tuple[int, in
     from engine.megatron import policy as policies
 
     with whole_again(world), mock.patch.object(policies, "BUCKET_BYTES", 1 << 14):
-        mine = world.parted(gpus)
-        assert mine.bridge is not None
+        mine = world.split(gpus)
+        assert mine.parent is not None
         with closing(policies.Policy(Model(init=jobs_rlvr.SHAPE), None, parallel, mine)) as policy:
             parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
             with torch.no_grad():
-                for parameter in parameters if not mine.bridge.is_far else ():
+                for parameter in parameters if not mine.parent.is_generator else ():
                     parameter.mul_(3).add_(1)
-            line = remote._weights(policy)
-            size = policy.share_weights(line.tell if line else remote._to_nobody, taking=mine.bridge.is_far)
+            line = remote._weights_group(policy)
+            size = policy.send_weights(line.broadcast if line else remote._discard, taking=mine.parent.is_generator)
             place = policy.grid.pp_rank * policy.grid.tp + policy.grid.tp_rank
             return place, size, [float(parameter.double().sum()) for parameter in parameters]

@@ -13,15 +13,15 @@ import numpy as np
 
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.batching.ragged import Arena
-from engine.config import Llama, Logging, Model, Optim, Parallel, Run
+from engine.config import Logging, Model, ModelShape, Optim, Parallel, Run
 from engine.data.rows import Source
 from engine.distributed.world import World
-from engine.rollout.sampler import Slotting
+from engine.rollout.config import RolloutConfig
 from engine.types import Sample
 from engine.verify import VERIFIERS, Unjudged
 
-SHAPE = Llama(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=128)
-SMALLER = Llama(layers=4, hidden=32, ffn=64, heads=4, kv_heads=4, vocab=260, max_length=128, head="scalar")
+SHAPE = ModelShape(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=128)
+SMALLER = ModelShape(layers=4, hidden=32, ffn=64, heads=4, kv_heads=4, vocab=260, max_length=128, head="scalar")
 
 
 SHORT = r"(?s)\A.{1,8}\Z"
@@ -39,7 +39,7 @@ def tasks(path: Path, truths: Sequence[str] = (SHORT,) * 12) -> Source:
 def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
     """Two steps of 8 prompts; `changes` are fields of RLVR, or of the run."""
     ours = {name: changes.pop(name) for name in ("tokens_per_microbatch", "steps", "save_every", "seed") if name in changes}
-    critic = Critic(Model(init=SMALLER), Optim(lr=1e-3, weight_decay=0.01), coef=0.5)
+    critic = Critic(Model(init=SMALLER), Optim(lr=1e-3, weight_decay=0.01), loss_coef=0.5)
     settings = {
         "sources": (tasks(folder / "tasks.jsonl"),),
         "verifier": "regex",
@@ -48,11 +48,11 @@ def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
         "samples_per_prompt": 2,
         "epochs": 2,
         "minibatches": 2,
-        "max_prompt": 16,
-        "max_response": 24,
+        "max_prompt_tokens": 16,
+        "max_response_tokens": 24,
         # A random model ends a response once in 260 tokens: let it end at more.
         "stop": tuple(f"<0x{byte:02X}>" for byte in range(16)),
-        "rollout": Slotting(slots=6, cache_gb=1.0, prefill=24),
+        "rollout": RolloutConfig(max_num_seqs=6, kv_cache_gb=1.0, max_prefill_tokens=24),
     } | changes
     defaults: dict[str, Any] = {"tokens_per_microbatch": 96, "steps": 2} | ours
     return Run(

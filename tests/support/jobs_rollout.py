@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.batching.plan import batch, scatter
+from engine.batching.build import batch, scatter
 from engine.config import Model, Optim, Parallel
+from engine.config.choices import CudaGraphs
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
 from engine.losses import SFT_LOSS
-from engine.megatron.graphs import Setting
 from engine.types import Prompt, Sample
 from tests.support.jobs import OPTIM, samples
 from tests.support.jobs_kernels_logprob import group_name
@@ -56,7 +56,7 @@ def responses(
     prefill: int = 64,
     prefix: int = 0,
     share: bool = False,
-    graphs: Setting = "auto",
+    graphs: CudaGraphs = "auto",
     **sampling: Any,
 ) -> dict[str, Any]:
     """Tokens and log-probs of every response, and the largest difference to the trainer's log-probs of the same tokens.
@@ -65,22 +65,24 @@ def responses(
     with.
     """
     from engine.megatron.policy import Policy
-    from engine.rollout.sampler import Sampling, Slotting, generate
+    from engine.rollout.config import RolloutConfig
+    from engine.rollout.engine import SamplingParams
+    from engine.rollout.sampler import generate
 
-    how = Sampling(max_tokens=24, stop=STOP, **sampling)
-    slotting, asked = Slotting(slots, cache_gb, prefill, share=share, graphs=graphs), prompts(prefix=prefix)
+    how = SamplingParams(max_tokens=24, stop=STOP, **sampling)
+    rollout, asked = RolloutConfig(slots, cache_gb, prefill, prefix_caching=share, cuda_graphs=graphs), prompts(prefix=prefix)
     optim: Optim | None = OPTIM if trained else None
     with closing(Policy(model, optim, parallel, world)) as policy:
-        found = generate(policy, asked, how, slotting, samples=samples_each, seed=(3,))
+        found = generate(policy, asked, how, rollout, samples=samples_each, seed=(3,))
         if trained:
-            policy.update(batch(samples(0), 64, **policy.cut), SFT_LOSS, 0.01)
-            found = generate(policy, asked, how, slotting, samples=samples_each, seed=(3,))
+            policy.update(batch(samples(0), 64, **policy.batch_options), SFT_LOSS, 0.01)
+            found = generate(policy, asked, how, rollout, samples=samples_each, seed=(3,))
         flat = [(prompt, response) for prompt, answers in zip(asked, found, strict=True) for response in answers]
         whole = [
             Sample(np.concatenate([prompt.tokens, response.tokens]), _mask(len(prompt.tokens), len(response.tokens)))
             for prompt, response in flat
         ]
-        step = batch(whole, 64, **policy.cut)
+        step = batch(whole, 64, **policy.batch_options)
         worst = 0.0
         for (prompt, response), values in zip(flat, scatter(policy.logprobs(step, how.temperature or 1.0), step, len(whole)), strict=True):
             if values is not None:
@@ -152,12 +154,14 @@ def _mask(prompt: int, response: int) -> np.ndarray:
 def asked_twice(world: World, model: Model) -> tuple[list[list[int]], list[list[int]]]:
     """Two samples of a prompt; and one sample of each of two prompts that are the same."""
     from engine.megatron.policy import Policy
-    from engine.rollout.sampler import Sampling, Slotting, generate
+    from engine.rollout.config import RolloutConfig
+    from engine.rollout.engine import SamplingParams
+    from engine.rollout.sampler import generate
 
-    prompt, how, slotting = prompts()[0], Sampling(max_tokens=12, stop=(0,)), Slotting(cache_gb=1.0)
+    prompt, how, rollout = prompts()[0], SamplingParams(max_tokens=12, stop=(0,)), RolloutConfig(kv_cache_gb=1.0)
     with closing(Policy(model, None, Parallel(), world)) as policy:
-        once = generate(policy, [prompt], how, slotting, samples=2)
-        twice = generate(policy, [prompt, prompt], how, slotting)
+        once = generate(policy, [prompt], how, rollout, samples=2)
+        twice = generate(policy, [prompt, prompt], how, rollout)
     return [r.tokens.tolist() for r in once[0]], [group[0].tokens.tolist() for group in twice]
 
 
@@ -167,15 +171,15 @@ def written(
     prompts: list[list[int]],
     decoding: dict[str, Any],
     parallel: Parallel = Parallel(),  # noqa: B008
-    slotting: dict[str, Any] | None = None,
+    rollout: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> list[list[tuple[Any, ...]]]:
     """What an evaluation hears from the model in `folder`."""
     from engine.evals.generation import Decoding, respond
     from engine.megatron.policy import Policy
-    from engine.rollout.sampler import Slotting
+    from engine.rollout.config import RolloutConfig
 
-    how = Slotting(**{"cache_gb": 1.0, "share": True} | (slotting or {}))
+    how = RolloutConfig(**{"kv_cache_gb": 1.0, "prefix_caching": True} | (rollout or {}))
     asked = [np.array(prompt, np.int32) for prompt in prompts]
     with closing(Policy(Model(str(folder)), None, parallel, world)) as policy:
         found = respond(policy, load_tokenizer(str(folder)), asked, Decoding(**decoding), how, seed)
@@ -185,13 +189,15 @@ def written(
 def refused(world: World, parallel: Parallel, model: Model, **how: Any) -> str:
     """What is said to a generation that cannot be."""
     from engine.megatron.policy import Policy
-    from engine.rollout.sampler import Sampling, Slotting, generate
+    from engine.rollout.config import RolloutConfig
+    from engine.rollout.engine import SamplingParams
+    from engine.rollout.sampler import generate
 
-    arguments = {"tokens": [1, 2], "max_tokens": 4, "cache_gb": 1.0} | how
+    arguments = {"tokens": [1, 2], "max_tokens": 4, "kv_cache_gb": 1.0} | how
     with closing(Policy(model, None, parallel, world)) as policy:
         try:
             prompt = Prompt(np.array(arguments["tokens"], np.int32))
-            generate(policy, [prompt], Sampling(arguments["max_tokens"], (0,)), Slotting(cache_gb=arguments["cache_gb"]))
+            generate(policy, [prompt], SamplingParams(arguments["max_tokens"], (0,)), RolloutConfig(kv_cache_gb=arguments["kv_cache_gb"]))
         except ValueError as error:
             return str(error)
     return ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine import losses
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.config import Model, Parallel
 from engine.distributed.world import World, deterministic
 from engine.types import LossFunction, Sample, TokenLoss
@@ -52,7 +52,7 @@ def _steps(world: World, parallel: Parallel, model: Model, loss: LossFunction) -
     entropy = loss is LOSSES["on policy"] or loss is LOSSES["on policy"].loss
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
         update = partial(policy.update, loss=loss, lr=1e-2, temperature=0.8, entropy=entropy)
-        return [update(batch(rollouts(seed), 64, **policy.cut)) for seed in range(2)]
+        return [update(batch(rollouts(seed), 64, **policy.batch_options)) for seed in range(2)]
 
 
 def repeated(world: World, parallel: Parallel, model: Model, on: bool) -> list[list[dict[str, float]]]:

@@ -21,7 +21,7 @@ import torch
 import engine.megatron.checkpoint
 import engine.megatron.model
 import engine.megatron.optimizers  # noqa: F401
-from engine.batching.plan import batch
+from engine.batching.build import batch
 from engine.config import Model, Parallel
 from engine.distributed.world import World
 from engine.losses import SFT_LOSS
@@ -40,7 +40,7 @@ def live(rank: int, port: int, out: Path) -> None:
         start = policy.load_latest(out)
         tell(out, {"start": start}, rank)
         for step in range(start, FAR):
-            metrics = policy.update(batch(jobs.samples(step), 64, **policy.cut), SFT_LOSS, jobs.OPTIM.lr_at(step, 10))
+            metrics = policy.update(batch(jobs.samples(step), 64, **policy.batch_options), SFT_LOSS, jobs.OPTIM.lr_at(step, 10))
             tell(out, {"step": step, "metrics": metrics}, rank)
             policy.save(out, step + 1)
 

@@ -19,14 +19,15 @@ from tempfile import TemporaryDirectory
 
 from safetensors.torch import save_file
 
-from engine.config import Llama
+from engine.config import ModelShape
 from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import tasks, write
+from engine.models.families import to_hf
 from engine.reporting.console import read_metrics
 
 RECIPE = "recipes/tulu3_405b_rlvr.py"
-POLICY = Llama(layers=6, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=111, max_length=128)  # with embedding and loss: 8 slots
-CRITIC = Llama(layers=4, hidden=32, ffn=64, heads=4, kv_heads=2, vocab=111, max_length=128, head="scalar")
+POLICY = ModelShape(layers=6, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=111, max_length=128)  # with embedding and loss: 8 slots
+CRITIC = ModelShape(layers=4, hidden=32, ffn=64, heads=4, kv_heads=2, vocab=111, max_length=128, head="scalar")
 TIMES = ("second", "time", "memory")  # in names of what no two launches have in common
 
 
@@ -41,10 +42,10 @@ def prepared(folder: Path) -> list[str]:
         f'algorithm.sources=["{folder / "tasks.jsonl"}"]',
         'algorithm.stop=["0", " 0", " 1", " 2", ".", "="]',  # a random model ends a response once in 111 tokens: let it end at more
         "algorithm.prompts_per_step=16",
-        "algorithm.max_prompt=64",
-        "algorithm.max_response=16",
-        "algorithm.rollout.slots=16",
-        "algorithm.rollout.cache_gb=0.1",
+        "algorithm.max_prompt_tokens=64",
+        "algorithm.max_response_tokens=16",
+        "algorithm.rollout.max_num_seqs=16",
+        "algorithm.rollout.kv_cache_gb=0.1",
         "algorithm.critic.optim.lr=1e-3",
         "optim.lr=1e-3",
         "tokens_per_microbatch=128",
@@ -53,14 +54,15 @@ def prepared(folder: Path) -> list[str]:
     ]
 
 
-def write_model(folder: Path, model: Llama) -> None:
+def write_model(folder: Path, model: ModelShape) -> None:
     """A Hugging Face folder with random weights of that shape."""
-    from engine.megatron.weights import RandomOrigin, shapes
+    from engine.megatron.weights import RandomWeights
+    from engine.models.families import tensor_shapes
 
     folder.mkdir()
-    drawn = RandomOrigin(model, seed=0)
-    save_file({name: drawn.draw(name) for name in shapes(model)}, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.to_hf()))
+    drawn = RandomWeights(model, seed=0)
+    save_file({name: drawn.draw(name) for name in tensor_shapes(model)}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(to_hf(model)))
     load_tokenizer("words").save_pretrained(folder)
 
 

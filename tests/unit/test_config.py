@@ -10,10 +10,11 @@ import pytest
 from transformers import LlamaConfig
 
 from engine.algorithms.sft import SFT
-from engine.config import Llama, Model, Optim, Parallel, RopeScaling, Run, override, padded_vocab, spread, to_dict
+from engine.config import Model, ModelShape, Optim, Parallel, RopeScaling, Run, even_split, override, padded_vocab, to_dict
 from engine.data.rows import Source
+from engine.models.families import from_hf, to_hf
 
-SHAPE = Llama(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, tied=True)
+SHAPE = ModelShape(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, tied=True)
 RUN = Run(Model(init=SHAPE), None, Optim(1e-3))
 
 
@@ -41,7 +42,10 @@ def test_override(assignment: str, path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("optim.learningrate=1", "unknown setting 'optim.learningrate'; nearest: optim.weight_decay; all there are: lr, schedule"),
+        (
+            "optim.learningrate=1",
+            "unknown setting 'optim.learningrate'; nearest: optim.weight_decay, optim.warmup_ratio; all there are: lr, schedule",
+        ),
         ("seeed=1", "unknown setting 'seeed'; nearest: seed"),
         ("parallel.recompute=all", "parallel.recompute=all cannot be read; it takes one of none, swiglu, selective, full"),
         ("parallel.distributed_optimizer=maybe", "takes true or false"),
@@ -49,7 +53,7 @@ def test_override(assignment: str, path: str, value: Any) -> None:
         ("seed.x=1", "has no field 'x'"),
         ("parallel.tp=0", "parallel.tp=0 must be at least 1"),
         ("parallel.vpp=2", "parallel.vpp=2 needs parallel.pp of at least 2"),
-        ("optim.warmup=1.5", "warmup=1.5 is a share"),
+        ("optim.warmup_ratio=1.5", "warmup_ratio=1.5 is a share"),
         ("tokens_per_microbatch=0", "tokens_per_microbatch=0 must be at least 1"),
         ("model.init.kv_heads=2", "model.heads=9 must be a multiple of model.kv_heads=2"),
         ("parallel=1", "parallel cannot be set from the command line; set it in the recipe"),
@@ -77,15 +81,15 @@ def test_overrides_are_taken_together_and_make_what_lies_in_tuples() -> None:
 
 
 def test_layers_are_dealt() -> None:
-    assert Parallel(pp=2, vpp=2, count_embedding=True, count_loss=True).dealt(SHAPE) == [7, 8, 8, 7]
-    assert Parallel(pp=3).dealt(SHAPE) == [10, 10, 10]
-    assert Parallel(pp=2, stages=(18, 12)).dealt(SHAPE) == [18, 12]
-    assert [sum(spread(layers, 4)) for layers in range(9)] == list(range(9))
-    assert spread(10, 4) == [2, 3, 3, 2]
+    assert Parallel(pp=2, vpp=2, count_embedding=True, count_loss=True).layers_per_stage(SHAPE) == [7, 8, 8, 7]
+    assert Parallel(pp=3).layers_per_stage(SHAPE) == [10, 10, 10]
+    assert Parallel(pp=2, stages=(18, 12)).layers_per_stage(SHAPE) == [18, 12]
+    assert [sum(even_split(layers, 4)) for layers in range(9)] == list(range(9))
+    assert even_split(10, 4) == [2, 3, 3, 2]
 
 
 def test_schedules() -> None:
-    linear = Optim(lr=1.0, warmup=0.1)
+    linear = Optim(lr=1.0, warmup_ratio=0.1)
     assert [linear.lr_at(s, 20) for s in (0, 1, 2, 11, 19)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 1 / 18])
     cosine = replace(linear, schedule="cosine")
     assert [cosine.lr_at(s, 20) for s in (0, 2, 11)] == pytest.approx([0.5, 1.0, 0.5])
@@ -94,9 +98,9 @@ def test_schedules() -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, tied=False, rope_scaling=RopeScaling(), head_dim=32, rope_theta=5e5)])
-def test_a_shape_goes_to_hugging_face_and_back(shape: Llama) -> None:
-    assert Llama.from_hf(shape.to_hf()) == shape
-    assert Llama.from_hf(LlamaConfig(**shape.to_hf()).to_dict()) == shape
+def test_a_shape_goes_to_hugging_face_and_back(shape: ModelShape) -> None:
+    assert from_hf(to_hf(shape)) == shape
+    assert from_hf(LlamaConfig(**to_hf(shape)).to_dict()) == shape
 
 
 @pytest.mark.parametrize(
@@ -110,13 +114,13 @@ def test_a_shape_goes_to_hugging_face_and_back(shape: Llama) -> None:
 )
 def test_shapes_that_cannot_be_represented_are_refused(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        Llama.from_hf(SHAPE.to_hf() | change)
+        from_hf(to_hf(SHAPE) | change)
 
 
 def test_parameters_are_those_of_the_known_models() -> None:
     assert SHAPE.parameters == 134_515_008
-    assert Llama(32, 4096, 14336, 32, 8, 128256).parameters == 8_030_261_248
-    assert Llama(126, 16384, 53248, 128, 8, 128256).parameters == 405_853_388_800
+    assert ModelShape(32, 4096, 14336, 32, 8, 128256).parameters == 8_030_261_248
+    assert ModelShape(126, 16384, 53248, 128, 8, 128256).parameters == 405_853_388_800
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from gguf import GGUFWriter, TokenType
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
-from engine.config import Llama
+from engine.config import ModelShape
+from engine.models.families import from_hf
 from engine.models.gguf import convert
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 16, 24, 4, 2, 4
@@ -129,7 +130,7 @@ def test_config_is_the_shape_the_metadata_tells(tmp_path: Path, folder: Path, ti
     weights = llama_weights() | ({} if tied else {"output.weight": np.ones((len(TOKENS), HIDDEN), np.float32)})
     convert(write_gguf(tmp_path / "tiny.gguf", weights), folder)
     config = json.loads((folder / "config.json").read_text())
-    assert Llama.from_hf(config) == Llama(
+    assert from_hf(config) == ModelShape(
         layers=1, hidden=HIDDEN, ffn=FFN, heads=HEADS, kv_heads=KV_HEADS, vocab=len(TOKENS),
         rope_theta=50000.0, norm_eps=1e-6, tied=tied, max_length=128,
     )  # fmt: skip

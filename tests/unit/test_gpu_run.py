@@ -30,7 +30,7 @@ from benchmarks.kernels.operations import OPERATIONS, Contender, plain
 from benchmarks.kernels.operations import timed as call_of
 from benchmarks.support.timing import Spread
 from benchmarks.training import bench_throughput
-from engine.config import Llama
+from engine.config import ModelShape
 from tests.support.on_device import everything_on
 
 TINY = Shape("tiny", hidden=64, ffn=96, heads=4, kv_heads=2, head_size=16, vocab=1000, tokens=64, tp=1)
@@ -197,7 +197,7 @@ def test_accuracy_tells_float32_logits_from_bfloat16_ones(monkeypatch: pytest.Mo
 
 
 def test_flops_of_a_step() -> None:
-    model = Llama(layers=2, hidden=8, ffn=16, heads=2, kv_heads=2, vocab=10)
+    model = ModelShape(layers=2, hidden=8, ffn=16, heads=2, kv_heads=2, vocab=10)
     matrices = 2 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8) + 8 * 10 + 8
     assert bench_throughput.flops(model, torch.tensor([3, 5]).numpy()) == 6 * matrices * 8 + 6 * 2 * 8 * (9 + 25)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.megatron.graphs import Graphs, Setting, _equal
+from engine.config.choices import CudaGraphs
+from engine.megatron.graphs import Graphs, _equal
 
 HIDDEN = torch.arange(12, dtype=torch.float32).view(3, 4)
 DRAWN = torch.tensor([[5.0, 900.0], [-1.5, -0.25]], dtype=torch.float64)
@@ -65,7 +66,7 @@ def test_what_is_not_proven_is_launched_one_by_one(monkeypatch: pytest.MonkeyPat
     """With one line why, once; where graphs are insisted on, it is the end."""
     own = graphs(monkeypatch, captured)
     assert own.enabled("auto") is own
-    with pytest.warns(UserWarning, match=f"rollout.graphs=auto: {why} decoding without CUDA graphs") as said:
+    with pytest.warns(UserWarning, match=f"rollout.cuda_graphs=auto: {why} decoding without CUDA graphs") as said:
         launched = own.capture(lambda: HIDDEN)
     assert len(said) == 1
     assert torch.equal(launched(), HIDDEN)
@@ -74,14 +75,14 @@ def test_what_is_not_proven_is_launched_one_by_one(monkeypatch: pytest.MonkeyPat
         assert torch.equal(own.capture(lambda: HIDDEN)(), HIDDEN)
     assert own.enabled("auto") is None
     assert own.enabled("on") is own
-    with pytest.raises(RuntimeError, match=f"rollout.graphs=on: {why} use rollout.graphs=off"):
+    with pytest.raises(RuntimeError, match=f"rollout.cuda_graphs=on: {why} use rollout.cuda_graphs=off"):
         own.capture(lambda: HIDDEN)
 
 
 @pytest.mark.parametrize(("setting", "on_gpu", "taken"), [
     ("auto", True, True), ("auto", False, False), ("on", False, True), ("on", True, True), ("off", True, False),
 ])  # fmt: skip
-def test_who_decodes_in_graphs(monkeypatch: pytest.MonkeyPatch, setting: Setting, on_gpu: bool, taken: bool) -> None:
+def test_who_decodes_in_graphs(monkeypatch: pytest.MonkeyPatch, setting: CudaGraphs, on_gpu: bool, taken: bool) -> None:
     own = graphs(monkeypatch, replayed, on_gpu)
     assert (own.enabled(setting) is own) == taken
     if not on_gpu:  # there is nothing to capture with

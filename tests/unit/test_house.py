@@ -106,7 +106,7 @@ def test_rooms_keep_to_themselves(path: Path) -> None:
         assert not (here.startswith("triton_kernels") and top == "engine"), where
         assert not (floor_of(here) == 1 and module.startswith("torch.distributed")), where
         if here.startswith("engine.algorithms.") and module.startswith("engine.algorithms."):
-            assert module.split(".")[2] in (here.split(".")[2], "supervised"), where
+            assert module.split(".")[2] in (here.split(".")[2], "supervised", "workload"), where
 
 
 def said(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -128,7 +128,7 @@ def test_only_the_seats_say_cuda(path: Path) -> None:
     if by_name(path) in SAYS_CUDA or "benchmarks" in path.parts:
         return
     for text, line in said(ast.parse(path.read_text())):
-        assert "cuda" not in text, f"{path}:{line} says {text!r}; ask world.on_gpu or world.device"
+        assert "cuda" not in text.replace("cuda_graphs", ""), f"{path}:{line} says {text!r}; ask world.on_gpu or world.device"
 
 
 @pytest.mark.parametrize("path", ALL, ids=by_name)

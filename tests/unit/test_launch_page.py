@@ -13,10 +13,10 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from engine.__main__ import _parsed, load_recipe
-from engine.commands.export import Exporting
+from engine.commands.export import ExportConfig
 from engine.config import override
 from engine.config.checks import problems
-from engine.dryrun.model_shapes import shape
+from engine.dryrun.model_shapes import shape_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "launch.md").read_text()
@@ -52,11 +52,11 @@ def test_a_command_starts(command: Command) -> None:
     assert ("--nnodes" in command.line) == ("--rdzv-endpoint $HEAD:29500" in command.line)
     arguments = _parsed(command.words)
     if command.words[0] == "export":
-        model = shape(override(load_recipe(str(ROOT / "recipes/tulu3_8b_sft.py")), [f"model.path={arguments.out_dir}"]).model)
-        override(Exporting(), arguments.overrides).parallel.check(model, command.processes)
+        model = shape_of(override(load_recipe(str(ROOT / "recipes/tulu3_8b_sft.py")), [f"model.path={arguments.out_dir}"]).model)
+        override(ExportConfig(), arguments.overrides).parallel.check(model, command.processes)
         return
     run = override(load_recipe(str(ROOT / arguments.recipe)), arguments.overrides)
-    assert problems(run, shape, command.processes) == []
+    assert problems(run, shape_of, command.processes) == []
     assert run.model.path.startswith("/shared/models/")
     assert command.processes == {"8b": 8, "70b": 64, "405b": 256}[Path(arguments.recipe).stem.split("_")[1]]
 

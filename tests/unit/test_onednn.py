@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.megatron.onednn import in_onednn
+from engine.megatron.onednn import use_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 @pytest.fixture
 def onednn() -> Iterator[None]:
-    with in_onednn():
+    with use_onednn():
         yield
 
 
@@ -68,8 +68,8 @@ def computed_by() -> set[str]:
 
 def test_it_is_onednn_that_computes_while_the_seat_is_taken_and_no_longer() -> None:
     before = computed_by()
-    with in_onednn():
-        with in_onednn():
+    with use_onednn():
+        with use_onednn():
             assert "mkldnn::_linear_pointwise" in computed_by()
         assert "mkldnn::_linear_pointwise" in computed_by()
     assert computed_by() == before

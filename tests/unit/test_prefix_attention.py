@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.megatron.prefix_attention import attend_behind, decode_behind
+from engine.megatron.prefix_attention import decode_attention_with_prefix, prefill_attention
 
 KV, GROUP, SIZE = 2, 3, 8
 Check = Callable[[int, torch.dtype, float], None]
@@ -28,7 +28,7 @@ def check_prompts(shared: int, dtype: torch.dtype, tolerance: float) -> None:
     lengths = [4, 1, 6]
     before = normal(KV, shared, SIZE, seed=0).to(dtype), normal(KV, shared, SIZE, seed=1).to(dtype)
     query, key, value = (normal(11, heads, SIZE, seed=2 + i).to(dtype) for i, heads in enumerate((KV * GROUP, KV, KV)))
-    found = attend_behind(before, query, key, value, lengths)
+    found = prefill_attention(before, query, key, value, lengths)
     assert found.shape == query.shape
     assert found.dtype == dtype
     for got, q, k, v in zip(*(x.split(lengths) for x in (found, query, key, value)), strict=True):
@@ -43,7 +43,7 @@ def check_decoding(shared: int, dtype: torch.dtype, tolerance: float) -> None:
     before = normal(KV, shared, SIZE, seed=0).to(dtype), normal(KV, shared, SIZE, seed=1).to(dtype)
     query, keys, values = (normal(5, KV, rows, SIZE, seed=2 + i).to(dtype) for i, rows in enumerate((GROUP, 7, 7)))
     mask = (torch.arange(7) <= torch.tensor([0, 3, 6, 2, 1])[:, None])[:, None, None]
-    found = decode_behind(before, query, keys, values, mask)
+    found = decode_attention_with_prefix(before, query, keys, values, mask)
     assert found.dtype == dtype
     all_keys, all_values = (torch.cat([past.expand(5, -1, -1, -1), own], 2) for past, own in zip(before, (keys, values), strict=True))
     seen = torch.cat([torch.ones(5, 1, 1, shared, dtype=torch.bool), mask], -1)
@@ -63,7 +63,7 @@ def test_scores_of_decoding_are_not_rounded() -> None:
     before = tuple(5 * normal(KV, 11, SIZE, seed=i).bfloat16() for i in range(2))
     query, keys, values = (5 * normal(5, KV, rows, SIZE, seed=2 + i).bfloat16() for i, rows in enumerate((GROUP, 7, 7)))
     mask = torch.ones(5, 1, 1, 7, dtype=torch.bool)
-    found = decode_behind((before[0], before[1]), query, keys, values, mask)
+    found = decode_attention_with_prefix((before[0], before[1]), query, keys, values, mask)
     all_keys, all_values = (torch.cat([past.expand(5, -1, -1, -1), own], 2) for past, own in zip(before, (keys, values), strict=True))
     wanted = exact(query, all_keys, all_values, torch.ones(5, 1, 1, 18, dtype=torch.bool))
     assert float((found.double() - wanted).abs().max() / wanted.abs().max()) < 2**-7

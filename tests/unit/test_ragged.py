@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import _C
-from engine.batching.plan import batch, build, plan, scatter
+from engine.batching.build import batch, build, scatter
+from engine.batching.plan import plan
 from engine.batching.ragged import OPTIONAL_FIELDS, Arena, Ragged
 from engine.types import Packed, Sample, Step
 from tests.support.cases import Case, cases, make_samples, microbatches_of, round_up

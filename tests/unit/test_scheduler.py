@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.rollout.scheduler import Request, Slots, keys, stream
+from engine.rollout.scheduler import Request, Scheduler, rng_keys, rng_stream
 
 STOP = 7
 
@@ -24,21 +24,21 @@ class Rows:
     def __init__(self, count: int):
         self.seen: list[list[int]] = [[] for _ in range(count)]
 
-    def step(self, slots: Slots) -> bool:
+    def step(self, slots: Scheduler) -> bool:
         wave = slots.plan()
         if wave is None:
             return False
-        for row in range(wave.decode):
-            assert wave.positions[row] == len(self.seen[row]) < wave.reach
+        for row in range(wave.decode_rows):
+            assert wave.positions[row] == len(self.seen[row]) < wave.max_context
             self.seen[row].append(wave.tokens[row])
-        place = wave.decode
+        place = wave.decode_rows
         for length, rows in zip(wave.prompts, wave.rows, strict=True):
             assert wave.positions[place : place + length] == list(range(length))
             for row in rows:
                 self.seen[row] = wave.tokens[place : place + length]
             place += length
         assert place == len(wave.tokens)
-        live = len(wave.wanted_R)
+        live = len(wave.sampled_R)
         for source, target, positions in slots.absorb([token_of(tuple(seen)) for seen in self.seen[:live]], [0.0] * live):
             # The token just drawn is not in the cache yet: it is the next wave's.
             assert positions == len(self.seen[source]) + 1
@@ -63,33 +63,33 @@ def alone(prompt: list[int], limit: int) -> list[int]:
 def test_every_request_gets_the_tokens_it_gets_alone(
     asked: list[tuple[list[int], int, int]], count: int, groups: int, prefill: int
 ) -> None:
-    requests = [Request(p, limit, stream(i, k), (i, k)) for i, (p, limit, n) in enumerate(asked) for k in range(n)]
+    requests = [Request(p, limit, rng_stream(i, k), (i, k)) for i, (p, limit, n) in enumerate(asked) for k in range(n)]
     queue = deque(requests)
-    pairs = [(Slots(count, queue, frozenset([STOP]), prefill), Rows(count)) for _ in range(groups)]
+    pairs = [(Scheduler(count, queue, frozenset([STOP]), prefill), Rows(count)) for _ in range(groups)]
     while sum(rows.step(slots) for slots, rows in pairs):  # a sum, for every group is to take its step
-        assert all(len(slots.live) <= count for slots, _ in pairs)
+        assert all(len(slots.running) <= count for slots, _ in pairs)
     for request in requests:
-        assert request.tokens == alone(request.prompt, request.limit)
+        assert request.tokens == alone(request.prompt, request.max_tokens)
         assert request.stopped == (request.tokens[-1] == STOP)
         assert len(request.logprobs) == len(request.tokens)
 
 
 def test_a_request_may_stop_by_what_its_tokens_say() -> None:
     """At the token that completes it, however many stand beside it; one that never says it goes on to its limit."""
-    requests = [Request([0], 6, stream(i), (i, 0)) for i in range(3)]
-    slots = Slots(2, deque(requests), frozenset([STOP]), 4, until=lambda tokens: tokens[-2:] == [1, 2])
+    requests = [Request([0], 6, rng_stream(i), (i, 0)) for i in range(3)]
+    slots = Scheduler(2, deque(requests), frozenset([STOP]), 4, until=lambda tokens: tokens[-2:] == [1, 2])
     said = {0: [1, 1, 2, 5], 1: [2, 1, 3, 1, 1, 0], 2: [1, STOP, 1]}
     while slots.plan():
-        slots.absorb([said[request.index[0]][len(request.tokens)] for request in slots.live], [0.0] * len(slots.live))
+        slots.absorb([said[request.index[0]][len(request.tokens)] for request in slots.running], [0.0] * len(slots.running))
     assert [request.tokens for request in requests] == [[1, 1, 2], [2, 1, 3, 1, 1, 0], [1, STOP]]
     assert [request.stopped for request in requests] == [True, False, True]
 
 
 def test_streams_differ_in_every_name_and_in_their_order() -> None:
     names = [(s, p, k) for s in range(4) for p in range(20) for k in range(4)]
-    assert len({int(stream(*name)) for name in names}) == len(names)
-    assert stream(1, 2) != stream(2, 1)
-    assert len({tuple(key) for key in keys([stream(0)] * 1000, list(range(1000))).tolist()}) == 1000
-    assert keys([stream(5)], [3]).tobytes() == keys([stream(4), stream(5)], [9, 3])[1:].tobytes()
-    assert keys([], []).shape == (0, 2)
-    assert keys([stream(0)], [0]).dtype == np.int32
+    assert len({int(rng_stream(*name)) for name in names}) == len(names)
+    assert rng_stream(1, 2) != rng_stream(2, 1)
+    assert len({tuple(key) for key in rng_keys([rng_stream(0)] * 1000, list(range(1000))).tolist()}) == 1000
+    assert rng_keys([rng_stream(5)], [3]).tobytes() == rng_keys([rng_stream(4), rng_stream(5)], [9, 3])[1:].tobytes()
+    assert rng_keys([], []).shape == (0, 2)
+    assert rng_keys([rng_stream(0)], [0]).dtype == np.int32

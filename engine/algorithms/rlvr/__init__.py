@@ -1,3 +1,5 @@
-"""RLVR."""
+"""RLVR: settings in config.py, one training step in step.py."""
 
-from engine.algorithms.rlvr.step import *  # noqa: F403
+from engine.algorithms.rlvr.config import RLVR, Critic
+
+__all__ = ["RLVR", "Critic"]

@@ -1,0 +1,8 @@
+"""The values that settings can take, where modules of several floors name them."""
+
+from typing import Literal
+
+Kl = Literal["k1", "k2", "k3"]  # estimators of KL(policy, reference): engine/advantages.py
+Whiten = Literal["batch", "rank", "none"]  # over which tokens advantages are whitened: engine/advantages.py
+Average = Literal["token", "sequence"]  # what a policy loss is averaged over: engine/losses.py
+CudaGraphs = Literal["auto", "on", "off"]  # for decoding: engine/megatron/graphs.py

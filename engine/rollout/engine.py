@@ -1,0 +1,131 @@
+"""The interface of rollout engines, and what goes in and comes out of one.
+
+To add an engine, write its class in a file of this folder and name it in ENGINES.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from engine.rollout.config import RolloutConfig
+from engine.types import Prompt
+
+if TYPE_CHECKING:
+    from engine.megatron.policy import Policy
+    from engine.rollout.stopping import StopStrings
+
+# Where each engine is defined; imported when `rollout.engine` names it.
+ENGINES = {"sampler": "engine.rollout.sampler:SamplerEngine"}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn. temperature 0 takes the likeliest token; a response ends with a stop token, or the last token of a stop
+    string, which it contains."""
+
+    max_tokens: int
+    stop: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    until: StopStrings | None = None  # stop strings
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature={self.temperature}, top_k={self.top_k} must not be negative, top_p={self.top_p} be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What followed a prompt."""
+
+    tokens: np.ndarray  # int32 [n], what stopped it at the end where `stopped`
+    logprobs: np.ndarray  # float32 [n], of the tempered distribution the token was drawn from (at temperature 0: of temperature 1's)
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to draw: all that responses depend on but the weights."""
+
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    samples_per_prompt: int  # of each prompt
+    seed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Responses to each prompt of an Ask, and how they came about."""
+
+    responses: list[list[Response]]
+    version: int  # the optimizer step whose weights drew them
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """As the contents of an npz file."""
+        flat = list(chain(*self.responses))
+        arrays: dict[str, Any] = {
+            "tokens": np.concatenate([r.tokens for r in flat]),
+            "logprobs": np.concatenate([r.logprobs for r in flat]),
+            "lengths": [len(r.tokens) for r in flat],
+            "stopped": [r.stopped for r in flat],
+            "samples": len(self.responses[0]),
+            "version": self.version,
+            "names": list(self.metrics),
+            "values": list(self.metrics.values()),
+        }
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
+
+    @staticmethod
+    def read(path: Path) -> GenerationResult:
+        """What to_bytes wrote."""
+        with np.load(path) as file:
+            ends = file["lengths"].cumsum()[:-1]
+            tokens, logprobs = np.split(file["tokens"], ends), np.split(file["logprobs"], ends)
+            flat = [Response(t, p, bool(s)) for t, p, s in zip(tokens, logprobs, file["stopped"], strict=True)]
+            samples, said = int(file["samples"]), dict(zip(file["names"].tolist(), file["values"].tolist(), strict=True))
+            return GenerationResult([flat[i : i + samples] for i in range(0, len(flat), samples)], int(file["version"]), said)
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the weights of the policy. All ranks that train call every method, with equal arguments."""
+
+    def generate(self, step: int, request: GenerationRequest, next_request: GenerationRequest | None, checkpoint: Path) -> GenerationResult:
+        """The responses of `step`. An engine that works ahead starts on `next_request` before it returns; None: there is no next step.
+        `checkpoint` is the folder that the run resumed from, with what `extra_state` gave. Raises ValueError for a request that cannot be
+        fulfilled."""
+        ...
+
+    def respond(self, request: GenerationRequest) -> list[list[Response]]:
+        """The responses of the current weights, for evaluation."""
+        ...
+
+    def extra_state(self) -> dict[str, bytes]:
+        """Files to keep in a checkpoint, by name: responses that were generated ahead."""
+        ...
+
+    def close(self) -> None:
+        """Release ranks, processes and memory."""
+        ...
+
+
+def start_engine(policy: Policy, rollout: RolloutConfig) -> RolloutEngine:
+    """The engine that `rollout` asks for: on dedicated ranks, or on those that train."""
+    if policy.world.parent is not None:
+        from engine.rollout.remote import RemoteGenerator
+
+        return RemoteGenerator(policy, rollout)
+    return resolve_name(ENGINES[rollout.engine])(policy, rollout)
