@@ -11,6 +11,7 @@ from engine.config import Parallel
 from engine.dryrun.hardware import Hardware
 from engine.dryrun.schedule import Timeline, simulate
 from engine.dryrun.types import Collective, Matmul, Overlapped, Stage, Work
+from engine.megatron.optimizers import step_bytes
 
 Axis = Literal["tp", "pp", "dp"]
 
@@ -194,10 +195,9 @@ class CostModel:
         return done
 
     def _optimizer(self, ranks: Sequence[Sequence[Stage]]) -> float:
-        """AdamW on this replica's share, bound by memory: all gradients are zeroed and scaled (3 accesses); of the share, the norm is
-        taken, clipped and stepped on (4), the state read and written, the weights written. Then what all ranks tell each other."""
+        """One optimizer step, bound by memory bandwidth (optimizers.step_bytes), and its small collectives."""
         shares = self.dp if self.parallel.distributed_optimizer else 1
-        moved = [sum(3 * s.gradients + 2 * s.optimizer + (4 * s.gradients + s.weights) / shares for s in rank) for rank in ranks]
+        moved = [sum(step_bytes(s.gradients, s.optimizer, s.weights, shares) for s in rank) for rank in ranks]
         told = max(self.collective(Collective("all_reduce", axis, 8, True)) for axis in ("tp", "pp", "dp"))
         return max(moved) / (self.hardware.bandwidth * self.hardware.streaming) + SMALL_COLLECTIVES * told
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.algorithms.workload import Generation
 from engine.dryrun.types import Stage
 from engine.dryrun.workload import Simulation, TrainedModel
-from engine.megatron.policy import BUCKET_BYTES
+from engine.megatron.weight_sync import BUCKET_BYTES
 
 IDS = 3 * 8 + 1 + 8  # bytes of a token on the device: ids, targets and positions as int64, the mask, its place among the wanted rows
 

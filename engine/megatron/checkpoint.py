@@ -33,11 +33,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from engine.config import ModelShape, step_folder
 from engine.distributed.world import World
+from engine.megatron import optimizers
 from engine.megatron.model import PackedModel
 from engine.models.families import to_hf
 
-# Optimizer state in the shape of the parameters, so that any grid can take it up again. (megatron writes into the dict that it is given.)
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 MANIFEST, SEAL, MODEL, TENSORS = "manifest.json", "manifest.sha256", "model", "tensors"
 
 
@@ -49,45 +48,23 @@ class State:
     optimizer: Any
 
     @property
-    def optimizer_kind(self) -> str:
-        """Whether its state is sharded over replicas: megatron stores the two differently. "" without an optimizer."""
-        if self.optimizer is None:
-            return ""
-        return f"distributed_optimizer={self.optimizer.chained_optimizers[0].config.use_distributed_optimizer}"
-
-    @property
     def models(self) -> dict[str, PackedModel]:
         """The stages by the names that megatron's optimizers know them by."""
         return {"model": self.chunks[0]} if len(self.chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(self.chunks)}
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
         """megatron's description of which part of which global tensor this rank has."""
-        models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in self.models.items()}
+        models = {name: chunk.sharded_state_dict(metadata=dict(optimizers.SHARDING)) for name, chunk in self.models.items()}
         if self.optimizer is None:
             return models
-        described = models.get("model", models)
-        return models | {"optimizer": self.optimizer.sharded_state_dict(described, is_loading=loading, metadata=dict(SHARDING))}
+        return models | {"optimizer": optimizers.sharded_state(self.optimizer, models.get("model", models), loading=loading)}
 
     def take(self, loaded: dict[str, Any]) -> None:
         """Copy what was loaded into the live stages and optimizer."""
         for name, chunk in self.models.items():
             chunk.load_state_dict(loaded[name])
         if self.optimizer is not None:
-            for inner in self.optimizer.chained_optimizers:
-                _take_optimizer(inner, loaded["optimizer"])
-
-
-def _take_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """megatron's loader of sharded state stumbles over torch AdamW's step counters, and gives all parameters one counter to share: so the
-    counters step aside while it loads, and each parameter gets its own."""
-    moments = loaded.pop("param_state", None)
-    loaded.pop("param_state_sharding_type", None)
-    optimizer.load_state_dict(loaded)
-    steps = {key: state.pop("step") for key, state in optimizer.optimizer.state.items() if "step" in state}
-    if moments is not None:
-        optimizer.load_parameter_state_from_fully_reshardable(moments)
-    for key, step in steps.items():
-        optimizer.optimizer.state[key]["step"] = step.clone()
+            optimizers.load_state(self.optimizer, loaded["optimizer"])
 
 
 class _InProcess(TorchDistSaveShardedStrategy):
@@ -114,7 +91,7 @@ def save(
     problem = _attempt(lambda: _prepare(work, assets, beside), when=world.rank == 0)
     problem = world.first_error(problem) or world.first_error(_attempt(lambda: _write(state, work / TENSORS)))
     if problem is None:
-        problem = world.first_error(_attempt(lambda: _seal(work, final, model, state.optimizer_kind, step, world)))
+        problem = world.first_error(_attempt(lambda: _seal(work, final, model, optimizers.kind(state.optimizer), step, world)))
     if problem is not None:
         if world.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
@@ -258,8 +235,9 @@ def _load(state: State, model: ModelShape, folder: Path) -> int:
         f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in to_hf(model).items() if manifest["model"].get(k) != v
     ]:
         raise ValueError(f"{folder} is a checkpoint of another model ({'; '.join(differences)}); choose another out=, or that model")
-    if state.optimizer_kind not in ("", manifest["optimizer"]):
-        raise ValueError(f"{folder} was saved with parallel.{manifest['optimizer']}; it cannot be resumed with {state.optimizer_kind}")
+    kind = optimizers.kind(state.optimizer)
+    if kind not in ("", manifest["optimizer"]):
+        raise ValueError(f"{folder} was saved with parallel.{manifest['optimizer']}; it cannot be resumed with {kind}")
     loaded = dist_checkpointing.load(state.sharded(loading=True), str(folder / TENSORS))
     assert isinstance(loaded, dict)
     state.take(loaded)

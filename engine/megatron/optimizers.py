@@ -1,4 +1,7 @@
-"""What a policy needs to learn: gradient buffers, the optimizer, and one step of it."""
+"""Everything about the optimizer: gradient buffers, building AdamW, one step, its state in checkpoints, and its cost.
+
+To add an optimizer, build it in `make_optimizer`; the other functions say what the rest of the engine needs of it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from engine.config import Optim, Parallel
 from engine.megatron.model import PackedModel
+
+# Optimizer state is stored in the shape of the parameters, so that any grid can load it. megatron writes into the dict that it is given.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def wrap_ddp(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataParallel]:
@@ -113,3 +119,43 @@ def step(optimizer: Any, optim: Optim, lr: float) -> float:
             clip_grad_by_total_norm_fp32(parameters, max_norm=optim.max_grad_norm, total_norm=norm)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def kind(optimizer: Any) -> str:
+    """Whether the state is sharded over data-parallel ranks, as a setting: megatron stores the two differently. "" without an optimizer."""
+    if optimizer is None:
+        return ""
+    return f"distributed_optimizer={optimizer.chained_optimizers[0].config.use_distributed_optimizer}"
+
+
+def sharded_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """megatron's description of the part of each state tensor that this rank holds; `model_state` is that of the model."""
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
+
+
+def load_state(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Copy a state that was loaded by `sharded_state` into the optimizer."""
+    for inner in optimizer.chained_optimizers:
+        _load_inner(inner, loaded)
+
+
+def _load_inner(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """megatron's loader of sharded state fails on the step counters of torch's AdamW, and would give all parameters one shared counter: the
+    counters are removed while it loads, and each parameter gets its own afterwards."""
+    moments = loaded.pop("param_state", None)
+    loaded.pop("param_state_sharding_type", None)
+    optimizer.load_state_dict(loaded)
+    steps = {key: state.pop("step") for key, state in optimizer.optimizer.state.items() if "step" in state}
+    if moments is not None:
+        optimizer.load_parameter_state_from_fully_reshardable(moments)
+    for key, step in steps.items():
+        optimizer.optimizer.state[key]["step"] = step.clone()
+
+
+def step_bytes(gradients: int, state: int, weights: int, shares: int) -> float:
+    """Bytes that one optimizer step reads and writes on a rank: it zeroes and scales all gradients (3 accesses); of its share of them it
+    takes the norm, clips and steps (4); it reads and writes its state, and writes its share of the weights.
+
+    gradients, weights: bytes on the rank. state: bytes of its share. shares: ranks that the optimizer is sharded over, or 1.
+    """
+    return 3 * gradients + 2 * state + (4 * gradients + weights) / shares

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from engine.megatron.decode import SequenceGroup, TokenSampling
     from engine.megatron.weights import WeightSource
 
-BUCKET_BYTES = 1 << 30  # of weights that travel in one piece
-
 
 class Policy:
     """A Llama laid over `world` by `parallel`: with an optimizer where `optim` is given, else only to be read. Given a bare
@@ -232,21 +230,21 @@ class Policy:
         finally:
             self._fill(own)
 
-    @torch.no_grad()
-    def send_weights(self, tell: Callable[[Tensor], None], *, taking: bool) -> int:
-        """Hand this rank's weights to `tell`, some at a time in one flat tensor, or take what it leaves there; returns their bytes.
+    def send_weights(self, broadcast: Callable[[Tensor], None], *, receives: bool) -> int:
+        """Pass this rank's weights to `broadcast`, in buckets, or receive them from it; returns their bytes. The other side must be a rank
+        at the same place of an equal grid. All ranks of a policy with an optimizer must call it."""
+        from engine.megatron import weight_sync
 
-        The other side must be a rank at the same place of the same grid. All ranks of a policy with an optimizer must call it.
-        """
         self._finish_param_gather()
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
-        for some in _bucketed(parameters):
-            flat = torch.cat([parameter.flatten() for parameter in some])
-            tell(flat)
-            if taking:
-                for parameter, part in zip(some, flat.split([parameter.numel() for parameter in some]), strict=True):
-                    parameter.copy_(part.view_as(parameter))
-        return sum(parameter.nbytes for parameter in parameters)
+        return weight_sync.sync_same_grid(parameters, broadcast, receives=receives)
+
+    def hf_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and full tensor of every Hugging Face tensor, on the first rank of each replica; see weight_sync.hf_weights."""
+        from engine.megatron import weight_sync
+
+        self._finish_param_gather()
+        return weight_sync.hf_weights(self.chunks, self.model, dtype or self.dtype, self.grid)
 
     @torch.no_grad()
     def _fill(self, weights: list[Tensor]) -> None:
@@ -380,17 +378,6 @@ def compute_dtype(model: Model, world: World) -> torch.dtype:
     if model.dtype == "auto":
         return torch.float32 if world.backend == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]
-
-
-def _bucketed(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """`tensors` in order, a few large transfers' worth at a time: one for each would cost more in calls than in bytes."""
-    some: list[Tensor] = []
-    for tensor in tensors:
-        if some and sum(t.nbytes for t in some) + tensor.nbytes > BUCKET_BYTES:
-            yield some
-            some = []
-        some.append(tensor)
-    yield some
 
 
 def _metric_value(kind: tuple[Any, ...], sums: list[float]) -> float:

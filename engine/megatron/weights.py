@@ -164,7 +164,7 @@ def export(chunks: list[PackedModel], model: ModelShape, folder: Path, dtype: to
     """Write the safetensors of a Hugging Face folder. Each pipeline stage writes its own layers, a file of about 4 GiB at a time."""
     files: dict[str, list[str]] = {}  # what this rank wrote
     if grid.dp_rank == 0:
-        for batch in _batches(chunks, model, dtype, grid):
+        for batch in hf_buckets(chunks, model, dtype, grid, SHARD_BYTES):
             file = f"stage-{grid.pp_rank:03d}-{len(files):05d}.safetensors"
             save_file(batch, folder / file, metadata={"format": "pt"})
             files[file] = sorted(batch)
@@ -175,14 +175,15 @@ def export(chunks: list[PackedModel], model: ModelShape, folder: Path, dtype: to
     dist.barrier()
 
 
-def _batches(chunks: list[PackedModel], model: ModelShape, dtype: torch.dtype, grid: Grid) -> Iterator[dict[str, Tensor]]:
-    """This stage's tensors, a file's worth at a time, on its first tensor-parallel rank; the others only lend their shards."""
+def hf_buckets(chunks: list[PackedModel], model: ModelShape, dtype: torch.dtype, grid: Grid, size: int) -> Iterator[dict[str, Tensor]]:
+    """This stage's Hugging Face tensors on the host, by name, in buckets of about `size` bytes, on its first tensor-parallel rank; the
+    other ranks of the tensor-parallel group get none and must exhaust the iterator too."""
     batch: dict[str, Tensor] = {}
     for name, parameter in named_parameters(chunks):
         if name == "output_layer.weight" and model.tied:
             continue
         batch |= _whole(name, parameter, model, dtype, grid)
-        if sum(tensor.nbytes for tensor in batch.values()) >= SHARD_BYTES:
+        if sum(tensor.nbytes for tensor in batch.values()) >= size:
             yield batch
             batch = {}
     if batch:

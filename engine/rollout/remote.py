@@ -46,7 +46,7 @@ def _serve(policy: Policy, rollout: RolloutConfig) -> None:
     assert weights is not None
     while (message := control.broadcast_object(None)) is not None:
         request, version = message
-        policy.send_weights(weights.broadcast, taking=True)
+        policy.send_weights(weights.broadcast, receives=True)
         began = time.perf_counter()
         try:
             answer: GenerationResult | ValueError = GenerationResult(respond(policy, rollout, request), version)
@@ -113,7 +113,7 @@ class RemoteGenerator:
         began = time.perf_counter()
         if self.control:
             self.control.broadcast_object((request, version))
-        size = self.policy.send_weights(self.weights.broadcast if self.weights else _discard, taking=False)
+        size = self.policy.send_weights(self.weights.broadcast if self.weights else _discard, receives=False)
         self.pending = True
         self.timings["seconds_weights"] += time.perf_counter() - began
         self.timings["weights_bytes"] += size

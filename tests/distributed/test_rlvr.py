@@ -178,12 +178,12 @@ def test_a_single_update_in_any_layout(size: int, parallel: Parallel) -> None:
 
 def test_what_needs_logprobs_before_the_update() -> None:
     group = jobs_rlvr.asked(FOLDER, Parallel(), **ONCE).algorithm
-    assert group.learns_once
+    assert group.single_update
     critic = jobs_rlvr.asked(FOLDER, Parallel(), epochs=1, minibatches=1).algorithm
-    assert not critic.learns_once  # KL in the reward
-    assert replace(critic, kl_coef=0.0).learns_once
+    assert not critic.single_update  # KL in the reward
+    assert replace(critic, kl_coef=0.0).single_update
     for changes in ({"epochs": 2}, {"minibatches": 2}, {"rollout": RolloutConfig(generator_gpus=1, max_staleness=1)}):
-        assert not replace(group, **changes).learns_once
+        assert not replace(group, **changes).single_update
 
 
 def test_it_exercises_what_it_must() -> None:
@@ -232,7 +232,7 @@ def test_groups_need_no_critic() -> None:
 def test_groups_that_agree_may_be_left_out() -> None:
     """Their gradient is zero: without them the sum of gradients is the same, over fewer tokens."""
     how = {"advantage": "group", "critic": None, "samples_per_prompt": 4, "kl_coef": 0.0, "epochs": 1, "minibatches": 1, "steps": 1}
-    whole, part = one_rank(**how)[0], one_rank(**how, skip_agreeing=True)[0]
+    whole, part = one_rank(**how)[0], one_rank(**how, skip_zero_std_groups=True)[0]
     assert part["samples"] == whole["samples"]
     trained = [sum(sample["mask"]) for sample in whole["samples"]]
     taught = [count for count, sample in zip(trained, whole["samples"], strict=True) if any(sample["advantage"])]
@@ -300,7 +300,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
         ({"correct_reward": float("nan")}, "algorithm.correct_reward=nan must be finite"),
         ({"no_stop_reward": float("-inf")}, "algorithm.no_stop_reward=-inf must be finite"),
         ({"kl_coef": float("nan")}, "algorithm.kl_coef=nan"),
-        ({"skip_zero_std_groups": True}, "skip_agreeing needs"),
+        ({"skip_zero_std_groups": True}, "skip_zero_std_groups needs"),
     ],
     ids=str,
 )

@@ -55,6 +55,15 @@ def test_export_of_an_import_is_the_original(folder: Path, size: int, parallel: 
 
 
 @pytest.mark.parametrize(("size", "parallel"), LAYOUTS, ids=str)
+def test_hf_weights_are_whole_on_the_first_rank_of_each_replica(folder: Path, size: int, parallel: Parallel) -> None:
+    expected = {name: tensor.numpy().tobytes() for name, tensor in read(folder).items()}
+    found = ranks(size).run(jobs.hf_weights, parallel=parallel, model=Model(str(folder)))
+    receivers = size // parallel.model_ranks * parallel.tp  # ranks of the first stages, of which every tp-th is a replica's first
+    for rank, tensors in enumerate(found):
+        assert tensors == (expected if rank < receivers and rank % parallel.tp == 0 else {})
+
+
+@pytest.mark.parametrize(("size", "parallel"), LAYOUTS, ids=str)
 def test_logprobs_are_those_of_transformers(folder: Path, size: int, parallel: Parallel) -> None:
     found: dict[int, list[float]] = {}
     for part in ranks(size).run(jobs.logprobs, parallel=parallel, model=Model(str(folder))):

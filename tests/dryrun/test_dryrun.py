@@ -290,12 +290,12 @@ def test_search_finds_the_layout_that_trying_all_finds(monkeypatch: pytest.Monke
 
 def recipe(folder: Path) -> str:
     path = folder / "recipe.py"
-    path.write_text(f'''"""torchrun --nnodes 2 --nproc-per-node 4 -m engine run recipe.py"""
+    path.write_text(f"""
 from engine.algorithms.sft import SFT
 from engine.config import *
 from engine.data.rows import Source
-run = Run(Model(init={SMALL!r}), SFT((Source("rows.jsonl"),), batch_size=64, max_length=512), Optim(lr=1e-5), Parallel(tp=2, pp=2))
-''')
+run = Run(Model(init={SMALL!r}), SFT((Source("rows.jsonl"),), batch_size=64, max_length=512), Optim(lr=1e-5), Parallel(tp=2, pp=2), gpus=8)
+""")
     return str(path)
 
 

@@ -217,7 +217,13 @@ WARNED = [
         "makes 11 microbatches a replica: parallel.pp=16 stages are idle 58%",
         "parallel.vpp=8",
     ),
-    ("405b_dpo", ["tokens_per_microbatch=2048"], {}, "they can be 4096, over tokens_per_microbatch=2048", "tokens_per_microbatch=4096"),
+    (
+        "405b_dpo",
+        ["tokens_per_microbatch=2048"],
+        {},
+        "they can have 4096 tokens, over tokens_per_microbatch=2048",
+        "tokens_per_microbatch=4096",
+    ),
     ("405b_sft", ["parallel.recompute=none", "parallel.vpp=1"], {}, "keeps about 56 GB of activations", "parallel.recompute=selective"),
     ("405b_rlvr", ["algorithm.rollout.max_num_seqs=1000"], {}, "is more than the 928 responses", "algorithm.rollout.max_num_seqs=896"),
     (

@@ -190,7 +190,7 @@ def clean() -> bool:
     return not dist.is_initialized() and not parallel_state.model_parallel_is_initialized() and torch.zeros(1).type() == "torch.FloatTensor"
 
 
-@pytest.mark.parametrize("where", ["engine.megatron.single_stage.Passage.backward", "engine.megatron.optimizers.make_optimizer"])
+@pytest.mark.parametrize("where", ["engine.megatron.single_stage.SingleStage.backward", "engine.megatron.optimizers.make_optimizer"])
 def test_the_process_is_left_as_it_was(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a failure in the middle, and by one before there is a policy to close."""
     stages.simulate_stages(SMALL, Parallel(2), 4, (64,), optim=OPTIM)

@@ -206,6 +206,15 @@ def load(world: World, parallel: Parallel, model: Model, out: Path) -> int:
         return policy.load_latest(out)
 
 
+def hf_weights(world: World, parallel: Parallel, model: Model) -> dict[str, bytes]:
+    """The bytes of every Hugging Face tensor that this rank is given, sent in small buckets."""
+    from engine.megatron import weight_sync
+    from engine.megatron.policy import Policy
+
+    with mock.patch.object(weight_sync, "BUCKET_BYTES", 1 << 12), closing(Policy(model, None, parallel, world)) as policy:
+        return {name: tensor.numpy().tobytes() for name, tensor in policy.hf_weights()}
+
+
 def export(world: World, parallel: Parallel, model: Model, folder: Path, *, steps: int = 0) -> None:
     """Write the weights of `model`, after `steps` steps, into `folder`."""
     from engine.megatron.policy import Policy

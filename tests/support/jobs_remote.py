@@ -114,17 +114,18 @@ def learned_after_the_next_is_drawn(world: World, folder: Path, **changes: Any) 
 def weights_travel(world: World, parallel: Parallel, gpus: int) -> tuple[int, int, list[float]]:
     """Once the first world has changed its weights and handed them on: this rank's place in its grid, bytes, a sum of each parameter."""
     from engine.config import Model
-    from engine.megatron import policy as policies
+    from engine.megatron import weight_sync
+    from engine.megatron.policy import Policy
 
-    with whole_again(world), mock.patch.object(policies, "BUCKET_BYTES", 1 << 14):
+    with whole_again(world), mock.patch.object(weight_sync, "BUCKET_BYTES", 1 << 14):
         mine = world.split(gpus)
         assert mine.parent is not None
-        with closing(policies.Policy(Model(init=jobs_rlvr.SHAPE), None, parallel, mine)) as policy:
+        with closing(Policy(Model(init=jobs_rlvr.SHAPE), None, parallel, mine)) as policy:
             parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
             with torch.no_grad():
                 for parameter in parameters if not mine.parent.is_generator else ():
                     parameter.mul_(3).add_(1)
             line = remote._weights_group(policy)
-            size = policy.send_weights(line.broadcast if line else remote._discard, taking=mine.parent.is_generator)
+            size = policy.send_weights(line.broadcast if line else remote._discard, receives=mine.parent.is_generator)
             place = policy.grid.pp_rank * policy.grid.tp + policy.grid.tp_rank
             return place, size, [float(parameter.double().sum()) for parameter in parameters]

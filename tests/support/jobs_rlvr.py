@@ -70,7 +70,7 @@ def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
 class ReadFirst(RLVR):
     """Takes the trainer's log-probs before every update, though it be the only one."""
 
-    learns_once = False  # type: ignore[assignment]
+    single_update = False  # type: ignore[assignment]
 
 
 def read_first(world: World, folder: Path, **changes: Any) -> list[dict[str, Any]]:

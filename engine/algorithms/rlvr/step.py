@@ -126,7 +126,7 @@ class RLVRTrainer:
         return self.config.correct_reward if rollout.verdict.correct else 0.0
 
     def _with_logprobs(self, samples: list[Sample]) -> list[Sample]:
-        """With the log-probs of policy (but for `learns_once`: its sampler's stay) and reference, at the sampling temperature, and the
+        """With the log-probs of policy (but for `single_update`: its sampler's stay) and reference, at the sampling temperature, and the
         critic's values."""
         budget, temperature = self.run.tokens_per_microbatch, self.config.temperature
 
@@ -177,7 +177,7 @@ class RLVRTrainer:
     def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts.
 
-        With skip_agreeing, those that have an advantage, while there are enough of them for every part.
+        With skip_zero_std_groups, those that have an advantage, while there are enough of them for every part.
         """
         taught = [sample for sample in samples if np.any(sample.advantage)] if self.config.skip_zero_std_groups else samples
         samples = taught if len(taught) >= self.config.minibatches else samples
