@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or are not there.
+"""Atomic, verified checkpoints.
 
 A checkpoint is written to `step-N.tmp`, every file is fsynced and listed with its sha256 in manifest.json, the folder is renamed
-to `step-N`, and then the file LATEST names it. Nothing is ever written over. On load all hashes are verified first: a folder with
-a wrong byte is named and passed over for the newest whole one. Tensors are stored by megatron's dist_checkpointing, independent
-of the layout that saved them.
+to `step-N`, and then the file LATEST names it. Nothing is ever overwritten. On load all hashes are verified first: a folder with
+a wrong byte is reported, and the newest complete one is loaded instead. Tensors are stored by megatron's dist_checkpointing,
+independent of the layout that saved them.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ MANIFEST, SEAL, MODEL, TENSORS = "manifest.json", "manifest.sha256", "model", "t
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds of this rank: its stages and, where there is one, their optimizer."""
+    """What a checkpoint stores for this rank: its stages and, if there is one, their optimizer."""
 
     chunks: list[PackedModel]
     optimizer: Any
 
     @property
     def models(self) -> dict[str, PackedModel]:
-        """The stages by the names that megatron's optimizers know them by."""
+        """The stages, by the names that megatron's optimizers use for them."""
         return {"model": self.chunks[0]} if len(self.chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(self.chunks)}
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
-        """megatron's description of which part of which global tensor this rank has."""
+        """megatron's description of the part of each global tensor that this rank holds."""
         models = {name: chunk.sharded_state_dict(metadata=dict(optimizers.SHARDING)) for name, chunk in self.models.items()}
         if self.optimizer is None:
             return models
         return models | {"optimizer": optimizers.sharded_state(self.optimizer, models.get("model", models), loading=loading)}
 
     def take(self, loaded: dict[str, Any]) -> None:
-        """Copy what was loaded into the live stages and optimizer."""
+        """Copy a loaded state into the stages and the optimizer."""
         for name, chunk in self.models.items():
             chunk.load_state_dict(loaded[name])
         if self.optimizer is not None:
@@ -68,7 +68,8 @@ class State:
 
 
 class _InProcess(TorchDistSaveShardedStrategy):
-    """megatron's format, written by this process itself: its own writers are spawned, cost seconds each time, and import __main__ again."""
+    """megatron's format, written by this process: megatron's own writers are spawned processes, which cost seconds per save and import
+    __main__ again."""
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
@@ -80,11 +81,11 @@ class _InProcess(TorchDistSaveShardedStrategy):
 def save(
     state: State, model: ModelShape, out: Path, step: int, assets: Path | None, keep_last: int, world: World, beside: Mapping[str, bytes]
 ) -> None:
-    """Write `out/step-N`; afterwards only the newest `keep_last` whole checkpoints stay.
+    """Write `out/step-N` and delete all but the newest `keep_last` checkpoints.
 
-    assets: a folder of small files (tokenizer, config.json) that goes along, so that the checkpoint can be exported on its own.
-    beside: contents of other files that go along, by name; those of rank 0 count.
-    Raises OSError on every rank, with older checkpoints untouched and nothing half-written left, when it cannot be written.
+    assets: folder of small files (tokenizer, config.json) to copy into the checkpoint, so that it can be exported on its own.
+    beside: contents of further files, by name; those of rank 0 are used.
+    Raises OSError on every rank if it cannot be written; older checkpoints stay untouched and no partial files are left.
     """
     final = step_folder(out, step)
     work = final.with_name(final.name + ".tmp")
@@ -95,7 +96,7 @@ def save(
     if problem is not None:
         if world.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
-        free = shutil.disk_usage(out).free / 2**30  # torch's writer hides a full disk behind "unexpected pos"
+        free = shutil.disk_usage(out).free / 2**30  # torch's writer reports a full disk as "unexpected pos"
         raise OSError(f"{final}: could not be saved ({problem}; {free:.1f} GiB are free there); earlier checkpoints are untouched")
     if world.rank == 0:
         _point_to(out, final)
@@ -113,7 +114,7 @@ def _attempt(work: Any, *, when: bool = True) -> str | None:
 
 
 def _cause(error: BaseException) -> str:
-    """One line: a failed collective save carries each rank's own exception."""
+    """One line: a failed collective save holds one exception per rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {inner}"
@@ -134,7 +135,7 @@ def _write(state: State, folder: Path) -> None:
 
 
 def _seal(work: Path, final: Path, model: ModelShape, optimizer: str, step: int, world: World) -> None:
-    """Hash every file (each rank its share), write the manifest, make it durable, and give the folder its name."""
+    """Hash every file (each rank a share), write the manifest, fsync everything and rename the folder."""
     files = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
     mine = {name: _sha256(work / name) for name in files[world.rank :: world.size]}
     everyone: list[dict[str, str] | None] = [None] * world.size
@@ -148,7 +149,7 @@ def _seal(work: Path, final: Path, model: ModelShape, optimizer: str, step: int,
     for path in work.rglob("*"):
         _sync(path)
     _sync(work)
-    if final.exists():  # only a damaged one can be there: a whole one would have been resumed from
+    if final.exists():  # it can only be damaged: a complete one would have been resumed from
         damaged = final.with_name(final.name + ".damaged")
         shutil.rmtree(damaged, ignore_errors=True)
         os.replace(final, damaged)
@@ -183,16 +184,16 @@ def _prune(out: Path, keep_last: int) -> None:
 
 
 def found(out: Path) -> list[Path]:
-    """Checkpoints under `out` that have their final name, newest first. Whether they are whole, only their manifest can tell."""
+    """Checkpoint folders under `out`, newest first. Only their manifest shows whether they are complete."""
     named = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
     return sorted(named, reverse=True)
 
 
 def load_latest(state: State, model: ModelShape, out: Path, world: World, step: int | None = None) -> int:
-    """Load the newest whole checkpoint under `out`, or that of `step` and no other; returns its step, or 0 where there is none.
+    """Load the newest complete checkpoint under `out`, or exactly that of `step`. Returns its step, or 0 if there is none.
 
-    Says on stderr which damaged ones it passed over. Raises ValueError when all are damaged, when the newest whole one is of another model,
-    or when that of `step` is missing.
+    Reports damaged checkpoints on stderr. Raises ValueError if all are damaged, if the newest complete one is of another model, or if that
+    of `step` is missing.
     """
     box = [found(out) if world.rank == 0 else []]
     if world.rank == 0 and step is not None:
@@ -202,30 +203,30 @@ def load_latest(state: State, model: ModelShape, out: Path, world: World, step: 
         if (damage := world.first_error(damage_of(folder, world.rank, world.size))) is None:
             return _load(state, model, folder)
         if world.rank == 0:
-            print(f"WARNING: {folder} is damaged and is passed over: {damage}", file=sys.stderr, flush=True)
+            print(f"WARNING: {folder} is damaged and is skipped: {damage}", file=sys.stderr, flush=True)
     if step is not None and not box[0]:
         raise ValueError(
             f"{step_folder(out, step)} is missing; move the run's own {step_folder(out, step).name} away to resume from an earlier one"
         )
     if box[0]:
-        raise ValueError(f"{out}: none of its {len(box[0])} checkpoints is whole; move them away to start over, or choose another out=")
+        raise ValueError(f"{out}: none of its {len(box[0])} checkpoints is complete; move them away to start over, or choose another out=")
     return 0
 
 
 def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint, by its manifest: None when every file is there and right. Ranks share the reading."""
+    """Why a checkpoint is damaged, by its manifest; None if every file is present and correct. Each rank verifies a share of the files."""
     try:
         if (folder / SEAL).read_bytes() != f"{_sha256(folder / MANIFEST)}\n".encode():
-            return f"{MANIFEST} is not what was written (sha256 differs)"
+            return f"{MANIFEST} was changed after it was written (sha256 differs)"
         expected = json.loads((folder / MANIFEST).read_text())["sha256"]
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST, SEAL}
     if present != expected.keys():
-        return f"its files are not those of its manifest: {', '.join(sorted(present ^ expected.keys())[:3])}"
+        return f"its files differ from its manifest: {', '.join(sorted(present ^ expected.keys())[:3])}"
     for name in sorted(expected)[rank::ranks]:
         if _sha256(folder / name) != expected[name]:
-            return f"{name} is not what was written (sha256 differs)"
+            return f"{name} was changed after it was written (sha256 differs)"
     return None
 
 

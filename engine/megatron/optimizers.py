@@ -23,15 +23,15 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 
 
 def wrap_ddp(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedDataParallel]:
-    """Each stage inside megatron's DDP: fp32 gradient buffers, reduced over replicas while backward still runs; a sharded optimizer's
-    parameters are gathered while the next forward does, those of a virtual stage while the one before it has its turn."""
+    """Wrap each stage in megatron's DDP, with fp32 gradient buffers that are reduced over replicas during backward. The parameters of a
+    sharded optimizer are gathered during the next forward, those of a virtual stage during the forward of the stage before it."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=True,
         overlap_param_gather=parallel.distributed_optimizer,
     )
-    # Buckets of later stages are reduced only when all of backward is done: nothing is left to overlap with there.
+    # Buckets of later stages are reduced only after all of backward: there is nothing left to overlap with.
     stages = [DistributedDataParallel(c.config, config, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
     shared = chunks[0].config
     shared.finalize_model_grads_func = finalize_model_grads
@@ -44,21 +44,21 @@ def wrap_ddp(chunks: list[PackedModel], parallel: Parallel) -> list[DistributedD
 
 
 def _each(stages: list[DistributedDataParallel], name: str) -> Any:
-    """megatron's schedules take a list of functions for virtual stages, and one function otherwise."""
+    """megatron's schedules take a list of functions for virtual stages, and a single function otherwise."""
     functions = [getattr(stage, name) for stage in stages]
     return functions if len(functions) > 1 else functions[0]
 
 
 def start_param_gather(stage: DistributedDataParallel, *_: Any) -> None:
-    """Start gathering the parameters that this stage's forward needs first, unless that was done since the last step; each bucket asks
-    for the next. megatron itself starts when a forward already waits, and along a pipeline those waits add up."""
+    """Start gathering the parameters that this stage's forward needs first, unless it was started since the last step; each bucket starts
+    the next. megatron itself starts it when a forward already waits, and along a pipeline those waits add up."""
     first = stage.bucket_groups[-1]  # in the order of backward
     if stage.ddp_config.overlap_param_gather and not first.param_gather_dispatched:
         first.start_param_sync()
 
 
 def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel: Parallel, dtype: torch.dtype) -> Any:
-    """AdamW with fp32 master weights, its state sharded over replicas if asked for. Norms and biases do not decay."""
+    """AdamW with fp32 master weights, sharded over replicas with parallel.distributed_optimizer. Norms and biases do not decay."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -74,13 +74,13 @@ def make_optimizer(stages: list[DistributedDataParallel], optim: Optim, parallel
     )
     optimizer: Any = get_megatron_optimizer(config, list(stages), use_gloo_process_groups=False)
     for chained in optimizer.chained_optimizers:
-        if isinstance(chained.optimizer, torch.optim.AdamW):  # not where Apex or Transformer Engine brought their own
+        if isinstance(chained.optimizer, torch.optim.AdamW):  # Apex and Transformer Engine have their own
             _allocate_state(chained.optimizer)
     return optimizer
 
 
 def _allocate_state(adamw: torch.optim.AdamW) -> None:
-    """Make the state now, not in the first step: megatron's checkpoints of torch's AdamW need it there before they load."""
+    """Allocate the state before the first step: megatron's checkpoints of torch's AdamW require it when they are loaded."""
     for group in adamw.param_groups:
         group["fused"], group["foreach"] = True, False
         for parameter in group["params"]:
@@ -92,14 +92,14 @@ def _allocate_state(adamw: torch.optim.AdamW) -> None:
 
 
 def state_of(optimizer: Any) -> list[Tensor]:
-    """Every tensor that an optimizer keeps: weights as it knows them, masters of its own or views of the model's, and moments."""
+    """Every tensor of an optimizer: its weights (master weights, or views of the model's) and moments."""
     inner = [chained.optimizer for chained in optimizer.chained_optimizers]
     weights = [weight for each in inner for group in each.param_groups for weight in group["params"]]
     return weights + [x for each in inner for state in each.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
 def finish_param_gather(stages: list[DistributedDataParallel]) -> None:
-    """Finish gathering the parameters of the last step, for who reads them other than by a forward."""
+    """Finish gathering the parameters of the last step, before they are read outside of a forward pass."""
     for stage in stages:
         if stage.ddp_config.overlap_param_gather:
             stage.start_param_sync(force_sync=True)
@@ -107,7 +107,7 @@ def finish_param_gather(stages: list[DistributedDataParallel]) -> None:
 
 @torch.no_grad()
 def step(optimizer: Any, optim: Optim, lr: float) -> float:
-    """Clip and step; returns the global gradient norm before clipping. A norm that is not finite leaves everything as it was."""
+    """Clip gradients and step; returns the global gradient norm before clipping. If it is not finite, nothing changes."""
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = lr, optim.weight_decay * group["wd_mult"]
     optimizer.prepare_grads()

@@ -1,4 +1,4 @@
-"""Policy: a model on the grid, and the verbs that algorithms know it by."""
+"""Policy: a model on a grid of ranks, with the operations that algorithms use: update, evaluate, logprobs, generate, save, export."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 class Policy:
-    """A Llama laid over `world` by `parallel`: with an optimizer where `optim` is given, else only to be read. Given a bare
-    Llama, its weights are left empty for load_latest.
+    """A model sharded over the ranks of `world` by `parallel`, with an optimizer if `optim` is given.
 
-    Raises ValueError when the grid cannot hold the model, or its weights are missing, damaged or of another shape.
+    Given a ModelShape instead of a Model, the weights stay uninitialized until load_latest.
+    Raises ValueError if the grid cannot hold the model, or if its weights are missing, damaged or of another shape.
     """
 
     def __init__(self, model: Model | ModelShape, optim: Optim | None, parallel: Parallel, world: World, *, seed: int = 0):
@@ -83,25 +83,25 @@ class Policy:
         return weights.FreshHeadWeights(stored, drawn) if self.has_fresh_head else stored
 
     def close(self) -> None:
-        """Give the seat and the grid back; the policy is of no use afterwards."""
+        """Release the process groups and the CPU backend. The policy cannot be used afterwards."""
         self.borrowed.close()
 
     @property
     def batch_options(self) -> dict[str, Any]:
-        """How this rank's share of a batch must be cut: keyword arguments of batching.batch."""
+        """Keyword arguments of batching.build.batch for this rank's share of a batch."""
         interleaved = self.parallel.pp if self.parallel.vpp > 1 else 1
         multiples = {"total_multiple": self.parallel.tp, "microbatch_multiple": interleaved}
         return {"rank": self.grid.dp_rank, "ranks": self.grid.dp, "cost": self.model.cost, **multiples}
 
     @property
     def is_replica_writer(self) -> bool:
-        """True on one rank of each replica: the rank that writes down what the replica computed."""
+        """True on the one rank of each replica that writes the replica's results."""
         return self.grid.pp_rank == self.grid.pp - 1 and self.grid.tp_rank == 0
 
     def origin_hash(self) -> str:
-        """SHA-256 of the weights that this policy started from and the precision it computes in: equal on every rank and layout.
+        """SHA-256 of the initial weights and the compute dtype; equal on every rank and for every layout.
 
-        All ranks must call it: each reads its share of the files.
+        All ranks must call it: each hashes its share of the files.
         """
         assert self.origin is not None, "this policy was built without weights"
         parts: list[dict[str, str]] = [{} for _ in range(self.world.size)]
@@ -110,16 +110,16 @@ class Policy:
         return hashlib.sha256(json.dumps([str(self.dtype), sorted(whole.items())]).encode()).hexdigest()
 
     def update(self, step: Step, loss: LossFunction, lr: float, temperature: float = 1.0, *, entropy: bool = False) -> dict[str, float]:
-        """One optimizer step on the gradient of sum of totals / sum of counts, over all microbatches of all ranks. The loss is given
-        log-probs at `temperature`, and with `entropy` what `logprobs` says with it.
+        """One optimizer step on (sum of totals) / (sum of counts) over all microbatches of all ranks. The loss receives log-probs at
+        `temperature`, and with `entropy` also entropies, as `logprobs` returns them.
 
-        Returns the loss function's metrics (each its global sum / global count) and `grad_norm` before clipping, equal on every rank.
-        Raises FloatingPointError on all ranks, with weights and optimizer as they were, when the gradient is not finite.
+        Returns the loss function's metrics (each a global sum / global count) and `grad_norm` before clipping, equal on every rank.
+        Raises FloatingPointError on all ranks, with weights and optimizer unchanged, if the gradient is not finite.
         """
         from engine.megatron import optimizers
 
         assert self.optim is not None, "this policy was built without an optimizer"
-        optimizers.start_param_gather(self.stages[0])  # megatron's schedule would, but only of virtual stages
+        optimizers.start_param_gather(self.stages[0])  # megatron's schedules do it only for virtual stages
         for stage in self.stages:
             stage.train()
             stage.zero_grad_buffer()
@@ -130,7 +130,7 @@ class Policy:
         grad_norm = optimizers.step(self.optimizer, self.optim, lr)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
-                f"gradient norm is {grad_norm} (loss {metrics.get('loss')}); the step was not taken. Lower optim.lr or look at this batch"
+                f"gradient norm is {grad_norm} (loss {metrics.get('loss')}); the step was not applied; lower optim.lr or inspect this batch"
             )
         return metrics | {"grad_norm": grad_norm}
 
@@ -142,23 +142,23 @@ class Policy:
         return self._reduced(self._run(step, partial(finish_loss, loss), forward_only=True))
 
     def logprobs(self, step: Step, temperature: float = 1.0, *, masked: bool = False, entropy: bool = False) -> list[Tensor]:
-        """logprob_T of every token of each microbatch, float32 on the host; the same on every rank of a replica. `masked`: only of those
-        that the mask counts, which is cheaper; the others are 0. `entropy`: [2, T], the log-probs and below them the entropy of the whole
-        distribution that each target stands in, in nats.
+        """Log-prob of every target token of each microbatch, float32 [T] on the host, the same on every rank of a replica.
 
-        Raises ValueError for a model with a scalar head.
+        masked: only of tokens with mask 1, which is cheaper; the others are 0.
+        entropy: returns [2, T], with the entropy in nats of each position's distribution in the second row.
+        Raises ValueError if the model has a scalar head.
         """
         self.expect_head("lm")
         return self._per_token(step, (2,) if entropy else (), every=not masked, temperature=temperature, entropy=entropy)
 
     def values(self, step: Step) -> list[Tensor]:
-        """value_T, what the scalar head says after each token of each microbatch, otherwise as `logprobs`: value_T[t] has seen tokens_T[t],
-        but not the target. Raises ValueError for a model without a scalar head."""
+        """The scalar head's output at each token of each microbatch, otherwise as `logprobs`. value_T[t] depends on tokens_T[: t + 1], not
+        on the target. Raises ValueError if the model has no scalar head."""
         self.expect_head("scalar")
         return self._per_token(step)
 
     def expect_head(self, head: Literal["lm", "scalar"]) -> None:
-        """Raise ValueError when this model has another head than `head`."""
+        """Raise ValueError if the head of this model is not `head`."""
         check_head(self.model, head, f"model {self.folder or 'init'}")
 
     @torch.no_grad()
@@ -187,11 +187,11 @@ class Policy:
         *,
         graphs: CudaGraphs = "off",
     ) -> None:
-        """Draw tokens for `groups` until each has nothing left to plan. Each holds `slots` sequences of at most `positions` tokens, all of
-        which go on from the tokens of `prefix`. `graphs`: decode in CUDA graphs, which live as long as the caches: until this returns.
+        """Generate tokens for `groups` until each is finished. A group holds up to `slots` sequences of at most `positions` tokens, which
+        all continue the tokens of `prefix`.
 
-        All ranks of a replica call it with equal groups; replicas do not wait for each other. Raises ValueError for virtual stages over two
-        GPUs.
+        graphs: whether to decode with CUDA graphs, which live as long as the KV caches: until this returns.
+        All ranks of a replica call it with equal groups; replicas are independent. Raises ValueError for pp=2 with vpp>1 on GPUs.
         """
         from engine.megatron import decode
         from engine.megatron.tokens import TokenSender
@@ -203,7 +203,7 @@ class Policy:
             stage.eval()
         layers, like = decode.layers_of(self.chunks), torch.empty(0, dtype=self.dtype, device=self.world.device)
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
-        slots += -slots % self.grid.tp  # rows that pad have slots of their own
+        slots += -slots % self.grid.tp  # padding rows have their own cache slots
         with closing(TokenSender(self.grid, in_thread=self.world.on_gpu)) as tokens:
             ring = decode.PipelineDecoder(self.chunks, self.model, self.grid, drawing, self.world, tokens, self.graphs.enabled(graphs))
             shared = decode.KVCache(layers, 1, heads, len(prefix), size, like) if prefix else None
@@ -212,17 +212,17 @@ class Policy:
             ring.run(groups, [decode.KVCache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def kv_bytes(self, positions: int) -> int:
-        """Bytes of keys and values of one sequence of `positions` tokens, on the pipeline rank that holds most layers: all plan alike."""
+        """Bytes of the KV cache of one sequence of `positions` tokens, on the pipeline rank with most layers, so that all ranks agree."""
         return self.model.kv_cache_bytes(self.parallel.most_layers(self.model), self.grid.tp, positions, self.dtype.itemsize)
 
     def weights_on_host(self) -> list[Tensor]:
-        """A copy of this rank's weights in host memory."""
+        """A copy of this rank's weights in host memory, in the order of its parameters."""
         self._finish_param_gather()
         return [parameter.detach().to("cpu", copy=True) for chunk in self.chunks for parameter in chunk.parameters()]
 
     @contextmanager
     def swapped_weights(self, weights: list[Tensor]) -> Iterator[None]:
-        """Speak with other weights, as weights_on_host gave them, until the context is left."""
+        """Use other weights, as returned by weights_on_host, until the context exits."""
         own = self.weights_on_host()
         self._fill(weights)
         try:
@@ -253,11 +253,11 @@ class Policy:
             parameter.copy_(weight)
 
     def _run(self, step: Step, finish: Finish, *, forward_only: bool, **how: Any) -> list[dict[str, Any]]:
-        """Every microbatch through the pipeline, as `how` says to _flight; what `finish` said of each, on the last stage (empty on the
-        others)."""
+        """Run every microbatch through the pipeline; `how` are the arguments of _packed_forward. Returns what `finish` returned for each
+        microbatch on the last stage, and an empty list on the others."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        # Interleaved stages exchange hidden states without telling shapes first: there, all microbatches are made as long as the longest.
+        # Interleaved stages exchange hidden states without exchanging shapes first, so all microbatches are padded to the longest.
         longest = max((len(packed.tokens_T) for packed in step), default=0)
         equal = [packed.padded(longest) for packed in step] if self.parallel.vpp > 1 else step
         packed_forwards = [self._packed_forward(packed, **how) for packed in equal]
@@ -291,7 +291,7 @@ class Policy:
         return moved, packed_forward
 
     def _reduced(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
-        """Each metric over the microbatches of all replicas: its sum over its count, its correlation or the largest; told to all stages."""
+        """Each metric over the microbatches of all replicas (sum / count, correlation or maximum), on all stages."""
         found: dict[str, float] = {}
         if outputs:
             metrics: list[dict[str, tuple[Any, ...]]] = [out["metrics"] for out in outputs]
@@ -317,7 +317,7 @@ class Policy:
         return dict(zip(names, largest.tolist(), strict=True))
 
     def save(self, out: Path, step: int, assets: Path | None = None, keep_last: int = 2, beside: Mapping[str, bytes] | None = None) -> None:
-        """Write the checkpoint `out/step-N`, whole or not at all; see checkpoint.save."""
+        """Write the checkpoint `out/step-N` atomically; see checkpoint.save."""
         from engine.megatron import checkpoint
 
         self._finish_param_gather()
@@ -325,14 +325,14 @@ class Policy:
         checkpoint.save(state, self.model, out, step, assets, keep_last, self.world, beside or {})
 
     def load_latest(self, out: Path, step: int | None = None) -> int:
-        """Take up the newest whole checkpoint under `out`, or that of `step`; returns the step to go on with, 0 where there is none; see
+        """Load the newest complete checkpoint under `out`, or that of `step`. Returns the step to continue with, 0 if there is none; see
         checkpoint.load_latest."""
         from engine.megatron import checkpoint
 
         return checkpoint.load_latest(checkpoint.State(self.chunks, self.optimizer), self.model, out, self.world, step)
 
     def export(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the weights into `folder` as safetensors that transformers loads beside a config.json."""
+        """Write the weights into `folder` as the safetensors files of a Hugging Face model."""
         from engine.megatron import weights
 
         self._finish_param_gather()
@@ -346,18 +346,18 @@ class Policy:
 
 
 class Learner(NamedTuple):
-    """A policy and what it learns by. The run's own has no name; others are saved and reported under theirs."""
+    """A policy and its loss. The run's own policy has no name; the files and metrics of others are under their names."""
 
     name: str
     policy: Policy
     loss: LossFunction
-    temperature: float = 1.0  # that log-probs are taken at
-    entropy: bool = False  # whether the loss wants that too
+    temperature: float = 1.0  # of the log-probs
+    entropy: bool = False  # whether the loss needs entropies too
 
 
 def locate_weights(model: Model, world: World) -> tuple[Path | None, ModelShape]:
-    """Where the weights of `model` are (None: nowhere, they are random), fetched if need be, and the shape that they have there. All ranks
-    must call it. Raises ValueError when there is no such model."""
+    """The folder of the weights of `model`, downloaded if necessary (None: random weights), and their shape. All ranks must call it.
+    Raises ValueError if there is no such model."""
     if model.init is not None:
         return None, model.init
     folder = world.rank0_first(lambda: resolve(model.path))
@@ -365,7 +365,7 @@ def locate_weights(model: Model, world: World) -> tuple[Path | None, ModelShape]
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The Llama that a folder's config.json describes. Raises ValueError when it describes none."""
+    """The shape that a folder's config.json describes. Raises ValueError if it cannot be read or is not supported."""
     path = folder / "config.json"
     try:
         return from_hf(json.loads(path.read_text()))
@@ -374,7 +374,7 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def compute_dtype(model: Model, world: World) -> torch.dtype:
-    """The dtype that `model` computes in: what it says, else float32 on CPUs and bfloat16 elsewhere."""
+    """The compute dtype of `model`: model.dtype if set, else float32 on CPUs and bfloat16 elsewhere."""
     if model.dtype == "auto":
         return torch.float32 if world.backend == "cpu" else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype]

@@ -1,5 +1,4 @@
-"""Hugging Face folder <-> this grid's shards. One table (`pieces`) says which run of rows or columns of which tensor is where;
-import reads it one way, export the other."""
+"""Import and export of Hugging Face folders: each rank reads and writes only its shards, by the tables of engine/models/families.py."""
 
 from __future__ import annotations
 
@@ -28,20 +27,19 @@ SHARD_BYTES = 4 << 30  # of an exported safetensors file
 
 
 class WeightSource(Protocol):
-    """Where weights come from: anything that can read a run of rows or columns of a named tensor, and say what it is in digests, of
-    which each of `size` ranks takes a share."""
+    """Where initial weights come from. `digests` identifies them: each of `size` ranks computes a share."""
 
     def read(self, piece: Slice) -> Tensor: ...
     def digests(self, rank: int, size: int) -> dict[str, str]: ...
 
 
 class RandomWeights:
-    """N(0, 0.02) weights, a scalar head of N(0, 1 / sqrt(d + 1)) (arXiv 2411.15124), and norms of one: a function of (seed, tensor name)
-    alone, so that every layout starts from the same model."""
+    """N(0, 0.02) weights, a scalar head of N(0, 1 / sqrt(d + 1)) (arXiv 2411.15124), and norms of one. They depend on (seed, tensor name)
+    only, so that every layout starts from the same model."""
 
     def __init__(self, model: ModelShape, seed: int):
         self.shapes, self.seed = tensor_shapes(model), seed
-        self.draw = lru_cache(maxsize=3)(self._draw)  # q, k and v are read in turns
+        self.draw = lru_cache(maxsize=3)(self._draw)  # q, k and v are read alternately
 
     def read(self, piece: Slice) -> Tensor:
         return self.draw(piece.name).narrow(piece.dim, piece.source_offset, piece.length)
@@ -59,9 +57,9 @@ class RandomWeights:
 
 
 class FolderWeights:
-    """A Hugging Face folder, one safetensors file or many, read lazily: a rank reads only its own runs.
+    """A Hugging Face folder of one or more safetensors files, read lazily: a rank reads only its own slices.
 
-    Raises ValueError, naming the file, for a shard that is missing, cut short or corrupt, and for tensors that do not fit config.json.
+    Raises ValueError, naming the file, if a shard is missing, truncated or corrupt, or if its tensors do not match config.json.
     """
 
     def __init__(self, folder: Path, model: ModelShape):
@@ -74,7 +72,7 @@ class FolderWeights:
         if missing := sorted(wanted.keys() - self.files.keys()):
             raise ValueError(f"{folder}: {len(missing)} tensors of the model are missing from its safetensors, such as {missing[0]}")
         if extra := sorted(self.files.keys() - wanted.keys()):
-            raise ValueError(f"{folder}: {extra[0]} is no tensor of the Llama that config.json describes; {len(extra)} such tensors")
+            raise ValueError(f"{folder}: {extra[0]} is not a tensor of the model that config.json describes; {len(extra)} such tensors")
         for file in sorted(set(self.files.values())):
             self._check_shapes(file, wanted)
 
@@ -83,13 +81,13 @@ class FolderWeights:
             there = set(handle.keys())
             for name in (name for name, place in self.files.items() if place == file):
                 if name not in there:
-                    raise ValueError(f"{self.folder / file}: the index says that {name} is in it, but it is not")
+                    raise ValueError(f"{self.folder / file}: the index lists {name} in this file, but it is missing")
                 if (found := tuple(handle.get_slice(name).get_shape())) != wanted[name]:
-                    raise ValueError(f"{self.folder / file}: {name} has shape {found}, but config.json asks for {wanted[name]}")
+                    raise ValueError(f"{self.folder / file}: {name} has shape {found}, but config.json requires {wanted[name]}")
 
     def read(self, piece: Slice) -> Tensor:
         run = slice(piece.source_offset, piece.source_offset + piece.length)
-        # Opened anew for each piece: a file that stays open keeps every page that was read of it in memory.
+        # Opened for each slice: an open file keeps every page that was read from it in memory.
         with _open(self.folder / self.files[piece.name]) as handle:
             view = handle.get_slice(piece.name)
             return view[run] if piece.dim == 0 else view[:, run]
@@ -104,7 +102,7 @@ class FolderWeights:
 
 @dataclass(frozen=True)
 class FreshHeadWeights:
-    """A language model's folder for all but the scalar head, which is drawn."""
+    """The weights of a language model's folder, with a randomly initialized scalar head."""
 
     folder: FolderWeights
     drawn: RandomWeights
@@ -125,7 +123,7 @@ def _index(folder: Path) -> dict[str, str]:
             raise ValueError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
     single = folder / "model.safetensors"
     if not single.exists():
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+        raise ValueError(f"{folder}: model.safetensors and model.safetensors.index.json are both missing")
     with _open(single) as handle:
         return dict.fromkeys(handle.keys(), single.name)
 
@@ -134,13 +132,13 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(str(path), framework="pt")
     except FileNotFoundError:
-        raise ValueError(f"{path}: the index names this file, but it is not there") from None
+        raise ValueError(f"{path}: the index lists this file, but it is missing") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cut short or corrupt ({error}); fetch it again") from None
+        raise ValueError(f"{path}: truncated or corrupt ({error}); download it again") from None
 
 
 def named_parameters(chunks: list[PackedModel]) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters with layers counted over the whole model."""
+    """This rank's parameters, with layers numbered over the whole model."""
     for chunk in chunks:
         first = int(chunk.decoder.layers[0].layer_number) - 1 if len(chunk.decoder.layers) else 0  # type: ignore[arg-type]
         for name, parameter in chunk.named_parameters():
@@ -162,7 +160,7 @@ def fill(chunks: list[PackedModel], model: ModelShape, origin: WeightSource, gri
 @torch.no_grad()
 def export(chunks: list[PackedModel], model: ModelShape, folder: Path, dtype: torch.dtype, grid: Grid, world: World) -> None:
     """Write the safetensors of a Hugging Face folder. Each pipeline stage writes its own layers, a file of about 4 GiB at a time."""
-    files: dict[str, list[str]] = {}  # what this rank wrote
+    files: dict[str, list[str]] = {}  # file -> tensors, of this rank
     if grid.dp_rank == 0:
         for batch in hf_buckets(chunks, model, dtype, grid, SHARD_BYTES):
             file = f"stage-{grid.pp_rank:03d}-{len(files):05d}.safetensors"
@@ -191,7 +189,7 @@ def hf_buckets(chunks: list[PackedModel], model: ModelShape, dtype: torch.dtype,
 
 
 def _whole(name: str, parameter: Tensor, model: ModelShape, dtype: torch.dtype, grid: Grid) -> dict[str, Tensor]:
-    """On tensor-parallel rank 0, the whole Hugging Face tensors that `parameter` is a part of; empty on the others."""
+    """On tensor-parallel rank 0, the full Hugging Face tensors that `parameter` is a shard of; empty on the other ranks."""
     parts = [torch.empty_like(parameter) for _ in range(grid.tp)] if grid.tp_rank == 0 else None
     dist.gather(parameter.contiguous(), parts, dst=dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
     whole: dict[str, Tensor] = {}

@@ -103,7 +103,7 @@ def test_all_damaged_is_an_error_not_a_fresh_start(two_saved: Path) -> None:
     victims = {path: path.read_bytes() for path in two_saved.glob("step-*/tensors/*.distcp")}
     for path in victims:
         path.write_bytes(b"")
-    with pytest.raises(RuntimeError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(RuntimeError, match="none of its 2 checkpoints is complete"):
         ranks(1).run(jobs.load, parallel=Parallel(), model=MODEL, out=two_saved)
     for path, good in victims.items():
         path.write_bytes(good)

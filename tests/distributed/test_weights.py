@@ -171,7 +171,7 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: str) -> Non
             case "wrong shape":
                 config = json.loads((copy / "config.json").read_text())
                 (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
-                expected = "mlp.down_proj.weight has shape (64, 128), but config.json asks for (64, 256)"
+                expected = "mlp.down_proj.weight has shape (64, 128), but config.json requires (64, 256)"
             case _:
                 index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": "../model/model.safetensors"}}))
                 expected = "outside"

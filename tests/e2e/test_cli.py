@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(recipe: Path, tmp_path: Path
     victim.write_bytes(damaged)
     code, stdout, stderr = engine("run", recipe)
     assert code == 0
-    assert "step-00000003 is damaged and is passed over: tensors/" in stderr
+    assert "step-00000003 is damaged and is skipped: tensors/" in stderr
     assert "resumed from step 2" in stdout
 
 
