@@ -182,7 +182,7 @@ class Policy:
         groups: Sequence[SequenceGroup],
         slots: int,
         positions: int,
-        drawing: TokenSampling,
+        sampling: TokenSampling,
         prefix: Sequence[int] = (),
         *,
         graphs: CudaGraphs = "off",
@@ -205,11 +205,11 @@ class Policy:
         heads, size = self.model.kv_heads // self.grid.tp, self.model.head_dim
         slots += -slots % self.grid.tp  # padding rows have their own cache slots
         with closing(TokenSender(self.grid, in_thread=self.world.on_gpu)) as tokens:
-            ring = decode.PipelineDecoder(self.chunks, self.model, self.grid, drawing, self.world, tokens, self.graphs.enabled(graphs))
+            decoder = decode.PipelineDecoder(self.chunks, self.model, self.grid, sampling, self.world, tokens, self.graphs.enabled(graphs))
             shared = decode.KVCache(layers, 1, heads, len(prefix), size, like) if prefix else None
             if shared:
-                ring.run([decode.Prefill(list(prefix))], [shared])
-            ring.run(groups, [decode.KVCache(layers, slots, heads, positions, size, like, shared) for _ in groups])
+                decoder.run([decode.Prefill(list(prefix))], [shared])
+            decoder.run(groups, [decode.KVCache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def kv_bytes(self, positions: int) -> int:
         """Bytes of the KV cache of one sequence of `positions` tokens, on the pipeline rank with most layers, so that all ranks agree."""

@@ -292,7 +292,7 @@ def recipe(folder: Path) -> str:
     path = folder / "recipe.py"
     path.write_text(f"""
 from engine.algorithms.sft import SFT
-from engine.config import *
+from engine.config import Model, ModelShape, Optim, Parallel, RopeScaling, Run
 from engine.data.rows import Source
 run = Run(Model(init={SMALL!r}), SFT((Source("rows.jsonl"),), batch_size=64, max_length=512), Optim(lr=1e-5), Parallel(tp=2, pp=2), gpus=8)
 """)

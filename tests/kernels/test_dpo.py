@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.check_dpo import *  # noqa: F403 (the promises, as tests)
+from tests.support.check_dpo import (  # noqa: F401 (collected here as tests)
+    test_a_pair_does_not_know_its_batch,
+    test_against_float64,
+    test_bf16,
+    test_far_margins,
+    test_masked_tokens_are_not_read,
+    test_nothing_at_all,
+    test_seq_logps,
+)
 from tests.support.float64 import normal, packed
 from triton_kernels import dpo_norm, seq_logps
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from tests.support import check_gae
-from tests.support.check_gae import *  # noqa: F403 (the promises, as tests)
+from tests.support.check_gae import (  # noqa: F401 (collected here as tests)
+    test_a_long_gap,
+    test_a_sequence_does_not_know_its_batch,
+    test_against_float64,
+    test_bf16,
+    test_nothing_at_all,
+    test_sparse_reward,
+)
 from triton_kernels import gae, merge_partials
 
 

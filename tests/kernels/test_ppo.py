@@ -8,8 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.check_ppo import *  # noqa: F403 (the promises, as tests)
-from tests.support.check_ppo import SETTINGS, TRAINED, problem
+from tests.support.check_ppo import (  # noqa: F401 (collected here as tests)
+    SETTINGS,
+    TRAINED,
+    problem,
+    test_against_float64,
+    test_bf16,
+    test_both_clips,
+    test_far_ratios,
+    test_nothing_at_all,
+    test_runs_repeat,
+    test_small_divergences_keep_their_digits,
+    test_tokens_without_weight_are_not_computed_with,
+    test_value_alone,
+)
 from tests.support.float64 import sums
 from triton_kernels import ppo_loss, value_loss
 

@@ -198,7 +198,7 @@ def test_a_forked_child_asks_a_worker_of_its_own() -> None:
 @pytest.mark.parametrize("doing", ["fine", "product"])
 def test_workers_end_with_their_parent(doing: str, tmp_path: Path) -> None:
     code = (
-        "import sys, threading, time; from engine.verify.pool import *; from tests.verify.verify_faults import FAULTY; pool = Pool(2);"
+        "import sys, time; from engine.verify.pool import Case, Pool; from tests.verify.verify_faults import FAULTY; pool = Pool(2);"
         "pool.verify([Case(FAULTY, 'fine', '')]); print(*(w.process.pid for w in pool._workers), flush=True);"
         f"pool.verify([Case(FAULTY, {doing!r}, '')] * 8); time.sleep(60)"
     )

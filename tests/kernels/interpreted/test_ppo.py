@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tests.support import check_ppo
-from tests.support.check_ppo import *  # noqa: F403
+from tests.support.check_ppo import (  # noqa: F401 (collected here as tests)
+    test_against_float64,
+    test_bf16,
+    test_both_clips,
+    test_far_ratios,
+    test_nothing_at_all,
+    test_runs_repeat,
+    test_small_divergences_keep_their_digits,
+    test_tokens_without_weight_are_not_computed_with,
+    test_value_alone,
+)
 
 
 def test_more_blocks_than_the_last_one_reads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
