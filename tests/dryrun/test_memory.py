@@ -20,7 +20,9 @@ from engine.dryrun.types import Stage
 from tests.support import jobs, jobs_dryrun
 from tests.support.pool import ranks
 
-LENGTHS = [1500, 1, 2000, 595]  # in sum what the head's kernel computes at a time: of fewer a GPU keeps as many, a CPU does not
+# In sum what the head's kernel computes at a time: of fewer a GPU keeps as many, a CPU does not. None is long, for attention's time grows
+# with the square, and its memory does not.
+LENGTHS = [300, 1, 800, 595, 400, 400, 400, 400, 400, 400]
 LATE = 8 << 20  # bytes of a few gathered microbatches
 TINY = ModelShape(layers=16, hidden=32, ffn=48, heads=4, kv_heads=2, vocab=64)
 PLAIN = [Parallel(tp=2), Parallel(pp=2), Parallel(tp=2, pp=2)]

@@ -12,7 +12,7 @@ HELD = "what is held is read here"
 
 def allocated(compute: Callable[[], Any]) -> tuple[int, int]:
     """(bytes at the mark HELD, at the worst moment) above what was there before, as torch's CPU allocator recorded them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         compute()
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = live = peak = 0

@@ -1,28 +1,40 @@
 """Ranks for tests: processes that join one world, and run functions of tests/support/jobs.py until the test run ends.
 
-Starting processes is dear (each imports torch and megatron-core), so all tests share one world of each size.
+Starting processes is expensive (each imports torch and megatron-core), so all tests share one world per size, and all ranks are forked
+from one server process that has imported the heavy modules and has no threads yet.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 JOB_SECONDS = 240
+# Of other projects only: modules of this one must come from where the tests are.
+PRELOADED = [
+    "transformers.models.auto.modeling_auto",
+    "megatron.core.models.gpt",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.dist_checkpointing.serialization",
+    "torch.distributed.checkpoint",
+    "torch.utils.tensorboard",
+]
 
 
 class Pool:
     """A world of `size` processes."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -57,16 +69,20 @@ class Pool:
         return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
-        """End the processes; the next call of `ranks` starts others."""
+        """End the processes; the next call of `ranks` for as many starts others."""
         for process in self.processes:
             process.kill()
-        ranks.cache_clear()
+        POOLS.pop(len(self.processes), None)
 
 
-@lru_cache
+POOLS: dict[int, Pool] = {}
+
+
 def ranks(size: int) -> Pool:
     """The test run's world of `size` processes."""
-    return Pool(size)
+    if size not in POOLS:
+        POOLS[size] = Pool(size)
+    return POOLS[size]
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
@@ -80,10 +96,12 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     }
     os.environ.update({name: str(value) for name, value in environment.items()})
     warnings.filterwarnings("ignore")
+    gc.freeze()  # modules imported by the server stay: no collection needs to scan them
     from engine.distributed.world import World
 
     world = World.start("cpu")
     while True:
+        gc.collect()  # process groups of the last job: each has threads that wake up a hundred times a second, to the end of the run
         try:
             job, arguments = pipe.recv()
         except EOFError:
