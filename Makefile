@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test launch check sanitize aot gpu gpu-smoke gpu-tests gpu-times bench next test-next clean
+.PHONY: build demo test test-fast launch check sanitize aot gpu gpu-smoke gpu-tests gpu-times bench next test-next clean
 
 build: $(VENV)/built
 
@@ -50,6 +50,10 @@ test-next:
 # The recipe of 405B RLVR as torchrun starts it, on 16 CPU processes, with a tiny model in its place.
 launch: build
 	$(BIN)/python -m tests.support.launch_405b
+
+# Only tests of one process that take well under a second each: under two minutes.
+test-fast: build
+	$(BIN)/python -m pytest -m fast --ignore tests/kernels/interpreted
 
 check: build
 	$(BIN)/ruff check .

@@ -1,8 +1,29 @@
-"""Hooks for all tests."""
+"""Markers by room, and hooks for all tests.
+
+fast         one process, well under a second each: what `make test-fast` runs
+slow         one process, seconds each
+distributed  several ranks on one machine (tests/support/pool.py)
+gpu          needs a GPU: `make gpu`
+"""
 
 from __future__ import annotations
 
 import gc
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu"}  # of other rooms the tests are fast
+# Files of the fast rooms that take seconds, or start ranks.
+SLOW_FILES: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with one of the markers above."""
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        item.add_marker(SLOW_FILES.get(str(path), ROOMS.get(path.parts[0], "fast")))
 
 
 def pytest_collection_finish() -> None:

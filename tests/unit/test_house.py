@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            assert all(alias.name != "*" for alias in node.names), f"{path}:{node.lineno}: import *"
             assert node.module is not None
             # `from engine import _C` imports engine._C; `from engine.config import Run` imports engine.config.
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -139,6 +141,19 @@ def test_rooms_are_small(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 60 or f"{by_name(path)}:{node.name}" in LONG_FUNCTIONS, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+def test_the_dry_run_knows_no_algorithm() -> None:
+    """It asks an algorithm for its workload, whichever it is."""
+    for path in sorted((ROOT / "engine/dryrun").glob("*.py")):
+        for module, line in imports(path):
+            assert not module.startswith("engine.algorithms.") or module == "engine.algorithms.workload", f"{path}:{line}"
+
+
+def test_functions_are_short() -> None:
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert statistics.median(lengths) <= 10
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=by_name)
