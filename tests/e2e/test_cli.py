@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.data.wordproblems import problems, write
 from tests.support import jobs
+from tests.support.paths import ROOT
 from tests.support.pool import ranks
 
-ROOT = Path(__file__).parents[2]
 SMALL = "Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
 
 

@@ -17,8 +17,8 @@ from engine.commands.export import ExportConfig
 from engine.config import override
 from engine.config.checks import problems
 from engine.dryrun.model_shapes import shape_of
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "launch.md").read_text()
 
 
