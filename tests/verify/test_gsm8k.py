@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from engine.verify.gsm8k import check, last_number, verify
 from tests.support.paths import SHARED
 
-
 RIGHT = [
     ("72", "72"),
     ("The answer is 72.", "72"),
