@@ -46,7 +46,7 @@ class World:
         otherwise: two ranks of one thread outrun one rank of two."""
         seat = seat or ("cuda" if torch.cuda.is_available() else "cpu")
         if seat == "meta":
-            raise ValueError("the meta seat has no processes to start; use World.imagined(rank, size)")
+            raise ValueError("the meta backend has no processes to start; use World.fake(rank, size)")
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if seat == "cuda":
             device = torch.device(seat, int(os.environ.get("LOCAL_RANK", 0)))

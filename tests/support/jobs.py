@@ -101,7 +101,10 @@ def keep_reference(
     chat = ChatTemplate(load_tokenizer("bytes"), "{{ '' }}" + TULU if chat_template else None)
     sources = [Source(str(root / f"{name}.jsonl")) for name in ("train", "held_out")[: 1 if other_data else 2]]
     corpora = [world.rank0_first(lambda s=s: prepare_pairs(s, chat, max_length=max_length, cache=root / "cache")).corpus for s in sources]
-    with closing(Policy(Model(str(root / "model")), None, parallel, world)) as policy, mock.patch.object(logprobs, "BLOCK", 1):
+    with (
+        closing(Policy(Model(str(root / "model")), None, parallel, world)) as policy,
+        mock.patch.object(scoring, "MICROBATCHES_PER_BLOCK", 1),
+    ):
         try:
             values = scoring.cached_logprobs(folder, policy, corpora, 300, say)
         except ValueError as error:
@@ -112,8 +115,8 @@ def keep_reference(
 def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
     """This rank's microbatches: packed to `budget`, or every sequence a microbatch of its own."""
     if not alone:
-        return batch(batch_, budget, **policy.cut)
-    cut = policy.cut | {"rank": 0, "ranks": 1, "microbatch_multiple": 1}
+        return batch(batch_, budget, **policy.batch_options)
+    cut = policy.batch_options | {"rank": 0, "ranks": 1, "microbatch_multiple": 1}
     mine = batch_[policy.grid.dp_rank :: policy.grid.dp]
     return [packed for sample in mine for packed in batch([sample], budget, **cut)]
 
