@@ -16,7 +16,16 @@ import pytest
 TESTS = Path(__file__).parent
 ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu"}  # of other rooms the tests are fast
 # Files of the fast rooms that take seconds, or start ranks.
-SLOW_FILES: dict[str, str] = {}
+SLOW_FILES = {
+    "kernels/test_aot.py": "slow",
+    "kernels/test_draw.py": "distributed",
+    "kernels/test_linear_logprob.py": "distributed",
+    "kernels/test_logprob.py": "distributed",
+    "unit/test_gpu_run.py": "slow",
+    "verify/test_code.py": "slow",
+    "verify/test_sandbox.py": "slow",
+    "verify/test_verify_pool.py": "slow",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
