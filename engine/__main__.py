@@ -88,10 +88,10 @@ def _report(message: str) -> None:
 
     Under torchrun the message goes to the file that torchrun shows as root cause at the end of its own report, not to stderr as well.
     """
+    details = {"py_callstack": message, "timestamp": str(int(time.time()))}  # torchrun shows the rank that failed first
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    details = {"py_callstack": message, "timestamp": str(int(time.time()))}
     try:
         if not file:
             raise OSError
