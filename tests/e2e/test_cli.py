@@ -21,7 +21,7 @@ from tests.support import jobs
 from tests.support.pool import ranks
 
 ROOT = Path(__file__).parents[2]
-SMALL = "Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
+SMALL = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
 
 
 def engine(*words: object, **limits: Any) -> tuple[int, str, str]:
@@ -47,7 +47,7 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.py"
     path.write_text(f"""
 from engine.algorithms.sft import SFT
-from engine.config import Llama, Logging, Model, Optim, Run
+from engine.config import Logging, Model, ModelShape, Optim, Run
 from engine.data.rows import Source
 
 run = Run(
