@@ -179,7 +179,9 @@ def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, p
             assert found[i] == pytest.approx(model.score(hidden)[0, :, 0].tolist(), abs=1e-4)
 
 
-RANDOM = "Model(init=Llama(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512), head='scalar', tokenizer='bytes')"
+RANDOM = (
+    "Model(init=ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512), head='scalar', tokenizer='bytes')"
+)
 
 
 def make_recipe(folder: Path, model: str) -> Path:
@@ -189,7 +191,7 @@ def make_recipe(folder: Path, model: str) -> Path:
     path = folder / "recipe.py"
     path.write_text(f"""
 from engine.algorithms.reward import Reward
-from engine.config import Llama, Logging, Model, Optim, Run
+from engine.config import Logging, Model, ModelShape, Optim, Run
 from engine.data.rows import Source
 
 run = Run(
