@@ -179,7 +179,8 @@ def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, p
             assert found[i] == pytest.approx(model.score(hidden)[0, :, 0].tolist(), abs=1e-4)
 
 
-RANDOM = (
+SMALL = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
+RANDOM = f"Model(init={SMALL}, head='scalar', tokenizer='bytes')"
     "Model(init=ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512), head='scalar', tokenizer='bytes')"
 )
 
