@@ -181,8 +181,6 @@ def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, p
 
 SMALL = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
 RANDOM = f"Model(init={SMALL}, head='scalar', tokenizer='bytes')"
-    "Model(init=ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512), head='scalar', tokenizer='bytes')"
-)
 
 
 def make_recipe(folder: Path, model: str) -> Path:
