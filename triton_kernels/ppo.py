@@ -1,9 +1,9 @@
-"""The clipped losses of PPO over tokens, their gradients and seven statistics in one pass.
+"""The clipped losses of PPO over tokens, with their gradients and five statistics in one pass.
 
     r = exp(logp - old_logp)        A = (advantage - mean) * rstd
     policy  = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
-    value   = max((v - R)^2, (clip(v, v_old - value_clip, v_old + value_clip) - R)^2) / 2
-    loss    = sum_t weight_t * (policy + kl_coef * kl + value_coef * value - entropy_coef * entropy)
+    loss    = sum_t weight_t * (policy + kl_coef * kl)                                                     of the policy
+    value   = sum_t weight_t * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2             of a critic
 
 Schulman et al., arXiv 1707.06347, equation 7; the two clips apart are DAPO's, arXiv 2503.14476; the value loss is that of Tülu 3's
 trainer. With x = ref_logp - logp the estimators of KL(policy, reference) are k1 = -x, k2 = x^2 / 2 and k3 = exp(x) - 1 - x
@@ -38,7 +38,7 @@ READ = 128  # partial sums of a statistic that the last program reads at a time
 CUT = 20.0  # log-ratio beyond which exp says nothing but overflow
 
 Kl = Literal["k1", "k2", "k3"]
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # loss [], stats [7], and gradients of logp, value and entropy
+Results = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [], stats [5], and gradients of logp and value
 
 
 class PpoStats(NamedTuple):
@@ -47,13 +47,11 @@ class PpoStats(NamedTuple):
     Scalars in float32, without gradient; 0 for terms whose inputs were not given.
     """
 
-    loss: Tensor  # all terms with their coefficients: what was returned
+    loss: Tensor  # the returned loss
     policy: Tensor  # the clipped policy loss
-    value: Tensor  # the clipped value loss, without its coefficient
     kl: Tensor  # KL(policy, reference) by the chosen estimator, in nats, without its coefficient
     clip_fraction: Tensor  # 1 where the clip decided the policy loss, so that the token has no gradient from it
     approx_kl: Tensor  # KL(old policy, policy), r - 1 - log r, in nats: how far this update has moved
-    entropy: Tensor  # entropy, in nats
 
 
 def ppo_loss(
@@ -69,15 +67,8 @@ def ppo_loss(
     ref_logp: Tensor | None = None,
     kl: Kl = "k3",
     kl_coef: float = 0.0,
-    value: Tensor | None = None,
-    old_value: Tensor | None = None,
-    returns: Tensor | None = None,
-    value_clip: float = 0.2,
-    value_coef: float = 0.1,
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
 ) -> tuple[Tensor, PpoStats]:
-    """Weighted sum over tokens of the losses above; differentiable in `logp`, `value` and `entropy`.
+    """Weighted sum over tokens of the policy loss and the KL term; differentiable in `logp`.
 
     logp, old_logp, ref_logp    [T], float32 or bfloat16: natural-log probabilities of each token under the policy, the policy that the
                                 batch is judged by and the reference (None: no KL term)
@@ -85,23 +76,14 @@ def ppo_loss(
     weight                      [T], float32, see above
     mean, rstd                  to whiten advantages by; from the n, mean and M2 of `merge_partials`, rstd = 1 / sqrt(M2 / (n - 1) + 1e-8)
     clip_low, clip_high         the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    value, old_value, returns   [T], all three or none: the value model's, its values at rollout, what it should have said
-    entropy                     [T], in nats, or None
 
-    Returns (loss [], PpoStats), float32. Raises ValueError for wrong dtypes and shapes, for a term of which an input is missing and for
-    negative clips.
+    Returns (loss [], PpoStats), float32. Raises ValueError for wrong dtypes and shapes, a KL term without a reference, and negative clips.
     """
-    check_kl(kl, kl_coef, ref_logp, clip_low=clip_low, clip_high=clip_high, value_clip=value_clip)
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef={entropy_coef} needs entropy; pass it or set entropy_coef=0")
-    if len({value is None, old_value is None, returns is None}) > 1:
-        raise ValueError("value, old_value and returns make the value loss together; pass all three or none")
-    tokens = {"logp": logp, "old_logp": old_logp, "advantage": advantage, "ref_logp": ref_logp}
-    _check(weight, tokens | {"value": value, "old_value": old_value, "returns": returns, "entropy": entropy})
-    inputs = (logp, old_logp, advantage, ref_logp, value, old_value, returns, entropy)
-    settings = (mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef)
-    loss, stats_7, *_ = _ppo(weight, *inputs, *settings, kl)
-    return loss, PpoStats(*stats_7.unbind())
+    check_kl(kl, kl_coef, ref_logp, clip_low=clip_low, clip_high=clip_high)
+    _check(weight, {"logp": logp, "old_logp": old_logp, "advantage": advantage, "ref_logp": ref_logp})
+    settings = (mean, rstd, clip_low, clip_high, kl_coef, 0.0)
+    loss, stats_5, *_ = _ppo(weight, logp, old_logp, advantage, ref_logp, None, None, None, *settings, kl)
+    return loss, PpoStats(*stats_5.unbind())
 
 
 def check_kl(kl: str, kl_coef: float, ref_logp: Tensor | None, **clips: float) -> None:
@@ -127,18 +109,22 @@ def policy_term(
     kl_coef: float,
 ) -> tuple[Tensor, Tensor]:
     """The policy and KL terms of `ppo_loss` alone, without autograd: (their sum [], its gradient in logp [T])."""
-    settings = (0.0, 1.0, clip_low, clip_high, kl_coef, 0.0, 0.0, 0.0)
-    loss, _, grad, *_ = _ppo(weight, logp, old_logp, advantage, ref_logp, None, None, None, None, *settings, kl)
+    loss, _, grad, _ = _ppo(weight, logp, old_logp, advantage, ref_logp, None, None, None, 0.0, 1.0, clip_low, clip_high, kl_coef, 0.0, kl)
     return loss, grad
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, *, clip: float = 0.2) -> Tensor:
-    """The value term of `ppo_loss` alone, with coefficient 1, for a value model that is trained by itself; a float32 scalar."""
+    """The clipped value loss of a critic, a float32 scalar; differentiable in `value`.
+
+    value, old_value, returns   [T], float32 or bfloat16: the critic's values, its values at rollout, and their targets
+    weight                      [T], float32, as in `ppo_loss`
+
+    Raises ValueError for wrong dtypes and shapes and a negative clip.
+    """
     if clip < 0:
         raise ValueError(f"clip={clip} must not be negative")
     _check(weight, {"value": value, "old_value": old_value, "returns": returns})
-    policy = (None, None, None, None)
-    loss, *_ = _ppo(weight, *policy, value, old_value, returns, None, 0.0, 1.0, 0.0, 0.0, 0.0, clip, 1.0, 0.0, "k3")
+    loss, *_ = _ppo(weight, None, None, None, None, value, old_value, returns, 0.0, 1.0, 0.0, 0.0, 0.0, clip, "k3")
     return loss
 
 
@@ -159,61 +145,58 @@ def _ppo(
     value: Tensor | None,
     old_value: Tensor | None,
     returns: Tensor | None,
-    entropy: Tensor | None,
     mean: float,
     rstd: float,
     clip_low: float,
     clip_high: float,
     kl_coef: float,
     value_clip: float,
-    value_coef: float,
-    entropy_coef: float,
     kl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], stats [7], d loss / d logp, d loss / d value, d loss / d entropy): gradients are [T], or [0] for an input of None."""
-    inputs = (logp, old_logp, advantage, ref_logp, value, old_value, returns, entropy)
-    settings = (mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], stats [5], d loss / d logp, d loss / d value): gradients are [T], or [0] for an input of None."""
+    inputs = (logp, old_logp, advantage, ref_logp, value, old_value, returns)
+    settings = (mean, rstd, clip_low, clip_high, kl_coef, value_clip)
     if not by_kernel(weight):
         return _reference(weight, inputs, settings, kl)
-    loss, stats, *grads = results = _empty_results(weight, logp, value, entropy)
+    loss, stats, *grads = results = _empty_results(weight, logp, value)
     blocks = max(1, parts(len(weight), BLOCK))  # one for no tokens, to write sums of 0
     given = (weight.contiguous(), *(None if tensor is None else tensor.contiguous() for tensor in inputs))
-    grads = (None if tensor is None else grad for tensor, grad in zip((logp, value, entropy), grads, strict=True))
+    grads = (None if tensor is None else grad for tensor, grad in zip((logp, value), grads, strict=True))
     wanted = (*grads, weight.new_empty(len(stats), blocks), loss, stats, counter(weight))
     launch(_kernel, (blocks,), *given, *wanted, len(weight), blocks, *settings, KL=kl, CUT=CUT, BLOCK=BLOCK, READ=READ)
     return results
 
 
-def _empty_results(weight: Tensor, logp: Tensor | None, value: Tensor | None, entropy: Tensor | None) -> Results:
+def _empty_results(weight: Tensor, logp: Tensor | None, value: Tensor | None) -> Results:
     dtype = result_dtype(weight)
-    logp, value, entropy = (weight.new_empty(0 if x is None else x.shape[0], dtype=dtype) for x in (logp, value, entropy))
-    return weight.new_empty((), dtype=dtype), weight.new_empty(7, dtype=dtype), logp, value, entropy
+    logp, value = (weight.new_empty(0 if x is None else x.shape[0], dtype=dtype) for x in (logp, value))
+    return weight.new_empty((), dtype=dtype), weight.new_empty(5, dtype=dtype), logp, value
 
 
 @_ppo.register_fake
 def _(weight: Tensor, *inputs: Any) -> Results:
-    return _empty_results(weight, inputs[0], inputs[4], inputs[7])
+    return _empty_results(weight, inputs[0], inputs[4])
 
 
 def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
-    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[1], inputs[5], inputs[8])]
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[1], inputs[5])]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    logp, value, entropy = (
+    logp, value = (
         None if dtype is None else (grad_loss * grad).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return None, logp, None, None, None, value, None, None, entropy, *[None] * 9
+    return None, logp, None, None, None, value, None, None, *[None] * 7
 
 
 _ppo.register_autograd(_backward, setup_context=_keep_grads)
 
 
 def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tuple[float, ...], kl: str) -> Results:
-    logp, old_logp, advantage, ref_logp, value, old_value, returns, entropy = inputs
-    mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef = settings
+    logp, old_logp, advantage, ref_logp, value, old_value, returns = inputs
+    mean, rstd, clip_low, clip_high, kl_coef, value_clip = settings
 
     def wide(tensor: Tensor | None) -> Tensor:
         return zero if tensor is None else torch.where(weight != 0, tensor.double(), 0.0)
@@ -229,14 +212,13 @@ def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tupl
         kl_term, kl_slope = _kl_reference(wide(ref_logp) - wide(logp), kl)
     if value is not None:
         value_term, value_slope = _value_reference(wide(value), wide(old_value), wide(returns), value_clip)
-    total = policy + kl_coef * kl_term + value_coef * value_term - entropy_coef * wide(entropy)
-    stats_7 = torch.stack([total, policy, value_term, kl_term, clipped.double(), approx_kl, wide(entropy)]) @ weight.double()
-    grads = (policy_slope + kl_coef * kl_slope, value_coef * value_slope, zero - entropy_coef)
-    present = (logp, value, entropy)
-    grads = (weight.double() * grad if x is not None else zero.new_empty(0) for grad, x in zip(grads, present, strict=True))
+    total = policy + kl_coef * kl_term + value_term
+    stats_5 = torch.stack([total, policy, kl_term, clipped.double(), approx_kl]) @ weight.double()
+    grads = (policy_slope + kl_coef * kl_slope, value_slope)
+    grads = (weight.double() * grad if x is not None else zero.new_empty(0) for grad, x in zip(grads, (logp, value), strict=True))
     dtype = result_dtype(weight)
-    logp, value, entropy = (grad.to(dtype) for grad in grads)
-    return stats_7[0].to(dtype, copy=True), stats_7.to(dtype), logp, value, entropy
+    grad_logp, grad_value = (grad.to(dtype) for grad in grads)
+    return stats_5[0].to(dtype, copy=True), stats_5.to(dtype), grad_logp, grad_value
 
 
 def clipped_policy(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,9 +248,9 @@ def _value_reference(value: Tensor, old_value: Tensor, returns: Tensor, clip: fl
 
 @jit
 def _kernel(
-    WEIGHT, LOGP, OLD_LOGP, ADVANTAGE, REF_LOGP, VALUE, OLD_VALUE, RETURNS, ENTROPY,
-    GRAD_LOGP, GRAD_VALUE, GRAD_ENTROPY, PARTIALS, LOSS, STATS, COUNTER, tokens, blocks,
-    mean, rstd, clip_low, clip_high, kl_coef, value_clip, value_coef, entropy_coef,
+    WEIGHT, LOGP, OLD_LOGP, ADVANTAGE, REF_LOGP, VALUE, OLD_VALUE, RETURNS,
+    GRAD_LOGP, GRAD_VALUE, PARTIALS, LOSS, STATS, COUNTER, tokens, blocks,
+    mean, rstd, clip_low, clip_high, kl_coef, value_clip,
     KL: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """One program a block of tokens: gradients, and sum number i of block b at PARTIALS[i, b]. The last one adds these."""
@@ -277,7 +259,7 @@ def _kernel(
     weight = tl.load(WEIGHT + t, mask=inside, other=0.0)
     on = weight != 0
     loss = tl.zeros((BLOCK,), tl.float32)
-    policy_sum, value_sum, kl_sum, clipped_sum, approx_kl_sum, entropy_sum = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    policy_sum, kl_sum, clipped_sum, approx_kl_sum = 0.0, 0.0, 0.0, 0.0
     if LOGP is not None:
         logp = _read(LOGP, t, inside, on)
         advantage = (_read(ADVANTAGE, t, inside, on) - mean) * rstd
@@ -292,16 +274,10 @@ def _kernel(
         tl.store(GRAD_LOGP + t, weight * grad, mask=inside)
     if VALUE is not None:
         value, grad = _value(_read(VALUE, t, inside, on), _read(OLD_VALUE, t, inside, on), _read(RETURNS, t, inside, on), value_clip)
-        loss += value_coef * value
-        value_sum = _sum(weight, value)
-        tl.store(GRAD_VALUE + t, weight * value_coef * grad, mask=inside)
-    if ENTROPY is not None:
-        entropy = _read(ENTROPY, t, inside, on)
-        loss -= entropy_coef * entropy
-        entropy_sum = _sum(weight, entropy)
-        tl.store(GRAD_ENTROPY + t, -entropy_coef * weight, mask=inside)
-    sums = (_sum(weight, loss), policy_sum, value_sum, kl_sum, clipped_sum, approx_kl_sum, entropy_sum)
-    for i in tl.static_range(7):
+        loss += value
+        tl.store(GRAD_VALUE + t, weight * grad, mask=inside)
+    sums = (_sum(weight, loss), policy_sum, kl_sum, clipped_sum, approx_kl_sum)
+    for i in tl.static_range(5):
         tl.store(PARTIALS + i * blocks + tl.program_id(0), sums[i])
     tl.debug_barrier()  # all of this program's stores come before its release
     if tl.atomic_add(COUNTER, 1, sem="acq_rel") == blocks - 1:
@@ -367,24 +343,24 @@ def _add_up(PARTIALS, LOSS, STATS, blocks, READ: tl.constexpr):
     total = tl.zeros((8, READ), tl.float32)
     for first in range(0, blocks, READ):
         block = first + tl.arange(0, READ)
-        inside = (i < 7)[:, None] & (block < blocks)[None, :]
+        inside = (i < 5)[:, None] & (block < blocks)[None, :]
         # From the cache that all share: others wrote them.
         total += tl.load(PARTIALS + i[:, None] * blocks + block[None, :], mask=inside, other=0.0, cache_modifier=".cg")
     sums = tl.sum(total, 1)
-    tl.store(STATS + i, sums, mask=i < 7)
+    tl.store(STATS + i, sums, mask=i < 5)
     tl.store(LOSS + i, sums, mask=i == 0)
 
 
 def aot_cases() -> list[AotCase]:
-    """What this file ships: all terms, the policy alone with and without a reference, the value alone."""
-    floats = ("mean", "rstd", "clip_low", "clip_high", "kl_coef", "value_clip", "value_coef", "entropy_coef")
+    """What this file ships: the policy loss with and without a reference, and the value loss."""
+    floats = ("mean", "rstd", "clip_low", "clip_high", "kl_coef", "value_clip")
     scalars = dict.fromkeys(floats, "fp32") | {"tokens": "i32", "blocks": "i32"}
     constants = {"KL": "k3", "CUT": CUT, "BLOCK": BLOCK, "READ": READ}
     results = ("PARTIALS", "LOSS", "STATS")
     policy = ("LOGP", "OLD_LOGP", "ADVANTAGE", "GRAD_LOGP")
     value = ("VALUE", "OLD_VALUE", "RETURNS", "GRAD_VALUE")
-    every = (*policy, *value, "REF_LOGP", "ENTROPY", "GRAD_ENTROPY")
-    shipped = {"all": every, "policy": policy, "policy_kl": (*policy, "REF_LOGP"), "value": value}
+    every = (*policy, *value, "REF_LOGP")
+    shipped = {"policy": policy, "policy_kl": (*policy, "REF_LOGP"), "value": value}
 
     def case(name: str, present: tuple[str, ...]) -> AotCase:
         pointers = ("WEIGHT", *results, *present)

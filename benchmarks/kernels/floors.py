@@ -150,6 +150,6 @@ OPERATIONS: dict[str, Callable[[Shape], Work]] = {
     "linear_logprob forward and backward": _linear_logprob(3),
     "linear_logprob forward and backward, recomputed": _linear_logprob(4),
     "dpo_norm": _per_token(13),  # log-prob, reference, a byte of mask; the gradient
-    "ppo_loss": _per_token(48),  # nine columns in, three gradients out
+    "ppo_loss": _per_token(24),  # five columns in, one gradient out
     "gae": _per_token(17),  # reward, value, a byte of mask; advantage, return
 }

@@ -19,14 +19,11 @@ from torch import Tensor
 from benchmarks.kernels.operations import (
     BETA,
     CLIP,
-    ENTROPY_COEF,
     EPS,
     GAMMA,
     KL_COEF,
     LAM,
     SEQUENCES,
-    VALUE_CLIP,
-    VALUE_COEF,
     Call,
     Contender,
     Tensors,
@@ -111,9 +108,7 @@ def eager_ppo(t: Tensors) -> Outputs:
     policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
     away = t["ref_logp"] - t["logp"]
     kl = away.exp() - 1 - away
-    near = t["old_value"] + (t["value"] - t["old_value"]).clamp(-VALUE_CLIP, VALUE_CLIP)
-    value = torch.maximum((t["value"] - t["returns"]) ** 2, (near - t["returns"]) ** 2) / 2
-    return (t["weight"] * (policy + KL_COEF * kl + VALUE_COEF * value - ENTROPY_COEF * t["entropy"])).sum()
+    return (t["weight"] * (policy + KL_COEF * kl)).sum()
 
 
 def eager_gae(t: Tensors) -> Outputs:

@@ -29,7 +29,7 @@ from triton_kernels import (
 EPS = 1e-5
 BETA = 5.0
 GAMMA, LAM = 0.99, 0.95
-CLIP, KL_COEF, VALUE_CLIP, VALUE_COEF, ENTROPY_COEF = 0.2, 0.05, 0.2, 0.1, 0.01
+CLIP, KL_COEF = 0.2, 0.05
 SEQUENCES = 16  # that the tokens of a microbatch make
 
 Tensors = dict[str, Tensor]
@@ -134,7 +134,7 @@ def _linear_inputs(shape: Shape, device: torch.device) -> Tensors:
 
 def _packed_inputs(shape: Shape, device: torch.device) -> Tensors:
     """float32 columns of all tokens, and sequences of equal length, the even ones chosen over the odd ones; a quarter is masked."""
-    names = ("logp", "old_logp", "ref_logp", "advantage", "value", "old_value", "returns", "entropy", "reward")
+    names = ("logp", "old_logp", "ref_logp", "advantage", "value", "reward")
     columns = {name: _normal(shape.tokens, device=device, dtype=torch.float32, scale=0.3) for name in names}
     mask = torch.rand(shape.tokens, device=device) > 0.25
     cu_seqlens = torch.arange(SEQUENCES + 1, device=device, dtype=torch.int32) * (shape.tokens // SEQUENCES)
@@ -180,16 +180,8 @@ def _dpo(t: Tensors) -> Tensor:
 
 
 def _ppo(t: Tensors) -> Tensor:
-    inputs: dict[str, Any] = {name: t[name] for name in ("ref_logp", "value", "old_value", "returns", "entropy")}
-    how: dict[str, Any] = {
-        "clip_low": CLIP,
-        "clip_high": CLIP,
-        "kl_coef": KL_COEF,
-        "value_clip": VALUE_CLIP,
-        "value_coef": VALUE_COEF,
-        "entropy_coef": ENTROPY_COEF,
-    }
-    return ppo_loss(t["logp"], t["old_logp"], t["advantage"], t["weight"], **inputs, **how)[0]
+    options: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_coef": KL_COEF, "ref_logp": t["ref_logp"]}
+    return ppo_loss(t["logp"], t["old_logp"], t["advantage"], t["weight"], **options)[0]
 
 
 def _gae(t: Tensors) -> Any:
@@ -225,6 +217,6 @@ OPERATIONS: dict[str, Operation] = {  # by the names of floors.OPERATIONS
     "rope_qkv forward": Operation(_rope_qkv_inputs, {OURS: plain(_rope_qkv)}),
     "rope_qkv backward": Operation(_rope_qkv_inputs, {OURS: plain(_rope_qkv)}, "backward", ("qkv",)),
     "dpo_norm": Operation(_packed_inputs, {OURS: plain(_dpo)}, "both", ("logp",)),
-    "ppo_loss": Operation(_packed_inputs, {OURS: plain(_ppo)}, "both", ("logp", "value", "entropy")),
+    "ppo_loss": Operation(_packed_inputs, {OURS: plain(_ppo)}, "both", ("logp",)),
     "gae": Operation(_packed_inputs, {OURS: plain(_gae)}),
 }

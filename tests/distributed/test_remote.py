@@ -81,8 +81,8 @@ def test_resumed_is_bitwise_uninterrupted(parallel: Parallel, tmp_path: Path) ->
     how = {"folder": tmp_path, "parallel": parallel, "steps": 3, "save_every": 1, "rollout": AHEAD}
     ranks(4).run(jobs_remote.whole_run, **how)
     whole = told(tmp_path)
-    assert (tmp_path / "run" / "step-00000002" / "drawn.npz").exists()
-    assert not (tmp_path / "run" / "step-00000003" / "drawn.npz").exists()
+    assert (tmp_path / "run" / "step-00000002" / "prefetched.npz").exists()
+    assert not (tmp_path / "run" / "step-00000003" / "prefetched.npz").exists()
     for lost in ("step-00000003", "critic/step-00000003"):
         shutil.rmtree(tmp_path / "run" / lost)
     ranks(4).run(jobs_remote.whole_run, **how)
@@ -105,8 +105,8 @@ def test_drawn_survives_being_written(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     sizes = [[3, 1], [1, 7], [2, 2]]
     responses = [[Response(draw.integers(0, 9, n, np.int32), draw.random(n, np.float32), n % 2 == 0) for n in pair] for pair in sizes]
-    (tmp_path / "drawn.npz").write_bytes(GenerationResult(responses, 4, {"seconds_generate": 0.1}).to_bytes())
-    read = GenerationResult.read(tmp_path / "drawn.npz")
+    (tmp_path / "prefetched.npz").write_bytes(GenerationResult(responses, 4, {"seconds_generate": 0.1}).to_bytes())
+    read = GenerationResult.read(tmp_path / "prefetched.npz")
     assert (read.version, read.metrics) == (4, {"seconds_generate": 0.1})
     for group, wanted in zip(read.responses, responses, strict=True):
         for mine, theirs in zip(group, wanted, strict=True):

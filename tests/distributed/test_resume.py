@@ -14,6 +14,7 @@ import pytest
 
 from engine.config import Model, Parallel
 from tests.support import jobs
+from tests.support.paths import ROOT
 from tests.support.pool import ranks
 
 MODEL = Model(init=jobs.TINY)
@@ -120,7 +121,7 @@ def test_killed_at_any_instant_of_saving(tmp_path: Path) -> None:
     from what is on disk. Every step of every life has the numbers of a run that nobody killed: so what was loaded was always
     whole, and never a mix."""
     script = [sys.executable, "-m", "tests.support.killed_saver", str(tmp_path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[2])
+    done = subprocess.run(script, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
     whole = train(2, Parallel(tp=2), tmp_path / "whole", first=0, last=max(r["step"] for r in told["steps"]) + 1)

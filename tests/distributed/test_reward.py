@@ -179,8 +179,8 @@ def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, p
             assert found[i] == pytest.approx(model.score(hidden)[0, :, 0].tolist(), abs=1e-4)
 
 
-SMALL = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
-RANDOM = f"Model(init={SMALL}, head='scalar', tokenizer='bytes')"
+SHAPE = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
+RANDOM = f"Model(init={SHAPE}, head='scalar', tokenizer='bytes')"
 
 
 def make_recipe(folder: Path, model: str) -> Path:
@@ -190,7 +190,7 @@ def make_recipe(folder: Path, model: str) -> Path:
     path = folder / "recipe.py"
     path.write_text(f"""
 from engine.algorithms.reward import Reward
-from engine.config import Logging, Model, ModelShape, Optim, Run
+from engine.config import ModelShape, Logging, Model, Optim, Run
 from engine.data.rows import Source
 
 run = Run(

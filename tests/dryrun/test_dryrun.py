@@ -32,8 +32,9 @@ from engine.dryrun.stages import simulate_stages
 from engine.megatron import overlap
 from engine.models.families import to_hf
 from engine.rollout.config import RolloutConfig
+from tests.support.paths import ROOT
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 SMALL = ModelShape(layers=6, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=320, max_length=4096)
 H100 = Hardware.load("h100")
 PARTS = composer(simulate_stages)  # what is rehearsed for one test serves the others

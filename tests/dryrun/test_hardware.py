@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.dryrun.hardware import OWN, Gemm, Hardware
+from tests.support.paths import ROOT
 
 DEVICES = ("a100", "b200", "h100", "h200")
 
@@ -43,7 +44,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_file_travels_with_the_distribution() -> None:
-    packaged = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert OWN.name in packaged["engine.dryrun"]
 
 

@@ -16,9 +16,8 @@ from engine.config.checks import problems, warnings
 from engine.dryrun.model_shapes import shape_of
 from tests.support import jobs
 from tests.support.launch_405b import RECIPE, prepared
+from tests.support.paths import ROOT
 from tests.support.pool import ranks
-
-ROOT = Path(__file__).parents[2]
 
 
 class Fault(NamedTuple):

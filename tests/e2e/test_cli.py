@@ -18,9 +18,9 @@ from engine.commands.recipe import load_recipe
 from engine.config import override
 from engine.data.wordproblems import problems, write
 from tests.support import jobs
+from tests.support.paths import ROOT
 from tests.support.pool import ranks
 
-ROOT = Path(__file__).parents[2]
 SMALL = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
 
 
@@ -47,7 +47,7 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.py"
     path.write_text(f"""
 from engine.algorithms.sft import SFT
-from engine.config import Logging, Model, ModelShape, Optim, Run
+from engine.config import ModelShape, Logging, Model, Optim, Run
 from engine.data.rows import Source
 
 run = Run(

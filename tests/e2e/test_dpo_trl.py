@@ -32,9 +32,10 @@ from engine.distributed.world import World
 from engine.models import families
 from engine.models.hub import resolve
 from engine.types import Sample
+from tests.support.paths import SHARED
 from tests.support.pool import ranks
 
-SOLUTIONS = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_model_solutions.jsonl"
+SOLUTIONS = SHARED / "gsm8k_model_solutions.jsonl"
 KINDS = {"sigmoid_norm": {"beta": 5.0, "normalize": True}, "sigmoid": {"beta": 0.1, "normalize": False}}
 
 

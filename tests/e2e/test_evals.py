@@ -26,9 +26,8 @@ from engine.evals.statistics import Estimate, pass_at_k
 from engine.evals.suite import SUITES, suite
 from tests.e2e.test_cli import complaint, engine
 from tests.support import jobs
+from tests.support.paths import GOLDEN
 from tests.support.pool import ranks
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "gsm8k": [{"question": f"Ann has {n} pens and finds {n}. How many?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in (3, 600)],

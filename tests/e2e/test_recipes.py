@@ -25,9 +25,9 @@ from engine.dryrun.stages import simulate_stages
 from engine.dryrun.workload import StageBuilder
 from tests.support import jobs_rlvr
 from tests.support.launch_405b import RECIPE, check_same, prepared, told
+from tests.support.paths import ROOT
 from tests.support.pool import ranks
 
-ROOT = Path(__file__).parents[2]
 GPUS = {"8b": 8, "70b": 64, "405b": 256}
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("tulu3_*.py"))
 

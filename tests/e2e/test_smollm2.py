@@ -13,9 +13,10 @@ from engine.config import Model, Parallel
 from engine.data.wordproblems import problems
 from engine.models.hub import SMOLLM2, resolve
 from tests.support import jobs
+from tests.support.paths import SHARED
 from tests.support.pool import ranks
 
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
+GSM8K = SHARED / "gsm8k_test.jsonl"
 ROWS = 6  # 64 rows of the same take minutes a layout, and agree as well
 
 

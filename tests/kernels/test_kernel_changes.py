@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.kernels.bench_kernel_changes import Change, changes, page, weight_gradient_bytes
 from benchmarks.kernels.floors import SHAPES
+from tests.support.paths import ROOT
 
 
 def ratios(what: str) -> list[float]:
@@ -15,7 +14,7 @@ def ratios(what: str) -> list[float]:
 
 
 def test_the_page_is_what_is_counted() -> None:
-    assert (Path(__file__).parents[2] / "docs/kernels.md").read_text() == page()
+    assert (ROOT / "docs/kernels.md").read_text() == page()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.paths import ROOT
 from triton_kernels.launch import launch
 
 WITHOUT_TRITON = """
@@ -27,7 +27,7 @@ print(round(float(logp.exp().sum()), 4), weight.grad.shape)
 
 
 def test_references_need_no_triton() -> None:
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=root, capture_output=True, text=True)
     assert done.stdout.split("\n")[0] == "0.3 torch.Size([10, 8])", done.stderr
 

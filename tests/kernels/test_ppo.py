@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tests.support.check_ppo import (  # noqa: F401 (collected here as tests)
     SETTINGS,
-    TRAINED,
     problem,
     test_against_float64,
     test_bf16,
@@ -20,7 +19,9 @@ from tests.support.check_ppo import (  # noqa: F401 (collected here as tests)
     test_runs_repeat,
     test_small_divergences_keep_their_digits,
     test_tokens_without_weight_are_not_computed_with,
-    test_value_alone,
+    test_value_against_float64,
+    test_values_without_weight_are_not_computed_with,
+    value_problem,
 )
 from tests.support.float64 import sums
 from triton_kernels import ppo_loss, value_loss
@@ -51,25 +52,27 @@ def test_a_way_of_averaging_is_a_weight() -> None:
 
 def test_operator_keeps_the_rules_of_torch() -> None:
     inputs = problem(9)
-    for name in TRAINED:
-        inputs[name].requires_grad_()
-    order = ("weight", "logp", "old_logp", "advantage", "ref_logp", "value", "old_value", "returns", "entropy")
-    everything = [inputs[name] for name in order]
-    policy = [*everything[:4], *[None] * 5]
-    settings = (0.3, 0.8, 0.2, 0.28, 0.05, 0.2, 0.1, 0.01, "k3")
-    for given in (everything, policy):
+    values = value_problem(9)
+    inputs["logp"].requires_grad_()
+    values["value"].requires_grad_()
+    policy = [inputs[name] for name in ("weight", "logp", "old_logp", "advantage", "ref_logp")]
+    value = [values["weight"], None, None, None, None, *(values[name] for name in ("value", "old_value", "returns"))]
+    settings = (0.3, 0.8, 0.2, 0.28, 0.05, 0.2, "k3")
+    for given in ([*policy, None, None, None], [*policy[:4], *[None] * 4], value):
         torch.library.opcheck(torch.ops.trivet.ppo.default, (*given, *settings))
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_gradcheck(kl: Any) -> None:
     inputs = {name: tensor.double() for name, tensor in problem(9).items()}
-    trained = tuple(inputs.pop(name).requires_grad_() for name in TRAINED)
+    logp = inputs.pop("logp").requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ppo_loss(logp=x, **inputs, **SETTINGS, kl=kl)[0], (logp,))
 
-    def loss(logp: Tensor, value: Tensor, entropy: Tensor) -> Tensor:
-        return ppo_loss(logp=logp, value=value, entropy=entropy, **inputs, **SETTINGS, kl=kl)[0]
 
-    assert torch.autograd.gradcheck(loss, trained)
+def test_gradcheck_of_the_value_loss() -> None:
+    inputs = {name: tensor.double() for name, tensor in value_problem(9).items()}
+    value = inputs.pop("value").requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: value_loss(value=x, **inputs), (value,))  # type: ignore[arg-type]
 
 
 def test_compiles_whole() -> None:
@@ -90,8 +93,6 @@ def test_compiles_whole() -> None:
     [
         ({"kl": "k4"}, "kl='k4' must be 'k1', 'k2' or 'k3'"),
         ({"ref_logp": None}, "kl_coef=0.05 needs ref_logp; pass it or set kl_coef=0"),
-        ({"entropy": None}, "entropy_coef=0.01 needs entropy; pass it or set entropy_coef=0"),
-        ({"returns": None}, "value, old_value and returns make the value loss together; pass all three or none"),
         ({"clip_low": -0.2}, "clip_low=-0.2 must not be negative"),
         ({"old_logp": torch.zeros(8)}, r"old_logp is float32 \[8\] on cpu; it must be float32 or bfloat16 \[T\] = \[9\]"),
         ({"advantage": torch.zeros(9, dtype=torch.int32)}, r"advantage is int32 \[9\]"),

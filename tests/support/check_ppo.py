@@ -18,29 +18,31 @@ SETTINGS: dict[str, Any] = {
     "clip_low": 0.2,
     "clip_high": 0.28,
     "kl_coef": 0.05,
-    "value_clip": 0.2,
-    "value_coef": 0.1,
-    "entropy_coef": 0.01,
 }
-TRAINED = ("logp", "value", "entropy")
 
 
 def problem(tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Inputs of ppo_loss; a third of the weights are 0. Log-ratios are of size 0.3, so that both clips are in play."""
-    _, mask = packed([tokens])
-    logp, value = normal(tokens, 1) - 2, normal(tokens, 2)
+    logp = normal(tokens, 1) - 2
     inputs = {
         "logp": logp,
         "old_logp": logp + normal(tokens, 3, 0.3),
         "advantage": normal(tokens, 4),
         "ref_logp": logp + normal(tokens, 5, 0.5),
-        "value": value,
-        "old_value": value + normal(tokens, 6, 0.3),
-        "returns": normal(tokens, 7),
-        "entropy": normal(tokens, 8).abs(),
     }
-    weight = torch.where(mask, normal(tokens, 9).abs() + 0.1, 0.0) / max(1, tokens)
-    return {name: tensor.to(dtype) for name, tensor in inputs.items()} | {"weight": weight}
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()} | {"weight": weights(tokens)}
+
+
+def value_problem(tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Inputs of value_loss, with the same weights."""
+    value = normal(tokens, 2)
+    inputs = {"value": value, "old_value": value + normal(tokens, 6, 0.3), "returns": normal(tokens, 7)}
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()} | {"weight": weights(tokens)}
+
+
+def weights(tokens: int) -> Tensor:
+    _, mask = packed([tokens])
+    return torch.where(mask, normal(tokens, 9).abs() + 0.1, 0.0) / max(1, tokens)
 
 
 def exact_terms(inputs: dict[str, Tensor], kl: str) -> dict[str, Tensor]:
@@ -50,24 +52,21 @@ def exact_terms(inputs: dict[str, Tensor], kl: str) -> dict[str, Tensor]:
     policy = float64.clipped_policy(logp, old, advantage, SETTINGS["clip_low"], SETTINGS["clip_high"])
     return {
         "policy": policy,
-        "value": float64.clipped_value(inputs["value"], inputs["old_value"], inputs["returns"], SETTINGS["value_clip"]),
         "kl": float64.kl(logp, inputs["ref_logp"], kl),
         "clip_fraction": (policy > -advantage * (logp - old).exp()).double(),
         "approx_kl": torch.expm1(logp - old) - (logp - old),
-        "entropy": inputs["entropy"],
     }
 
 
 def check_against_float64(tokens: int, kl: Any, dtype: torch.dtype = torch.float32) -> None:
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2
     inputs = problem(tokens, dtype)
-    exact = {name: tensor.double().requires_grad_(name in TRAINED) for name, tensor in inputs.items()}
+    exact = {name: tensor.double().requires_grad_(name == "logp") for name, tensor in inputs.items()}
     terms = exact_terms(exact, kl)
-    loss_T = terms["policy"] + 0.05 * terms["kl"] + 0.1 * terms["value"] - 0.01 * terms["entropy"]
+    loss_T = terms["policy"] + 0.05 * terms["kl"]
     (exact["weight"] * loss_T).sum().mul(3.0).backward()
 
-    for name in TRAINED:
-        inputs[name].requires_grad_()
+    inputs["logp"].requires_grad_()
     loss, stats = ppo_loss(**inputs, **SETTINGS, kl=kl)
     (3.0 * loss).backward()
     assert loss.dtype == torch.float32
@@ -76,12 +75,27 @@ def check_against_float64(tokens: int, kl: Any, dtype: torch.dtype = torch.float
         size = (exact["weight"] * term.abs()).sum()  # sums whose terms differ in sign may be small themselves
         assert (getattr(stats, name) - (exact["weight"] * term).sum()).abs() <= 2e-6 * size, name
     assert not any(stat.requires_grad for stat in stats)
-    for name in TRAINED:
-        got, expected = inputs[name].grad, exact[name].grad
-        assert got is not None
-        assert expected is not None
-        assert got.dtype == dtype
-        check_close(got, expected, tolerance)
+    check_grad(inputs["logp"], exact["logp"], dtype, tolerance)
+
+
+def check_grad(tensor: Tensor, exact: Tensor, dtype: torch.dtype, tolerance: float) -> None:
+    assert tensor.grad is not None
+    assert exact.grad is not None
+    assert tensor.grad.dtype == dtype
+    check_close(tensor.grad, exact.grad, tolerance)
+
+
+def check_value_against_float64(tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    inputs = value_problem(tokens, dtype)
+    exact = {name: tensor.double().requires_grad_(name == "value") for name, tensor in inputs.items()}
+    expected = (exact["weight"] * float64.clipped_value(exact["value"], exact["old_value"], exact["returns"], 0.2)).sum()
+    expected.mul(3.0).backward()
+    inputs["value"].requires_grad_()
+    loss = value_loss(**inputs)  # type: ignore[arg-type]
+    (3.0 * loss).backward()
+    assert loss.dtype == torch.float32
+    check_close(loss.detach(), expected.detach())
+    check_grad(inputs["value"], exact["value"], dtype, 2e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize(("tokens", "kl"), [(1, "k3"), (17, "k1"), (17, "k2"), (17, "k3"), (1024, "k2"), (2500, "k1"), (2500, "k3")])
@@ -91,24 +105,42 @@ def test_against_float64(tokens: int, kl: str) -> None:
 
 def test_bf16() -> None:
     check_against_float64(300, "k3", torch.bfloat16)
+    check_value_against_float64(300, torch.bfloat16)
 
 
 def test_tokens_without_weight_are_not_computed_with() -> None:
     inputs = problem(50)
-    off = inputs["weight"] == 0
     expected, _ = ppo_loss(**inputs, **SETTINGS)
-    dirty = {name: torch.where(off, torch.nan, tensor) for name, tensor in inputs.items() if name != "weight"}
-    for name in TRAINED:
-        dirty[name].requires_grad_()
-    loss, stats = ppo_loss(**dirty, weight=inputs["weight"], **SETTINGS)
+    dirty = with_nan(inputs, "logp")
+    loss, stats = ppo_loss(**dirty, **SETTINGS)
     loss.backward()
     assert torch.equal(loss.detach(), expected)
     assert all(stat.isfinite() for stat in stats)
-    for name in TRAINED:
-        grad = dirty[name].grad
-        assert grad is not None
-        assert not grad[off].any()
-        assert grad.isfinite().all()
+    check_off(dirty["logp"].grad, inputs["weight"])
+
+
+def test_values_without_weight_are_not_computed_with() -> None:
+    inputs = value_problem(50)
+    expected = value_loss(**inputs)  # type: ignore[arg-type]
+    dirty = with_nan(inputs, "value")
+    loss = value_loss(**dirty)  # type: ignore[arg-type]
+    loss.backward()
+    assert torch.equal(loss.detach(), expected)
+    check_off(dirty["value"].grad, inputs["weight"])
+
+
+def with_nan(inputs: dict[str, Tensor], trained: str) -> dict[str, Tensor]:
+    """NaN wherever the weight is 0; `trained` requires a gradient."""
+    off = inputs["weight"] == 0
+    dirty = {name: tensor if name == "weight" else torch.where(off, torch.nan, tensor) for name, tensor in inputs.items()}
+    dirty[trained].requires_grad_()
+    return dirty
+
+
+def check_off(grad: Tensor | None, weight: Tensor) -> None:
+    assert grad is not None
+    assert not grad[weight == 0].any()
+    assert grad.isfinite().all()
 
 
 def test_both_clips() -> None:
@@ -122,7 +154,7 @@ def test_both_clips() -> None:
     torch.testing.assert_close(stats.policy, terms.sum())
     assert stats.clip_fraction == 2
     torch.testing.assert_close(logp.grad, torch.tensor([-0.7, 0.0, 0.0, 1.5, -1.25]))
-    assert stats.kl == stats.value == stats.entropy == 0
+    assert stats.kl == 0
 
 
 def test_small_divergences_keep_their_digits() -> None:
@@ -150,19 +182,9 @@ def test_far_ratios() -> None:
     assert logp.grad.tolist() == [1.0, 0.0]
 
 
-def test_value_alone() -> None:
-    inputs = problem(1500)
-    exact = {name: tensor.double() for name, tensor in inputs.items()}
-    exact["value"].requires_grad_()
-    expected = (exact["weight"] * float64.clipped_value(exact["value"], exact["old_value"], exact["returns"], 0.2)).sum()
-    expected.backward()
-    value = inputs["value"].requires_grad_()
-    loss = value_loss(value, inputs["old_value"], inputs["returns"], inputs["weight"])
-    loss.backward()
-    check_close(loss.detach(), expected.detach())
-    assert value.grad is not None
-    assert exact["value"].grad is not None
-    check_close(value.grad, exact["value"].grad)
+@pytest.mark.parametrize("tokens", [1, 17, 1024, 2500])
+def test_value_against_float64(tokens: int) -> None:
+    check_value_against_float64(tokens)
 
 
 def test_runs_repeat() -> None:
@@ -179,6 +201,6 @@ def test_nothing_at_all() -> None:
         inputs["logp"].requires_grad_()
         loss, stats = ppo_loss(**inputs, **SETTINGS)
         loss.backward()
-        assert [float(stat) for stat in stats] == [0.0] * 7
+        assert [float(stat) for stat in stats] == [0.0] * 5
         assert inputs["logp"].grad is not None
         assert inputs["logp"].grad.tolist() == [0.0] * tokens

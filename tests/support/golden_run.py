@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 FILE = ROOT / "tests/golden/runs.json"
 TINY = [f"tiny_{name}" for name in ("sft", "reward", "dpo", "rlvr")]
 CHAIN = [f"chain_{name}" for name in ("sft", "reward", "dpo", "rlvr")]

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 JOB_SECONDS = 240
@@ -29,12 +30,18 @@ PRELOADED = [
 ]
 
 
+def warm() -> ForkServerContext:
+    """What starts processes that need not import what is heavy."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 class Pool:
     """A world of `size` processes."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = warm()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

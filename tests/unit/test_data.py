@@ -19,8 +19,7 @@ from engine.data.template import TULU, ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import problems, write
 from engine.types import Sample
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+from tests.support.paths import SHARED
 
 
 def ask(question: str, answer: str) -> list[dict]:

@@ -32,6 +32,7 @@ from benchmarks.support.timing import Spread
 from benchmarks.training import bench_throughput
 from engine.config import ModelShape
 from tests.support.on_device import everything_on
+from tests.support.pool import warm
 
 TINY = Shape("tiny", hidden=64, ffn=96, heads=4, kv_heads=2, head_size=16, vocab=1000, tokens=64, tp=1)
 CPU = torch.device("cpu")
@@ -285,28 +286,34 @@ sys.exit(bench_smoke.run(contact, names, Path(sys.argv[1]), 1000.0))
 """
 
 
+def smoked(file: Path) -> None:
+    """SMOKE, in a process of its own."""
+    sys.argv = ["smoke", str(file)]
+    exec(SMOKE, {})
+
+
 @pytest.mark.parametrize("after", [1, 6, 20])
 def test_a_tier_that_is_killed_keeps_valid_facts_and_goes_on(tmp_path: Path, after: int) -> None:
     """Killed as soon as it has written `after` facts, and run again to its end."""
     file = tmp_path / "smoke.jsonl"
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", SMOKE, str(file)], env=environment, stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(read(file)) < after:
+    (process := warm().Process(target=smoked, args=(file,))).start()
+    while process.is_alive() and len(read(file)) < after:
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.join()
     kept = read(file)
     assert len(kept) >= after
     with file.open("a") as torn:
         torn.write('{"section": "att')  # as a kill in the middle of a write would leave it
-    status = subprocess.run([sys.executable, "-c", SMOKE, str(file)], env=environment, stdout=subprocess.DEVNULL).returncode
+    (process := warm().Process(target=smoked, args=(file,))).start()
+    process.join()
     facts = read(file)
     assert facts[: len(kept)] == kept
     finished = [fact["section"] for fact in facts if fact.get("finished")]
     assert sorted(finished) == sorted(set(bench_smoke.SECTIONS) - {"world_of_one", "graphs"})
     faulty = {fact["section"] for fact in facts if not fact.get("good", True)}
     assert faulty <= {"row_bits"}  # whether a row's bits depend on its place is the CPU library's affair
-    assert status == len(faulty)
+    assert process.exitcode == len(faulty)
     page = "\n".join(gpu_page.SECTIONS["smoke"](facts))
     assert "| attention | good |" in page
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import statistics
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 # An import may go to the same floor or down. The longest matching name decides.
 FLOORS = {
@@ -54,6 +55,11 @@ SOURCES = sorted(p for room in ("engine", "triton_kernels", "recipes", "benchmar
 ALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "setup.py"]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -71,7 +77,7 @@ def floor_of(module: str) -> int | None:
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
     """Every module that is imported, at any depth of the file, with its line."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -129,7 +135,7 @@ def said(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def test_only_the_seats_say_cuda(path: Path) -> None:
     if by_name(path) in SAYS_CUDA or "benchmarks" in path.parts:
         return
-    for text, line in said(ast.parse(path.read_text())):
+    for text, line in said(tree_of(path)):
         assert "cuda" not in text.replace("cuda_graphs", ""), f"{path}:{line} says {text!r}; ask world.on_gpu or world.device"
 
 
@@ -137,7 +143,7 @@ def test_only_the_seats_say_cuda(path: Path) -> None:
 def test_rooms_are_small(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= 400 or by_name(path) in LONG_FILES, f"{path} has {lines} lines"
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 60 or f"{by_name(path)}:{node.name}" in LONG_FUNCTIONS, f"{path}:{node.lineno}: {node.name} has {length} lines"
@@ -151,7 +157,7 @@ def test_the_dry_run_knows_no_algorithm() -> None:
 
 
 def test_functions_are_short() -> None:
-    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    nodes = [node for path in SOURCES for node in ast.walk(tree_of(path))]
     lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in nodes if isinstance(node, ast.FunctionDef)]
     assert statistics.median(lengths) <= 10
 
@@ -174,5 +180,5 @@ def test_the_readme_shows_every_room() -> None:
 def test_nothing_says_where_it_was_written() -> None:
     homes = tuple(f"/{name}/" for name in ("home", "root", "work", "mnt"))
     for path in ALL:
-        for text, line in said(ast.parse(path.read_text())):
+        for text, line in said(tree_of(path)):
             assert not text.startswith(homes), f"{path}:{line}: {text!r} is a path of one machine"

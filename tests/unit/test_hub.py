@@ -14,12 +14,13 @@ import pytest
 
 from engine.models import hub
 from engine.models.hub import SMOLLM2, resolve
+from tests.support.paths import SHARED
 
 PARAGRAPH = (
     "The sun rises in the east and sets in the west. Every morning people wake up, drink a cup of coffee or tea, and go to work or to "
     "school. In the evening they come home, have dinner with their families, and talk about what happened during the day."
 )
-GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k_test.jsonl"
+GSM8K = SHARED / "gsm8k_test.jsonl"
 
 
 # The real model, converted once for every test session on this machine.

@@ -18,8 +18,8 @@ from engine.commands.recipe import load_recipe
 from engine.config import override
 from engine.config.checks import problems
 from engine.dryrun.model_shapes import shape_of
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "launch.md").read_text()
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
 from benchmarks.data import svamp
 from engine.data.rows import Source, read_rows
 from engine.verify import verifier
+from tests.support.paths import SHARED
 
-SVAMP = Path(__file__).parents[3] / "shared/data/svamp.jsonl"
+SVAMP = SHARED / "svamp.jsonl"
 
 
 def test_worked_answers() -> None:

@@ -20,8 +20,9 @@ from engine.verify.code import CODE, LIMITS, UNSAFE_CODE, _sandbox, check, extra
 from engine.verify.pool import Case, Pool
 from engine.verify.sandbox.host import START, NoIsolation, Sandbox
 from engine.verify.verdict import Verdict, Verifier
+from tests.support.paths import SHARED
 
-HUMANEVAL = Path(__file__).parents[2] / "../shared/data/humaneval.jsonl"
+HUMANEVAL = SHARED / "humaneval.jsonl"
 ADD = {"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.verify.gsm8k import check, last_number, verify
-
-DATA = Path(__file__).parents[2] / "../shared/data"
+from tests.support.paths import SHARED
 
 RIGHT = [
     ("72", "72"),
@@ -149,7 +147,7 @@ def test_a_truth_without_a_number_is_refused(truth: object) -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_solution_of_gsm8k_meets_its_own_answer(split: str) -> None:
-    path = DATA / f"gsm8k_{split}.jsonl"
+    path = SHARED / f"gsm8k_{split}.jsonl"
     if not path.exists():
         pytest.skip("the shared data is not here")
     answers = [json.loads(line)["answer"] for line in path.open()]
@@ -161,7 +159,7 @@ def test_every_solution_of_gsm8k_meets_its_own_answer(split: str) -> None:
 
 
 def test_graded_solutions_of_models_are_judged_as_their_graders_did() -> None:
-    path = DATA / "gsm8k_model_solutions.jsonl"
+    path = SHARED / "gsm8k_model_solutions.jsonl"
     if not path.exists():
         pytest.skip("the shared data is not here")
     for row in map(json.loads, path.open()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ from hypothesis import strategies as st
 from engine.verify.ifeval import LONG, check, loose, verify, verify_loose
 from engine.verify.ifeval.instructions import INSTRUCTIONS
 from engine.verify.ifeval.language import count_sentences, language_of
+from tests.support.paths import SHARED
 
-SHARED = Path(__file__).parents[2] / "../shared/data/ifeval.jsonl"
+IFEVAL_DATA = SHARED / "ifeval.jsonl"
 
 ENGLISH = "the weather was nice this morning and we walked along the river for an hour"
 GERMAN = "Das Wetter war heute Morgen schön und wir gingen eine Stunde am Fluss entlang."
@@ -249,9 +249,9 @@ def test_judging_leaves_the_truth_as_it_was() -> None:
 
 
 def test_every_row_of_ifeval_is_accepted() -> None:
-    if not SHARED.exists():
+    if not IFEVAL_DATA.exists():
         pytest.skip("the shared data is not here")
-    rows = [json.loads(line) for line in SHARED.open()]
+    rows = [json.loads(line) for line in IFEVAL_DATA.open()]
     assert {name for row in rows for name in row["instruction_id_list"]} == set(INSTRUCTIONS)
     for row in rows:
         check(row)

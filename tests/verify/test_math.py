@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,8 +16,9 @@ from hypothesis import strategies as st
 
 from engine.verify.math import LIMIT_S, LONGEST, MATH, check, final_answer, judge, normal_form, verify
 from engine.verify.pool import Case, Pool
+from tests.support.paths import SHARED
 
-MATH_TEST = Path(__file__).parents[2] / "../shared/data/math.jsonl"
+MATH_TEST = SHARED / "math.jsonl"
 SAMPLED = 300
 
 COMMITS = [

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 
 from engine.verify import VERIFIERS, exact, regex, verifier
 from engine.verify.pool import Case, Pool
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 RULES = {
     "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_sentences", "keywords:existence"],
     "kwargs": [{}, {"num_sentences": 2, "relation": "at least"}, {"keywords": ["C++"]}],

@@ -16,9 +16,8 @@ import pytest
 
 from engine.verify import Unjudged, Verdict, worker
 from engine.verify.pool import Case, Pool, alone
+from tests.support.paths import ROOT
 from tests.verify.verify_faults import FAULTY, INLINE
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

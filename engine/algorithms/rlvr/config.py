@@ -89,7 +89,7 @@ class RLVR:
         if self.advantage == "group" and self.critic is not None:
             raise ValueError("algorithm.advantage='group' uses no critic, and the recipe has one; set algorithm.critic=none as well")
         if self.advantage == "group" and self.samples_per_prompt < 2:
-            raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'; use 4, say")
+            raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'")
         if self.skip_zero_std_groups and (self.advantage != "group" or self.kl_coef):
             raise ValueError(
                 f"algorithm.skip_zero_std_groups needs advantage='group' and kl_coef=0, else such groups have a gradient;"

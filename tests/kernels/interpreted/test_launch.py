@@ -41,7 +41,7 @@ def test_ppo(launched: list[str]) -> None:
 
 
 def test_value(launched: list[str]) -> None:
-    inputs = check_ppo.problem(2500)
+    inputs = check_ppo.value_problem(2500)
     value_loss(inputs["value"].requires_grad_(), inputs["old_value"], inputs["returns"], inputs["weight"]).backward()
     assert len(launched) == 1
 

@@ -14,7 +14,8 @@ from tests.support.check_ppo import (  # noqa: F401 (collected here as tests)
     test_runs_repeat,
     test_small_divergences_keep_their_digits,
     test_tokens_without_weight_are_not_computed_with,
-    test_value_alone,
+    test_value_against_float64,
+    test_values_without_weight_are_not_computed_with,
 )
 
 
