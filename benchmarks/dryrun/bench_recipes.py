@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.tables import as_file, heading, table, versions
-from engine.__main__ import load_recipe
 from engine.algorithms.rlvr import RLVR
+from engine.commands.recipe import load_recipe
 from engine.config import Run
 from engine.dryrun.forecast import forecast
 from engine.dryrun.hardware import Hardware

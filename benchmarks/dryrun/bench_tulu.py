@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.support.tables import as_file, heading, table, versions
-from engine.__main__ import load_recipe
+from engine.commands.recipe import load_recipe
 from engine.config import Model, Parallel, Run, even_split
 from engine.dryrun import model_shapes
 from engine.dryrun.forecast import Forecast, forecast

@@ -1,6 +1,6 @@
 """python -m benchmarks lengths: how long models answer, side by side.
 
-    python -m engine generate MODEL_DIR --prompts P.jsonl --out A.jsonl --n 2 --max-tokens 256      for each model, on the same prompts
+    python -m engine generate MODEL_DIR --prompts P.jsonl --out A.jsonl n=2 max_tokens=256      for each model, on the same prompts
     python -m benchmarks lengths start=A.jsonl dpo=B.jsonl plain=C.jsonl          every other against the first
 
 Writes results/lengths_cpu<cores>_<date>.md.

@@ -7,20 +7,18 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from engine import losses
-from engine.algorithms.supervised import Supervised
 from engine.algorithms.workload import Workload
 from engine.config import Run
 from engine.config.checks import Launch, Limit, Requirements
-from engine.data.corpus import BadRows, TooLong
-from engine.data.mixture import Mixture
-from engine.data.pairs import Pairs, grouped, prepare_pairs
-from engine.data.prepare import open_chat, prepare_all
+from engine.config.choices import BadRows, TooLong
 from engine.data.rows import Source
-from engine.megatron.policy import Policy
-from engine.rollout.scoring import cached_logprobs
+
+if TYPE_CHECKING:
+    from engine.algorithms.supervised import Supervised
+    from engine.data.pairs import Pairs
+    from engine.megatron.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,13 @@ class DPO:
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise the pairs and compute the reference's log-probs, as far as earlier starts have not. Raises ValueError for data that
         cannot be read or does not fit, and for log-probs beside the run that are of other weights or data."""
+        from engine import losses
+        from engine.algorithms.supervised import Supervised
+        from engine.data.mixture import Mixture
+        from engine.data.pairs import Pairs, grouped, prepare_pairs
+        from engine.data.prepare import open_chat, prepare_all
+        from engine.rollout.scoring import cached_logprobs
+
         chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from transformers import PreTrainedTokenizerFast
-
-from engine.algorithms.supervised import Supervised
 from engine.algorithms.workload import Workload
 from engine.config import Run
 from engine.config.checks import Launch, Limit, Requirements
-from engine.data.corpus import BadRows, TooLong
-from engine.data.mixture import Mixture
-from engine.data.pairs import grouped, prepare_pairs
-from engine.data.prepare import open_chat, prepare_all
+from engine.config.choices import BadRows, TooLong
 from engine.data.rows import Source
-from engine.losses import reward_bt
-from engine.megatron.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from engine.algorithms.supervised import Supervised
+    from engine.megatron.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,12 @@ class Reward:
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
+        from engine.algorithms.supervised import Supervised
+        from engine.data.mixture import Mixture
+        from engine.data.pairs import grouped, prepare_pairs
+        from engine.data.prepare import open_chat, prepare_all
+        from engine.losses import reward_bt
+
         chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}

@@ -6,18 +6,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from engine.algorithms.supervised import Supervised
 from engine.algorithms.workload import Workload
 from engine.config import Run
 from engine.config.checks import Launch, Limit, Requirements
-from engine.data.corpus import TooLong, prepare
-from engine.data.mixture import Mixture
-from engine.data.prepare import open_chat, prepare_all
+from engine.config.choices import TooLong
 from engine.data.rows import Source
-from engine.losses import SFT_LOSS
-from engine.megatron.policy import Policy
+
+if TYPE_CHECKING:
+    from engine.algorithms.supervised import Supervised
+    from engine.megatron.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,12 @@ class SFT:
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
+        from engine.algorithms.supervised import Supervised
+        from engine.data.corpus import prepare
+        from engine.data.mixture import Mixture
+        from engine.data.prepare import open_chat, prepare_all
+        from engine.losses import SFT_LOSS
+
         chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
         corpora = prepare_all(

@@ -1,7 +1,8 @@
-"""What `python -m engine dryrun` does: forecast or search, and tell of it."""
+"""python -m engine dryrun: simulate a launch, search for the fastest layouts, or calibrate a device."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -9,23 +10,22 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from engine.commands.arguments import add_settings, examples
+from engine.commands.recipe import load_recipe
+from engine.config import Run, override
 
-from engine.config import Run
-from engine.distributed.world import World
-from engine.dryrun import forecast as forecasting
-from engine.dryrun import lengths, report
-from engine.dryrun import search as searching
-from engine.dryrun.hardware import Hardware
+if TYPE_CHECKING:
+    from rich.console import Console
 
-WIDTH = 160  # columns, where there is no terminal to ask
+WIDTH = 160  # columns of the output if it is not a terminal
+DOES_NOT_FIT = 3  # exit code; argparse's own is 2
 
 
 @dataclass(frozen=True)
 class DryRunOptions:
-    """The words of the command line."""
+    """The arguments of `dryrun`."""
 
     recipe: Path
     run: Run
@@ -37,15 +37,17 @@ class DryRunOptions:
 
     @property
     def world(self) -> int:
-        """How many GPUs."""
+        """The number of GPUs."""
         return self.gpus or self.run.gpus or self.run.parallel.model_ranks
 
     @property
     def given_lengths(self) -> Sequence[tuple[int, int]]:
+        from engine.dryrun import lengths
+
         return lengths.read(self.lengths) if self.lengths else ()
 
     def check(self) -> None:
-        """Raise ValueError for files that could not be written or drawn, before anything is computed."""
+        """Raise ValueError if an output file cannot be written or plotted, before anything is computed."""
         for option, path in (("--json", self.json), ("--png", self.png)):
             if path and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{option} {path}: its folder does not exist; make it first")
@@ -53,35 +55,89 @@ class DryRunOptions:
             raise ValueError(f"--png {self.png} needs the package matplotlib; pip install matplotlib, or leave it out")
 
 
-def forecast(asked: DryRunOptions) -> bool:
-    """Tell what the launch will be like; whether it fits. Raises ValueError for one that cannot start."""
-    asked.check()
-    found = forecasting.forecast(asked.run, asked.world, Hardware.load(asked.device), given=asked.given_lengths)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="a Python file that defines run = Run(...), such as recipes/tulu3_405b_rlvr.py")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: as in the torchrun line of the recipe's docstring)")
+    parser.add_argument(
+        "--device", default="h100", metavar="NAME", help="h100, h200, b200, or a .toml that --calibrate wrote (default: h100)"
+    )
+    parser.add_argument(
+        "--lengths", metavar="F", help='a .jsonl file of representative sequence lengths: {"prompt": tokens, "response": tokens}'
+    )
+    parser.add_argument("--json", metavar="F", help="also write the results as JSON")
+    parser.add_argument("--png", metavar="F", help="also plot the pipeline schedule of one optimizer step")
+    parser.add_argument("--search", action="store_true", help="find the fastest layouts that fit, instead of simulating the recipe's own")
+    parser.add_argument("--calibrate", metavar="OUT", help="measure this machine into a .toml for --device; needs no recipe")
+    add_settings(parser, "parallel.vpp=2 parallel.recompute=full tokens_per_microbatch=8192")
+    code = f"Exit code: 0 the run fits, 1 it cannot start, {DOES_NOT_FIT} it can start but does not fit."
+    parser.epilog = examples(
+        "dryrun recipes/tulu3_405b_rlvr.py",
+        "dryrun recipes/tulu3_70b_sft.py --gpus 64 --device h200 --search",
+        "dryrun --calibrate machine.toml",
+        torchrun=False,
+        note=f"{code} Nothing is downloaded or launched.",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if bool(arguments.recipe) == bool(arguments.calibrate):
+        raise ValueError(
+            "dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml, for --device afterwards"
+        )
+    if arguments.calibrate:
+        calibrate(Path(arguments.calibrate))
+        return 0
+    options = DryRunOptions(
+        recipe=Path(arguments.recipe),
+        run=override(load_recipe(arguments.recipe), arguments.overrides),
+        gpus=arguments.gpus,
+        device=arguments.device,
+        lengths=arguments.lengths,
+        json=arguments.json,
+        png=arguments.png,
+    )
+    fits = search(options) if arguments.search else forecast(options)
+    return 0 if fits else DOES_NOT_FIT
+
+
+def forecast(options: DryRunOptions) -> bool:
+    """Print the predictions for the launch and return whether it fits. Raises ValueError if it cannot start."""
+    options.check()
+    from engine.dryrun import forecast as forecasting
+    from engine.dryrun import report
+    from engine.dryrun.hardware import Hardware
+
+    found = forecasting.forecast(options.run, options.world, Hardware.load(options.device), given=options.given_lengths)
     report.print_report(found, _console())
-    _write(asked.json, report.as_json(found))
-    if asked.png:
-        report.draw_pipeline(found, Path(asked.png))
+    _write(options.json, report.as_json(found))
+    if options.png:
+        report.draw_pipeline(found, Path(options.png))
     return found.fits
 
 
-def search(asked: DryRunOptions) -> bool:
-    """Tell the fastest layouts; whether any fits."""
-    asked.check()
-    found = searching.search(asked.run, asked.world, Hardware.load(asked.device), given=asked.given_lengths)
+def search(options: DryRunOptions) -> bool:
+    """Print the fastest layouts and return whether any fits."""
+    options.check()
+    from engine.dryrun import report
+    from engine.dryrun import search as searching
+    from engine.dryrun.hardware import Hardware
+
+    found = searching.search(options.run, options.world, Hardware.load(options.device), given=options.given_lengths)
     console = _console()
-    console.print(searching.table(found, asked.run))
+    console.print(searching.table(found, options.run))
     if not found:
         console.print("no layout that was tried fits; more GPUs, or a device with more memory, would", style="bold red")
     for place, layout in enumerate(found[:3], start=1):
-        console.print(f"{place}: {asked.recipe} {' '.join(layout.settings)}", markup=False, highlight=False, soft_wrap=True)
-    _write(asked.json, {"ranks": asked.world, "device": asked.device, "layouts": searching.as_json(found)})
-    if asked.png and found and found[0].confirmed:
-        report.draw_pipeline(found[0].confirmed, Path(asked.png))
+        console.print(f"{place}: {options.recipe} {' '.join(layout.settings)}", markup=False, highlight=False, soft_wrap=True)
+    _write(options.json, {"ranks": options.world, "device": options.device, "layouts": searching.as_json(found)})
+    if options.png and found and found[0].confirmed:
+        report.draw_pipeline(found[0].confirmed, Path(options.png))
     return bool(found)
 
 
 def calibrate(path: Path) -> None:
-    """Measure the machine of this process, or of all that torchrun started."""
+    """Measure the machine of this process, or of all processes of torchrun, and write the results to `path`."""
+    from engine.distributed.world import World
     from engine.dryrun import calibrate as measuring
 
     with closing(World.start()) as world:
@@ -92,6 +148,8 @@ def calibrate(path: Path) -> None:
 
 
 def _console() -> Console:
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 

@@ -1,39 +1,58 @@
-"""From a run's newest whole checkpoint to a folder that transformers loads."""
+"""python -m engine export: a run's latest valid checkpoint as a folder that transformers loads."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from engine.commands.arguments import add_settings, examples
+from engine.config import Parallel, override, step_folder
 
-from engine.config import Parallel, step_folder
-from engine.distributed.world import World
-from engine.megatron.policy import Policy, read_shape
+if TYPE_CHECKING:
+    import torch
+
+    from engine.distributed.world import World
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How the model is spread over the processes while it is exported."""
+    """The settings of `export`: how the model is sharded over processes meanwhile."""
 
     parallel: Parallel = field(default_factory=Parallel)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", help="the folder of the run (its out=)")
+    parser.add_argument("out_dir", help="the folder to write; it must not exist yet")
+    add_settings(parser, "parallel.tp=2 parallel.pp=4, to shard a large model over the processes of torchrun")
+    parser.epilog = examples("export runs/tiny_sft runs/tiny_sft/export")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    exporting = override(ExportConfig(), arguments.overrides)
+    _check(Path(arguments.run_dir), Path(arguments.out_dir))
+    from engine.distributed.world import World
+
+    with closing(World.start()) as world:
+        export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
+
+
 def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) -> None:
-    """Write weights, config.json and tokenizer into `out_dir`, which appears when all is done. Weights keep the dtype that
+    """Write weights, config.json and tokenizer into `out_dir`, which appears when all files are complete. Weights keep the dtype that
     config.json names.
 
-    Raises ValueError when `run_dir` has no whole checkpoint, or when `out_dir` is there already.
+    Raises ValueError if `run_dir` has no valid checkpoint, or if `out_dir` exists.
     """
-    if out_dir.exists():
-        raise ValueError(f"{out_dir} is there already; choose another folder, or remove it")
+    from engine.megatron.policy import Policy, read_shape
+
+    _check(run_dir, out_dir)
     assets = run_dir / "model"
-    if not assets.is_dir():
-        raise ValueError(f"{run_dir} is not the folder of a run (it has no model/)")
     work = out_dir.with_name(out_dir.name + ".part")
     with closing(Policy(read_shape(assets), None, exporting.parallel, world)) as policy:
         step = policy.load_latest(run_dir)
@@ -49,6 +68,15 @@ def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) 
             print(f"step {step} of {run_dir} -> {out_dir}")
 
 
+def _check(run_dir: Path, out_dir: Path) -> None:
+    if out_dir.exists():
+        raise ValueError(f"{out_dir} is there already; choose another folder, or remove it")
+    if not (run_dir / "model").is_dir():
+        raise ValueError(f"{run_dir} is not the folder of a run (it has no model/)")
+
+
 def _dtype(config: Path) -> torch.dtype | None:
+    import torch
+
     named = json.loads(config.read_text())
     return getattr(torch, str(named.get("dtype") or named.get("torch_dtype")), None)

@@ -1,42 +1,44 @@
-"""Answers from any folder: prompts in, responses out, by the engine's own sampler."""
+"""python -m engine generate: responses of a model to one question, or to every prompt of a file."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine.config import Model, Parallel
+from engine.commands.arguments import SETTING, add_model, examples
+from engine.config import Model, Parallel, override
 from engine.data.rows import Source, read_rows, whole_file
-from engine.data.template import ChatTemplate
-from engine.data.tokenizer import load_tokenizer
-from engine.distributed.world import World
-from engine.megatron.policy import Policy
 from engine.rollout.config import RolloutConfig
-from engine.rollout.engine import Response, SamplingParams
-from engine.rollout.sampler import generate, stop_tokens, text_of
-from engine.types import Prompt
 
-BLOCK = 1024  # prompts that are answered together, and held in memory
+if TYPE_CHECKING:
+    from engine.distributed.world import World
+    from engine.rollout.engine import Response
+    from engine.types import Prompt
+
+BLOCK = 1024  # prompts that are processed together, and held in memory
+OPTIONS = ("n", "temperature", "top-p", "top-k", "max-tokens", "seed")  # settings that can also be written as options
+USAGE = 'python -m engine generate MODEL "What is 2 + 3?"'
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What `answer` needs to know besides its prompts."""
+    """The settings of `generate`."""
 
     model: Model
     parallel: Parallel = field(default_factory=Parallel)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     n: int = 1  # responses to each prompt
     max_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()  # tokens that end a response, besides the tokenizer's eos
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # sample from the most likely tokens of this total probability; 1: from all
+    stop: tuple[str, ...] = ()  # tokens that end a response, in addition to the tokenizer's eos
     seed: int = 0
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
 
@@ -45,6 +47,50 @@ class GenerateConfig:
             raise ValueError(f"n={self.n} must be at least 1")
         if self.rollout.generator_gpus:
             raise ValueError(f"rollout.generator_gpus={self.rollout.generator_gpus} is for training runs; leave it at 0")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, USAGE)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="question | name=value", help="a question in quotes, and settings, such as n=4 temperature=0.7"
+    )
+    parser.add_argument("--prompts", help='a .jsonl file; a row has "tokens", "messages" or "prompt"')
+    parser.add_argument("--out", help='the .jsonl file to write: {"tokens", "prompt_length", "logprobs", "finish_reason", "text"}')
+    for name in OPTIONS:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    settings = """settings:
+  n=1              responses to each prompt
+  temperature=1.0  0: greedy decoding
+  top_p=1.0        sample from the most likely tokens that together reach this probability (1: all)
+  top_k=0          sample from the k most likely tokens (0: all)
+  max_tokens=256   maximum number of tokens in a response
+  seed=0           the same seed gives the same responses, on any layout
+  parallel.tp=1    tensor parallelism; also parallel.pp, chat_template, stop, rollout.kv_cache_gb, ..."""
+    parser.epilog = examples(
+        'generate smollm2-135m-instruct "What is 2 + 3?" temperature=0',
+        "generate runs/mine/export --prompts prompts.jsonl --out responses.jsonl n=4 temperature=0.7 max_tokens=512",
+        note=settings,
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    questions = [] if arguments.prompts else [word for word in arguments.overrides if not SETTING.match(word)]
+    if bool(arguments.prompts) != bool(arguments.out) or (not arguments.prompts and len(questions) != 1):
+        raise ValueError(f"generate takes one question in quotes, or --prompts and --out; for example: {USAGE}")
+    options = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in OPTIONS}
+    settings = [f"{name}={value}" for name, value in options.items() if value is not None]
+    settings += [word for word in arguments.overrides if word not in questions]
+    generating = override(GenerateConfig(Model(arguments.model)), settings)
+    from engine.distributed.world import World
+
+    with closing(World.start()) as world:
+        if arguments.prompts:
+            count = answer_all(generating, arguments.prompts, Path(arguments.out), world)
+            lines = [f"{count} responses -> {arguments.out}"]
+        else:
+            lines = answer(generating, questions[0], world)
+        if world.rank == 0:
+            print("\n\n".join(lines))
 
 
 def answer(generating: GenerateConfig, question: str, world: World) -> list[str]:
@@ -73,9 +119,15 @@ def answer_all(generating: GenerateConfig, prompts: str, out: Path, world: World
 
 
 class Generator:
-    """A model that answers."""
+    """A loaded model that generates responses to rows."""
 
     def __init__(self, generating: GenerateConfig, world: World):
+        from engine.data.template import ChatTemplate
+        from engine.data.tokenizer import load_tokenizer
+        from engine.megatron.policy import Policy
+        from engine.rollout.engine import SamplingParams
+        from engine.rollout.sampler import stop_tokens
+
         self.generating = generating
         self.policy = Policy(generating.model, None, generating.parallel, world)
         try:
@@ -89,11 +141,13 @@ class Generator:
             raise
 
     def close(self) -> None:
-        """Let the model go."""
+        """Free the model."""
         self.policy.close()
 
     def __call__(self, rows: Sequence[dict[str, Any]], where: Sequence[str] = (), first: int = 0) -> Iterator[tuple[Prompt, Response]]:
-        """Each row's prompt with each of its responses, in order. Prompts are numbered from `first`, which their noise depends on."""
+        """Each row's prompt with each of its responses, in order. Prompts are numbered from `first`, which affects sampling."""
+        from engine.rollout.sampler import generate
+
         prompts = [self._prompt(row, first + i, where[i] if where else "the question") for i, row in enumerate(rows)]
         responses = generate(
             self.policy, prompts, self.sampling, self.generating.rollout, samples=self.generating.n, seed=(self.generating.seed,)
@@ -101,6 +155,8 @@ class Generator:
         return ((prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group)
 
     def _prompt(self, row: dict[str, Any], number: int, where: str) -> Prompt:
+        from engine.types import Prompt
+
         try:
             tokens = self.chat.prompt_row(row)
             room = self.policy.model.max_length - self.generating.max_tokens
@@ -113,7 +169,9 @@ class Generator:
         return Prompt(tokens, id=number)
 
     def text(self, response: Response) -> str:
-        """What a response says, without its stop token."""
+        """The text of a response, without its stop token."""
+        from engine.rollout.sampler import text_of
+
         return text_of(response, self.tokenizer)
 
     def line(self, prompt: Prompt, response: Response) -> dict[str, Any]:

@@ -1,30 +1,32 @@
-"""Log-probabilities, or rewards, of given text: rows in, rows out, in the same order."""
+"""python -m engine score: log-probabilities or rewards of given rows, in the same order."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.config import Model, Parallel
+from engine.commands.arguments import add_model, add_settings, examples
+from engine.config import Model, Parallel, override
 from engine.data.rows import Source, read_rows, whole_file
-from engine.data.template import ChatTemplate, given, read_whole
-from engine.data.tokenizer import load_tokenizer
-from engine.distributed.world import World
-from engine.megatron.policy import Policy
-from engine.rollout.scoring import score_samples
-from engine.types import Sample
+
+if TYPE_CHECKING:
+    from engine.data.template import ChatTemplate
+    from engine.distributed.world import World
+    from engine.megatron.policy import Policy
+    from engine.types import Sample
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What `score` needs to know besides its rows."""
+    """The settings of `score`."""
 
     model: Model
     parallel: Parallel = field(default_factory=Parallel)
@@ -32,13 +34,40 @@ class ScoreConfig:
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, "python -m engine score MODEL --data ROWS.jsonl --out SCORES.jsonl")
+    parser.add_argument("--data", required=True, help='a .jsonl file; a row has "tokens", or "messages", or "prompt" and "response"')
+    parser.add_argument("--out", required=True, help='the .jsonl file to write: {"tokens", "logprobs", "mask"} for each row, in order')
+    parser.add_argument(
+        "--reward", action="store_true", help='the model is a reward model: write {"reward", "tokens"} for each row instead'
+    )
+    add_settings(parser, "parallel.tp=2 tokens_per_microbatch=16384")
+    parser.epilog = examples(
+        "score runs/mine/export --data rows.jsonl --out scores.jsonl",
+        "score runs/reward/export --reward --data rows.jsonl --out rewards.jsonl parallel.tp=2",
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    scoring = override(ScoreConfig(Model(arguments.model)), arguments.overrides)
+    from engine.distributed.world import World
+
+    with closing(World.start()) as world:
+        count = score(scoring, arguments.data, Path(arguments.out), world, reward=arguments.reward)
+        if world.rank == 0:
+            print(f"{count} rows -> {arguments.out}")
+
+
 def score(scoring: ScoreConfig, data: str, out: Path, world: World, *, reward: bool = False) -> int:
     """Write {"tokens", "logprobs", "mask"} for every row of the .jsonl file `data`, and return how many; `out` appears when all are done.
 
     logprobs[t] is the natural-log probability of tokens[t + 1] given those before it; mask[t] whether training would count it.
-    With `reward`: {"reward", "tokens"}, what a reward model says of the row after its last token.
+    With `reward`: {"reward", "tokens"}, a reward model's value after the row's last token.
     Raises ValueError, naming the line, for a row that cannot be read or is longer than a microbatch, and for a model of the other kind.
     """
+    from engine.megatron.policy import Policy
+    from engine.rollout.scoring import score_samples
+
     with closing(Policy(scoring.model, None, scoring.parallel, world)) as policy:
         policy.expect_head("scalar" if reward else "lm")
         verb, line = (policy.values, _reward_line) if reward else (policy.logprobs, _line)
@@ -53,23 +82,30 @@ def score(scoring: ScoreConfig, data: str, out: Path, world: World, *, reward: b
 
 
 class _Encoder:
-    """Rows of ids need no tokenizer; the first row of text fetches it. `whole`: the model is to read the last token too."""
+    """Encodes rows; loads the tokenizer at the first row of text. `whole`: include the last token in the model's input."""
 
     def __init__(self, scoring: ScoreConfig, policy: Policy, whole: bool):
         self.scoring, self.policy, self.whole = scoring, policy, whole
 
     @cached_property
     def chat(self) -> ChatTemplate:
+        from engine.data.template import ChatTemplate
+        from engine.data.tokenizer import load_tokenizer
+
         tokenizer = load_tokenizer(self.scoring.model.tokenizer or str(self.policy.folder))
         return ChatTemplate(tokenizer, self.scoring.chat_template or None)
 
     def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        from engine.data.template import given, read_whole
+
         ids = "tokens" in row
         encoded = given(row["tokens"], row.get("mask"), self.policy.model.vocab) if ids else self.chat.encode_row(row)
         return read_whole(*encoded) if self.whole else encoded
 
 
 def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
+    from engine.types import Sample
+
     for where, row in read_rows(Source(data)):
         try:
             tokens, mask = encode(row)

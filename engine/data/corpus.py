@@ -11,17 +11,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
+from engine.config.choices import BadRows, TooLong
 from engine.data.rows import Source, identity, read_rows
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import tokenizer_hash
 from engine.types import Sample
 
-TooLong = Literal["error", "truncate", "drop"]
-BadRows = Literal["error", "drop"]
 Sequences = list[tuple[np.ndarray, np.ndarray]]  # of one row: (tokens int32 [L + 1], mask uint8 [L]) of each
 
 COMPLAINTS = 10  # about bad rows, that are kept word by word

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.corpus import BadRows, Corpus, Counts, Reader, Sequences, TooLong, prepare
+from engine.config.choices import BadRows, TooLong
+from engine.data.corpus import Corpus, Counts, Reader, Sequences, prepare
 from engine.data.rows import Source
 from engine.data.template import ChatTemplate, read_whole
 from engine.types import Sample

@@ -30,7 +30,17 @@ def resolve(name: str) -> Path:
         return _checked(folder)
     if name == SMOLLM2:
         return _converted(cache_folder() / name)
+    if folder.name == "export" and len(folder.parts) > 2:  # the path of an export of a run, and too long for an id on the hub
+        raise ValueError(_missing_export(folder))
     return _checked(_downloaded(name))
+
+
+def _missing_export(folder: Path) -> str:
+    run, recipe = folder.parent, Path("recipes") / f"{folder.parent.name}.py"
+    export = f"python -m engine export {run} {folder}"
+    if run.is_dir():
+        return f"model folder {str(folder)!r} does not exist; export the run first: {export}"
+    return f"model folder {str(folder)!r} does not exist; run and export {recipe} first: python -m engine run {recipe} && {export}"
 
 
 def _checked(folder: Path) -> Path:

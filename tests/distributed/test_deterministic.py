@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.__main__ import load_recipe
+from engine.commands.recipe import load_recipe
 from engine.config import Model, Parallel
 from engine.config.overrides import override
 from engine.distributed.world import CUBLAS, deterministic

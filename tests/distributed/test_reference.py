@@ -124,7 +124,7 @@ def test_the_reference_is_what_score_says(recipe: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for name in ("train", "held_out") for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     halves = [{"prompt": row["prompt"], "response": row[half]} for row in rows for half in ("chosen", "rejected")]
     write(tmp_path / "halves.jsonl", halves)
-    assert engine("score", "--model", tmp_path / "model", "--data", tmp_path / "halves.jsonl", "--out", tmp_path / "scores.jsonl")[0] == 0
+    assert engine("score", tmp_path / "model", "--data", tmp_path / "halves.jsonl", "--out", tmp_path / "scores.jsonl")[0] == 0
     scores = [json.loads(line)["logprobs"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     kept = np.fromfile(tmp_path / "out" / "reference" / "logprobs.bin", np.float32)
     np.testing.assert_allclose(kept, np.concatenate(scores), atol=5e-6)

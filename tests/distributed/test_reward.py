@@ -226,7 +226,7 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for size, layout in ((1, "tp=1"), (2, "tp=2"), (2, "pp=2")):
         out = tmp_path / f"{layout}.jsonl"
-        words = ["score", "--reward", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--out", str(out)]
+        words = ["score", str(tmp_path / "model"), "--reward", "--data", str(tmp_path / "rows.jsonl"), "--out", str(out)]
         assert all(found[0] == 0 for found in ranks(size).run(jobs.command, words=[*words, f"parallel.{layout}"]))
     scores = {layout: lines(tmp_path / f"{layout}.jsonl") for layout in ("tp=1", "tp=2", "pp=2")}
     messages = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in texts]
@@ -245,7 +245,7 @@ def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, ba
     needed = "is a language model, but a reward model is needed; to make one of it, train with model.head=scalar"
     assert f"model init {needed}" in complaint("run", recipe, "model.head=auto")
     (tmp_path / "rows.jsonl").write_text('{"tokens": [1, 2]}\n')
-    words = ["score", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "--model"]
+    words = ["score", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl"]
     assert f"model {base} {needed}" in complaint(*words, base, "--reward")
     assert engine("run", recipe, "steps=1")[0] == 0
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0

@@ -293,7 +293,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"critic": None}, "'critic' needs one"),
+        ({"critic": None}, "set algorithm.advantage=group"),
         ({"advantage": "group", "critic": None, "samples_per_prompt": 1}, "samples_per_prompt=1"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"minibatches": 17}, "minibatches=17"),

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from benchmarks.dryrun import bench_tulu
-from engine.__main__ import load_recipe, main
+from engine.__main__ import main
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.algorithms.sft import SFT
+from engine.commands.recipe import load_recipe
 from engine.config import Model, ModelShape, Optim, Parallel, Run, override
 from engine.data.rows import Source
 from engine.dryrun import lengths, model_shapes

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from engine.__main__ import load_recipe
+from engine.commands.recipe import load_recipe
 from engine.config import Run, override
 from engine.config.checks import problems, warnings
 from engine.dryrun.model_shapes import shape_of

@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.commands.recipe import load_recipe
+from engine.config import override
 from engine.data.wordproblems import problems, write
 from tests.support import jobs
 from tests.support.paths import ROOT
@@ -80,12 +82,12 @@ def test_train_export_and_score_under_torchrun(recipe: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    told = run(*torchrun, "run", recipe, "parallel.pp=2")
-    assert told.count("step ") == 3 + 2  # and two evaluations
-    assert "held-out loss" in told
+    output = run(*torchrun, "run", recipe, "parallel.pp=2")
+    assert output.count("step ") == 3 + 2  # and two evaluations
+    assert "held-out loss" in output
     run(*alone, "export", tmp_path / "out", tmp_path / "model")
     data = tmp_path / "held_out.jsonl"
-    run(*torchrun, "score", "--model", tmp_path / "model", "--data", data, "--out", tmp_path / "scores.jsonl", "parallel.tp=2")
+    run(*torchrun, "score", tmp_path / "model", "--data", data, "--out", tmp_path / "scores.jsonl", "parallel.tp=2")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     rows, scores = (
@@ -126,7 +128,7 @@ def test_score_takes_rows_of_ids_in_order(recipe: Path, tmp_path: Path) -> None:
     rows = [{"tokens": [1, 2, 3, 4]}, {"tokens": [7]}, {"tokens": [5, 6], "mask": [0]}, {"tokens": list(range(200))}]
     data = tmp_path / "ids.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert engine("score", "--model", tmp_path / "model", "--data", data, "--out", tmp_path / "o.jsonl")[0] == 0
+    assert engine("score", tmp_path / "model", "--data", data, "--out", tmp_path / "o.jsonl")[0] == 0
     scores = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [s["tokens"] for s in scores] == [r["tokens"] for r in rows]
     assert [s["mask"] for s in scores] == [[1, 1, 1], [], [0], [1] * 199]
@@ -246,7 +248,7 @@ def test_bad_rows_to_score(recipe: Path, tmp_path: Path, rows: str, expected: st
     assert engine("run", recipe, "steps=1")[0] == 0
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
     (tmp_path / "rows.jsonl").write_text(rows)
-    words = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "tokens_per_microbatch=32"]
+    words = [tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl", "tokens_per_microbatch=32"]
     assert expected in complaint("score", *words)
     assert list(tmp_path.glob("o.jsonl*")) == []
 
@@ -255,7 +257,7 @@ def test_a_recipe_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "no.py").write_text("x = 1\n")
     assert "defines no run = Run(...)" in complaint("run", tmp_path / "no.py")
     assert "is not a file" in complaint("run", tmp_path / "nowhere.py")
-    assert "model 'no/such-model' is not a folder" in complaint("score", "--model", "no/such-model", "--data", "x", "--out", "y")
+    assert "model 'no/such-model' is not a folder" in complaint("score", "no/such-model", "--data", "x", "--out", "y")
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["score"], ["export"]])
@@ -264,6 +266,82 @@ def test_help_in_plain_words(command: list[str], capsys: pytest.CaptureFixture[s
 
     with pytest.raises(SystemExit, match="0"):
         main([*command, "-h"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "torchrun --nproc-per-node 2 -m engine" in told
-    assert len(told) > 300
+    text = " ".join(capsys.readouterr().out.split())
+    assert "torchrun --nproc-per-node 2 -m engine" in text
+    assert len(text) > 300
+
+
+START = """
+import sys
+from engine.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print(*sorted({"torch", "transformers", "datasets", "megatron"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rnu"], "unknown command 'rnu'; nearest: run"),
+        (["--help"], ""),
+        (["score", "--help"], ""),
+        (["generate", "--help"], ""),
+        (["dryrun", "--help"], ""),
+        (["run", "recipes/tiny_sftt.py"], "nearest: recipes/tiny_sft.py"),
+        (["run", "recipes/tiny_sft.py", "optim.lrr=1"], "unknown setting 'optim.lrr'"),
+        (["run", "recipes/smollm2_dpo.py", "optim.lrr=1"], "unknown setting 'optim.lrr'"),
+        (["run", "recipes/smollm2_reward.py", "optim.lrr=1"], "unknown setting 'optim.lrr'"),
+        (["run", "recipes/smollm2_rlvr.py", "optim.lrr=1"], "unknown setting 'optim.lrr'"),
+        (["generate", "somewhere", "question", "max_token=1"], "unknown setting 'max_token'; nearest: max_tokens"),
+        (["score", "somewhere", "--data", "x", "--out", "y", "parallel.tpp=1"], "unknown setting 'parallel.tpp'"),
+    ],
+)
+def test_mistakes_and_help_import_no_large_library(words: list[str], expected: str) -> None:
+    done = subprocess.run([sys.executable, "-c", START, *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+    assert expected in done.stderr
+
+
+def test_the_former_option_model_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    from engine.__main__ import main
+
+    assert main(["score", "--model", "somewhere", "--data", "x", "--out", "y"]) == 1
+    assert "--model is not an option: the model is the first argument; use python -m engine score MODEL" in capsys.readouterr().err
+
+
+def test_settings_of_generate_are_also_options(capsys: pytest.CaptureFixture[str]) -> None:
+    from engine.__main__ import main
+
+    assert main(["generate", "somewhere", "question", "--max-tokens", "many"]) == 1
+    assert "max_tokens=many cannot be read; it takes int" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["algorithm.advantage=group"], "set algorithm.critic=none as well"),
+        (["algorithm.critic=none"], "set algorithm.advantage=group"),
+        (["algorithm.critic=none", "algorithm.advantage=group"], "algorithm.samples_per_prompt=1 must be at least 2"),
+    ],
+)
+def test_a_critic_is_switched_off_by_settings(settings: list[str], expected: str) -> None:
+    run = load_recipe(str(ROOT / "recipes/tiny_rlvr.py"))
+    with pytest.raises(ValueError, match=expected):
+        override(run, settings)
+    off = override(run, ["algorithm.critic=none", "algorithm.advantage=group", "algorithm.samples_per_prompt=4"])
+    assert off.algorithm.critic is None
+
+
+def test_a_mistake_under_torchrun_is_reported_once_at_the_end() -> None:
+    """As torchrun's root cause: its own report cannot be avoided from inside a process that it started."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "engine"]
+    words += ["run", "recipes/tiny_sft.py", "optim.lr=9"]
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error: optim.lr=9.0 must be from 0 to 1") == 1
+    assert "error: optim.lr=9.0 must be from 0 to 1" in done.stderr.splitlines()[-2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.__main__ import load_recipe
+from engine.commands.recipe import load_recipe
 from engine.config import Logging
 from engine.reporting.console import read_metrics
 from tests.support import jobs_rlvr

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks.dryrun.bench_recipes import layout, longest
-from engine.__main__ import load_recipe
 from engine.batching.plan import plan
+from engine.commands.recipe import load_recipe
 from engine.config import Optim, Parallel, Run, override
 from engine.config.checks import problems, warnings
 from engine.dryrun.compose import composer

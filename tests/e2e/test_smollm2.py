@@ -43,7 +43,7 @@ def expected() -> dict[tuple[int, ...], list[float]]:
 @pytest.mark.parametrize(("size", "layout"), [(1, "tp=1"), (2, "pp=2"), (2, "tp=1"), (3, "tp=3")])
 def test_score(size: int, layout: str, rows: Path, expected: dict[tuple[int, ...], list[float]], tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
-    words = ["score", "--model", SMOLLM2, "--data", str(rows), "--out", str(out), f"parallel.{layout}"]
+    words = ["score", SMOLLM2, "--data", str(rows), "--out", str(out), f"parallel.{layout}"]
     assert all(code == 0 for code, _, _ in ranks(size).run(jobs.command, words=words))
     scores = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(scores) == ROWS
@@ -59,7 +59,7 @@ def test_score(size: int, layout: str, rows: Path, expected: dict[tuple[int, ...
 
 
 def test_tp2_is_refused_with_what_works(rows: Path, tmp_path: Path) -> None:
-    words = ["score", "--model", SMOLLM2, "--data", str(rows), "--out", str(tmp_path / "o"), "parallel.tp=2"]
+    words = ["score", SMOLLM2, "--data", str(rows), "--out", str(tmp_path / "o"), "parallel.tp=2"]
     found = ranks(2).run(jobs.command, words=words)
     for code, _, stderr in found:
         assert code == 1

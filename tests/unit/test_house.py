@@ -164,7 +164,7 @@ def test_functions_are_short() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=by_name)
 def test_recipes_fit_a_screen_and_load(path: Path) -> None:
-    from engine.__main__ import load_recipe
+    from engine.commands.recipe import load_recipe
 
     assert len(path.read_text().splitlines()) <= 40
     assert load_recipe(str(path)).out == f"runs/{path.stem}"

@@ -291,3 +291,12 @@ def test_a_name_that_leads_nowhere_says_what_was_tried(name: str, monkeypatch: p
     )
     assert "\n" not in message
     assert message.endswith("Got: ConnectError Please check your internet connection")
+
+
+def test_a_missing_export_names_the_commands_that_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"python -m engine run recipes/mine\.py && python -m engine export runs/mine runs/mine/export"):
+        resolve("runs/mine/export")
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"export the run first: python -m engine export runs/mine runs/mine/export"):
+        resolve("runs/mine/export")

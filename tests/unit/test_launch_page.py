@@ -12,8 +12,9 @@ from typing import NamedTuple
 import pytest
 from torch.distributed.run import get_args_parser
 
-from engine.__main__ import _parsed, load_recipe
+from engine.__main__ import _parsed
 from engine.commands.export import ExportConfig
+from engine.commands.recipe import load_recipe
 from engine.config import override
 from engine.config.checks import problems
 from engine.dryrun.model_shapes import shape_of

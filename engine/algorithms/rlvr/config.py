@@ -81,9 +81,13 @@ class RLVR:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be finite: it is a score")
         if not self.kl_coef >= 0:
             raise ValueError(f"algorithm.kl_coef={self.kl_coef} must not be negative")
-        if (self.advantage == "critic") != (self.critic is not None):
-            has = "none" if self.critic is None else "one"
-            raise ValueError(f"algorithm.advantage={self.advantage!r} and algorithm.critic is {has}; 'critic' needs one, 'group' none")
+        if self.advantage == "critic" and self.critic is None:
+            raise ValueError(
+                "algorithm.advantage='critic' needs a critic, and algorithm.critic is none; "
+                "set algorithm.advantage=group, or give the recipe a critic=Critic(...)"
+            )
+        if self.advantage == "group" and self.critic is not None:
+            raise ValueError("algorithm.advantage='group' uses no critic, and the recipe has one; set algorithm.critic=none as well")
         if self.advantage == "group" and self.samples_per_prompt < 2:
             raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'")
         if self.skip_zero_std_groups and (self.advantage != "group" or self.kl_coef):
