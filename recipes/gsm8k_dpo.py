@@ -1,5 +1,5 @@
 """SmolLM2-135M learns to prefer right solutions of grade-school problems to wrong ones, split by problem. First: python -m
-benchmarks.data.preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
+benchmarks preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
 processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_dpo.py; beside it plain DPO: algorithm.normalize=false
 algorithm.beta=0.1 out=runs/gsm8k_dpo_plain; both curves: python -m benchmarks curves runs/gsm8k_dpo runs/gsm8k_dpo_plain"""
 

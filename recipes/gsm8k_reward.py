@@ -1,5 +1,5 @@
 """SmolLM2-135M as a reward model of real solutions of grade-school problems, right against wrong, split by problem. First: python -m
-benchmarks.data.preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
+benchmarks preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
 processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_reward.py parallel.pp=2"""
 
 from engine.algorithms.reward import Reward

@@ -1,0 +1,36 @@
+"""SmolLM2-135M on SVAMP with Dr. GRPO's advantages (arXiv 2503.20783): the group's mean is subtracted, and nothing is divided by.
+
+The model is recipes/svamp_sft.py's, exported to runs/svamp_sft/export. On two CPU processes:
+torchrun --nproc-per-node 2 -m engine run recipes/svamp_dr_grpo.py
+Not there: the loss's constant denominator; the token mean of the whole batch stands in for it."""
+
+from engine.algorithms.rlvr import RLVR
+from engine.config import Model, Optim, Run
+from engine.data.rows import Source
+from engine.rollout.config import RolloutConfig
+
+run = Run(
+    model=Model("runs/svamp_sft/export"),
+    algorithm=RLVR(
+        sources=(Source("cache/svamp/tasks.jsonl"),),
+        held_out=(Source("cache/svamp/held_out.jsonl"),),
+        verifier="gsm8k",
+        advantage="group",
+        kl_coef=0.0,
+        group_scale="none",
+        loss_average="token",
+        prompts_per_step=16,
+        samples_per_prompt=8,
+        minibatches=2,
+        epochs=1,
+        max_prompt_tokens=128,
+        max_response_tokens=32,
+        rollout=RolloutConfig(max_num_seqs=64, kv_cache_gb=1.0),
+        chat_template="chatml",
+    ),
+    optim=Optim(lr=2e-5, warmup_ratio=0.05),
+    tokens_per_microbatch=256,
+    steps=40,
+    out="runs/svamp_dr_grpo",
+    gpus=2,
+)
