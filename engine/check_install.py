@@ -1,4 +1,4 @@
-"""Checks that `triton_kernels` is Trivet's. The distribution triton-kernels has a package of that name too; Python imports the first one."""
+"""Checks that `triton_kernels` is Trivet's: the distribution triton-kernels has a package of the same name, and the first is imported."""
 
 from __future__ import annotations
 
