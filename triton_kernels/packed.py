@@ -26,7 +26,7 @@ def check_floats(shape: str, like: Tensor, size: int, **tensors: Tensor) -> None
 
 
 def check_packed(mask_T: Tensor, cu_seqlens: Tensor, **tokens: Tensor) -> None:
-    """Raise ValueError unless `tokens` are float [T], the mask bool or uint8 [T], and cu_seqlens indices [S + 1], on the first one's device."""
+    """Raise ValueError unless `tokens` are float [T], the mask bool or uint8 [T], and cu_seqlens indices [S + 1], on one device."""
     like = next(iter(tokens.values()))
     check_floats("T", like, like.numel(), **tokens)
     if mask_T.dtype not in (torch.bool, torch.uint8) or mask_T.shape != like.shape or mask_T.device != like.device:
@@ -35,7 +35,7 @@ def check_packed(mask_T: Tensor, cu_seqlens: Tensor, **tokens: Tensor) -> None:
 
 
 def check_indices(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
-    """Raise ValueError unless `tensor` is int32 or int64, on the host or `like`'s device. A dimension given as a string may have any size."""
+    """Raise ValueError unless `tensor` is int32 or int64, on the host or `like`'s device. A string in `shape` allows any size."""
     fits = tensor.dim() == len(shape) and all(isinstance(n, str) or n == size for n, size in zip(shape, tensor.shape, strict=True))
     if not fits or tensor.dtype not in (torch.int32, torch.int64) or tensor.device.type not in ("cpu", like.device.type):
         expected = ", ".join(map(str, shape))

@@ -91,7 +91,7 @@ def test_compiles_whole() -> None:
         ({"kl": "k4"}, "kl='k4' must be 'k1', 'k2' or 'k3'"),
         ({"ref_logp": None}, "kl_coef=0.05 needs ref_logp; pass it or set kl_coef=0"),
         ({"entropy": None}, "entropy_coef=0.01 needs entropy; pass it or set entropy_coef=0"),
-        ({"returns": None}, "value, old_value and returns make the value loss together; pass all three or none"),
+        ({"returns": None}, "the value loss needs value, old_value and returns; pass all three or none"),
         ({"clip_low": -0.2}, "clip_low=-0.2 must not be negative"),
         ({"old_logp": torch.zeros(8)}, r"old_logp is float32 \[8\] on cpu; it must be float32 or bfloat16 \[T\] = \[9\]"),
         ({"advantage": torch.zeros(9, dtype=torch.int32)}, r"advantage is int32 \[9\]"),
