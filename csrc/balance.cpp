@@ -11,9 +11,9 @@
 namespace trivet {
 namespace {
 
-// The indices of `weights` [first, last) from the heaviest on; equal weights keep the order of their indices.
+// The indices of `weights` [first, last), heaviest first; ties by index.
 Ids heaviest_first(const Amounts& weights, int32_t first, int32_t last) {
-    std::vector<std::pair<int64_t, int32_t>> keys(last - first);  // (-weight, index): pairs side by side sort faster than indices
+    std::vector<std::pair<int64_t, int32_t>> keys(last - first);  // (-weight, index): sorting pairs is faster than sorting indices
     for (int32_t i = first; i < last; ++i) keys[i - first] = {-weights[i], i};
     std::sort(keys.begin(), keys.end());
     Ids order(keys.size());
@@ -21,26 +21,26 @@ Ids heaviest_first(const Amounts& weights, int32_t first, int32_t last) {
     return order;
 }
 
-// Rounds of `ranks` bins from the costliest on, so that those a rank waits for cost about as much as its own; within a round the costliest
-// goes to the rank that has had least.
-Ids deal(const Amounts& cost, const Room& room) {
+// Assigns bins to ranks in rounds of `ranks` bins, costliest first, so that concurrent microbatches have similar costs. Within a round, the
+// costliest bin goes to the rank with the lowest cost so far.
+Ids assign_to_ranks(const Amounts& cost, const Room& room) {
     const Ids costliest = heaviest_first(cost, 0, room.bins());
     const int32_t ranks = static_cast<int32_t>(room.ranks), rounds = static_cast<int32_t>(room.microbatches);
     Ids slot_of_bin(cost.size());
-    Amounts lack(ranks);
+    Amounts negative_cost(ranks);
     for (int32_t round = 0; round < rounds; ++round) {
-        const Ids lightest = heaviest_first(lack, 0, ranks);
+        const Ids lightest = heaviest_first(negative_cost, 0, ranks);
         for (int32_t i = 0; i < ranks; ++i) {
             const int32_t bin = costliest[round * ranks + i];
             slot_of_bin[bin] = lightest[i] * rounds + round;
-            lack[lightest[i]] -= cost[bin];
+            negative_cost[lightest[i]] -= cost[bin];
         }
     }
     return slot_of_bin;
 }
 
-// Bins stay on their rank, the costliest first.
-Ids line_up(const Amounts& cost, const Room& room) {
+// Keeps bins on their rank and orders each rank's bins, costliest first.
+Ids order_within_ranks(const Amounts& cost, const Room& room) {
     const int32_t rounds = static_cast<int32_t>(room.microbatches);
     Ids slot_of_bin(cost.size());
     for (int32_t first = 0; first < room.bins(); first += rounds) {
@@ -50,32 +50,32 @@ Ids line_up(const Amounts& cost, const Room& room) {
     return slot_of_bin;
 }
 
-void weigh(const Amounts& cost, const Ids& slot_of_bin, const Room& room, Balanced& found) {
+void compute_costs(const Amounts& cost, const Ids& slot_of_bin, const Room& room, Balanced& balanced) {
     Amounts by_slot(cost.size());
     for (size_t bin = 0; bin < cost.size(); ++bin) by_slot[slot_of_bin[bin]] = cost[bin];
     Amounts costliest(room.microbatches);
     for (auto own = by_slot.begin(); own != by_slot.end(); own += room.microbatches) {
         const auto end = own + room.microbatches;
         std::transform(own, end, costliest.begin(), costliest.begin(), [](int64_t a, int64_t b) { return std::max(a, b); });
-        found.slowest = std::max(found.slowest, std::accumulate(own, end, int64_t{0}));
+        balanced.slowest = std::max(balanced.slowest, std::accumulate(own, end, int64_t{0}));
     }
-    found.lockstep = std::accumulate(costliest.begin(), costliest.end(), int64_t{0});
-    found.total = std::accumulate(cost.begin(), cost.end(), int64_t{0});
+    balanced.lockstep = std::accumulate(costliest.begin(), costliest.end(), int64_t{0});
+    balanced.total = std::accumulate(cost.begin(), cost.end(), int64_t{0});
 }
 
 Balanced assign(const Packing& packing, Algorithm algorithm, const Room& room, int64_t cost_of_microbatch) {
     Amounts cost(packing.bins.size());
     std::transform(packing.bins.begin(), packing.bins.end(), cost.begin(), [&](const Bin& bin) { return bin.cost + cost_of_microbatch; });
-    const Ids slot_of_bin = packing.by_rank ? line_up(cost, room) : deal(cost, room);
-    Balanced found{algorithm, room.microbatches, Ids(packing.bin_of.size())};
-    weigh(cost, slot_of_bin, room, found);
-    std::transform(packing.bin_of.begin(), packing.bin_of.end(), found.slot_of.begin(), [&](int32_t bin) { return slot_of_bin[bin]; });
-    return found;
+    const Ids slot_of_bin = packing.by_rank ? order_within_ranks(cost, room) : assign_to_ranks(cost, room);
+    Balanced balanced{algorithm, room.microbatches, Ids(packing.bin_of.size())};
+    compute_costs(cost, slot_of_bin, room, balanced);
+    std::transform(packing.bin_of.begin(), packing.bin_of.end(), balanced.slot_of.begin(), [&](int32_t bin) { return slot_of_bin[bin]; });
+    return balanced;
 }
 
-// What is minimised: how long the step takes, then how long it would take with the other way to wait.
-std::pair<int64_t, int64_t> objective(const Balanced& found, Sync sync) {
-    return sync == Sync::microbatch ? std::pair(found.lockstep, found.slowest) : std::pair(found.slowest, found.lockstep);
+// The objective: the cost of the step with this synchronization, then that with the other one.
+std::pair<int64_t, int64_t> objective(const Balanced& balanced, Sync sync) {
+    return sync == Sync::microbatch ? std::pair(balanced.lockstep, balanced.slowest) : std::pair(balanced.slowest, balanced.lockstep);
 }
 
 int64_t ideal(const Sorted& units, const Room& room, const Limits& limits) {
@@ -88,37 +88,37 @@ int64_t tokens_to_place(const Sorted& units, int64_t capacity) {
     return tokens;
 }
 
-using Way = std::pair<Algorithm, Packing (*)(const Sorted&, const Room&)>;
+using Strategy = std::pair<Algorithm, Packing (*)(const Sorted&, const Room&)>;
 
-// Where less than one token in 500 is to spare, levelling costs will hardly succeed, so the tight way is tried first.
-std::array<Way, 4> ways(const Sorted& units, const Room& room) {
-    std::array<Way, 4> ways{{{Algorithm::level, pack_level},
-                             {Algorithm::skewed, pack_skewed},
-                             {Algorithm::by_rank, pack_by_rank},
-                             {Algorithm::tight, pack_tight}}};
+// The packings in the order to try. If less than 1/500 of all tokens is free, balancing costs rarely succeeds, so pack_tight comes first.
+std::array<Strategy, 4> strategies(const Sorted& units, const Room& room) {
+    std::array<Strategy, 4> order{{{Algorithm::level, pack_level},
+                                   {Algorithm::skewed, pack_skewed},
+                                   {Algorithm::by_rank, pack_by_rank},
+                                   {Algorithm::tight, pack_tight}}};
     const int64_t space = room.capacity * room.bins();
-    if (space - tokens_to_place(units, room.capacity) < space / 500) std::rotate(ways.begin(), ways.end() - 1, ways.end());
-    return ways;
+    if (space - tokens_to_place(units, room.capacity) < space / 500) std::rotate(order.begin(), order.end() - 1, order.end());
+    return order;
 }
 
-// The best of the four ways, or nothing and in `needed` how many bins would do for certain.
+// The best of the four packings. If none fits, returns nothing and sets `needed` to a number of bins that is sufficient.
 std::optional<Balanced> best_of(const Sorted& units, const Room& room, const Limits& limits, int64_t& needed) {
     const int64_t enough = ideal(units, room, limits) + ideal(units, room, limits) / 256;
     std::optional<Balanced> best;
-    for (const auto& [algorithm, pack] : ways(units, room)) {
+    for (const auto& [algorithm, pack] : strategies(units, room)) {
         const Packing packing = pack(units, room);
         if (!packing.ok) {
             needed = std::max(needed, static_cast<int64_t>(packing.bins.size()));
             continue;
         }
-        Balanced found = assign(packing, algorithm, room, limits.cost.microbatch);
-        if (!best || objective(found, limits.sync) < objective(*best, limits.sync)) best = std::move(found);
+        Balanced candidate = assign(packing, algorithm, room, limits.cost.microbatch);
+        if (!best || objective(candidate, limits.sync) < objective(*best, limits.sync)) best = std::move(candidate);
         if (objective(*best, limits.sync).first <= enough) break;
     }
     return best;
 }
 
-// Bins that are needed at least: no two units of more than half a bin share one, and none holds more than the capacity.
+// A lower bound on the bins needed: no two units of more than half a bin share one, and no bin exceeds the capacity.
 int64_t least_bins(const Sorted& units, int64_t capacity) {
     const int64_t filled = (tokens_to_place(units, capacity) + capacity - 1) / capacity;
     const int64_t alone = std::count_if(units.tokens.begin(), units.tokens.end(), [&](int64_t tokens) { return tokens > capacity / 2; });
@@ -139,9 +139,9 @@ Balanced balance(const Sorted& units, const Limits& limits) {
     std::optional<Balanced> best;
     for (int64_t needed = 0;; room = room_for(std::max<int64_t>(needed, room.bins() + 1))) {
         if (best && objective(*best, limits.sync).first <= ideal(units, room, limits)) return *best;
-        std::optional<Balanced> found = best_of(units, room, limits, needed);
-        if (best && (!found || objective(*found, limits.sync) >= objective(*best, limits.sync))) return *best;
-        if (found) best = std::move(found);
+        std::optional<Balanced> next = best_of(units, room, limits, needed);
+        if (best && (!next || objective(*next, limits.sync) >= objective(*best, limits.sync))) return *best;
+        if (next) best = std::move(next);
         if (best && limits.cost.microbatch == 0) return *best;
     }
 }

@@ -1,4 +1,4 @@
-// Bins onto ranks, and the choice among the ways to fill them.
+// Chooses the packing of one optimizer step, and assigns its bins to ranks.
 #pragma once
 
 #include "pack.h"
@@ -12,14 +12,14 @@ enum class Algorithm : int8_t { none, level, skewed, by_rank, tight };
 struct Balanced {
     Algorithm algorithm = Algorithm::none;
     int64_t microbatches = 0;
-    Ids slot_of;            // [U] by place in the sorted order
-    int64_t lockstep = 0;   // cost when ranks wait for each other after every microbatch: the sum over them of the costliest rank
-    int64_t slowest = 0;    // cost when they wait once: that of the costliest rank
+    Ids slot_of;            // [U], indexed by position in the sorted order
+    int64_t lockstep = 0;   // cost if ranks synchronize after every microbatch: the sum over microbatches of the costliest rank's
+    int64_t slowest = 0;    // cost if they synchronize once: that of the costliest rank
     int64_t total = 0;      // of all ranks
 };
 
-// The fewest microbatches that hold the units, or more where that costs less (which only cost.microbatch > 0 can tell), each rank as many.
-// The ways of pack.h are tried in turn until one is within 1/256 of the ideal, total / ranks; the best is taken.
+// Uses the fewest microbatches that hold the units, or more if that costs less (only possible with cost.microbatch > 0); every rank has the
+// same number. Tries the packings of pack.h until one is within 1/256 of the ideal, total / ranks, and takes the best.
 Balanced balance(const Sorted& units, const Limits& limits);
 
 }  // namespace trivet

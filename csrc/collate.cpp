@@ -10,14 +10,14 @@
 namespace trivet {
 namespace {
 
-// Positions are copied from here, which is faster than counting: the table stays in the cache, and a copy need not read what it overwrites.
+// The source that positions are copied from. Copying is faster than counting: the table stays in cache.
 std::vector<int32_t> count_from_0(int64_t count) {
     std::vector<int32_t> numbers(count);
     std::iota(numbers.begin(), numbers.end(), 0);
     return numbers;
 }
 
-// Calls visit(place, start, length) for each sequence of a microbatch and visit(-1, start, length) for each stretch of padding.
+// Calls visit(place, start, length) for each sequence of a microbatch and visit(-1, start, length) for each run of padding.
 template <typename Visit>
 void walk(const Share& share, int64_t microbatch, Visit visit) {
     int64_t start = 0;
@@ -29,22 +29,22 @@ void walk(const Share& share, int64_t microbatch, Visit visit) {
         const int64_t length = share.lengths[share.order[place]], padded = start + round_up(length, share.seq_multiple);
         visit(place, start, length);
         start += length;
-        // The last sequence's padding and the microbatch's are one stretch.
+        // The padding of the last sequence and of the microbatch is one run.
         if (place + 1 < share.offsets[microbatch + 1]) pad_to(padded);
     }
     pad_to(share.totals[microbatch]);
 }
 
-// Asks for the head of a row, as sequences lie where no hardware prefetcher would look; it follows by itself from there on.
-void fetch(const void* row, int64_t bytes) {
+// Prefetches the start of a row. Sequences are scattered in memory, so the hardware prefetcher only works from then on.
+void prefetch(const void* row, int64_t bytes) {
     constexpr int64_t LINE = 64, HEAD = 16 * LINE;
     for (int64_t at = 0; at < std::min(bytes, HEAD); at += LINE) __builtin_prefetch(static_cast<const char*>(row) + at);
 }
 
-void fetch_sequence(const Batch& batch, int64_t place, int64_t length) {
-    fetch(batch.tokens[place], length * static_cast<int64_t>(sizeof(int32_t)));
-    fetch(batch.mask[place], length);
-    for (const Values& values : batch.values) fetch(values.of[place], values.per_token ? length * static_cast<int64_t>(sizeof(float)) : 1);
+void prefetch_sequence(const Batch& batch, int64_t place, int64_t length) {
+    prefetch(batch.tokens[place], length * static_cast<int64_t>(sizeof(int32_t)));
+    prefetch(batch.mask[place], length);
+    for (const Values& values : batch.values) prefetch(values.of[place], values.per_token ? length * static_cast<int64_t>(sizeof(float)) : 1);
 }
 
 void write_sequence(const Batch& batch, const std::vector<int32_t>& numbers, int64_t place, int64_t start, int64_t length) {
@@ -52,8 +52,8 @@ void write_sequence(const Batch& batch, const std::vector<int32_t>& numbers, int
     std::memcpy(batch.tokens_out + start, batch.tokens[place], bytes);
     std::memcpy(batch.targets_out + start, batch.tokens[place] + 1, bytes);
     std::memcpy(batch.positions_out + start, numbers.data(), bytes);
-    // A torch bool other than 0 or 1 is undefined, and a caller's mask may hold any byte.
-    std::transform(batch.mask[place], batch.mask[place] + length, batch.mask_out + start, [](uint8_t counts) { return counts != 0; });
+    // A torch bool must be 0 or 1, but a caller's mask may hold any byte.
+    std::transform(batch.mask[place], batch.mask[place] + length, batch.mask_out + start, [](uint8_t flag) { return flag != 0; });
     for (const Values& values : batch.values) {
         if (values.per_token) {
             std::memcpy(values.out + start, values.of[place], bytes);
@@ -71,12 +71,12 @@ void write_padding(const Batch& batch, const std::vector<int32_t>& numbers, int6
     for (const Values& values : batch.values) std::fill_n(values.out + start, length, 0.0f);
 }
 
-// Where microbatches begin in the output, cut so that each of `parts` has about as many tokens.
-std::vector<int64_t> cut(const std::vector<int64_t>& starts, int64_t parts) {
+// Splits the microbatches, which start at `starts`, into `parts` ranges with about equally many tokens.
+std::vector<int64_t> split_evenly(const std::vector<int64_t>& starts, int64_t parts) {
     std::vector<int64_t> bounds;
     for (int64_t part = 0; part <= parts; ++part) {
-        const auto found = std::lower_bound(starts.begin(), starts.end(), starts.back() / parts * part + starts.back() % parts * part / parts);
-        bounds.push_back(found - starts.begin());
+        const auto bound = std::lower_bound(starts.begin(), starts.end(), starts.back() / parts * part + starts.back() % parts * part / parts);
+        bounds.push_back(bound - starts.begin());
     }
     return bounds;
 }
@@ -92,12 +92,12 @@ void collate(const Share& share, const Batch& batch, int64_t threads) {
         for (int64_t microbatch = first; microbatch < last; ++microbatch) {
             walk(share, microbatch, [&](int64_t place, int64_t start, int64_t length) {
                 if (place < 0) return write_padding(batch, numbers, starts[microbatch] + start, length);
-                if (place + 1 < share.sequences()) fetch_sequence(batch, place + 1, share.lengths[share.order[place + 1]]);
+                if (place + 1 < share.sequences()) prefetch_sequence(batch, place + 1, share.lengths[share.order[place + 1]]);
                 write_sequence(batch, numbers, place, starts[microbatch] + start, length);
             });
         }
     };
-    const std::vector<int64_t> bounds = cut(starts, std::max<int64_t>(threads, 1));
+    const std::vector<int64_t> bounds = split_evenly(starts, std::max<int64_t>(threads, 1));
     std::vector<std::future<void>> others;
     for (size_t part = 1; part + 1 < bounds.size(); ++part) {
         others.push_back(std::async(std::launch::async, write, bounds[part], bounds[part + 1]));
@@ -107,18 +107,18 @@ void collate(const Share& share, const Batch& batch, int64_t threads) {
 }
 
 Segments segments(const Share& share) {
-    Segments found;
-    found.cu_seqlens.reserve(share.sequences() + 2 * share.microbatches);
+    Segments result;
+    result.cu_seqlens.reserve(share.sequences() + 2 * share.microbatches);
     for (int64_t microbatch = 0; microbatch < share.microbatches; ++microbatch) {
-        const size_t before = found.index.size();
-        found.cu_seqlens.push_back(0);
+        const size_t before = result.index.size();
+        result.cu_seqlens.push_back(0);
         walk(share, microbatch, [&](int64_t place, int64_t start, int64_t length) {
-            found.cu_seqlens.push_back(static_cast<int32_t>(start + length));
-            found.index.push_back(place < 0 ? -1 : share.order[place]);
+            result.cu_seqlens.push_back(static_cast<int32_t>(start + length));
+            result.index.push_back(place < 0 ? -1 : share.order[place]);
         });
-        found.count.push_back(static_cast<int64_t>(found.index.size() - before));
+        result.count.push_back(static_cast<int64_t>(result.index.size() - before));
     }
-    return found;
+    return result;
 }
 
 }  // namespace trivet

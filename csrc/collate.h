@@ -1,4 +1,4 @@
-// The share of one rank as tensors: one pass from where sequences lie to where microbatches lie.
+// Builds the tensors of one rank's microbatches, in one pass over its sequences.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace trivet {
 
-// Which sequences, by microbatch: those of microbatch j are order[offsets[j] : offsets[j + 1]].
+// The sequences of one rank: microbatch j has order[offsets[j] : offsets[j + 1]].
 struct Share {
     const int32_t* order;    // sequence ids
     const int64_t* offsets;  // [microbatches + 1], the first is 0
@@ -18,14 +18,14 @@ struct Share {
     int64_t sequences() const { return offsets[microbatches]; }
 };
 
-// A float of each token, or one of each sequence that all its tokens get.
+// A float field: one value per token, or one per sequence that is repeated for all its tokens.
 struct Values {
-    std::vector<const float*> of;  // by place in the share
+    std::vector<const float*> of;  // by position in Share::order
     bool per_token;
     float* out;
 };
 
-// Where the tensors of all microbatches lie, end to end, and by place in the share where they come from.
+// Pointers to the outputs (all microbatches concatenated) and to the inputs (by position in Share::order).
 struct Batch {
     std::vector<const int32_t*> tokens;  // L + 1 ids each
     std::vector<const uint8_t*> mask;    // L each
@@ -34,15 +34,15 @@ struct Batch {
     uint8_t* mask_out;  // 0 or 1
 };
 
-// How attention sees a microbatch: its sequences, and each stretch of padding as a sequence of its own.
+// Segments for attention: the sequences of a microbatch, with each run of padding as a sequence of its own.
 struct Segments {
-    std::vector<int32_t> cu_seqlens;  // microbatch after microbatch, one more than segments each
-    std::vector<int32_t> index;       // the sequence's id, -1 for padding
+    std::vector<int32_t> cu_seqlens;  // concatenated over microbatches; one more entry than segments for each
+    std::vector<int32_t> index;       // sequence id, -1 for padding
     std::vector<int64_t> count;       // segments of each microbatch
 };
 
-// Writes every tensor; padding is token 0, target 0, positions from 0, mask 0, value 0. `threads` at most; each writes whole
-// microbatches, so what is written does not depend on how many they are.
+// Writes all tensors. Padding has token 0, target 0, positions from 0, mask 0 and value 0. Uses at most `threads` threads, each of which
+// writes whole microbatches, so the result does not depend on their number.
 void collate(const Share& share, const Batch& batch, int64_t threads);
 
 Segments segments(const Share& share);

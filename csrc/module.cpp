@@ -1,4 +1,4 @@
-// engine._C: numpy arrays in, numpy arrays out. The GIL is released around the work, never around a Python object.
+// engine._C: takes and returns numpy arrays. The GIL is released during computation, but never while Python objects are accessed.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -22,9 +22,9 @@ namespace {
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
-using Numbers = std::optional<Array<int64_t>>;  // one for each sequence, or none
+using Numbers = std::optional<Array<int64_t>>;  // one per sequence, or None
 
-// The vector's own memory as an array.
+// A numpy array that owns the vector's memory; no copy.
 template <typename T>
 Array<T> to_numpy(std::vector<T>&& values) {
     auto owned = std::make_unique<std::vector<T>>(std::move(values));
@@ -63,37 +63,38 @@ py::dict plan(const Array<int64_t>& lengths, const Numbers& group_ids, const Num
                                 microbatch_multiple,
                                 sync == "step" ? trivet::Sync::step : trivet::Sync::microbatch,
                                 oversize_of(on_oversize)};
-    trivet::Plan found;
+    trivet::Plan planned;
     {
         py::gil_scoped_release release;
-        found = trivet::plan(sequences, limits);
+        planned = trivet::plan(sequences, limits);
     }
     py::dict result;
-    result["microbatches"] = found.microbatches;
-    result["order"] = to_numpy(std::move(found.order));
-    result["offsets"] = to_numpy(std::move(found.offsets));
-    result["inverse"] = to_numpy(std::move(found.inverse));
-    result["cu_seqlens"] = to_numpy(std::move(found.cu_seqlens));
-    result["cu_seqlens_padded"] = to_numpy(std::move(found.cu_seqlens_padded));
-    result["totals"] = to_numpy(std::move(found.totals));
-    result["step_ids"] = to_numpy(std::move(found.step_ids));
-    result["step_offsets"] = to_numpy(std::move(found.step_offsets));
-    result["oversize"] = to_numpy(std::move(found.oversize));
-    result["trained_tokens"] = to_numpy(std::move(found.denominators.tokens));
-    result["trained_sequences"] = to_numpy(std::move(found.denominators.sequences));
-    result["trained_groups"] = to_numpy(std::move(found.denominators.groups));
-    result["algorithms"] = names_of(found.algorithms);
-    result["fill"] = found.fill;
-    result["imbalance"] = found.imbalance;
-    result["lockstep"] = found.lockstep;
+    result["microbatches"] = planned.microbatches;
+    result["order"] = to_numpy(std::move(planned.order));
+    result["offsets"] = to_numpy(std::move(planned.offsets));
+    result["inverse"] = to_numpy(std::move(planned.inverse));
+    result["cu_seqlens"] = to_numpy(std::move(planned.cu_seqlens));
+    result["cu_seqlens_padded"] = to_numpy(std::move(planned.cu_seqlens_padded));
+    result["totals"] = to_numpy(std::move(planned.totals));
+    result["step_ids"] = to_numpy(std::move(planned.step_ids));
+    result["step_offsets"] = to_numpy(std::move(planned.step_offsets));
+    result["oversize"] = to_numpy(std::move(planned.oversize));
+    result["trained_tokens"] = to_numpy(std::move(planned.denominators.tokens));
+    result["trained_sequences"] = to_numpy(std::move(planned.denominators.sequences));
+    result["trained_groups"] = to_numpy(std::move(planned.denominators.groups));
+    result["algorithms"] = names_of(planned.algorithms);
+    result["fill"] = planned.fill;
+    result["imbalance"] = planned.imbalance;
+    result["lockstep"] = planned.lockstep;
     return result;
 }
 
-// Rows of a field: flat, or an array for each sequence of the share.
+// Rows of a field: one flat array, or one array per sequence of the share.
 template <typename T>
 using Rows = std::variant<Array<T>, std::vector<Array<T>>>;
 
-// Where each sequence of the share has its row of length(id) + extra entries. In a flat field, row i starts at starts[i] + i * extra.
+// Pointers to the row of each sequence of the share, which has length(id) + extra entries. In a flat field, row i starts at
+// starts[i] + i * extra.
 template <typename T>
 std::vector<const T*> row_pointers(const char* name, const Rows<T>& rows, const trivet::Share& share, const int64_t* starts, int64_t extra) {
     std::vector<const T*> pointers(share.sequences());
@@ -102,13 +103,13 @@ std::vector<const T*> row_pointers(const char* name, const Rows<T>& rows, const 
         throw std::invalid_argument(std::string(name) + " must have an array for each sequence of the share, or be flat with starts");
     }
     for (int64_t place = 0; place < share.sequences(); ++place) {
-        const int64_t id = share.order[place], wanted = share.lengths[id] + extra;
+        const int64_t id = share.order[place], expected = share.lengths[id] + extra;
         const Array<T>& array = arrays != nullptr ? (*arrays)[place] : std::get<Array<T>>(rows);
         const int64_t start = arrays != nullptr ? 0 : starts[id] + id * extra;
-        const bool fits = arrays != nullptr ? array.size() == wanted : start >= 0 && start <= array.size() - wanted;
+        const bool fits = arrays != nullptr ? array.size() == expected : start >= 0 && start <= array.size() - expected;
         if (!fits) {
             throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.size()) + " entries, too few or too many for the " +
-                                        std::to_string(wanted) + " of sequence " + std::to_string(id));
+                                        std::to_string(expected) + " of sequence " + std::to_string(id));
         }
         pointers[place] = array.data() + start;
     }
@@ -121,7 +122,7 @@ T* output(const char* name, Array<T>& array, int64_t size) {
     return array.mutable_data();
 }
 
-// A field of floats: (where they come from, one for each token rather than each sequence, where they go).
+// A float field: (input, whether it has one value per token rather than per sequence, output).
 using Field = std::tuple<Rows<float>, bool, Array<float>>;
 
 trivet::Values values_of(Field& field, const trivet::Share& share, const int64_t* starts, int64_t size) {
@@ -194,7 +195,7 @@ struct ReadInt {
     }
 };
 
-// Nearly all flags are one of four objects; told apart without a branch, which random flags would mislead.
+// Nearly all flags are one of four objects. They are compared without branches, which random flags would mispredict.
 struct ReadFlag {
     using Number = uint8_t;
     py::int_ zero{0}, one{1};
@@ -218,7 +219,7 @@ struct ReadFloat {
     }
 };
 
-// Lists of numbers end to end, and where each begins.
+// Returns (the concatenated lists, the offset of each list).
 template <typename Read>
 py::tuple flatten(const std::vector<py::list>& rows) {
     Array<int64_t> offsets(static_cast<py::ssize_t>(rows.size()) + 1);
@@ -231,7 +232,7 @@ py::tuple flatten(const std::vector<py::list>& rows) {
     for (size_t i = 0; i < rows.size(); ++i) {
         PyObject* const row = rows[i].ptr();
         const Py_ssize_t size = bounds[i + 1] - bounds[i];
-        // Reading an item may run Python code that shortens its list.
+        // Converting an item may run Python code that shortens its list.
         for (Py_ssize_t k = 0; k < size && k < PyList_GET_SIZE(row); ++k) *out++ = read(PyList_GET_ITEM(row, k));
         if (PyList_GET_SIZE(row) < size) throw std::invalid_argument("a list became shorter while it was read");
     }
@@ -241,7 +242,7 @@ py::tuple flatten(const std::vector<py::list>& rows) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Plans microbatches (plan.h) and lays them out in memory (collate.h); engine/batching/plan.py is the way in.";
+    module.doc() = "Plans microbatches (plan.h) and builds their tensors (collate.h); use it through engine/batching/plan.py.";
     module.def("plan", &plan, py::arg("lengths"), py::arg("group_ids"), py::arg("step_ids"), py::arg("trained"), py::arg("ranks"),
                py::arg("token_budget"), py::arg("cost"), py::arg("seq_multiple"), py::arg("total_multiple"), py::arg("microbatch_multiple"),
                py::arg("sync"), py::arg("on_oversize"));

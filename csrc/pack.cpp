@@ -15,14 +15,14 @@ Ids range(int32_t first, int32_t last) {
 
 std::vector<Bin> empty_bins(int64_t count, int64_t capacity) { return std::vector<Bin>(count, Bin{0, capacity, -1}); }
 
-// What is too long for every bin, and so has one of its own, leaves a room of -1.
+// A unit that is longer than the capacity gets a bin of its own, with a room of -1.
 void add(Bin& bin, const Sorted& units, int32_t unit) {
     bin.cost += units.cost[unit];
     bin.room = std::max<int64_t>(bin.room - units.tokens[unit], -1);
 }
 
-// Levels `items` over bins [first, last), which are empty. Bins without room for an item wait until the items are small enough for them:
-// as items come longest first, a bin waits at most once for each item it takes.
+// Distributes `items` over the empty bins [first, last). Bins without room for an item are set aside until items are small enough: items come
+// longest first, so a bin is set aside at most once per item that it takes.
 bool level(const Sorted& units, const Ids& items, int32_t first, int32_t last, Packing& packing) {
     std::vector<Bin>& bins = packing.bins;
     const auto put = [&](int32_t unit, int32_t bin) {
@@ -50,7 +50,7 @@ bool level(const Sorted& units, const Ids& items, int32_t first, int32_t last, P
     return true;
 }
 
-// How many of the first steps must be heavier than the mean because of units that are.
+// How many microbatches must cost more than the mean, because single units do.
 int32_t heavy_steps(const Sorted& units, const Room& room) {
     int64_t rest = units.total_cost;
     int32_t steps = 0;
@@ -63,8 +63,8 @@ int32_t heavy_steps(const Sorted& units, const Room& room) {
     return steps;
 }
 
-// Fills the seeded bins [0, seeds) from `units` in order, each up to the cost of the heaviest of its step; returns what is left.
-// A bin's room is for once the smaller of its tokens and of what its cost still allows.
+// Fills the seeded bins [0, seeds) from `units` in order, each up to the cost of the heaviest bin of its microbatch. Returns the remaining
+// units. Here a bin's room is the smaller of its free tokens and of the tokens that its cost limit allows.
 Ids fill_seeded(const Sorted& units, const Room& room, int32_t seeds, Packing& packing) {
     std::vector<Bin> bins(packing.bins.begin(), packing.bins.begin() + seeds);
     Tightest queue(bins.data(), room.capacity);
@@ -89,9 +89,9 @@ Ids fill_seeded(const Sorted& units, const Room& room, int32_t seeds, Packing& p
     return rest;
 }
 
-// Best fit decreasing; opens bins as it needs them.
+// Best fit decreasing; adds bins as needed.
 void fit_best(const Sorted& units, int64_t capacity, Packing& packing) {
-    packing.bins.reserve(units.size());  // the queue holds on to them
+    packing.bins.reserve(units.size());  // the queue keeps pointers to them
     Tightest queue(packing.bins.data(), capacity);
     for (int32_t unit = 0; unit < units.size(); ++unit) {
         int32_t bin = queue.take(units.tokens[unit]);
@@ -112,11 +112,11 @@ std::vector<Ids> contents(const Ids& bin_of, size_t count) {
     return held;
 }
 
-// Cuts the costliest bin that holds two units or more, until there are `wanted` or nothing is left to cut.
+// Splits the costliest bin with at least two units, until there are room.bins() bins or none can be split.
 void split_costliest(const Sorted& units, const Room& room, Packing& packing) {
     std::vector<Bin>& bins = packing.bins;
     std::vector<Ids> held = contents(packing.bin_of, bins.size());
-    std::priority_queue<std::pair<int64_t, int32_t>> costliest;  // (cost, -bin): of equals the lower bin
+    std::priority_queue<std::pair<int64_t, int32_t>> costliest;  // (cost, -bin): ties go to the lower bin
     const auto offer = [&](int32_t bin) {
         if (held[bin].size() > 1) costliest.emplace(bins[bin].cost, -bin);
     };
@@ -129,7 +129,7 @@ void split_costliest(const Sorted& units, const Room& room, Packing& packing) {
         held.emplace_back();
         bins[left] = Bin{0, room.capacity, -1};
         bins.push_back(bins[left]);
-        for (const int32_t unit : whole) {  // the longest first, each to the cheaper half; the first of two without cost to the right
+        for (const int32_t unit : whole) {  // longest first, each to the cheaper half
             const bool to_left = held[left].empty() || (!held[right].empty() && bins[left].cost <= bins[right].cost);
             const int32_t bin = to_left ? left : right;
             held[bin].push_back(unit);

@@ -1,4 +1,4 @@
-// Units into bins: four ways to fill as many bins as there are microbatches.
+// Packs units into bins, one bin per microbatch, with one of four algorithms.
 #pragma once
 
 #include "queues.h"
@@ -6,34 +6,34 @@
 
 namespace trivet {
 
-// Which bin each unit goes to, by its place in the sorted order.
+// The bin of each unit, indexed by position in the sorted order.
 struct Packing {
     Ids bin_of;              // [U]
     std::vector<Bin> bins;   // [ranks * M]
-    bool by_rank = false;    // bins r * M ... r * M + M - 1 are of rank r; otherwise any bin may go to any rank
-    bool ok = true;          // false: it did not fit, and nothing else here means anything
+    bool by_rank = false;    // bins r * M ... r * M + M - 1 belong to rank r; otherwise bins may be assigned to any rank
+    bool ok = true;          // false: the units did not fit, and the other fields are undefined
 };
 
-// `capacity` tokens fit a bin, `ranks` * `microbatches` bins are to be filled.
+// `ranks` * `microbatches` bins of `capacity` tokens each.
 struct Room {
     int64_t capacity;
     int64_t ranks, microbatches;
-    int64_t cost_per_token;  // no unit costs more than this a token
+    int64_t cost_per_token;  // the highest cost per token of any unit
     int32_t bins() const { return static_cast<int32_t>(ranks * microbatches); }
 };
 
-// Longest processing time first (Graham 1969) with a cap: each unit to the cheapest bin, to within 1/1024, that has room.
+// Longest processing time first (Graham 1969) with a capacity: each unit goes to the cheapest bin with room, to within 1/1024.
 Packing pack_level(const Sorted& units, const Room& room);
 
-// For units that cost more than a bin should: the longest seed the bins of the first steps, which are then filled up to the cost of their
-// heaviest, best fit first; the rest is levelled over the other steps. `ok` is false where no unit is that costly.
+// For units that cost more than the mean bin. The longest units seed the bins of the first microbatches, which are then filled, best fit, up
+// to the cost of their heaviest; pack_level distributes the rest over the other microbatches. `ok` is false if no unit is that costly.
 Packing pack_skewed(const Sorted& units, const Room& room);
 
-// The units are levelled over ranks, then over the microbatches of each.
+// pack_level over ranks, then over the microbatches of each rank.
 Packing pack_by_rank(const Sorted& units, const Room& room);
 
-// Best fit decreasing into as few bins as it finds; then the costliest is cut in two until there are enough. When there are too many, `ok`
-// is false and `bins` has as many as were needed.
+// Best fit decreasing, then splits the costliest bin in two until there are enough bins. If best fit needs too many bins, `ok` is false and
+// `bins` has as many as it needed.
 Packing pack_tight(const Sorted& units, const Room& room);
 
 }  // namespace trivet

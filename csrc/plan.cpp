@@ -6,7 +6,7 @@
 namespace trivet {
 namespace {
 
-// The slot of each unit in the whole plan, -1 for those dropped.
+// The slot of each unit in the whole plan, -1 if it was dropped.
 Ids slots_of_units(const Units& units, const std::vector<Sorted>& steps, const std::vector<Balanced>& balanced, const Plan& plan) {
     Ids slot_of(units.size(), -1);
     for (size_t step = 0; step < steps.size(); ++step) {
@@ -27,7 +27,7 @@ void count_sequences(const Units& units, const Ids& slot_of, Amounts& offsets) {
     std::partial_sum(offsets.begin(), offsets.end(), offsets.begin());
 }
 
-// Within a microbatch sequences keep the order of their ids, except that a group stays in one piece.
+// Within a microbatch sequences are ordered by id, but the sequences of a group stay adjacent.
 void lay_out(const Units& units, const Ids& slot_of, const Sequences& sequences, const Limits& limits, Plan& plan) {
     const int64_t slots = limits.ranks * plan.microbatches;
     plan.offsets.assign(slots + 1, 0);
@@ -51,7 +51,7 @@ void lay_out(const Units& units, const Ids& slot_of, const Sequences& sequences,
     }
 }
 
-void total_up(const Limits& limits, Plan& plan) {
+void compute_totals(const Limits& limits, Plan& plan) {
     const int64_t slots = limits.ranks * plan.microbatches;
     plan.totals.resize(slots);
     int64_t real = 0;
@@ -86,7 +86,7 @@ Denominators count_trained(const Units& units, const Ids& slot_of, const Sequenc
     return counts;
 }
 
-void rate(const std::vector<Balanced>& balanced, const Limits& limits, Plan& plan) {
+void compute_ratios(const std::vector<Balanced>& balanced, const Limits& limits, Plan& plan) {
     int64_t lockstep = 0, slowest = 0, total = 0;
     for (const Balanced& step : balanced) {
         lockstep += step.lockstep;
@@ -115,9 +115,9 @@ Plan plan(const Sequences& sequences, const Limits& limits) {
     plan.microbatches = plan.step_offsets.back();
     const Ids slot_of = slots_of_units(units, steps, balanced, plan);
     lay_out(units, slot_of, sequences, limits, plan);
-    total_up(limits, plan);
+    compute_totals(limits, plan);
     plan.denominators = count_trained(units, slot_of, sequences, plan);
-    rate(balanced, limits, plan);
+    compute_ratios(balanced, limits, plan);
     plan.oversize = std::move(units.oversize);
     return plan;
 }

@@ -1,4 +1,4 @@
-// The two priority queues that make packing linear in practice: bins by how little they cost, bins by how little room is left.
+// Two bucket queues that make packing linear in practice: the cheapest bin, and the bin with the least room.
 #pragma once
 
 #include <algorithm>
@@ -11,11 +11,11 @@ namespace trivet {
 
 struct Bin {
     int64_t cost = 0;
-    int64_t room = 0;   // tokens it can still take; -1: nothing, not even a sequence without tokens
-    int32_t next = -1;  // within a queue
+    int64_t room = 0;   // tokens that still fit; -1: nothing fits, not even an empty sequence
+    int32_t next = -1;  // next bin on the same shelf
 };
 
-// A set of integers below 64^3 that finds its lowest member from some number on with three words.
+// A set of integers below 64^3. Finds the lowest member that is at least i by reading at most three words.
 class BitTree {
   public:
     static constexpr int64_t SIZE = 64 * 64 * 64;
@@ -34,7 +34,7 @@ class BitTree {
         root_ &= ~bit(i >> 12);
     }
 
-    // The lowest member that is at least `i`; -1 when there is none.
+    // The lowest member that is at least `i`; -1 if there is none.
     int64_t lowest_from(int64_t i) const {
         if (i >= static_cast<int64_t>(leaves_.size()) * 64) return -1;
         if (const uint64_t here = leaves_[i >> 6] & from(i)) return (i & ~63) + __builtin_ctzll(here);
@@ -56,7 +56,7 @@ class BitTree {
     uint64_t root_ = 0;
 };
 
-// Bins in linked lists by a number below `size`, found from the lowest number on. The last bin in is the first out.
+// Bins in `size` linked lists (shelves). The lowest non-empty shelf is found first; within a shelf, last in, first out.
 class Shelves {
   public:
     Shelves(Bin* bins, int64_t size) : bins_(bins), top_(size, -1), taken_(size) {}
@@ -67,7 +67,7 @@ class Shelves {
         taken_.insert(shelf);
     }
 
-    // Takes a bin off the lowest shelf from `shelf` on; -1 when all are empty.
+    // Removes a bin from the lowest non-empty shelf that is at least `shelf`; -1 if all are empty.
     int32_t take_from(int64_t shelf) {
         const int64_t lowest = taken_.lowest_from(shelf);
         if (lowest < 0) return -1;
@@ -88,7 +88,7 @@ inline int shift_below(int64_t value, int64_t limit) {
     return shift;
 }
 
-// Bins by cost, to within 1/1024 of the cost that is expected of them.
+// Bins ordered by cost, to within 1/1024 of their expected cost.
 class Cheapest {
   public:
     Cheapest(Bin* bins, int64_t expected_cost) : bins_(bins), shift_(shift_below(expected_cost, SIZE)), shelves_(bins, SIZE) {}
@@ -103,7 +103,7 @@ class Cheapest {
     Shelves shelves_;
 };
 
-// Bins by room, to the token while the capacity is below 2^18 and to within 2^-17 of it beyond.
+// Bins ordered by room: exactly if the capacity is below 2^18, else to within 2^-17 of it.
 class Tightest {
   public:
     Tightest(Bin* bins, int64_t capacity) : bins_(bins), shift_(shift_below(capacity, BitTree::SIZE)), shelves_(bins, (capacity >> shift_) + 1) {}
@@ -112,7 +112,7 @@ class Tightest {
         if (bins_[bin].room >= 0) shelves_.put(bins_[bin].room >> shift_, bin);
     }
 
-    // A bin that has `tokens` left and little more; -1 when there is none.
+    // Removes the bin with the least room of at least `tokens`; -1 if there is none.
     int32_t take(int64_t tokens) { return shelves_.take_from((tokens + (int64_t{1} << shift_) - 1) >> shift_); }
 
   private:

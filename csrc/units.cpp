@@ -32,7 +32,7 @@ void check_lengths(const Sequences& sequences) {
     throw std::invalid_argument("sequence " + text(wrong - sequences.lengths) + " has length " + text(*wrong) + "; a length is " + limit);
 }
 
-// Below 2^62 the sum of all costs, and whatever is compared with it, fits int64; 128 bits find out.
+// If the sum of all costs is below 2^62, it and all values compared with it fit in int64. Computed with 128 bits.
 void check_costs(const Sequences& sequences, const Limits& limits) {
     constexpr __int128 MOST = static_cast<__int128>(1) << 62;
     __int128 tokens = 0, squares = 0;
@@ -42,7 +42,7 @@ void check_costs(const Sequences& sequences, const Limits& limits) {
         squares += static_cast<__int128>(padded) * padded;
     }
     const Cost& cost = limits.cost;
-    const __int128 slots = static_cast<__int128>(sequences.count + 1) * (limits.ranks * limits.microbatch_multiple + 1);  // no plan has more
+    const __int128 slots = static_cast<__int128>(sequences.count + 1) * (limits.ranks * limits.microbatch_multiple + 1);  // an upper bound for any plan
     // tokens < 2^62 and squares < 2^93, so only the products can overflow; quotients cannot.
     const bool fits = (cost.token == 0 || tokens <= MOST / cost.token) && (cost.square == 0 || squares <= MOST / cost.square) &&
                       (cost.microbatch == 0 || slots <= MOST / cost.microbatch) &&
@@ -75,7 +75,7 @@ Ids number_units(const Sequences& sequences) {
 
 int64_t cost_of(int64_t padded, const Cost& cost) { return (cost.token + cost.square * padded) * padded; }
 
-Units every_sequence(const Sequences& sequences, const Limits& limits) {
+Units units_of_sequences(const Sequences& sequences, const Limits& limits) {
     Units units{Amounts(sequences.count), Amounts(sequences.count), count_up(sequences.count + 1), count_up(sequences.count), {}, {}};
     for (int64_t i = 0; i < sequences.count; ++i) {
         units.tokens[i] = limits.padded(sequences.lengths[i]);
@@ -84,7 +84,7 @@ Units every_sequence(const Sequences& sequences, const Limits& limits) {
     return units;
 }
 
-Units every_group(const Sequences& sequences, const Limits& limits) {
+Units units_of_groups(const Sequences& sequences, const Limits& limits) {
     const Ids unit_of = number_units(sequences);
     const int32_t size = sequences.count == 0 ? 0 : *std::max_element(unit_of.begin(), unit_of.end()) + 1;
     Units units{Amounts(size), Amounts(size), Ids(size + 1), Ids(sequences.count), {}, {}};
@@ -120,7 +120,7 @@ std::string describe(const Units& units, int32_t unit, const Sequences& sequence
     return "group " + text(sequences.groups[leader]) + " (" + text(size) + " sequences, the first is " + text(leader) + ")";
 }
 
-void judge_oversize(Units& units, const Sequences& sequences, const Limits& limits) {
+void handle_oversize(Units& units, const Sequences& sequences, const Limits& limits) {
     for (int32_t u = 0; u < units.size(); ++u) {
         if (units.tokens[u] <= limits.capacity()) continue;
         if (limits.on_oversize == Oversize::error) throw_too_long(describe(units, u, sequences), units.tokens[u], limits);
@@ -134,7 +134,7 @@ void judge_oversize(Units& units, const Sequences& sequences, const Limits& limi
     std::sort(units.oversize.begin(), units.oversize.end());
 }
 
-// Sorts `units` by tokens from `longest` down, equal ones as they come: radix sort, one pass while longest < 2^14.
+// Stable sort of `units` by tokens, descending from `longest`: radix sort, one pass if longest < 2^14.
 void sort_longest_first(Ids& units, const Amounts& tokens, int64_t longest) {
     constexpr int BITS = 14;
     Ids other(units.size());
@@ -148,7 +148,7 @@ void sort_longest_first(Ids& units, const Amounts& tokens, int64_t longest) {
     }
 }
 
-// All units that are kept, longest first.
+// All units that are not dropped, longest first.
 Ids longest_first(const Units& units) {
     Ids kept = count_up(units.size());
     const auto is_dropped = [&](int32_t unit) { return std::binary_search(units.dropped.begin(), units.dropped.end(), unit); };
@@ -159,7 +159,7 @@ Ids longest_first(const Units& units) {
     return kept;
 }
 
-// Deals `order` out to the steps of its units, each of which keeps it.
+// Splits `order` by the steps of its units; each step keeps the order.
 std::vector<Sorted> by_step(Ids order, const Units& units, const Sequences& sequences, const Amounts& step_ids) {
     std::vector<Sorted> steps(step_ids.size());
     if (steps.size() == 1) {
@@ -178,9 +178,9 @@ std::vector<Sorted> by_step(Ids order, const Units& units, const Sequences& sequ
 Units gather_units(const Sequences& sequences, const Limits& limits) {
     check_lengths(sequences);
     check_costs(sequences, limits);
-    Units units = sequences.groups == nullptr ? every_sequence(sequences, limits) : every_group(sequences, limits);
+    Units units = sequences.groups == nullptr ? units_of_sequences(sequences, limits) : units_of_groups(sequences, limits);
     check_steps(units, sequences);
-    judge_oversize(units, sequences, limits);
+    handle_oversize(units, sequences, limits);
     return units;
 }
 
@@ -195,9 +195,9 @@ std::vector<Sorted> sort_units(const Units& units, const Sequences& sequences, A
     std::vector<Sorted> steps = by_step(longest_first(units), units, sequences, step_ids);
     for (Sorted& step : steps) {
         const auto look_up = [&](const Amounts& amounts) {
-            Amounts found(step.unit.size());
-            std::transform(step.unit.begin(), step.unit.end(), found.begin(), [&](int32_t unit) { return amounts[unit]; });
-            return found;
+            Amounts values(step.unit.size());
+            std::transform(step.unit.begin(), step.unit.end(), values.begin(), [&](int32_t unit) { return amounts[unit]; });
+            return values;
         };
         step.tokens = look_up(units.tokens);
         step.cost = look_up(units.cost);

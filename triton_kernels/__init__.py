@@ -1,4 +1,4 @@
-"""Kernels of post-training, and nothing of the engine. Each file holds its torch reference, its kernel and its public function."""
+"""Triton kernels for post-training, independent of the engine. Each file has a torch reference, a kernel and a public function."""
 
 from triton_kernels.decode_attention import decode_attention
 from triton_kernels.dpo import DpoMetrics, dpo_norm

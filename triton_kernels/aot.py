@@ -1,7 +1,7 @@
-"""What ptxas makes of a kernel on chips that are not here: registers, spills, shared memory, load widths, matrix instructions.
+"""Ahead-of-time compilation of kernels without a GPU: registers, spills, shared memory, load widths, matrix instructions.
 
-A kernel file states the configurations it ships as `aot_cases()`. Each is compiled to the cubin that a launch on that chip would
-load, with the facts (what is divisible by 16) that a launch would infer from its arguments, and held against the gate.
+Each kernel file lists its shipped configurations in `aot_cases()`. Each is compiled to the cubin that a launch on that architecture would
+load, with the specialization (arguments divisible by 16) that a launch would infer, and checked for faults.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from triton_kernels.launch import interpreted
 
 @dataclass(frozen=True)
 class AotCase:
-    """One shipped configuration of one kernel.
+    """One shipped configuration of a kernel.
 
     signature   Triton type of each argument ("*bf16", "i64", "fp32"); constexprs may be left out
     constexprs  the value of each constexpr; an absent optional pointer is the constexpr None
-    divisible   names of arguments whose value or pointer is a multiple of 16. An integer among them (a row's stride or
-                width) says that rows are aligned: the gate then wants 128-bit loads
+    divisible   names of arguments whose value or pointer is a multiple of 16. If an integer is among them (a row's stride or
+                width), rows are aligned, and the check requires 128-bit loads
     """
 
     name: str
-    kernel: Any  # what jit makes of a function
+    kernel: Any  # a function decorated with jit
     signature: dict[str, str]
     constexprs: dict[str, Any]
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int = 2
-    prefetches: bool = False  # the gate then wants copies to shared memory that computation does not wait for
-    archs: tuple[int, ...] = (80, 90, 100)  # that it is shipped for
+    prefetches: bool = False  # the check then requires asynchronous copies to shared memory
+    archs: tuple[int, ...] = (80, 90, 100)  # compute capabilities that it is shipped for
 
     @property
     def rows_aligned(self) -> bool:
@@ -44,7 +44,7 @@ class AotCase:
 
 @dataclass(frozen=True)
 class Chip:
-    """What one multiprocessor has, by the CUDA programming guide's table of compute capabilities. Shared memory in bytes."""
+    """Resources of one multiprocessor, from the CUDA programming guide's table of compute capabilities. Shared memory in bytes."""
 
     blocks: int
     warps: int
@@ -60,12 +60,12 @@ CHIPS = {
 }
 
 
-ASYNC_COPY = re.compile(r"\bcp\.async\.cg\.shared\.global|\bcp\.async\.bulk\.")  # of 16 bytes a thread, or by TMA
+ASYNC_COPY = re.compile(r"\bcp\.async\.cg\.shared\.global|\bcp\.async\.bulk\.")  # 16 bytes per thread, or TMA
 
 
 @dataclass(frozen=True)
 class AotReport:
-    """What a case compiles to on one architecture. Registers are per thread; spills and shared memory in bytes, per thread and block."""
+    """The result of compiling a case for one architecture. Registers and spilled bytes are per thread, bytes of shared memory per block."""
 
     case: AotCase
     arch: int
@@ -78,23 +78,23 @@ class AotReport:
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that can be resident at once; at most what registers, shared memory and warps admit."""
+        """The fraction of a multiprocessor's warps that can be resident, as limited by registers, shared memory and warps."""
         chip, warps = CHIPS[self.arch], self.case.num_warps
-        by_registers = chip.registers // (warps * _up(self.registers * 32, 256))  # a warp's are allotted in units of 256
-        by_shared = chip.shared // (self.shared + 1024)  # the driver keeps 1 KiB of each block
+        by_registers = chip.registers // (warps * _up(self.registers * 32, 256))  # allocated per warp in units of 256
+        by_shared = chip.shared // (self.shared + 1024)  # the driver reserves 1 KiB per block
         return min(chip.blocks, chip.warps // warps, by_registers, by_shared) * warps / chip.warps
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What the gate has against this; empty when it passes."""
+        """The requirements that this fails; empty if it passes."""
         limit = CHIPS[self.arch].shared_of_block
-        found = {
+        checks = {
             f"spills {self.spill_bytes} bytes": self.spill_bytes > 0,
-            f"wants {self.shared} bytes of shared memory where a block has {limit}": self.shared > limit,
+            f"needs {self.shared} bytes of shared memory where a block has {limit}": self.shared > limit,
             "has no 128-bit load though its rows are aligned": self.case.rows_aligned and not self.vector_loads,
             "has no asynchronous copy though it prefetches": self.case.prefetches and not self.async_copies,
         }
-        return tuple(f"{self.case.name} on sm_{self.arch} {fault}" for fault, present in found.items() if present)
+        return tuple(f"{self.case.name} on sm_{self.arch} {fault}" for fault, present in checks.items() if present)
 
     @property
     def passes(self) -> bool:
@@ -104,7 +104,7 @@ class AotReport:
 def compile_case(case: AotCase, arch: int) -> AotReport:
     """Compiles `case` for compute capability `arch` (80, 90 or 100); no GPU is needed.
 
-    ValueError for an architecture that is not listed, for names that are not the kernel's, and in a process that interprets kernels.
+    Raises ValueError for an unknown architecture, for argument names that the kernel does not have, and if TRITON_INTERPRET=1.
     """
     import triton
     from triton import knobs
@@ -116,7 +116,7 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
-        knobs.compilation.always_compile = True  # a cached cubin comes without a log
+        knobs.compilation.always_compile = True  # a cached cubin has no log
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = str(compiled.asm["ptx"])
@@ -133,22 +133,22 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
 
 
 def all_cases() -> list[AotCase]:
-    """The cases of every file of this package that states some, in order of the files' names."""
+    """The cases of all files of this package, in order of file names."""
     package = importlib.import_module("triton_kernels")
-    files = [importlib.import_module(f"triton_kernels.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
+    files = [importlib.import_module(f"triton_kernels.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
     return [case for file in files if hasattr(file, "aot_cases") for case in file.aot_cases()]
 
 
 def _check(case: AotCase, arch: int) -> None:
     if interpreted():
-        raise ValueError("TRITON_INTERPRET=1 is set: this process interprets kernels and cannot compile them; unset it")
+        raise ValueError("TRITON_INTERPRET=1 is set: kernels run in the interpreter and cannot be compiled; unset it")
     if arch not in CHIPS:
         raise ValueError(f"arch={arch} is not known; use one of {', '.join(map(str, CHIPS))}")
     names = set(case.kernel.arg_names)
-    stated = case.signature.keys() | case.constexprs.keys()
-    if names != stated or not names.issuperset(case.divisible):
-        wrong = sorted((names ^ stated) | (set(case.divisible) - names))
-        raise ValueError(f"case {case.name!r}: {', '.join(wrong)}: not an argument, or one without a type; mend its aot_cases()")
+    named = case.signature.keys() | case.constexprs.keys()
+    if names != named or not names.issuperset(case.divisible):
+        wrong = sorted((names ^ named) | (set(case.divisible) - names))
+        raise ValueError(f"case {case.name!r}: {', '.join(wrong)}: not an argument, or one without a type; fix its aot_cases()")
 
 
 def _signature(case: AotCase) -> dict[str, str]:
@@ -160,7 +160,7 @@ def _attributes(case: AotCase) -> dict[tuple[int, ...], list[list[Any]]]:
 
 
 def _vector_loads(ptx: str) -> int:
-    """Loads from global memory that bring 16 bytes or more to a thread, copies to shared memory and TMA among them."""
+    """Loads from global memory of 16 or more bytes per thread, including asynchronous copies to shared memory and TMA."""
     plain = re.findall(r"\bld\.global[\w.:]*\.v(\d)\.[a-z](\d+)", ptx)
     return sum(int(count) * int(bits) >= 128 for count, bits in plain) + len(ASYNC_COPY.findall(ptx))
 

@@ -1,12 +1,12 @@
-"""Attention of one new token a row over the keys and values that its row has cached, as many as the row says.
+"""Decode attention: one new token per row attends to its row's cached keys and values, each row with its own length.
 
     out = softmax(q K^T / sqrt(size)) V     over the positions 0 ... length - 1
 
-Positions are cut into spans of SPAN, so that few long rows keep a GPU busy too (Flash-Decoding, Dao et al. 2023; arXiv 2311.01282): a
-program reads the keys and values of one span once, for all query heads that share them, under a running maximum (FlashAttention-2,
-arXiv 2307.08691). A second pass merges a row's spans in order. Spans are cut alike for every row, cache and batch, and those beyond a
-row's length are not looked at: a row's bits depend on its query, its length, and its keys and values alone. No shape depends on a length
-and nobody waits for one, so that the launches can be captured in a CUDA graph.
+Positions are split into spans of SPAN, so that a few long rows keep a GPU busy too (Flash-Decoding, Dao et al. 2023; arXiv 2311.01282). A
+program reads the keys and values of one span once, for all query heads that share them, with a running maximum (FlashAttention-2, arXiv
+2307.08691). A second kernel merges a row's spans in order. Span borders are the same for every row, cache and batch, and spans beyond a
+row's length are skipped, so the bits of a row depend only on its query, length, keys and values. No shape depends on a length and lengths
+are never read on the host, so the launches can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from triton_kernels.checks import check_device, check_float, check_like, check_s
 from triton_kernels.launch import by_kernel, constexpr, jit, launch, tl
 from triton_kernels.tiles import parts, power_of_2
 
-SPAN = 512  # positions of one program; its sums, written and read again, are some percent of the keys and values it reads
-TILE = 16384  # bytes of keys that a program reads at a time, and as many of values
+SPAN = 512  # positions per program; its partial sums are a few percent of the bytes of keys and values that it reads
+TILE = 16384  # bytes of keys, and of values, that a program reads at a time
 MERGED, MERGING_WARPS = 8, 4  # spans that are merged at a time
-WARPS = {2: 4, 4: 8}  # by bytes of a number: with 4, float32 spills on sm_90
-STAGES = 2  # a tile is on its way while another is computed on: more would leave fewer programs room
-LEAST = 16  # rows of a tile that matrix instructions take
+WARPS = {2: 4, 4: 8}  # by element size in bytes; with 4 warps float32 spills on sm_90
+STAGES = 2  # the next tile is loaded during computation; more stages would reduce occupancy
+LEAST = 16  # smallest tile dimension of matrix instructions
 LOG2E = constexpr(1.4426950408889634)
 
 
@@ -33,12 +33,12 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
     """Row r of the queries attends to the first lengths[r] positions of slot r; not differentiable.
 
     query         [n, H, K], bfloat16, float16 or float32
-    keys, values  [slots, KV, positions, K] of the same dtype, n <= slots, a head's positions adjacent or they are copied; H / KV query
-                  heads in a row share a key's head
-    lengths       [n], int32 or int64, at most `positions`, which nobody checks on a device; of a row of length 0 nothing is read
+    keys, values  [slots, KV, positions, K] of the same dtype, n <= slots; copied if a head's positions are not contiguous. H / KV
+                  consecutive query heads share a KV head
+    lengths       [n], int32 or int64, at most `positions` (not checked on a device); rows of length 0 read nothing
 
-    Returns [n, H, K] of the query's dtype, accumulated in float32; 0 where the length is 0. What lies beyond a row's length has to be
-    finite. ValueError for other shapes and dtypes.
+    Returns [n, H, K] of the query's dtype, accumulated in float32; 0 for length 0. Keys and values beyond a row's length must be finite.
+    Raises ValueError for other shapes and dtypes.
     """
     _check(query, keys, values, lengths)
     if not by_kernel(query):
@@ -67,14 +67,14 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None
 
 
 def _reference(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """On the host, where a length costs nothing to read: torch's kernel over as many positions as the longest row has."""
+    """On the host, where lengths can be read: torch's kernel over as many positions as the longest row has."""
     n, heads, size = query.shape
-    reach = int(lengths.max()) if n else 0
-    if reach == 0:
+    longest = int(lengths.max()) if n else 0
+    if longest == 0:
         return torch.zeros_like(query)
-    seen = (torch.arange(reach, device=query.device) < lengths[:, None])[:, None, None]
-    grouped = query.view(n, keys.shape[1], -1, size)  # a key's query heads stand in a row: nothing is expanded
-    return F.scaled_dot_product_attention(grouped, keys[:n, :, :reach], values[:n, :, :reach], attn_mask=seen).reshape(n, heads, size)
+    seen = (torch.arange(longest, device=query.device) < lengths[:, None])[:, None, None]
+    grouped = query.view(n, keys.shape[1], -1, size)  # query heads of a KV head are adjacent: keys need no copies
+    return F.scaled_dot_product_attention(grouped, keys[:n, :, :longest], values[:n, :, :longest], attn_mask=seen).reshape(n, heads, size)
 
 
 @jit
@@ -82,8 +82,8 @@ def _spans_kernel(
     SUMS, STATS, QUERY, KEYS, VALUES, LENGTHS, slot_stride, head_stride, heads, spans, scale,
     GROUP: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One span of one row, for the GROUP query heads of one of `heads` key heads: sums of values [GROUP, SIZE], each value weighted by
-    2^(score - the maximum), and as STATS that maximum and the weights' sum. `scale` brings scores to base 2."""
+    """One span of one row, for the GROUP query heads of one of `heads` KV heads. SUMS [GROUP, SIZE] are sums of values weighted by
+    2^(score - maximum); STATS are the maximum and the sum of the weights. `scale` includes log2(e)."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     span = tl.program_id(2)
@@ -124,7 +124,7 @@ def _spans_kernel(
 def _merge_kernel(
     OUT, SUMS, STATS, LENGTHS, heads, spans, SIZE: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, MERGED: tl.constexpr
 ):  # fmt: skip
-    """The spans of one row and query head, MERGED at a time, in order."""
+    """Merges the spans of one row and query head in order, MERGED at a time."""
     row = tl.program_id(0).to(tl.int64)
     query = row * heads + tl.program_id(1)
     used = tl.cdiv(tl.load(LENGTHS + row).to(tl.int32), SPAN)
@@ -163,19 +163,19 @@ def _by_triton(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> 
 
 
 def _tile(group: int, size: int, width: int) -> dict[str, int]:
-    """The constants of a program: `group` query heads of `size` numbers of `width` bytes."""
+    """The constexprs of _spans_kernel for `group` query heads of size `size` and `width` bytes per element."""
     whole = max(LEAST, power_of_2(size))
     block = max(LEAST, min(128, TILE // (whole * width)))
     return {"GROUP": group, "SIZE": size, "SPAN": SPAN, "BLOCK": block, "ROWS": max(LEAST, power_of_2(group)), "WIDTH": whole}
 
 
 def _merged(tile: dict[str, int]) -> dict[str, int]:
-    """The constants of the second pass over what programs of `tile` left."""
+    """The constexprs of _merge_kernel after programs of `tile`."""
     return {name: tile[name] for name in ("SIZE", "SPAN", "WIDTH")} | {"MERGED": MERGED}
 
 
 def aot_cases() -> list[AotCase]:
-    """Llama 8B's heads, those of a tensor-parallel rank of 70B and 405B, SmolLM2's; heads of 96, which tiles pad; float32."""
+    """The heads of Llama 8B, of a tensor-parallel rank of 70B and 405B, and of SmolLM2; head size 96, which tiles pad; float32."""
     shapes = ((4, 128, "bf16"), (8, 128, "bf16"), (16, 128, "bf16"), (3, 64, "bf16"), (4, 96, "bf16"), (4, 128, "fp32"))
     kinds = dict.fromkeys((size, dtype) for _, size, dtype in shapes)
     return [*(_spans_case(*shape) for shape in shapes), *(_merge_case(*kind) for kind in kinds)]

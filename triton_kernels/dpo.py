@@ -1,10 +1,10 @@
-"""Length-normalized DPO over packed sequences: one launch forward, one backward, nothing atomic.
+"""Length-normalized DPO over packed sequences: one launch forward, one backward, no atomics.
 
     reward(y) = beta * mean_t log(pi / ref)         margin = reward(chosen) - reward(rejected)
     loss = -(1 - eps) * log sigmoid(margin) - eps * log sigmoid(-margin)
 
 DPO is Rafailov et al., arXiv 2305.18290; the mean over tokens is Tülu 3's, arXiv 2411.15124, section 5; eps is the label smoothing of
-conservative DPO. Sums of a pair are made by one program in a fixed order, so a pair's numbers do not depend on its microbatch.
+conservative DPO. One program sums a pair in a fixed order, so a pair's results do not depend on its microbatch.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from triton_kernels.packed import (
 )
 from triton_kernels.seq_logps import spread, sum_and_count
 
-BLOCK = 1024  # tokens a program reads at a time
-PAIR_BLOCK = 256  # entries of `pairs` a program of the backward pass compares at a time
+BLOCK = 1024  # tokens that a program reads at a time
+PAIR_BLOCK = 256  # entries of `pairs` that a program of the backward kernel compares at a time
 
 
 class DpoMetrics(NamedTuple):
-    """A pair as the implicit reward sees it; each float32 [P], in nats, without gradient."""
+    """Metrics of each pair's implicit rewards, float32 [P], without gradient; rewards and margin are in nats."""
 
     chosen: Tensor  # reward of the chosen sequence
     rejected: Tensor  # reward of the rejected one
     margin: Tensor  # chosen - rejected
-    accuracy: Tensor  # 1 where the margin is above 0, else 0
+    accuracy: Tensor  # 1 if the margin is above 0, else 0
 
 
 def dpo_norm(
@@ -57,20 +57,20 @@ def dpo_norm(
     *,
     ref_is: Literal["tokens", "sums"] = "tokens",
 ) -> tuple[Tensor, DpoMetrics]:
-    """The loss of each pair, not averaged over pairs; differentiable in `logp` alone.
+    """The loss of each pair, not averaged over pairs; differentiable only in `logp`.
 
     logp            [T], float32 or bfloat16: natural-log probability of each token under the policy
     ref             the same under the reference: [T] for every token, or [S], the sum over each sequence's masked-in tokens
-    ref_is          which of the two `ref` is: "tokens" or "sums". The shape never decides
-    mask            [T], bool or uint8: the tokens that count; the log-probs of the others are not read
+    ref_is          which of the two `ref` is: "tokens" or "sums"; never inferred from the shape
+    mask            [T], bool or uint8: 1 for the tokens to use; the log-probs of the others are not read
     cu_seqlens      [S + 1], int32 or int64: sequence s is the tokens cu_seqlens[s] ... cu_seqlens[s + 1]. On the host (checked) or the GPU
     pairs           [P, 2], int32 or int64: (chosen, rejected) as indices of sequences; a sequence may be in several. Host or GPU
     beta            the temperature of the implicit reward
-    label_smoothing eps, the share of pairs whose preference is thought to be the wrong way round, in [0, 0.5)
-    normalize       rewards are means over the tokens that count (of none: 0); False: sums, which is plain DPO
+    label_smoothing eps, the assumed fraction of pairs with a wrong preference label, in [0, 0.5)
+    normalize       rewards are means over tokens with mask 1 (0 if there are none); False: sums, which is plain DPO
 
-    Returns (loss [P], DpoMetrics of [P]), float32. Raises ValueError for wrong dtypes and shapes, and where the indices are on the host
-    for sequences out of order and pairs out of range; on the GPU these are not read.
+    Returns (loss [P], DpoMetrics of [P]), float32. Raises ValueError for wrong dtypes and shapes, and if the indices are on the host for
+    descending cu_seqlens and pairs out of range; on the GPU these are not checked.
     """
     check_packed(mask, cu_seqlens, logp=logp)
     check_indices("pairs", pairs, ("P", 2), logp)
@@ -96,7 +96,7 @@ def _dpo_norm(
     normalize: bool,
     ref_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [P], metrics [4, P], slope [P, 2]): slope is d loss / d logp of every counting token of the pair's two sequences."""
+    """(loss [P], metrics [4, P], slope [P, 2]): slope is d loss / d logp of every token with mask 1 of the pair's two sequences."""
     cu_seqlens = checked_cu_seqlens(cu_seqlens, logp)
     pairs = checked_pairs(pairs, len(cu_seqlens) - 1, logp)
     if not by_kernel(logp):
@@ -137,7 +137,7 @@ def _(logp: Tensor, ref: Tensor, mask: Tensor, cu_seqlens: Tensor, pairs: Tensor
 
 @operator("dpo_norm_backward")
 def _dpo_norm_backward(grad_loss: Tensor, slope: Tensor, mask: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Tensor:
-    """d loss / d logp [T]. A sequence gathers from every pair that names it, so no two programs write one token."""
+    """d loss / d logp [T]. Each sequence sums over all pairs that contain it, so no two programs write the same token."""
     cu_seqlens, pairs = cu_seqlens.to(mask.device).contiguous(), pairs.to(mask.device).contiguous()
     sequences = len(cu_seqlens) - 1
     if not by_kernel(mask):
@@ -166,7 +166,7 @@ def _(grad_loss: Tensor, slope: Tensor, mask: Tensor, cu_seqlens: Tensor, pairs:
     return torch.empty_like(mask, dtype=slope.dtype)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logp, _, mask, cu_seqlens, pairs, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[2], mask, cu_seqlens, pairs)
@@ -177,7 +177,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return (_dpo_norm_backward(grad_loss, *ctx.saved_tensors).to(ctx.dtype), *[None] * 8)
 
 
-_dpo_norm.register_autograd(_backward, setup_context=_keep_for_backward)
+_dpo_norm.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _reference(
@@ -213,12 +213,12 @@ def _pair_kernel(
     NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a pair."""
+    """One program per pair."""
     p = tl.program_id(0)
     chosen, chosen_count = _log_ratio(LOGP, REF_T, REF_S, MASK, CU_SEQLENS, tl.load(PAIRS + 2 * p), NORMALIZE, BLOCK)
     rejected, rejected_count = _log_ratio(LOGP, REF_T, REF_S, MASK, CU_SEQLENS, tl.load(PAIRS + 2 * p + 1), NORMALIZE, BLOCK)
     margin = beta * chosen - beta * rejected
-    e = tl.exp(-tl.abs(margin))  # at most 1: nothing overflows, and neither sigmoid is a difference
+    e = tl.exp(-tl.abs(margin))  # at most 1: no overflow, and neither sigmoid is computed as a difference
     tail = _log1p(e)
     right = tl.maximum(-margin, 0.0) + tail  # -log sigmoid(margin)
     wrong = tl.maximum(margin, 0.0) + tail  # -log sigmoid(-margin)
@@ -236,7 +236,7 @@ def _pair_kernel(
 
 @jit
 def _log_ratio(LOGP, REF_T, REF_S, MASK, CU_SEQLENS, s, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """log(pi / ref) of sequence `s`, over what it is divided by: (mean, count), or (sum, 1)."""
+    """log(pi / ref) of sequence `s` and its divisor: (mean, count), or (sum, 1) without NORMALIZE."""
     start, end = segment(CU_SEQLENS, s)
     total, count = sum_and_count(LOGP, REF_T, MASK, start, end, BLOCK)
     if REF_S is not None:
@@ -247,7 +247,7 @@ def _log_ratio(LOGP, REF_T, REF_S, MASK, CU_SEQLENS, s, NORMALIZE: tl.constexpr,
 
 @jit
 def _log1p(e):
-    """log(1 + e) for e in [0, 1] to 2 ulp, as 2 atanh(e / (2 + e)): log(1 + e) itself keeps no digit of a small e."""
+    """log(1 + e) for e in [0, 1] to 2 ulp, as 2 atanh(e / (2 + e)): log(1 + e) itself loses all digits of a small e."""
     s = e / (2.0 + e)
     z = s * s
     series = 1.0 / 11 + z * (1.0 / 13 + z * (1.0 / 15))
@@ -257,7 +257,7 @@ def _log1p(e):
 
 @jit
 def _pair_backward_kernel(GRAD_LOSS, SLOPE, PAIRS, MASK, CU_SEQLENS, GRAD, entries, PAIR_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a sequence; `entries` is 2 P."""
+    """One program per sequence; `entries` is 2 P."""
     s = tl.program_id(0)
     part = tl.zeros((PAIR_BLOCK,), tl.float32)
     for first in range(0, entries, PAIR_BLOCK):
@@ -268,7 +268,7 @@ def _pair_backward_kernel(GRAD_LOSS, SLOPE, PAIRS, MASK, CU_SEQLENS, GRAD, entri
 
 
 def aot_cases() -> list[AotCase]:
-    """What this file ships."""
+    """The configurations that this file launches."""
     common = {"MASK": "*u8", "CU_SEQLENS": "*i32", "PAIRS": "*i64", "SLOPE": "*fp32", "BLOCK": "constexpr"}
     pointers = ("LOGP", "MASK", "CU_SEQLENS", "PAIRS", "LOSS", "METRICS", "SLOPE")
     forward = common | {

@@ -1,11 +1,11 @@
-"""Draw a token from each row of logits by the exponential race, over a vocabulary that may be cut over ranks.
+"""Samples a token from each row of logits with the Gumbel-max trick, over a vocabulary that may be sharded over ranks.
 
-argmax_v  x_v / T - log E_v    with E_v ~ Exp(1)    is a draw from softmax(x / T) (Gumbel-max; Yellott 1977). E_v is a pure function of the
-row's key and the token's id in the WHOLE vocabulary, so the same token wins on any number of ranks, whatever else is in the batch.
+argmax_v  x_v / T - log E_v    with E_v ~ Exp(1)    is a sample of softmax(x / T) (Gumbel-max; Yellott 1977). E_v is a pure function of the
+row's key and the token's id in the WHOLE vocabulary, so the sampled token does not depend on the number of ranks or the rest of the batch.
 
     h = fmix32((v * 0x9E3779B1 + key_0) ^ key_1)   (MurmurHash3's finaliser)      u = (h + 1/2) / 2^32      E = -log(1 - u)
 
-1 - u would lose what matters, the small E of the winners: log1p keeps it. Where u rounds to 1, E is infinite and never wins.
+The winning E are small and would be lost in 1 - u, so log1p is used. If u rounds to 1, E is infinite and never wins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton_kernels.shard import SEGMENTS, Shard
 BLOCK = 1024
 WARPS = 4
 GOLDEN, MIX_1, MIX_2 = (constexpr(c - (1 << 32)) for c in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))  # as int32
-SCORE, ID = range(2)  # the rows of a segment's best, both as the bits of int32
+SCORE, ID = range(2)  # the rows of a segment's result, stored as int32 bits
 
 
 def draw(
@@ -39,13 +39,13 @@ def draw(
 ) -> Tensor:
     """One token id for each row, int64 [R], equal on every rank of the group.
 
-    logits_RV    [R, V], float, columns adjacent: this rank's ids vocab_start ... vocab_start + V (see logprob)
-    keys_R2      [R, 2], int32: the noise of a row; equal keys draw equal noise
-    temperature  0: the likeliest token, the lowest id among equals
-    top_k        only among the k likeliest; 0: among all. Tokens as likely as the last of them count too
-    top_p        only among the likeliest tokens that together reach this probability (arXiv 1904.09751); 1: among all
+    logits_RV    [R, V], float, columns contiguous: this rank's ids vocab_start ... vocab_start + V (see logprob)
+    keys_R2      [R, 2], int32: the random keys of a row; equal keys give equal noise
+    temperature  0: greedy, the lowest id among equal logits
+    top_k        sample from the k most probable tokens (and those tied with the last of them); 0: from all
+    top_p        sample from the most probable tokens that together reach this probability (arXiv 1904.09751); 1: from all
 
-    ValueError for wrong types and shapes, and for settings out of range.
+    Raises ValueError for wrong dtypes and shapes, and for settings out of range.
     """
     check_rows(logits_RV, torch.zeros(len(logits_RV), dtype=torch.int64), 1.0)
     if keys_R2.dtype != torch.int32 or keys_R2.shape != (len(logits_RV), 2):
@@ -57,28 +57,28 @@ def draw(
         floor_R = _floor(logits_RV, shard, temperature, top_k, top_p)
         logits_RV = logits_RV.masked_fill(logits_RV < floor_R[:, None], -torch.inf)
     parts = shard.gather(_best(logits_RV, keys_R2.contiguous(), shard, temperature))
-    winner_R = parts[:, SCORE].view(torch.float32).argmax(0)  # the first of equals: the lowest id
+    winner_R = parts[:, SCORE].view(torch.float32).argmax(0)  # ties: the first, which is the lowest id
     return parts[:, ID].gather(0, winner_R[None])[0].long()
 
 
 def _floor(logits: Tensor, shard: Shard, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The least logit of each row that may be drawn, [R]. Gathers the whole vocabulary: such limits are for evaluation."""
+    """The smallest logit of each row that may be sampled, [R]. Gathers the whole vocabulary: top_k and top_p are meant for evaluation."""
     if shard.ranks > 1:
-        pieces = [torch.empty_like(logits) for _ in range(shard.ranks)]
-        dist.all_gather(pieces, logits.contiguous(), group=_resolve_process_group(shard.group))  # type: ignore[arg-type]
-        logits = torch.cat(pieces, 1)
-    falling = logits[:, : shard.end - shard.first].float().sort(1, descending=True).values
-    kept = torch.ones_like(falling, dtype=torch.bool)
+        shards = [torch.empty_like(logits) for _ in range(shard.ranks)]
+        dist.all_gather(shards, logits.contiguous(), group=_resolve_process_group(shard.group))  # type: ignore[arg-type]
+        logits = torch.cat(shards, 1)
+    descending = logits[:, : shard.end - shard.first].float().sort(1, descending=True).values
+    kept = torch.ones_like(descending, dtype=torch.bool)
     if top_k:
         kept[:, top_k:] = False
     if top_p < 1:
-        p = (falling / temperature).softmax(1)
+        p = (descending / temperature).softmax(1)
         kept &= p.cumsum(1) - p < top_p
-    return falling.gather(1, kept.sum(1, keepdim=True) - 1)[:, 0]
+    return descending.gather(1, kept.sum(1, keepdim=True) - 1)[:, 0]
 
 
 def _best(logits: Tensor, keys: Tensor, shard: Shard, temperature: float) -> Tensor:
-    """The winner of each segment of this rank's columns: its score and id, int32 [segments, 2, R]."""
+    """The score and id of the best token in each segment of this rank's columns, int32 [segments, 2, R]."""
     best = keys.new_empty((shard.segments, 2, len(logits)))
     inv_temp = 1 / temperature if temperature else 0.0
     if not by_kernel(logits):
@@ -107,7 +107,7 @@ def exponential(keys_R2: Tensor, start: int, count: int) -> Tensor:
     """E of the ids start ... start + count for each key, float32 [R, count]."""
     ids = torch.arange(start, start + count, dtype=torch.int32, device=keys_R2.device)
     h = (ids * GOLDEN.value + keys_R2[:, :1]) ^ keys_R2[:, 1:]
-    h ^= (h >> 16) & 0xFFFF  # int32 shifts its sign in
+    h ^= (h >> 16) & 0xFFFF  # >> on int32 is arithmetic
     h *= MIX_1.value
     h ^= (h >> 13) & 0x7FFFF
     h *= MIX_2.value
@@ -119,7 +119,7 @@ def exponential(keys_R2: Tensor, start: int, count: int) -> Tensor:
 
 @jit
 def _exponential(id, key_0, key_1):
-    """As `exponential`; log1p(-u) = log(w) u / (1 - w) with w = 1 - u as rounded (Kahan), for want of a log1p."""
+    """As `exponential`. Triton has no log1p: log1p(-u) = log(w) u / (1 - w) with w = 1 - u as rounded (Kahan)."""
     h = (id * GOLDEN + key_0) ^ key_1
     h ^= (h >> 16) & 0xFFFF
     h *= MIX_1
@@ -137,7 +137,7 @@ def _best_kernel(
     SCORES, IDS, LOGITS, KEYS, stride, R, size, start, real, inv_temp,
     REST: tl.constexpr, SEGMENTS: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of one segment, cut as logprob's are."""
+    """One row of one segment; segments as in logprob."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     first = segment * size
@@ -155,7 +155,7 @@ def _best_kernel(
         if not GREEDY:
             score = score * inv_temp - tl.log(_exponential(columns + start, key_0, key_1))
         score = tl.where((columns < last) & (columns < real), score, -float("inf"))
-        top, place = tl.max(score, 0, return_indices=True)  # type: ignore[misc]  # the first of equals
+        top, place = tl.max(score, 0, return_indices=True)  # type: ignore[misc]  # ties: the first
         if top > best:
             best = top
             best_id = column + place + start

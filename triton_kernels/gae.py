@@ -1,17 +1,17 @@
-"""Generalized advantage estimation over packed sequences: one program a sequence, one launch, and statistics to whiten by.
+"""Generalized advantage estimation over packed sequences in one launch, with statistics for whitening; one program per sequence.
 
     delta_t = reward_t + gamma * value_next - value_t         advantage_t = delta_t + gamma * lam * advantage_next
     return_t = advantage_t + value_t
 
-Schulman et al., arXiv 1506.02438, equation 16. "next" is the next token that counts, with value and advantage 0 after the last one:
-tokens that do not count (a tool's output within a response) are stepped over, and what they hold is not read.
+Schulman et al., arXiv 1506.02438, equation 16. "next" is the next token with mask 1; after the last one, value and advantage are 0.
+Tokens with mask 0 (such as a tool's output within a response) are skipped, and their values are not read.
 
-Going from the right, a token turns the pair (value, advantage) of what follows it into its own by an affine map,
+From right to left, each token maps the pair (value, advantage) of the next token to its own with an affine map,
 
     value' = keep * value + own         advantage' = decay * advantage + pull * value + gain
 
-with keep 0, own value_t, decay gamma * lam, pull gamma, gain reward_t - value_t where it counts, and the identity where it does not.
-Affine maps compose associatively, so a block of tokens is one scan.
+with keep 0, own value_t, decay gamma * lam, pull gamma, gain reward_t - value_t for mask 1, and the identity for mask 0. Composition of
+affine maps is associative, so a block of tokens is one scan.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from triton_kernels.packed import (
     segment_sum,
 )
 
-BLOCK = 512  # tokens of a scan; with 1024 each thread of four warps would hold 160 registers
+BLOCK = 512  # tokens per scan; with 1024, each thread of four warps would need 160 registers
 
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages and returns of packed sequences; constants of the loss, without gradient.
+    """Advantages and returns of packed sequences, without gradient.
 
     reward     [T], float32 or bfloat16: reward of each token, in the units of the score
-    value      [T], the same: what the value model expected at each token, in the same units
-    mask       [T], bool or uint8: the tokens that count
+    value      [T], the same: the value model's prediction at each token, in the same units
+    mask       [T], bool or uint8: 1 for the tokens to use
     cu_seqlens [S + 1], int32 or int64: sequence s is the tokens cu_seqlens[s] ... cu_seqlens[s + 1]. On the host (checked) or the GPU
-    gamma, lam discount a token, and the bias-variance trade-off; both in [0, 1]
+    gamma, lam discount per token, and lambda of the bias-variance trade-off; both in [0, 1]
 
-    Returns (advantage [T], returns [T], partials [3, S]), float32. Tokens that do not count get 0. partials is (n, mean, M2) of each
-    sequence's advantages, where M2 is the sum of squared deviations from the mean; `merge_partials` makes them one. Raises ValueError for
-    wrong dtypes and shapes, for gamma or lam out of range and, where cu_seqlens is on the host, for sequences out of order.
+    Returns (advantage [T], returns [T], partials [3, S]), float32. Tokens with mask 0 get 0. partials is (n, mean, M2) of each
+    sequence's advantages, where M2 is the sum of squared deviations from the mean; `merge_partials` merges them. Raises ValueError for
+    wrong dtypes and shapes, for gamma or lam out of range and, if cu_seqlens is on the host, for descending cu_seqlens.
     """
     check_packed(mask, cu_seqlens, reward=reward, value=value)
     for name, setting in (("gamma", gamma), ("lam", lam)):
@@ -56,11 +56,11 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, cu_seqlens: Tensor, gamma: 
 
 
 def merge_partials(partials_3S: Tensor) -> tuple[float, float, float]:
-    """(n, mean, M2) of all tokens from those of each sequence; whiten by (advantage - mean) / sqrt(M2 / (n - 1)).
+    """(n, mean, M2) of all tokens from those of each sequence; whiten with (advantage - mean) / sqrt(M2 / (n - 1)).
 
-    Gather the partials of all microbatches and ranks [3, S] in the order of the samples and call this once: the result then has the
-    same bits however the batch was cut, and sequences without tokens change none. Chan, Golub & LeVeque 1979, equation 2.1, in
-    float64 on the host, so a GPU is waited for: once an optimizer step.
+    Gather the partials of all microbatches and ranks [3, S] in the order of the samples and call this once: the result is then
+    bitwise independent of how the batch was split; sequences without tokens change nothing. Chan, Golub & LeVeque 1979, equation 2.1, in
+    float64 on the host, so it synchronizes with a GPU: once per optimizer step.
     """
     if partials_3S.dim() != 2 or len(partials_3S) != 3:
         raise ValueError(f"partials has shape {list(partials_3S.shape)}; it must be [3, S], the rows n, mean and M2")
@@ -127,15 +127,15 @@ def _reference(reward: Tensor, value: Tensor, mask: Tensor, cu_seqlens: Tensor, 
 
 
 def _scan(maps_5T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Each token's map after those of all later tokens of its sequence, in log2 of the longest sequence steps."""
+    """Each token's map composed with those of all later tokens of its sequence, in log2(longest sequence) steps."""
     segment_T = segment_of(cu_seqlens, maps_5T.shape[1])
     longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    reach = 1
-    while reach < longest:
-        together = _compose(maps_5T[:, reach:], maps_5T[:, :-reach])
-        same = segment_T[reach:] == segment_T[:-reach]
-        maps_5T = torch.cat([torch.where(same, together, maps_5T[:, :-reach]), maps_5T[:, -reach:]], 1)
-        reach *= 2
+    offset = 1
+    while offset < longest:
+        composed = _compose(maps_5T[:, offset:], maps_5T[:, :-offset])
+        same = segment_T[offset:] == segment_T[:-offset]
+        maps_5T = torch.cat([torch.where(same, composed, maps_5T[:, :-offset]), maps_5T[:, -offset:]], 1)
+        offset *= 2
     return maps_5T
 
 
@@ -154,7 +154,7 @@ def _then(keep1, own1, decay1, pull1, gain1, keep2, own2, decay2, pull2, gain2):
 
 @jit
 def _gae_kernel(REWARD, VALUE, MASK, CU_SEQLENS, ADVANTAGE, RETURNS, PARTIALS, sequences, gamma, gamma_lam, BLOCK: tl.constexpr):
-    """One program a sequence, from its last block to its first. Lane 0 of a block is its last token, so the scan runs forward."""
+    """One program per sequence, from its last block to its first. Lane 0 of a block is its last token, so the scan runs forward."""
     s = tl.program_id(0)
     start, end = segment(CU_SEQLENS, s)
     lane = tl.arange(0, BLOCK)
@@ -184,7 +184,7 @@ def _gae_kernel(REWARD, VALUE, MASK, CU_SEQLENS, ADVANTAGE, RETURNS, PARTIALS, s
 
 @jit
 def _merge_block(advantage, count, n, mean, m2):
-    """(n, mean, M2) with a block of tokens added; `advantage` is 0 where `count` is."""
+    """(n, mean, M2) with a block of tokens added; `advantage` is 0 where `count` is 0."""
     block_n = tl.sum(count, 0)
     block_mean = tl.sum(advantage, 0) / tl.maximum(block_n, 1.0)
     deviation = (advantage - block_mean) * count
@@ -194,7 +194,7 @@ def _merge_block(advantage, count, n, mean, m2):
 
 
 def aot_cases() -> list[AotCase]:
-    """What this file ships."""
+    """The configurations that this file launches."""
     results = dict.fromkeys(("ADVANTAGE", "RETURNS", "PARTIALS"), "*fp32")
     inputs = {"MASK": "*u8", "CU_SEQLENS": "*i32", "sequences": "i32", "gamma": "fp32", "gamma_lam": "fp32", "BLOCK": "constexpr"}
     pointers = ("REWARD", "VALUE", "MASK", "CU_SEQLENS", *results)

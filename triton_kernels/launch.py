@@ -1,6 +1,6 @@
-"""How a public function computes: by its Triton kernel on GPUs and in Triton's interpreter, by its torch reference elsewhere.
+"""Selects and launches implementations: the Triton kernel on GPUs and in Triton's interpreter, the torch reference otherwise.
 
-The only file that imports Triton for the kernels: where there is none (macOS), they are functions that nobody calls.
+The only file that imports Triton for the kernels. Without Triton (macOS), kernels are plain functions that are never called.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING or find_spec("triton"):
     import triton
     import triton.language as tl
 
-    jit: Any = triton.jit  # as Any: to a type checker a kernel is a Python function, called with integers for constexprs
+    jit: Any = triton.jit  # Any, because type checkers see a kernel as a Python function and reject integers for constexprs
     constexpr = tl.constexpr
 else:
     tl = None
-    jit = constexpr = lambda anything: anything
+    jit = constexpr = lambda value: value
 
 
 def interpreted() -> bool:
@@ -30,16 +30,16 @@ def interpreted() -> bool:
 
 
 def by_kernel(tensor: Tensor) -> bool:
-    """Whether work on `tensor` is done by a kernel. Meta tensors, on which nothing is, stand for those of a GPU."""
-    place = tensor.device.type
-    return place == "meta" or (tl is not None and (place == "cuda" or (place == "cpu" and interpreted())))
+    """Whether a kernel is used for `tensor`. Meta tensors are treated like tensors on a GPU."""
+    device = tensor.device.type
+    return device == "meta" or (tl is not None and (device == "cuda" or (device == "cpu" and interpreted())))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on `grid`, on the GPU of its first tensor; the grid may have nothing in it, which is an error to a GPU."""
+    """Run `kernel` on `grid`, on the GPU of its first tensor. An empty grid, which CUDA rejects, does nothing."""
     if not all(grid):
         return
-    index = next(each for each in arguments if isinstance(each, Tensor)).get_device()
+    index = next(argument for argument in arguments if isinstance(argument, Tensor)).get_device()
     if index < 0 or index == torch.cuda.current_device():
         kernel[grid](*arguments, **constants)
     else:
@@ -48,7 +48,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def shared_memory(tensor: Tensor) -> int:
-    """Bytes of shared memory that a block may have on the GPU of `tensor`; elsewhere, where nothing is short of it, those of sm_90."""
+    """Bytes of shared memory available to a block on the GPU of `tensor`; for other devices, those of sm_90."""
     return _shared_memory(tensor.device) if tensor.device.type == "cuda" else 227 << 10
 
 
@@ -58,9 +58,9 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def counter(like: Tensor) -> Tensor:
-    """An int32 of 0 on the device of `like`, for a kernel whose programs count themselves there: the last one sets it back to 0.
+    """An int32 tensor of 0 on the device of `like`, in which a kernel's programs count themselves. The last program must reset it to 0.
 
-    One for each stream, whose kernels run one after the other. A captured graph, which may run beside others, gets its own.
+    There is one per stream, because kernels of a stream run one after another. A graph being captured gets its own: it may run at any time.
     """
     on_gpu = like.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():

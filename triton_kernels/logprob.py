@@ -1,14 +1,14 @@
-"""log p(target), entropy and logsumexp of rows of logits in fp32, forward and backward, over a vocabulary that may be cut over ranks.
+"""log p(target), entropy and logsumexp of rows of logits in fp32, forward and backward, over a vocabulary that may be sharded over ranks.
 
 x = inv_temp * logits        lse = log(sum_v exp x_v)        logp = x_target - lse        entropy = -sum_v p_v log p_v
 
-A row is summed up in fixed segments of the vocabulary (triton_kernels/shard.py): per segment the maximum m, the sum s of exp(x - m),
-the target's logit, and w = sum of exp(x - m) (x - m). One gather makes them whole, and they are merged in order:
+A row is reduced in fixed segments of the vocabulary (triton_kernels/shard.py): per segment the maximum m, the sum s of exp(x - m), the
+target's logit, and w = sum of exp(x - m) (x - m). One all-gather collects the segments of all ranks, and they are merged in order:
 
     M = max m_i    S = sum_i s_i e_i    W = sum_i (w_i + (m_i - M) s_i) e_i    with e_i = exp(m_i - M)
     logp = (x_target - M) - log S       entropy = log S - W / S                lse = M + log S
 
-Everything is relative to the maximum, so nothing cancels, however large the logits. The gradient, for upstream g, h, l:
+All terms are relative to the maximum, so nothing cancels, however large the logits. The gradient, for upstream g, h, l:
 
     d/dlogits_v = inv_temp * (g [v = target] + p_v (l - g - h (log p_v + entropy)))
 """
@@ -28,16 +28,16 @@ from triton_kernels.launch import by_kernel, constexpr, jit, launch, tl
 from triton_kernels.operator import operator
 from triton_kernels.shard import SEGMENTS, Shard
 
-LOWEST = constexpr(-3.4028234663852886e38)  # of float32: the maximum of nothing, finite so that differences to it are no NaN
+LOWEST = constexpr(-3.4028234663852886e38)  # of float32: the maximum of an empty segment, finite so that differences to it are not NaN
 LOG2E = constexpr(1.4426950408889634)
-BLOCK = 4096  # columns at a time: nothing spills, and 16032 (an eighth of Llama 3's vocabulary) is nearly a multiple
+BLOCK = 4096  # columns at a time: no spills, and 16032 (an eighth of Llama 3's vocabulary) is nearly a multiple
 WARPS = 4
 GRADS_WARPS = 8  # with 4, rows of odd width spill on sm_100
-AHEAD = 3  # blocks of columns on their way at once: 32 KiB of fp32
+AHEAD = 3  # blocks of columns in flight: 32 KiB of fp32
 MERGED = 256  # rows that one program merges
-IN_CACHE = 1 << 18  # logits that the reference works on at a time
+IN_CACHE = 1 << 18  # logits that the reference processes at a time, to fit in cache
 
-# The rows of `stats` [5, N]: what is returned, and what the backward pass needs besides (the maximum is that of logits, not x).
+# The rows of `stats` [5, N]: the results, and what only backward needs (TOP is the maximum of the logits, not of x).
 LOGP, ENTROPY, LSE, TOP, LOG_SUM = range(5)
 
 
@@ -53,15 +53,15 @@ def logprob(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probability of each row's target in nats, differentiable in `logits_NV`.
 
-    logits_NV   [N, V], float32, bfloat16 or float16, columns adjacent, any row stride: this rank's ids vocab_start ... vocab_start + V
+    logits_NV   [N, V], float32, bfloat16 or float16, columns contiguous, any row stride: this rank's ids vocab_start ... vocab_start + V
     target_N    [N], int64 ids of the whole vocabulary
-    group       name of the process group the vocabulary is cut over, in the order of its ranks; "": it is whole
-    vocab_valid ids from here on are padding: probability 0, gradient 0. None: no padding
+    group       name of the process group over which the vocabulary is sharded, in rank order; "": not sharded
+    vocab_valid ids from this one on are padding: probability 0, gradient 0. None: no padding
     inv_temp    1 / temperature, > 0
 
-    Returns (logp_N, entropy_N or None, lse_N), float32. Bitwise the same for 1, 2, 4 and 8 ranks. A row without a finite logit is NaN.
-    ValueError for wrong types and shapes; for a target outside the vocabulary in host memory (on a device, where looking would wait
-    for it, that row's logp is NaN).
+    Returns (logp_N, entropy_N or None, lse_N), float32, bitwise equal for 1, 2, 4 and 8 ranks. A row without a finite logit is NaN.
+    Raises ValueError for wrong dtypes and shapes, and in host memory for a target outside the vocabulary. On a device, where this check
+    would synchronize, that row's logp is NaN.
     """
     check_rows(logits_NV, target_N, inv_temp)
     stats = _logprob(logits_NV, target_N, group, vocab_start, vocab_valid, inv_temp, entropy)
@@ -69,16 +69,16 @@ def logprob(
 
 
 def check_rows(logits: Tensor, target: Tensor, inv_temp: float) -> None:
-    """ValueError unless these are rows of logits and their targets."""
+    """Raises ValueError unless `logits` [N, V], `target` [N] and `inv_temp` are valid arguments of logprob."""
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits are {logits.dtype}; use float32, bfloat16 or float16")
     if logits.ndim != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
-        raise ValueError(f"logits have shape {tuple(logits.shape)} and strides {logits.stride()}; pass [N, V] with adjacent columns")
+        raise ValueError(f"logits have shape {tuple(logits.shape)} and strides {logits.stride()}; pass [N, V] with contiguous columns")
     check_target(target, len(logits), inv_temp)
 
 
 def check_target(target: Tensor, rows: int, inv_temp: float) -> None:
-    """ValueError unless there is an int64 target for each of `rows` rows, and the temperature is positive."""
+    """Raises ValueError unless `target` is int64 [rows] and `inv_temp` is positive."""
     if target.dtype != torch.int64 or target.shape != (rows,):
         raise ValueError(f"target is {target.dtype} {tuple(target.shape)}; pass torch.int64 ({rows},), an id for each row")
     if not inv_temp > 0:
@@ -125,24 +125,24 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, target, *ctx.how = inputs
+    logits, target, *ctx.settings = inputs
     ctx.save_for_backward(logits, target, output)
 
 
 def _backward(ctx: Any, grad_stats: Tensor) -> Any:
-    return _logprob_backward(*ctx.saved_tensors, grad_stats, *ctx.how), *[None] * 6
+    return _logprob_backward(*ctx.saved_tensors, grad_stats, *ctx.settings), *[None] * 6
 
 
 _logprob.register_autograd(_backward, setup_context=_setup)
 
 
 def write_stats(stats: Tensor, logits: Tensor, target: Tensor, shard: Shard, inv_temp: float, entropy: bool) -> None:
-    """Fill `stats` [5, n] (a part of the columns of [5, N]) for n rows of logits. A collective of the shard's group."""
+    """Fill `stats` [5, n] (a slice of columns of [5, N]) for n rows of logits. All ranks of the shard's group must call it."""
     merge_parts(stats, shard.gather(segment_parts(logits, target, shard, inv_temp, entropy)), target, shard, inv_temp, entropy)
 
 
 def merge_parts(stats: Tensor, parts: Tensor, target: Tensor, shard: Shard, inv_temp: float, entropy: bool) -> None:
-    """Fill `stats` [5, n] from the shares [segments, 3 or 4, n] of the whole vocabulary."""
+    """Fill `stats` [5, n] from the `parts` [segments, 3 or 4, n] of the whole vocabulary, see segment_parts."""
     if not by_kernel(parts):
         _merge_reference(stats, parts, inv_temp, entropy)
         return
@@ -151,7 +151,7 @@ def merge_parts(stats: Tensor, parts: Tensor, target: Tensor, shard: Shard, inv_
 
 
 def segment_parts(logits: Tensor, target: Tensor, shard: Shard, inv_temp: float, entropy: bool) -> Tensor:
-    """This rank's share of the softmax, [segments, 3 or 4, n]: maximum, sum of exp, target's logit, and for entropy w."""
+    """This rank's segments of the softmax, [segments, 3 or 4, n]: maximum, sum of exp, target's logit, and with entropy w."""
     if not by_kernel(logits):
         return _parts_reference(logits, target, shard, inv_temp, entropy)
     parts = logits.new_empty((shard.segments, 4 if entropy else 3, len(target)), dtype=torch.float32)
@@ -185,9 +185,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
 
 
 def _stages(stride: int, size: int, rest: int) -> int:
-    """Blocks of columns that are on their way at once, of segments of `size` columns, or one more in `rest` of them. 1 where a segment does
-    not begin on 16 bytes: its numbers would be loaded one by one and kept in twice the registers. Segments are cut alike for 1, 2, 4
-    and 8 ranks, so this is the same for each."""
+    """Pipeline stages of loading column blocks, for segments of `size` columns, or one more in `rest` of them.
+
+    1 if segments are not 16-byte aligned: elements would be loaded one by one and take twice the registers. Segments are the same for 1,
+    2, 4 and 8 ranks, and so is this number.
+    """
     return AHEAD if stride % 16 == 0 and size % 16 == 0 and rest == 0 else 1
 
 
@@ -195,8 +197,8 @@ def _block(columns: int) -> int:
     return min(BLOCK, max(128, 1 << (columns - 1).bit_length()))
 
 
-def _pieces(logits: Tensor, shard: Shard) -> Iterator[tuple[int, slice, slice]]:
-    """(segment, rows, columns) of pieces of the logits that fit a processor's cache; padding columns are left out."""
+def _cache_blocks(logits: Tensor, shard: Shard) -> Iterator[tuple[int, slice, slice]]:
+    """(segment, rows, columns) of blocks of logits that fit in the CPU cache; padding columns are left out."""
     height = max(1, IN_CACHE // max(1, shard.widest))
     for top in range(0, len(logits), height):
         for segment, (left, right) in enumerate(pairwise(shard.borders)):
@@ -208,7 +210,7 @@ def _parts_reference(logits: Tensor, target: Tensor, shard: Shard, inv_temp: flo
     parts = logits.new_zeros((shard.segments, 4 if entropy else 3, len(target)), dtype=torch.float32)
     lowest = torch.finfo(torch.float32).min
     parts[:, 0] = lowest
-    for segment, rows, columns in _pieces(logits, shard):
+    for segment, rows, columns in _cache_blocks(logits, shard):
         x = logits[rows, columns].float()
         top = x.amax(1).clamp_min(lowest)
         exps = (x - top[:, None]).mul_(inv_temp).exp_()
@@ -217,7 +219,7 @@ def _parts_reference(logits: Tensor, target: Tensor, shard: Shard, inv_temp: flo
         if entropy:
             parts[segment, 3, rows] = torch.special.entr(exps).sum(1).neg_()
     inside, column = shard.local(target)
-    parts[0, 2] = torch.where(inside, logits.gather(1, column[:, None])[:, 0].float(), 0.0)  # the other segments add 0 to it
+    parts[0, 2] = torch.where(inside, logits.gather(1, column[:, None])[:, 0].float(), 0.0)  # the other segments add 0
     return parts
 
 
@@ -243,7 +245,7 @@ def _grads_reference(
     inside, column = shard.local(target)
     chosen = torch.where(inside, grad_stats[LOGP], 0.0)
     grad[:, shard.real :] = 0.0
-    for _, rows, columns in _pieces(logits, shard):
+    for _, rows, columns in _cache_blocks(logits, shard):
         log_p = (logits[rows, columns].float() - stats[TOP, rows, None]).mul_(inv_temp).sub_(stats[LOG_SUM, rows, None])
         p = log_p.exp()
         slope = (grad_stats[LSE, rows] - grad_stats[LOGP, rows])[:, None]
@@ -262,7 +264,7 @@ def _parts_kernel(
     PARTS, LOGITS, TARGET, stride, N, size, start, real, inv_temp,
     REST: tl.constexpr, SEGMENTS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row of one segment, read once. A segment is `size` columns, or one more where REST columns are spread over SEGMENTS."""
+    """One program per row and segment. A segment has `size` columns; the REST remaining columns are spread over SEGMENTS."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     first = segment * size
@@ -283,7 +285,7 @@ def _parts_kernel(
         rescale = tl.exp2((top - higher) * scale)
         below = x - higher
         exps = tl.exp2(below * scale)
-        if ENTROPY:  # exp(-inf) * -inf is NaN, and is 0 here
+        if ENTROPY:  # exp(-inf) * -inf is NaN, but must be 0
             weighted = (weighted + (top - higher) * total) * rescale + tl.sum(tl.where(exps > 0, exps * below, 0.0), 0)
         total = total * rescale + tl.sum(exps, 0)
         top = higher
@@ -301,7 +303,7 @@ def _parts_kernel(
 def _merge_kernel(
     STATS, PARTS_IN, TARGET, stride, N, first, end, inv_temp, PARTS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """BLOCK rows: their segments, in order."""
+    """Merges the segments of BLOCK rows in order."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = row < N
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -338,7 +340,7 @@ def _grads_kernel(
     GRAD, LOGITS, TARGET, STATS, GRAD_STATS, grad_stride, stride, stats_stride, grad_stats_stride, size, start, real, inv_temp,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one row. It reads before it writes, and nothing of its neighbours: GRAD may be LOGITS."""
+    """BLOCK columns of one row. A program reads before it writes, and only its own columns, so GRAD may be LOGITS."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(LOGITS + row * stride + columns, mask=columns < size, other=-float("inf")).to(tl.float32)
@@ -358,7 +360,7 @@ def _grads_kernel(
 
 
 def aot_cases() -> list[AotCase]:
-    """What logprob and linear_logprob launch for fp32 and bf16 logits, with and without entropy; rows aligned, and rows of odd width."""
+    """The launches of logprob and linear_logprob: fp32 and bf16 logits, with and without entropy, aligned rows and rows of odd width."""
     kinds = [(entropy, aligned) for entropy in (False, True) for aligned in (True, False)]
     return [
         *(_parts_case(dtype, *kind) for kind in kinds for dtype in ("fp32", "bf16")),

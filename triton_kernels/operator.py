@@ -1,8 +1,8 @@
-"""Kernels as operators of torch: visible to torch.compile, meta tensors and dispatch modes, at a low price on the host.
+"""Kernels as torch operators, which work with torch.compile, meta tensors and dispatch modes, with little host overhead.
 
-torch.library.custom_op does the same with checks that cost the host more than a small kernel costs the GPU. Here a call goes through
-torch's dispatcher only where a tracer or a mode is to see it. Elsewhere the function itself is called, inside an autograd.Function where
-a gradient is needed.
+torch.library.custom_op does the same, but its checks take longer on the host than a small kernel on the GPU. Here a call uses torch's
+dispatcher only if a tracer or a dispatch mode must see it. Otherwise the function is called directly, inside an autograd.Function if a
+gradient is needed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operator:
-    """`function` as torch.ops.trivet.NAME. It computes on tensors of CPUs and GPUs, under no autograd.
+    """`function` as torch.ops.trivet.NAME, for CPU and GPU tensors. It runs below autograd.
 
-    The arguments that it writes to are named in `mutates`. See torch.library.infer_schema for the types that it may take.
+    `mutates` names the arguments that it writes to. See torch.library.infer_schema for the supported argument types.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], mutates: Sequence[str]):
@@ -31,14 +31,14 @@ class Operator:
             LIBRARY.impl(name, function, backend)
         LIBRARY.impl(name, self._above_autograd, "Autograd")
         self.overload = getattr(torch.ops.trivet, name).default
-        self.differentiable = self._differentiable(self._underivable, lambda *_: None)
+        self.differentiable = self._differentiable(self._no_derivative, lambda *_: None)
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         """Decorator: `fake` returns empty tensors of the shapes that the function returns."""
         torch.library.register_fake(f"trivet::{self.name}", fake, lib=LIBRARY)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None]) -> None:
-        """Make it differentiable. `setup_context(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
+        """Make it differentiable. `setup_context(ctx, inputs, output)` saves what `backward(ctx, *grads)` needs."""
         self.differentiable = self._differentiable(backward, setup_context)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -55,14 +55,14 @@ class Operator:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(f"trivet_{self.name}", (torch.autograd.Function,), methods).apply
 
-    def _underivable(self, *_: Any) -> None:
+    def _no_derivative(self, *_: Any) -> None:
         raise RuntimeError(f"trivet::{self.name} has no derivative; detach its inputs, or differentiate once (create_graph=False)")
 
     def _above_autograd(self, *inputs: Any) -> Any:
         return self.differentiable(*inputs) if _needs_gradient(inputs) else self._compute(inputs)
 
     def _compute(self, inputs: tuple[Any, ...]) -> Any:
-        """The outputs, cut off from autograd."""
+        """The outputs, detached from autograd."""
         if _is_plain(inputs):
             return self.function(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
@@ -70,16 +70,16 @@ class Operator:
 
 
 def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorator: the function becomes an Operator."""
+    """Decorator that turns a function into an Operator."""
     return lambda function: Operator(name, function, mutates)
 
 
 def _needs_gradient(inputs: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(each.requires_grad for each in inputs if isinstance(each, Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs if isinstance(tensor, Tensor))
 
 
 def _is_plain(inputs: tuple[Any, ...]) -> bool:
-    """Whether these are tensors with memory, and no tracer and no mode is to see the call."""
+    """Whether all tensors have storage, and no tracer or dispatch mode must see the call."""
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return False
-    return all(type(each) in PLAIN and not each.is_meta for each in inputs if isinstance(each, Tensor))
+    return all(type(tensor) in PLAIN and not tensor.is_meta for tensor in inputs if isinstance(tensor, Tensor))

@@ -1,7 +1,7 @@
-"""Sequences laid end to end: what the kernels over tokens [T] and cu_seqlens [S + 1] check, and what their references share.
+"""Packed sequences: checks and helpers shared by the kernels over tokens [T] and cu_seqlens [S + 1], and by their references.
 
-Shapes, dtypes and devices are checked where a function is called. Values are checked inside the operator, and only those that lie on
-the host: reading them on a GPU would make it wait, so index tensors that live there are taken at their word.
+Shapes, dtypes and devices are checked when a function is called. Values are checked inside the operator, and only in host memory: reading
+them on a GPU would synchronize, so index tensors on a GPU are not checked.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from triton_kernels.launch import by_kernel, jit, tl
 
 
 def check_floats(shape: str, like: Tensor, size: int, **tensors: Tensor) -> None:
-    """Raise ValueError unless each tensor is float [size] on the device of `like`. `shape` is how the message calls the size: "T", "S".
+    """Raise ValueError unless each tensor is float [size] on the device of `like`. `shape` names the size in the message: "T", "S".
 
-    Kernels take float32 and bfloat16; references take float64 too, and compute what they return in it.
+    Kernels take float32 and bfloat16; references also take float64, and return it.
     """
     for name, tensor in tensors.items():
-        known = (torch.float32, torch.bfloat16) if by_kernel(tensor) else (torch.float32, torch.bfloat16, torch.float64)
-        if tensor.dtype not in known or tensor.shape != (size,) or tensor.device != like.device:
+        supported = (torch.float32, torch.bfloat16) if by_kernel(tensor) else (torch.float32, torch.bfloat16, torch.float64)
+        if tensor.dtype not in supported or tensor.shape != (size,) or tensor.device != like.device:
             raise ValueError(f"{name} is {_kind(tensor)}; it must be float32 or bfloat16 [{shape}] = [{size}] on {like.device}")
 
 
 def check_packed(mask_T: Tensor, cu_seqlens: Tensor, **tokens: Tensor) -> None:
-    """Raise ValueError unless `tokens` are float [T], the mask bool or uint8 [T], and cu_seqlens indices [S + 1], all beside the first."""
+    """Raise ValueError unless `tokens` are float [T], the mask bool or uint8 [T], and cu_seqlens indices [S + 1], on one device."""
     like = next(iter(tokens.values()))
     check_floats("T", like, like.numel(), **tokens)
     if mask_T.dtype not in (torch.bool, torch.uint8) or mask_T.shape != like.shape or mask_T.device != like.device:
@@ -35,15 +35,15 @@ def check_packed(mask_T: Tensor, cu_seqlens: Tensor, **tokens: Tensor) -> None:
 
 
 def check_indices(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
-    """Raise ValueError unless `tensor` is int32 or int64 on the host or beside `like`; a dimension named by a string may be any."""
+    """Raise ValueError unless `tensor` is int32 or int64, on the host or `like`'s device. A string in `shape` allows any size."""
     fits = tensor.dim() == len(shape) and all(isinstance(n, str) or n == size for n, size in zip(shape, tensor.shape, strict=True))
     if not fits or tensor.dtype not in (torch.int32, torch.int64) or tensor.device.type not in ("cpu", like.device.type):
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} is {_kind(tensor)}; it must be int32 or int64 [{wanted}] on cpu or {like.device}")
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name} is {_kind(tensor)}; it must be int32 or int64 [{expected}] on cpu or {like.device}")
 
 
 def checked_cu_seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
-    """`cu_seqlens` beside `like` [T]. Raises ValueError unless it climbs from 0 to T, where that can be seen without waiting."""
+    """`cu_seqlens` on the device of `like` [T]. If it is on the host, raises ValueError unless it ascends from 0 to T."""
     if cu_seqlens.device.type == "cpu":
         ends = cu_seqlens.tolist()
         for s, (start, end) in enumerate(pairwise(ends)):
@@ -55,7 +55,7 @@ def checked_cu_seqlens(cu_seqlens: Tensor, like: Tensor) -> Tensor:
 
 
 def checked_pairs(pairs_P2: Tensor, sequences: int, like: Tensor) -> Tensor:
-    """`pairs_P2` beside `like`. Raises ValueError for a pair of sequences that do not exist, where that can be seen without waiting."""
+    """`pairs_P2` on the device of `like`. If it is on the host, raises ValueError for a sequence index out of range."""
     if pairs_P2.device.type == "cpu":
         for p, pair in enumerate(pairs_P2.tolist()):
             if not all(0 <= s < sequences for s in pair):
@@ -68,12 +68,12 @@ def _kind(tensor: Tensor) -> str:
 
 
 def result_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 where the input is."""
+    """float32, or float64 for float64 input."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def as_bytes(mask_T: Tensor) -> Tensor:
-    """A bool or uint8 mask as kernels read it."""
+    """A bool or uint8 mask as contiguous uint8, for kernels."""
     return mask_T.contiguous().view(torch.uint8)
 
 

@@ -1,13 +1,13 @@
-"""A loss straight from hidden states, with its gradient made in the forward pass: three products, and no logits kept.
+"""A loss computed from hidden states, with its gradient computed in the forward pass: three products, and no logits are saved.
 
-Where a loss is a sum over tokens, the slope of each token's term is known as soon as its log-prob is. A chunk's logits can then be
-turned into their gradient, and that into those of hidden and weight, while they are at hand; backward only scales. For
+If a loss is a sum over tokens, the derivative of each term is known as soon as the token's log-prob is. A chunk's logits can then be
+replaced by their gradient, and that yields the gradients of hidden and weight immediately; backward only scales them. For
 
     SFT    sum_t -w_t logp_t
     PPO    sum_t w_t (max(-r_t A_t, -clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef KL_t)    r_t = exp(logp_t - old_logp_t)
 
 (Schulman et al., arXiv:1707.06347, eq. 7, with two clips; triton_kernels/ppo.py has the terms and the KL estimators). The weights w
-hold the mask and every normalisation.
+include the mask and all normalization.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ def linear_policy_loss(
     logits_dtype: torch.dtype = torch.float32,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The sum over tokens of a loss, differentiable in `hidden_ND` and `weight_VD`, and the log-probs it was made of.
+    """The sum over tokens of a loss, differentiable in `hidden_ND` and `weight_VD`, and the log-probs.
 
-    token_weight_N  [N], float32: w; tokens of weight 0 do not count, whatever else is said of them
+    token_weight_N  [N], float32: w; tokens of weight 0 are ignored, whatever their other values
     advantage_N     [N], float32: PPO's clipped loss. None: negative log-likelihood
     old_logp_N      [N], float32, with advantage_N: log-probs of the policy that sampled. None: this policy did, and the ratio is 1
     ref_logp_N      [N], float32, with kl_coef: log-probs of the reference; see ppo_loss for `kl`
-    rows            [M], int64: the rows that count; the others cost nothing, and their log-prob is 0. None: all
+    rows            [M], int64: the rows to compute; the others cost nothing, and their log-prob is 0. None: all
     entropy         also compute the entropy of each row's distribution, in nats
     weight_grad     [V, D], float32: the weight's gradient is added to it in the forward pass, and autograd gets none for the weight. The
                     gradient of the total must then be 1: scale token_weight_N, not the total
 
-    The rest as of linear_logprob, which see. Returns (total, float32 scalar; logp_N, entropy_N or None, float32, both cut off from
-    autograd). A log-ratio is held within ±20. ValueError for wrong types and shapes; in host memory, backward also raises it for another
-    gradient than 1 where there is a weight_grad.
+    The other arguments are those of linear_logprob. Returns (total, float32 scalar; logp_N, entropy_N or None, float32, both without
+    gradient). Log-ratios are clamped to ±20. Raises ValueError for wrong dtypes and shapes; in host memory, backward also raises it if a
+    weight_grad is given and the gradient of the total is not 1.
     """
     chunk = chunk_rows(len(weight_VD)) if chunk is None else chunk
     check_linear(hidden_ND, weight_VD, target_N, inv_temp, chunk, logits_dtype, weight_grad)
@@ -70,11 +70,11 @@ def linear_policy_loss(
     _check_tokens(len(target_N), {"token_weight": token_weight_N, **policy})
     tokens = [hidden_ND, target_N, token_weight_N, *policy.values()]
     if rows is not None:
-        tokens = [None if each is None else each.index_select(0, rows) for each in tokens]
+        tokens = [None if tensor is None else tensor.index_select(0, rows) for tensor in tokens]
     hidden, *others = tokens
-    needs = [torch.is_grad_enabled() and each.requires_grad for each in (hidden_ND, weight_VD)]
-    how = (clip_low, clip_high, kl, kl_coef, group, vocab_start, vocab_valid, inv_temp, entropy, chunk, logits_dtype, *needs)
-    total, stats, _, _ = _linear_policy_loss(hidden, weight_VD, *others, weight_grad, *how)
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, weight_VD)]
+    settings = (clip_low, clip_high, kl, kl_coef, group, vocab_start, vocab_valid, inv_temp, entropy, chunk, logits_dtype, *needs)
+    total, stats, _, _ = _linear_policy_loss(hidden, weight_VD, *others, weight_grad, *settings)
     if rows is not None:
         stats = stats.new_zeros((len(stats), len(target_N))).index_copy(1, rows, stats)
     return total, stats[0], stats[1] if entropy else None
@@ -86,7 +86,7 @@ def _check_tokens(count: int, values: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; pass torch.float32 ({count},), one for each row")
     for name in ("old_logp", "ref_logp"):
         if values[name] is not None and values["advantage"] is None:
-            raise ValueError(f"advantage is missing beside {name}: pass it for PPO's loss, or neither for the negative log-likelihood")
+            raise ValueError(f"{name} needs advantage: pass both for PPO's loss, or neither for the negative log-likelihood")
 
 
 @operator("linear_policy_loss", mutates=("weight_grad",))
@@ -113,8 +113,8 @@ def _linear_policy_loss(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total; log-probs and, if asked for, entropy below them [1 or 2, N]; gradients of hidden and weight, each empty where it is not
-    needed or was added to weight_grad)."""
+    """(total; log-probs, and with `entropy` entropies in the second row [1 or 2, N]; gradients of hidden and weight, each empty if it is
+    not needed or was added to weight_grad)."""
     shard = Shard.of(len(weight), group, vocab_start, vocab_valid)
     shard.check(target)
     terms = Terms(token_weight, old_logp, advantage, ref_logp, clip_low, clip_high, kl, kl_coef)
@@ -129,15 +129,15 @@ def _linear_policy_loss(
         total, slopes[LOGP, part] = terms.part(part, stats[LOGP, part])
         totals.append(total)
         if needs_hidden or needs_weight:
-            grad_logits = gradients.room_for(logits, spoil=True)
+            grad_logits = gradients.buffer_for(logits, reuse=True)
             write_grads(grad_logits, logits, target[part], stats[:, part], slopes[:, part], shard, inv_temp, False)
             gradients.add(part, grad_logits)
-    said = stats[: ENTROPY + 1 if entropy else LOGP + 1].clone()  # the first rows of stats
-    return torch.stack(totals).sum(), said, gradients.hidden_grad, gradients.new_weight_grad()
+    returned = stats[: ENTROPY + 1 if entropy else LOGP + 1].clone()  # the first rows of stats
+    return torch.stack(totals).sum(), returned, gradients.hidden_grad, gradients.new_weight_grad()
 
 
 class Terms(NamedTuple):
-    """A loss that is a sum over tokens: what is known of each before its log-prob is."""
+    """A loss that is a sum over tokens: its inputs other than log-probs."""
 
     weight: Tensor
     old_logp: Tensor | None
@@ -149,8 +149,8 @@ class Terms(NamedTuple):
     kl_coef: float
 
     def part(self, part: slice, logp: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the terms of the tokens `part`, whose log-probs these are, and each one's slope, d term / d logp."""
-        weight, old_logp, advantage, ref_logp = (None if each is None else each[part] for each in self[:4])
+        """(sum of the terms of the tokens `part`, which have these log-probs; derivative of each term, d term / d logp)."""
+        weight, old_logp, advantage, ref_logp = (None if tensor is None else tensor[part] for tensor in self[:4])
         assert weight is not None
         if advantage is None:
             slope = -weight
@@ -183,7 +183,7 @@ def _backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ..
     if not ctx.accumulates:
         grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in grads]
     elif grad_total.device.type == "cpu" and grad_total != 1:
-        raise ValueError(f"the gradient of the total is {grad_total.item()}, but weight_grad was given that of 1; scale token_weight")
+        raise ValueError(f"the gradient of the total is {grad_total.item()}, but must be 1 with weight_grad; scale token_weight instead")
     return grads[0], None if ctx.accumulates else grads[1], *[None] * 19
 
 

@@ -1,23 +1,23 @@
-"""The clipped losses of PPO over tokens, with their gradients and five statistics in one pass.
+"""The clipped losses of PPO over tokens, with their gradients and five statistics, in one kernel.
 
     r = exp(logp - old_logp)        A = (advantage - mean) * rstd
     policy  = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
     loss    = sum_t weight_t * (policy + kl_coef * kl)                                                     of the policy
     value   = sum_t weight_t * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2             of a critic
 
-Schulman et al., arXiv 1707.06347, equation 7; the two clips apart are DAPO's, arXiv 2503.14476; the value loss is that of Tülu 3's
-trainer. With x = ref_logp - logp the estimators of KL(policy, reference) are k1 = -x, k2 = x^2 / 2 and k3 = exp(x) - 1 - x
-(Schulman 2020, joschu.net/blog/kl-approx.html). Log-ratios are cut off at 20 before they are exponentiated, beyond which the
-gradient is 0: logp - old_logp on both sides, x of k3 above.
+Schulman et al., arXiv 1707.06347, equation 7; separate lower and upper clips are from DAPO, arXiv 2503.14476; the value loss is that of
+Tülu 3's trainer. With x = ref_logp - logp the estimators of KL(policy, reference) are k1 = -x, k2 = x^2 / 2 and k3 = exp(x) - 1 - x
+(Schulman 2020, joschu.net/blog/kl-approx.html). Log-ratios are clamped before exponentiation, and the gradient beyond is 0:
+logp - old_logp to [-20, 20], x of k3 to at most 20.
 
-One float32 weight a token is all that a way of averaging is, from counts of the WHOLE batch, over microbatches and ranks:
+Averaging is expressed as one float32 weight per token, from counts of the WHOLE batch, over microbatches and ranks:
 
     token mean           mask_t / number of tokens
     sequence mean        mask_t / (tokens of t's sequence * number of sequences)
     constant (Dr. GRPO)  mask_t / (longest response * number of sequences)
 
-A token of weight 0 is not computed with, whatever it holds. A block of tokens writes its partial sums, and the block that comes last
-adds those of all in order: one launch, and the same bits in every run, for who comes last is all that an (integer) atomic decides.
+Tokens of weight 0 are ignored, whatever their values. Each block of tokens writes its partial sums, and the last block to finish adds those
+of all blocks in order. This takes one launch and gives the same bits in every run: the integer atomic only decides which block is last.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from triton_kernels.operator import operator
 from triton_kernels.packed import check_floats, result_dtype
 from triton_kernels.tiles import parts
 
-BLOCK = 1024  # tokens of a program
+BLOCK = 1024  # tokens per program
 READ = 128  # partial sums of a statistic that the last program reads at a time
-CUT = 20.0  # log-ratio beyond which exp says nothing but overflow
+CUT = 20.0  # log-ratio beyond which exp is clamped
 
 Kl = Literal["k1", "k2", "k3"]
 Results = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [], stats [5], and gradients of logp and value
 
 
 class PpoStats(NamedTuple):
-    """Sums over tokens of weight_t * (what is said here), so that they add over microbatches and ranks as the loss does.
+    """Sums over tokens of weight_t * (the quantity below), which can be added over microbatches and ranks like the loss.
 
-    Scalars in float32, without gradient; 0 for terms whose inputs were not given.
+    Scalars in float32, without gradient; 0 for terms with missing inputs.
     """
 
     loss: Tensor  # the returned loss
     policy: Tensor  # the clipped policy loss
     kl: Tensor  # KL(policy, reference) by the chosen estimator, in nats, without its coefficient
-    clip_fraction: Tensor  # 1 where the clip decided the policy loss, so that the token has no gradient from it
-    approx_kl: Tensor  # KL(old policy, policy), r - 1 - log r, in nats: how far this update has moved
+    clip_fraction: Tensor  # 1 if the clipped branch is larger, so that the token has no policy gradient
+    approx_kl: Tensor  # KL(old policy, policy), r - 1 - log r, in nats: how far the policy has moved in this step
 
 
 def ppo_loss(
@@ -70,11 +70,11 @@ def ppo_loss(
 ) -> tuple[Tensor, PpoStats]:
     """Weighted sum over tokens of the policy loss and the KL term; differentiable in `logp`.
 
-    logp, old_logp, ref_logp    [T], float32 or bfloat16: natural-log probabilities of each token under the policy, the policy that the
-                                batch is judged by and the reference (None: no KL term)
+    logp, old_logp, ref_logp    [T], float32 or bfloat16: natural-log probabilities of each token under the policy, the old policy
+                                (the denominator of the ratio) and the reference (None: no KL term)
     advantage                   [T], not whitened
     weight                      [T], float32, see above
-    mean, rstd                  to whiten advantages by; from the n, mean and M2 of `merge_partials`, rstd = 1 / sqrt(M2 / (n - 1) + 1e-8)
+    mean, rstd                  for whitening advantages; from the n, mean and M2 of `merge_partials`, rstd = 1 / sqrt(M2 / (n - 1) + 1e-8)
     clip_low, clip_high         the ratio is clipped to [1 - clip_low, 1 + clip_high]
 
     Returns (loss [], PpoStats), float32. Raises ValueError for wrong dtypes and shapes, a KL term without a reference, and negative clips.
@@ -87,7 +87,7 @@ def ppo_loss(
 
 
 def check_kl(kl: str, kl_coef: float, ref_logp: Tensor | None, **clips: float) -> None:
-    """ValueError for an estimator that does not exist, a KL term without a reference and a negative clip."""
+    """Raises ValueError for an unknown estimator, a KL term without a reference and a negative clip."""
     if kl not in get_args(Kl):
         raise ValueError(f"kl={kl!r} must be 'k1', 'k2' or 'k3'")
     if kl_coef and ref_logp is None:
@@ -132,7 +132,7 @@ def _check(weight: Tensor, tensors: dict[str, Tensor | None]) -> None:
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     check_floats("T", weight, weight.numel(), weight=weight, **given)
     if weight.dtype == torch.bfloat16:
-        raise ValueError("weight is bfloat16, in which weights of tokens do not add up to 1; pass float32")
+        raise ValueError("weight is bfloat16, which is too coarse for token weights to add up to 1; pass float32")
 
 
 @operator("ppo")
@@ -178,7 +178,7 @@ def _(weight: Tensor, *inputs: Any) -> Results:
     return _empty_results(weight, inputs[0], inputs[4])
 
 
-def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[1], inputs[5])]
@@ -191,7 +191,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return None, logp, None, None, None, value, None, None, *[None] * 7
 
 
-_ppo.register_autograd(_backward, setup_context=_keep_grads)
+_ppo.register_autograd(_backward, setup_context=_save_grads)
 
 
 def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tuple[float, ...], kl: str) -> Results:
@@ -222,7 +222,7 @@ def _reference(weight: Tensor, inputs: tuple[Tensor | None, ...], settings: tupl
 
 
 def clipped_policy(log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss of each token, its slope in logp, whether the clip decided), from logp - old_logp."""
+    """(loss of each token, its derivative in logp, whether the clipped branch is larger), from logp - old_logp."""
     cut = log_ratio.clamp(-CUT, CUT)
     ratio = cut.exp()
     free, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -253,7 +253,7 @@ def _kernel(
     mean, rstd, clip_low, clip_high, kl_coef, value_clip,
     KL: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of tokens: gradients, and sum number i of block b at PARTIALS[i, b]. The last one adds these."""
+    """One program per block of tokens: writes gradients, and sum i of block b to PARTIALS[i, b]. The last program adds the sums."""
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = t < tokens
     weight = tl.load(WEIGHT + t, mask=inside, other=0.0)
@@ -287,7 +287,7 @@ def _kernel(
 
 @jit
 def _read(POINTER, t, inside, on):
-    """Tokens in float32, 0 for those of weight 0. The mask is that of the block, so that aligned tokens come 128 bits at a time."""
+    """Values in float32, 0 for tokens of weight 0. The load is masked only by the block, so that aligned loads are 128 bits wide."""
     return tl.where(on, tl.load(POINTER + t, mask=inside, other=0.0).to(tl.float32), 0.0)
 
 
@@ -298,7 +298,7 @@ def _sum(weight, term):
 
 @jit
 def _policy(log_ratio, advantage, clip_low, clip_high, CUT: tl.constexpr):
-    """(loss, its slope in logp, whether the clip decided, r - 1 - log r)."""
+    """(loss, its derivative in logp, whether the clipped branch is larger, r - 1 - log r)."""
     cut = tl.minimum(tl.maximum(log_ratio, -CUT), CUT)
     ratio = tl.exp(cut)
     free = -advantage * ratio
@@ -309,7 +309,7 @@ def _policy(log_ratio, advantage, clip_low, clip_high, CUT: tl.constexpr):
 
 @jit
 def _kl(x, KL: tl.constexpr, CUT: tl.constexpr):
-    """(estimate, its slope in logp), where x = ref_logp - logp."""
+    """(estimate, its derivative in logp), where x = ref_logp - logp."""
     if KL == "k1":
         return -x, tl.zeros_like(x) + 1.0
     elif KL == "k2":
@@ -322,7 +322,7 @@ def _kl(x, KL: tl.constexpr, CUT: tl.constexpr):
 
 @jit
 def _value(value, old_value, returns, clip):
-    """(loss, its slope in value). Within the clip both branches are the same, and the free one has the slope."""
+    """(loss, its derivative in value). Within the clip range both branches are equal, and the unclipped one gives the derivative."""
     free = value - returns
     clipped = tl.minimum(tl.maximum(value, old_value - clip), old_value + clip) - returns
     return 0.5 * tl.maximum(free * free, clipped * clipped), tl.where(free * free >= clipped * clipped, free, 0.0)
@@ -330,7 +330,7 @@ def _value(value, old_value, returns, clip):
 
 @jit
 def _exp_less_line(x):
-    """exp(x) - 1 - x. Below 1 by its series: the difference would keep no digit of x = 1e-4."""
+    """exp(x) - 1 - x. For |x| < 1 from its series: the difference would lose all digits at x = 1e-4."""
     series = 1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880 + x * (1.0 / 3628800 + x * (1.0 / 39916800))))
     series = 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * series))))
     return tl.where(tl.abs(x) < 1.0, x * x * series, tl.exp(x) - 1.0 - x)
@@ -338,7 +338,7 @@ def _exp_less_line(x):
 
 @jit
 def _add_up(PARTIALS, LOSS, STATS, blocks, READ: tl.constexpr):
-    """Every statistic's partial sums, added in the order of the blocks. The first statistic is the loss."""
+    """Adds the partial sums of every statistic in the order of blocks. The first statistic is the loss."""
     i = tl.arange(0, 8)
     total = tl.zeros((8, READ), tl.float32)
     for first in range(0, blocks, READ):

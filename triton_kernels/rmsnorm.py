@@ -1,15 +1,15 @@
-"""RMSNorm (arXiv 1910.07467), the residual addition in the same pass.
+"""RMSNorm (arXiv 1910.07467), with the residual addition fused.
 
     total = x + residual        rstd = 1 / sqrt(mean(total^2) + eps)        y = total * rstd * weight
 
-    d total = rstd * (g - n * mean(g * n)) + what reaches total from elsewhere        n = total * rstd        g = dy * weight
+    d total = rstd * (g - n * mean(g * n)) + the gradient of total from other uses        n = total * rstd        g = dy * weight
     d weight = sum over rows of dy * n
 
-`total` is rounded to its dtype before it is normed, so the fused bits are those of the two steps apart. The sum over rows is
-taken in an order that depends on the number of rows alone: consecutive rows within a program, then the programs in order.
+`total` is rounded to its dtype before the norm, so the fused result is bitwise that of the two separate operations. The order of the sum
+over rows depends only on the number of rows: consecutive rows within a program, then the programs in order.
 
-A row of up to WIDEST bytes is held in registers. Of a wider one each pass is made tile by tile, and backward is two launches: the
-mean(g * n) of every row, then tiles of d total with their columns of d weight.
+Rows of up to WIDEST bytes are held in registers. Wider rows are processed in tiles, and backward takes two launches: mean(g * n) of every
+row, then tiles of d total with their columns of d weight.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from triton_kernels.launch import by_kernel, jit, launch, shared_memory, tl
 from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
-PARTS = 256  # programs of the backward pass: enough to fill a GPU, few enough that their partial sums are little traffic
-WIDEST = 32768  # bytes of a row that registers hold: 16384 columns of bfloat16, the hidden size of Llama 405B
-TILE = 4096  # columns of a wider one at a time
+PARTS = 256  # programs of the backward kernel: enough to fill a GPU, few enough that their partial sums cost little traffic
+WIDEST = 32768  # most bytes of a row held in registers: 16384 columns of bfloat16, the hidden size of Llama 405B
+TILE = 4096  # columns of a wider row at a time
 
 
 @overload
@@ -36,15 +36,15 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Ten
 @overload
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """`x`, or x + residual, over the root of its mean square, times `weight`; differentiable in all three tensors.
+    """RMSNorm of `x`, or of x + residual, times `weight`; differentiable in all three tensors.
 
-    x         [..., D], bfloat16, float16 or float32; the last dimension contiguous or it is copied
-    weight    [D], of any of these types
+    x         [..., D], bfloat16, float16 or float32; copied if the last dimension is not contiguous
+    weight    [D], any of these dtypes
     eps       added to the mean square
-    residual  as x
+    residual  like x
 
-    Returns the normed rows, of x's shape and dtype; with a residual also x + residual, the next one. Computed in float32.
-    ValueError for other shapes and dtypes.
+    Returns the normed rows, with x's shape and dtype; with a residual, (normed, x + residual). Computed in float32.
+    Raises ValueError for other shapes and dtypes.
     """
     _check(x, weight, residual)
     width = x.shape[-1]
@@ -64,7 +64,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
 
 @operator("rmsnorm")
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed [N, D], total [N, D] or nothing where there is no residual, rstd [N])."""
+    """(normed [N, D], total [N, D] or [0] without a residual, rstd [N])."""
     compute = _forward_by_triton if by_kernel(x) else _forward_reference
     return compute(contiguous_rows(x), None if residual is None else contiguous_rows(residual), weight.contiguous(), eps)
 
@@ -92,15 +92,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, total, rstd = output
     ctx.fused = residual is not None
     ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)  # zeros for total where it goes nowhere
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of an unused total
     ctx.save_for_backward(total if ctx.fused else x, weight, rstd)
 
 
 def _grads(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:  # what is normed goes nowhere
+    if grad is None:  # the normed output is unused
         return grad_total, grad_total, None, None
-    to_total, to_weight = _backward(grad, grad_total if ctx.fused else None, *ctx.saved_tensors)
-    return to_total, to_total if ctx.fused else None, to_weight, None
+    grad_input, grad_weight = _backward(grad, grad_total if ctx.fused else None, *ctx.saved_tensors)
+    return grad_input, grad_input if ctx.fused else None, grad_weight, None
 
 
 _forward.register_autograd(_grads, setup_context=_save)
@@ -126,7 +126,7 @@ def _backward_reference(grad: Tensor, grad_total: Tensor | None, total: Tensor, 
 
 @jit
 def _forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stride, width, eps, BLOCK: tl.constexpr):
-    """One row a program."""
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     x = load_row(X + row * x_stride, cols, width)
@@ -144,13 +144,13 @@ def _backward_kernel(
     GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`rows_each` consecutive rows a program; their part of the weight's gradient is a row of PARTIAL."""
+    """One program per `rows_each` consecutive rows; its part of the weight's gradient is a row of PARTIAL."""
     part = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     to_weight = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(part * rows_each, tl.minimum(part * rows_each + rows_each, rows), num_stages=STAGES):
         rstd = tl.load(RSTD + row)
-        # Read twice, the second time from cache: a wide row would not fit the registers beside its part of the weight's gradient.
+        # Rows are read twice, the second time from cache: a wide row and its part of the weight's gradient do not both fit in registers.
         total = load_row(TOTAL + row * total_stride, cols, width, "evict_last")
         scaled = load_row(GRAD + row * grad_stride, cols, width, "evict_last") * load_row(WEIGHT, cols, width, "evict_last")
         along = tl.sum(scaled * total, 0) * rstd / width
@@ -166,7 +166,7 @@ def _backward_kernel(
 
 @jit
 def _wide_forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual_stride, width, eps, BLOCK: tl.constexpr):
-    """One row a program, read twice: the second time from cache."""
+    """One program per row, which is read twice, the second time from cache."""
     row = tl.program_id(0).to(tl.int64)
     square = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, width, BLOCK):
@@ -184,7 +184,7 @@ def _wide_forward_kernel(X, RESIDUAL, WEIGHT, Y, TOTAL, RSTD, x_stride, residual
 
 @jit
 def _total(X, RESIDUAL, Y, row, x_stride, residual_stride, cols, width):
-    """x + residual, rounded to what is stored."""
+    """x + residual, rounded to the stored dtype."""
     x = load_row(X + row * x_stride, cols, width)
     if RESIDUAL is not None:
         x = (x + load_row(RESIDUAL + row * residual_stride, cols, width)).to(Y.dtype.element_ty).to(tl.float32)
@@ -193,7 +193,7 @@ def _total(X, RESIDUAL, Y, row, x_stride, residual_stride, cols, width):
 
 @jit
 def _along_kernel(GRAD, TOTAL, WEIGHT, RSTD, ALONG, grad_stride, total_stride, width, BLOCK: tl.constexpr):
-    """One row a program: mean(g * n)."""
+    """mean(g * n), one program per row."""
     row = tl.program_id(0).to(tl.int64)
     along = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, width, BLOCK):
@@ -208,7 +208,7 @@ def _wide_backward_kernel(
     GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, ALONG, OUT, PARTIAL, grad_stride, grad_total_stride, total_stride, rows, rows_each, width,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `rows_each` consecutive rows a program."""
+    """One program per tile of `rows_each` consecutive rows."""
     part = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     weight = load_row(WEIGHT, cols, width)
@@ -258,19 +258,19 @@ def _wide(x: Tensor) -> bool:
 
 
 def _tile(x: Tensor) -> dict[str, int]:
-    """The whole row where registers hold it, 16 elements a thread and 32 in the widest; a tile of a wider one, 16 a thread."""
+    """A whole row if it is held in registers (16 elements per thread, 32 for the widest), else a tile (16 per thread)."""
     block = TILE if _wide(x) else power_of_2(x.shape[1])
     return {"BLOCK": block, "num_warps": min(max(1, block // 512), 16)}
 
 
 def _stages(width: int, itemsize: int, shared: int) -> int:
-    """2 where the next row fits `shared` bytes beside this one, so that it is fetched while this one is computed on; else 1."""
-    return 2 if 7 * power_of_2(width) * itemsize + 1024 <= shared else 1  # 7 tiles: the inputs and what the reductions exchange
+    """2 if two rows fit in `shared` bytes, so that the next row is loaded during computation; else 1."""
+    return 2 if 7 * power_of_2(width) * itemsize + 1024 <= shared else 1  # 7 tiles: the inputs and scratch memory of the reductions
 
 
 def aot_cases() -> list[AotCase]:
-    """The hidden sizes of the 135M, 8B, 70B and 405B models in bfloat16, with the residual; without; and the widest in float32. Then
-    rows that registers do not hold: 405B's in float32, and 65536 columns."""
+    """The hidden sizes of the 135M, 8B, 70B and 405B models in bfloat16 with residual, one without, and the widest that fits in float32.
+    Then rows too wide for registers: 405B's in float32, and 65536 columns."""
     held = [(width, "bf16", True) for width in (576, 4096, 8192, 16384)] + [(4096, "bf16", False), (8192, "fp32", True)]
     wide = [(65536, "bf16", True), (16384, "fp32", True)]
     in_tiles = (_wide_forward_kernel, _along_kernel, _wide_backward_kernel)
@@ -282,7 +282,7 @@ def aot_cases() -> list[AotCase]:
 
 
 def _backward_cases(width: int, dtype: str, fused: bool) -> list[AotCase]:
-    """One for the architectures on which the next row is fetched ahead, one for the others."""
+    """One case for the architectures on which the next row is prefetched, one for the others."""
     archs: dict[int, list[int]] = {}
     for arch, chip in CHIPS.items():
         archs.setdefault(_stages(width, 4 if dtype == "fp32" else 2, chip.shared_of_block), []).append(arch)

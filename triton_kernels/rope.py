@@ -1,12 +1,12 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split pairing of Llama: dimension i turns with i + K/2.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), in Llama's half-split layout: dimension i is paired with i + K/2.
 
     y[i]       = x[i] cos - x[i + K/2] sin
     y[i + K/2] = x[i + K/2] cos + x[i] sin
 
-Turning back is turning by the negative angle, so the backward pass is the same kernel.
+The inverse is the rotation by the negative angle, so backward uses the same kernel.
 
-`rope_qkv` does it to the product that queries, keys and values come out of, and takes that apart in the same launch. The three are then
-tensors of their own, which attention keeps for its backward pass: no view keeps the whole product alive, and nothing is copied again.
+`rope_qkv` applies it to the output of the fused QKV projection, and splits that in the same launch. Query, key and value become separate
+tensors, which attention saves for backward: no view keeps the whole projection output alive, and no further copy is needed.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts, power_of_2
 
-PAIRS = 2048  # of one program: 8 to 16 a thread, in 128-bit loads
+PAIRS = 2048  # pairs per program: 8 to 16 per thread, in 128-bit loads
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` with each head's pairs (i, i + K/2) turned by its token's angles; differentiable in `x`, not in the angles.
+    """`x` with each head's pairs (i, i + K/2) rotated by its token's angles; differentiable in `x`, not in the angles.
 
-    x         [T, H, K], bfloat16, float16 or float32; K even, the last dimension contiguous or it is copied
-    cos, sin  [T, K/2], of any of these types: packed sequences bring the angles of their own positions
+    x         [T, H, K], bfloat16, float16 or float32; K even; copied if the last dimension is not contiguous
+    cos, sin  [T, K/2], any of these dtypes; packed sequences pass the angles of their own positions
 
-    Returns [T, H, K] of x's dtype, computed in float32. ValueError for other shapes and dtypes.
+    Returns [T, H, K] of x's dtype, computed in float32. Raises ValueError for other shapes and dtypes.
     """
     _check(x, cos, sin)
     return _rope(x, cos, sin, False)
 
 
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys turned as by `rope`, and values as they are, from one product; differentiable in `qkv`, not in the angles.
+    """Split the output of a fused QKV projection, and rotate query and key as `rope` does; differentiable in `qkv`, not in the angles.
 
-    qkv       [T, KV, G + 2, K], bfloat16, float16 or float32: of each key-value head its G queries, its key, its value; K even, contiguous
-              within a token or it is copied
-    cos, sin  [T, K/2], of any of these types
+    qkv       [T, KV, G + 2, K], bfloat16, float16 or float32: for each KV head its G query heads, its key, its value; K even; copied if not
+              contiguous within a token
+    cos, sin  [T, K/2], any of these dtypes
 
-    Returns query [T, KV * G, K], key [T, KV, K] and value [T, KV, K] of qkv's dtype, computed in float32. ValueError for other shapes and
-    dtypes.
+    Returns query [T, KV * G, K], key [T, KV, K] and value [T, KV, K] of qkv's dtype, computed in float32. Raises ValueError for other
+    shapes and dtypes.
     """
     check_float(qkv=qkv, cos=cos, sin=sin)
     if qkv.dim() != 4 or qkv.shape[2] < 3 or qkv.shape[3] % 2:
@@ -103,7 +103,7 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator("rope_qkv_backward")
 def _rope_qkv_backward(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of qkv from those of the three."""
+    """The gradient of qkv from those of query, key and value."""
     compute = _join_by_triton if by_kernel(query) else _join_reference
     return compute(query, key, value, cos, sin)
 
@@ -155,7 +155,7 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 def _kernel(
     X, COS, SIN, Y, x_token, x_head, cos_token, sin_token, heads, half, INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """One token and HEADS of its heads a program."""
+    """One program per token and HEADS of its heads."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALF)[None, :]
@@ -178,8 +178,8 @@ def _qkv_kernel(
     qkv_token, cos_token, sin_token, query_token, query_head, key_token, key_head, value_token, value_head, heads, half,
     INVERSE: tl.constexpr, SHARED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token and HEADS of its heads a program, as they lie in QKV: SHARED of each key-value head, its key and its value last. From QKV
-    to the three, or INVERSE."""
+    """One program per token and HEADS of its heads in QKV, where each KV head has SHARED: its query heads, its key, its value. From QKV to
+    query, key and value, or with INVERSE back."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALF)[None, :]
@@ -212,7 +212,7 @@ def _qkv_kernel(
 
 @jit
 def _from_one(query, key, value, of_query, of_key, of_value):
-    """Each number from the one tensor that it is of."""
+    """Loads each element from query, key or value."""
     x = tl.load(query, mask=of_query, other=0.0).to(tl.float32)
     x += tl.load(key, mask=of_key, other=0.0).to(tl.float32)
     return x + tl.load(value, mask=of_value, other=0.0).to(tl.float32)
@@ -227,9 +227,9 @@ def _to_one(query, key, value, of_query, of_key, of_value, x):
 
 def _split_by_triton(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qkv = qkv if qkv[:1].is_contiguous() else qkv.contiguous()
-    three = _new_parts(qkv)
-    _launch_qkv(qkv, three, cos, sin, inverse=False)
-    return three
+    split = _new_parts(qkv)
+    _launch_qkv(qkv, split, cos, sin, inverse=False)
+    return split
 
 
 def _join_by_triton(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -238,15 +238,15 @@ def _join_by_triton(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
     return whole
 
 
-def _launch_qkv(qkv: Tensor, three: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, inverse: bool) -> None:
+def _launch_qkv(qkv: Tensor, split: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, inverse: bool) -> None:
     tokens, groups, shared, size = qkv.shape
     cos, sin = contiguous_rows(cos), contiguous_rows(sin)
     heads = groups * shared
     shape, warps = _tile(heads, size // 2)
-    strides = (qkv.stride(0), cos.stride(0), sin.stride(0), *(stride for part in three for stride in part.stride()[:2]))
+    strides = (qkv.stride(0), cos.stride(0), sin.stride(0), *(stride for part in split for stride in part.stride()[:2]))
     grid = (tokens, parts(heads, shape["HEADS"]))
     constants = {"INVERSE": inverse, "SHARED": shared, **shape}
-    launch(_qkv_kernel, grid, qkv, cos, sin, *three, *strides, heads, size // 2, **constants, num_warps=warps)
+    launch(_qkv_kernel, grid, qkv, cos, sin, *split, *strides, heads, size // 2, **constants, num_warps=warps)
 
 
 def _by_triton(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -261,14 +261,14 @@ def _by_triton(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def _tile(heads: int, half: int) -> tuple[dict[str, int], int]:
-    """(heads and pairs of one program, its warps): a token's heads, as far as they fit PAIRS."""
+    """(heads and pairs per program, its warps): as many of a token's heads as fit in PAIRS."""
     pairs = power_of_2(half)
     tile = min(power_of_2(heads), max(1, PAIRS // pairs))
     return {"HEADS": tile, "HALF": pairs}, max(1, min(8, tile * pairs // 256))
 
 
 def aot_cases() -> list[AotCase]:
-    """Heads of 128 (Llama 8B and up), of 64 (135M), and a tensor-parallel rank's four. Products of 8B, and of a rank of 405B's 8."""
+    """Head size 128 (Llama 8B and up) and 64 (135M), and a tensor-parallel rank of four heads. QKV of 8B, and of 405B at tp=8."""
     shapes = ((32, 128, "bf16"), (4, 128, "bf16"), (9, 64, "bf16"), (32, 128, "fp32"))
     products = ((8, 4, 128, "bf16"), (1, 16, 128, "bf16"), (3, 3, 64, "bf16"), (8, 4, 128, "fp32"))
     return [

@@ -1,4 +1,4 @@
-"""Sums of log-probs over packed sequences, and how many tokens they are of: one launch, each sequence in a fixed order."""
+"""Sums of log-probs and token counts of packed sequences, in one launch; each sequence is summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from triton_kernels.packed import (
     segment_sum,
 )
 
-BLOCK = 1024  # tokens a program reads at a time
+BLOCK = 1024  # tokens that a program reads at a time
 
 
 def seq_logps(logp: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sequence's sum of the log-probs that count, and how many they are; differentiable in `logp`.
+    """Each sequence's sum of log-probs over tokens with mask 1, and their count; differentiable in `logp`.
 
-    Arguments and errors are those of `dpo_norm`. Returns (sum [S], count [S]), float32. The count is the true one, 0 for a sequence
-    without masked-in tokens, so that parts of a sequence on several ranks add up; clamp it to 1 before dividing.
+    Arguments and errors are those of `dpo_norm`. Returns (sum [S], count [S]), float32. The count is 0 for a sequence without masked-in
+    tokens, so that parts of a sequence on several ranks can be added; clamp it to 1 before dividing.
     """
     check_packed(mask, cu_seqlens, logp=logp)
     return _seq_logps(logp, mask, cu_seqlens)
@@ -69,7 +69,7 @@ def _(grad_S: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.empty_like(mask, dtype=grad_S.dtype)
 
 
-def _keep_segments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_segments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logp, mask, cu_seqlens = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(mask, cu_seqlens)
@@ -80,12 +80,12 @@ def _spread_backward(ctx: Any, grad_S: Tensor, *_: Any) -> tuple[Tensor | None, 
     return _seq_logps_backward(grad_S, *ctx.saved_tensors).to(ctx.dtype), None, None
 
 
-_seq_logps.register_autograd(_spread_backward, setup_context=_keep_segments)
+_seq_logps.register_autograd(_spread_backward, setup_context=_save_segments)
 
 
 @jit
 def _sum_kernel(LOGP, MASK, CU_SEQLENS, TOTAL, COUNT, BLOCK: tl.constexpr):
-    """One program a sequence."""
+    """One program per sequence."""
     s = tl.program_id(0)
     start, end = segment(CU_SEQLENS, s)
     total, count = sum_and_count(LOGP, None, MASK, start, end, BLOCK)
@@ -95,14 +95,14 @@ def _sum_kernel(LOGP, MASK, CU_SEQLENS, TOTAL, COUNT, BLOCK: tl.constexpr):
 
 @jit
 def _spread_kernel(GRAD_S, MASK, CU_SEQLENS, GRAD, BLOCK: tl.constexpr):
-    """One program a sequence."""
+    """One program per sequence."""
     s = tl.program_id(0)
     spread(tl.load(GRAD_S + s), MASK, CU_SEQLENS, s, GRAD, BLOCK)
 
 
 @jit
 def sum_and_count(LOGP, REF_T, MASK, start, end, BLOCK: tl.constexpr):
-    """Over the counting tokens in [start, end): the sum of LOGP, less REF_T where there is one, and how many they are."""
+    """Over the tokens of [start, end) with mask 1: (the sum of LOGP, minus REF_T if given; their count)."""
     total = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, BLOCK):
@@ -118,7 +118,7 @@ def sum_and_count(LOGP, REF_T, MASK, start, end, BLOCK: tl.constexpr):
 
 @jit
 def spread(value, MASK, CU_SEQLENS, s, OUT, BLOCK: tl.constexpr):
-    """`value` for every counting token of sequence `s`, 0 for its others."""
+    """Writes `value` for the tokens of sequence `s` with mask 1, and 0 for the others."""
     start, end = segment(CU_SEQLENS, s)
     for first in range(start, end, BLOCK):
         t = first + tl.arange(0, BLOCK)
@@ -127,7 +127,7 @@ def spread(value, MASK, CU_SEQLENS, s, OUT, BLOCK: tl.constexpr):
 
 
 def aot_cases() -> list[AotCase]:
-    """What this file ships."""
+    """The configurations that this file launches."""
     tokens = {"MASK": "*u8", "CU_SEQLENS": "*i32", "BLOCK": "constexpr"}
     sums = {"LOGP": "*fp32", "TOTAL": "*fp32", "COUNT": "*fp32"}
     grads = {"GRAD_S": "*fp32", "GRAD": "*fp32"}

@@ -1,8 +1,9 @@
-"""A vocabulary cut over a process group, and the fixed segments in which a row's softmax is summed up.
+"""A vocabulary sharded over a process group, and the fixed segments in which a row's softmax is reduced.
 
-A row of logits is reduced in 8 segments of the WHOLE padded vocabulary, borders at i * V // 8, and the segments are merged in order.
-A rank of 1, 2, 4 or 8 holds whole segments, so that these worlds add the same numbers in the same order: their bits are equal. For
-other sizes each rank's columns are cut in ceil(8 / ranks): all ranks of a world agree, but not with worlds of another size.
+A row of logits is reduced in 8 segments of the WHOLE padded vocabulary, with borders at i * V // 8, and the segments are merged in order.
+With 1, 2, 4 or 8 ranks each rank holds whole segments, so all of these sizes add the same numbers in the same order, and results are
+bitwise equal. With other sizes each rank's columns are split into ceil(8 / ranks) segments: all ranks of a group get the same bits, but
+groups of different sizes do not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SEGMENTS = 8
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's columns: the ids start ... start + size, of which those from `end` on are padding. Real ids are first ... end."""
+    """This rank's columns: ids start ... start + size, of which those from `end` on are padding. Real ids are first ... end (exclusive)."""
 
     start: int
     size: int
@@ -30,7 +31,10 @@ class Shard:
 
     @staticmethod
     def of(size: int, group: str, start: int, valid: int | None) -> Shard:
-        """`size` columns from `start`, in the order of ranks over the group named `group` ("": the whole vocabulary is here)."""
+        """`size` columns from `start`, sharded in rank order over the process group named `group` ("": not sharded).
+
+        Raises ValueError if `start` is not rank * size.
+        """
         if not group:
             end = start + size
             return Shard(start, size, start, end if valid is None else min(valid, end), 1, group)
@@ -42,26 +46,27 @@ class Shard:
 
     @property
     def real(self) -> int:
-        """How many of the columns are no padding."""
+        """Columns that are not padding."""
         return min(max(self.end - self.start, 0), self.size)
 
     @property
     def segments(self) -> int:
-        """In how many segments this rank's columns are cut."""
+        """Segments of this rank's columns."""
         return -(-SEGMENTS // self.ranks)
 
     @property
     def widest(self) -> int:
-        """Columns of the widest segment: the same for every world of 1, 2, 4 or 8 ranks."""
+        """Columns of the widest segment; equal for groups of 1, 2, 4 and 8 ranks."""
         return -(-self.size // self.segments)
 
     @property
     def borders(self) -> list[int]:
-        """Where this rank's segments begin and end, in local columns: [segments + 1]."""
+        """Borders of this rank's segments in local columns, [segments + 1]."""
         return [i * self.size // self.segments for i in range(self.segments + 1)]
 
     def check(self, target_N: Tensor) -> None:
-        """ValueError with the first row whose target is no id of the vocabulary. Only in host memory, where looking costs nothing."""
+        """Raises ValueError for the first target outside the vocabulary. Does nothing for tensors on a device, which would need a
+        synchronization."""
         if target_N.device.type != "cpu":
             return
         outside = (target_N < self.first) | (target_N >= self.end)
@@ -72,12 +77,12 @@ class Shard:
             )
 
     def local(self, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Which targets are among this rank's columns, and the column of each (0 for the others)."""
+        """(whether each target is in this rank's columns, its local column or 0)."""
         inside = (target_N >= self.start) & (target_N < self.start + self.size)
         return inside, torch.where(inside, target_N - self.start, 0)
 
     def gather(self, parts: Tensor) -> Tensor:
-        """Each rank's `parts` [segments, ...], one after the other: all segments of the vocabulary in order. One collective."""
+        """All-gather each rank's `parts` [segments, ...]: all segments of the vocabulary, in order."""
         if self.ranks == 1:
             return parts
         whole = parts.new_empty((self.ranks * len(parts), *parts.shape[1:]))

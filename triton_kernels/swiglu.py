@@ -1,8 +1,8 @@
-"""SwiGLU (arXiv 2002.05202): silu(gate) * up, where silu(g) = g / (1 + exp(-g)), in one pass each way.
+"""SwiGLU (arXiv 2002.05202): silu(gate) * up, where silu(g) = g / (1 + exp(-g)), in one kernel forward and one backward.
 
     d gate = dy * up * s * (1 + gate * (1 - s))        d up = dy * gate * s        s = 1 / (1 + exp(-gate))
 
-Nothing but the input is kept for the backward pass.
+Only the input is saved for backward.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from triton_kernels.launch import by_kernel, jit, launch, tl
 from triton_kernels.operator import operator
 from triton_kernels.tiles import contiguous_rows, load_row, parts
 
-BLOCK, WARPS = 2048, 4  # 16 elements a thread, in 128-bit loads
+BLOCK, WARPS = 2048, 4  # 16 elements per thread, in 128-bit loads
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of each row, gate being its first half and up its second.
+    """silu(gate) * up of each row; gate is its first half, up its second.
 
-    gate_up  [T, 2F], bfloat16, float16 or float32; the last dimension contiguous or it is copied
+    gate_up  [T, 2F], bfloat16, float16 or float32; copied if the last dimension is not contiguous
 
-    Returns [T, F] of the same dtype, computed in float32. ValueError for other shapes and dtypes.
+    Returns [T, F] of the same dtype, computed in float32. Raises ValueError for other shapes and dtypes.
     """
     check_float(gate_up=gate_up)
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; use [tokens, 2 * width], the gates in front")
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; use [tokens, 2 * width], gate columns first")
     return _forward(gate_up)
 
 
@@ -76,13 +76,13 @@ def _backward_reference(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 @jit
 def _sigmoid(x):
-    small = tl.exp(-tl.abs(x))  # of a number that is not positive: it cannot overflow
+    small = tl.exp(-tl.abs(x))  # the exponent is at most 0, so exp cannot overflow
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
 @jit
 def _forward_kernel(GATE_UP, Y, stride, width, BLOCK: tl.constexpr):
-    """One tile of one row a program."""
+    """One program per tile of a row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = load_row(GATE_UP + row * stride, cols, width)
@@ -92,7 +92,7 @@ def _forward_kernel(GATE_UP, Y, stride, width, BLOCK: tl.constexpr):
 
 @jit
 def _backward_kernel(GRAD, GATE_UP, OUT, grad_stride, stride, width, BLOCK: tl.constexpr):
-    """One tile of one row a program."""
+    """One program per tile of a row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = load_row(GATE_UP + row * stride, cols, width)
@@ -124,7 +124,7 @@ def _grid(tokens: int, width: int) -> tuple[int, int]:
 
 
 def aot_cases() -> list[AotCase]:
-    """Both directions in bfloat16, and float32, whose tiles are twice as many bytes."""
+    """Forward and backward, in bfloat16 and in float32, whose tiles take twice the bytes."""
     forward, backward = ("GATE_UP", "Y", "stride", "width"), ("GRAD", "GATE_UP", "OUT", "grad_stride", "stride", "width")
     return [
         AotCase(f"swiglu {name} {dtype}", kernel, _signature(arguments, dtype), {"BLOCK": BLOCK}, arguments, WARPS)

@@ -268,7 +268,7 @@ def _wave_seconds(world: World, model: ModelShape) -> float:
         like = torch.empty(0, dtype=policy.dtype, device=world.device)
         cache = KVCache(layers_of(policy.chunks), rows, model.kv_heads, 16, model.head_dim, like)
         decoder = DecodeRunner(policy.chunks, cache, TokenSampling(), model, 1, world, None)
-        return seconds(world, _many(lambda: decoder.step(wave).through(0), 4)) / 4
+        return seconds(world, _many(lambda: decoder.step(wave).forward(0), 4)) / 4
 
 
 def fit_kernels(works: Sequence[Work], rests: Sequence[float], times: Sequence[float]) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""The only room that knows megatron-core: the grid, the model, its weights, its checkpoints, and the verbs on top (policy.py)."""
+"""The only package that imports megatron-core: process groups, model, weights, checkpoints, generation, and Policy on top of them."""

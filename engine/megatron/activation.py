@@ -1,7 +1,7 @@
-"""SwiGLU between the two products of an MLP: kept for the second one's weight gradient, or computed again when that needs it.
+"""SwiGLU between the two linear layers of an MLP. Its output is saved for the second layer's weight gradient, or recomputed in backward.
 
-What SwiGLU reads is kept in either case, for its own backward. Its output is half as large, one product's input, and cheap to make again:
-one pass over memory instead of the product and all that selective recomputation repeats.
+SwiGLU's input is saved in both cases, for its own backward. Its output is half as large and cheap to recompute: one pass over memory, where
+selective recomputation repeats the first layer's product as well.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from triton_kernels import swiglu
 
 
 class SwiGLU(MegatronModule):
-    """silu(gate) * up, of the rows that linear_fc1 leaves: each rank's gates, then its ups."""
+    """silu(gate) * up; the input is linear_fc1's output [T, 1, 2 I / tp], this rank's gate columns first."""
 
     def forward(self, gate_up: Tensor) -> Tensor:
         return swiglu(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
 
 
 class Unchanged(MegatronModule):
-    """Stands where the activation function does, before a product that computes it itself: linear.RecomputingLinear."""
+    """The identity, as activation function before linear.RecomputingLinear, which computes SwiGLU itself."""
 
     def forward(self, gate_up: Tensor) -> Tensor:
         return gate_up

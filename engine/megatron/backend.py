@@ -1,7 +1,7 @@
-"""Lets megatron-core, which says "cuda" throughout, run where this world's tensors live: on CPU, or on meta tensors.
+"""Runs megatron-core, which hard-codes "cuda", on CPU and on meta tensors, and creates its process groups.
 
-No fork and no patch of megatron's source: a TorchFunctionMode rewrites the device of tensor factories, and the few functions of
-torch.cuda that megatron calls are replaced while the seat is taken. On GPUs none of this happens.
+megatron's source is neither forked nor patched. Inside `cpu_backend`, a TorchFunctionMode rewrites the device of tensor factories, and the
+torch.cuda functions that megatron calls are replaced. On GPUs devices are left alone.
 """
 
 from __future__ import annotations
@@ -27,62 +27,62 @@ from engine.megatron.onednn import use_onednn
 
 TESTED_VERSIONS = ("0.16.1", "0.19.2")  # the latter for Python 3.12 and newer
 
-# Where the engine takes hold of megatron-core: (module, attribute, parameters that must be there, what for).
+# The parts of megatron-core that the engine depends on: (module, attribute, required parameters, what it is used for).
 Site = tuple[str, str, tuple[str, ...], str]
 APEX = "fused_weight_gradient_mlp_cuda"  # a module of Apex's, as a name in megatron's tensor_parallel/layers.py
-TORCH_STRATEGY, SAVING = "dist_checkpointing.strategies.torch", "checkpoints without spawned writers"
+TORCH_STRATEGY, SAVING = "dist_checkpointing.strategies.torch", "checkpoints without spawned writer processes"
 SITES: tuple[Site, ...] = (
     ("models.gpt", "GPTModel._postprocess", ("hidden_states", "labels", "packed_seq_params"), "the last stage returns log-probs"),
     ("models.gpt", "GPTModel.shared_embedding_or_output_weight", (), "tied output weights"),
-    ("models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec", ("normalization",), "the layer whose norms and attention we swap"),
+    ("models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec", ("normalization",), "the layer spec whose norms and attention are replaced"),
     ("transformer.attention", "SelfAttentionSubmodules", ("core_attention",), "our packed attention"),
-    ("transformer.attention", "SelfAttention.forward", ("packed_seq_params",), "the packed_forward reaches attention"),
-    ("transformer.transformer_layer", "TransformerLayer.forward", (), "a layer's additions within its norms"),
+    ("transformer.attention", "SelfAttention.forward", ("packed_seq_params",), "passing PackedForward to attention"),
+    ("transformer.transformer_layer", "TransformerLayer.forward", (), "residual additions fused into the norms"),
     ("tensor_parallel", "checkpoint", ("function", "distribute_saved_activations"), "recomputing the MLP"),
-    ("tensor_parallel.layers", "_grad_accum_fusion_available", (), "weight gradients accumulated by the product"),
+    ("tensor_parallel.layers", "_grad_accum_fusion_available", (), "weight-gradient accumulation fused into the matrix product"),
     ("transformer.mlp", "MLPSubmodules", ("activation_func",), "our SwiGLU"),
     ("transformer.transformer_block", "TransformerBlockSubmodules", ("layer_specs", "layer_norm"), "our norms"),
-    ("transformer.transformer_block", "get_num_layers_to_build", ("config", "vp_stage"), "layers of a stage"),
+    ("transformer.transformer_block", "get_num_layers_to_build", ("config", "vp_stage"), "the number of layers of a stage"),
     ("pipeline_parallel", "get_forward_backward_func", (), "the schedules"),
-    ("pipeline_parallel.schedules", "forward_step", ("input_tensor", "vp_stage", "is_last_stage"), "one stage by itself, for the dry run"),
-    ("pipeline_parallel.schedules", "backward_step", ("output_tensor_grad",), "one stage by itself, for the dry run"),
-    ("parallel_state", "get_global_memory_buffer", (), "the memory that all stages of a process share"),
+    ("pipeline_parallel.schedules", "forward_step", ("input_tensor", "vp_stage", "is_last_stage"), "single stages, for the dry run"),
+    ("pipeline_parallel.schedules", "backward_step", ("output_tensor_grad",), "single stages, for the dry run"),
+    ("parallel_state", "get_global_memory_buffer", (), "the buffers that all stages of a process share"),
     ("distributed", "finalize_model_grads", ("model", "num_tokens"), "the one division by the global count"),
-    ("optimizer.optimizer", "ChainedOptimizer.prepare_grads", (), "the gradient norm is known before the step is taken"),
-    ("optimizer.optimizer", "ChainedOptimizer.step_with_ready_grads", (), "the gradient norm is known before the step is taken"),
-    ("optimizer.distrib_optimizer", "DistributedOptimizer.load_parameter_state_from_fully_reshardable", (), "resuming on another grid"),
+    ("optimizer.optimizer", "ChainedOptimizer.prepare_grads", (), "checking the gradient norm before the step"),
+    ("optimizer.optimizer", "ChainedOptimizer.step_with_ready_grads", (), "checking the gradient norm before the step"),
+    ("optimizer.distrib_optimizer", "DistributedOptimizer.load_parameter_state_from_fully_reshardable", (), "resuming with another layout"),
     ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32", ("parameters", "max_norm", "total_norm"), "clipping"),
     ("dist_checkpointing", "save", ("sharded_strategy",), "checkpoints"),
     (TORCH_STRATEGY, "TorchDistSaveShardedStrategy.async_save", ("sharded_state_dict",), SAVING),
     (TORCH_STRATEGY, "MCoreSavePlanner", (), SAVING),
     (TORCH_STRATEGY, "mcore_to_pyt_state_dict", (), SAVING),
     (TORCH_STRATEGY, "_replace_state_dict_keys_with_sharded_keys", (), SAVING),
-    ("tensor_parallel.random", "model_parallel_cuda_manual_seed", ("seed", "force_reset_rng"), "random states"),
-    ("tensor_parallel.random", "CudaRNGStatesTracker.fork", (), "no random states in CUDA graphs"),
-    ("tensor_parallel.random", "_get_all_rng_states", (), "no random states in CUDA graphs"),
-    ("parallel_state", "initialize_model_parallel", ("create_gloo_process_groups",), "the grid"),
+    ("tensor_parallel.random", "model_parallel_cuda_manual_seed", ("seed", "force_reset_rng"), "random-number-generator states"),
+    ("tensor_parallel.random", "CudaRNGStatesTracker.fork", (), "no random-number-generator states in CUDA graphs"),
+    ("tensor_parallel.random", "_get_all_rng_states", (), "no random-number-generator states in CUDA graphs"),
+    ("parallel_state", "initialize_model_parallel", ("create_gloo_process_groups",), "process groups"),
 )
 
 
 def moved_sites(sites: tuple[Site, ...] = SITES) -> list[str]:
-    """One line for each site of the installed megatron-core that is no longer where the engine expects it; empty when all are."""
+    """One message for each part of SITES that the installed megatron-core lacks or has changed; empty if it has all of them."""
     return [line for site in sites if (line := _moved(*site))]
 
 
 def _moved(module: str, path: str, parameters: tuple[str, ...], why: str) -> str | None:
-    where = f"megatron.core.{module}.{path}"
+    name = f"megatron.core.{module}.{path}"
     try:
-        found: Any = importlib.import_module(f"megatron.core.{module}")
-        for name in path.split("."):
-            found = getattr(found, name)
+        attribute: Any = importlib.import_module(f"megatron.core.{module}")
+        for part in path.split("."):
+            attribute = getattr(attribute, part)
     except (ImportError, AttributeError) as error:
-        return f"{where} is gone ({error}); it is needed for: {why}"
-    missing = [p for p in parameters if p not in inspect.signature(found).parameters]
-    return f"{where} no longer takes {', '.join(missing)}; it is needed for: {why}" if missing else None
+        return f"{name} is gone ({error}); it is needed for: {why}"
+    missing = [p for p in parameters if p not in inspect.signature(attribute).parameters]
+    return f"{name} no longer takes {', '.join(missing)}; it is needed for: {why}" if missing else None
 
 
 class _Redirect(TorchFunctionMode):
-    """device="cuda" becomes `device`, and tensors answer type() as if they lived on a GPU (megatron groups gradients by that string)."""
+    """Replaces device="cuda" by `device`; Tensor.type() returns the GPU type names, by which megatron groups gradients."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -99,8 +99,8 @@ class _Redirect(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _stand_ins(device: torch.device) -> dict[str, Callable[..., Any]]:
-    # Distinct function objects: dynamo's rule table refuses one object under two names.
+def _replacements(device: torch.device) -> dict[str, Callable[..., Any]]:
+    # Distinct function objects, because torch.compile's rule table rejects one object under two names.
     return {
         "current_device": lambda: device,
         "get_rng_state": lambda *a, **k: torch.get_rng_state(),
@@ -115,8 +115,10 @@ def _stand_ins(device: torch.device) -> dict[str, Callable[..., Any]]:
 
 @contextmanager
 def cpu_backend(world: World) -> Iterator[None]:
-    """While it is open, megatron-core computes on `world.device`, and its linear layers accumulate weight gradients by weight_gradient.py.
-    On GPUs the latter is all it does."""
+    """Context in which megatron-core computes on `world.device`, and its linear layers accumulate weight gradients with weight_gradient.py.
+
+    On GPUs it only does the latter.
+    """
     with ExitStack() as stack:
         if world.backend != "cuda":
             _redirect(world, stack)
@@ -125,10 +127,10 @@ def cpu_backend(world: World) -> Iterator[None]:
 
 
 def _redirect(world: World, stack: ExitStack) -> None:
-    for name, stand_in in _stand_ins(world.device).items():
-        stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+    for name, replacement in _replacements(world.device).items():
+        stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
         if hasattr(torch.cuda.random, name):
-            stack.enter_context(mock.patch.object(torch.cuda.random, name, stand_in))
+            stack.enter_context(mock.patch.object(torch.cuda.random, name, replacement))
     if world.backend == "cpu":
         stack.enter_context(use_onednn())
     stack.enter_context(_Redirect(world.device))
@@ -136,8 +138,10 @@ def _redirect(world: World, stack: ExitStack) -> None:
 
 @contextmanager
 def _accumulating(world: World) -> Iterator[None]:
-    """Put weight_gradient.py where megatron's linear layers look for Apex's module. Where Apex is installed, its own stays on GPUs; on
-    other devices it cannot compute, and is put back afterwards."""
+    """Replace Apex's module in megatron's linear layers by weight_gradient.py, until the context exits.
+
+    If Apex is installed, its module stays in use on GPUs; it does not support other devices.
+    """
     from megatron.core.tensor_parallel import layers
 
     with ExitStack() as stack:
@@ -149,7 +153,7 @@ def _accumulating(world: World) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's place in the grid of tensor, pipeline and data parallel ranks, and its group along each axis."""
+    """This rank's tensor, pipeline and data parallel ranks and process groups."""
 
     tp_rank: int
     tp: int
@@ -157,22 +161,22 @@ class Grid:
     pp_rank: int
     pp: int
     pp_group: ProcessGroup
-    pp_host_group: ProcessGroup  # the same ranks, for messages between hosts
+    pp_host_group: ProcessGroup  # the same ranks, gloo: for tensors in host memory
     dp_rank: int
     dp: int
     dp_group: ProcessGroup
-    owned: tuple[ProcessGroup, ...] = ()  # every group that making this grid made; none for a policy that found it there
+    owned: tuple[ProcessGroup, ...] = ()  # the groups that make_grid created; empty if they existed before
 
     @property
     def last_stage(self) -> int:
-        """The global rank that holds the end of the model in this rank's pipeline."""
+        """The global rank of the last stage of this rank's pipeline."""
         return dist.get_global_rank(self.pp_group, self.pp - 1)
 
 
 def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
-    """Lay tensor, pipeline and data parallel groups over the world; the seat must be taken. A second policy of the same grid shares it.
+    """Create the tensor, pipeline and data parallel groups. Call it inside cpu_backend; policies with the same layout share the groups.
 
-    Raises ValueError when the process already has another grid, RuntimeError when megatron-core is one the engine cannot hold on to.
+    Raises ValueError if the process already has groups of another layout, and RuntimeError if the megatron-core version is not supported.
     """
     import megatron.core
     from megatron.core import parallel_state as state
@@ -192,7 +196,7 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
     have = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
     if have != (parallel.tp, parallel.pp):
         raise ValueError(
-            f"this process runs a grid of tp={have[0]}, pp={have[1]}; parallel.tp={parallel.tp}, pp={parallel.pp} must equal it"
+            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp} must equal this process's existing layout: tp={have[0]}, pp={have[1]}"
         )
     pipeline: Any = state.get_pipeline_model_parallel_group()
     host_group = host_group_of(pipeline) if world.on_gpu and parallel.pp > 1 else pipeline
@@ -207,14 +211,14 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
 
 
 def make_host_groups(pp: int, size: int) -> None:
-    """A gloo group for every pipeline of a world of `size` ranks, in megatron-core's order of ranks. All ranks must call it."""
-    apart = size // pp
-    for first in range(apart):
-        dist.new_group(list(range(first, size, apart)), backend="gloo")
+    """Create a gloo group for every pipeline of a world of `size` ranks, in megatron-core's order of ranks. All ranks must call it."""
+    stride = size // pp
+    for first in range(stride):
+        dist.new_group(list(range(first, size, stride)), backend="gloo")
 
 
 def host_group_of(pipeline: ProcessGroup) -> ProcessGroup:
-    """The group that make_host_groups made for the ranks of `pipeline`."""
+    """The group that make_host_groups created for the ranks of `pipeline`."""
     ranks = dist.get_process_group_ranks(pipeline)
     return next(g for g in _groups() if g is not pipeline and dist.get_backend(g) == "gloo" and dist.get_process_group_ranks(g) == ranks)
 
@@ -228,7 +232,7 @@ def _groups() -> set[ProcessGroup]:
 
 
 def leave_grid(grid: Grid) -> None:
-    """Forget a grid, so that another can be made in this process. megatron would leave its groups behind, each with threads of its own."""
+    """Destroy the groups of a grid, so that this process can create another. megatron alone would leak them and their threads."""
     from megatron.core import parallel_state
 
     if grid.owned:

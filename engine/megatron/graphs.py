@@ -20,8 +20,10 @@ from engine.distributed.world import World
 
 @contextmanager
 def without_random_states() -> Iterator[None]:
-    """For a forward that learns nothing, and so draws nothing at random: megatron sets the states of generators all the same, around the
-    embedding, the layers and what is recomputed, and a GPU's must not be touched while a graph is captured."""
+    """Keep megatron from saving and setting random-number-generator states, which is not allowed during graph capture.
+
+    Only for inference, which uses no random numbers: megatron sets the states anyway, around the embedding, the layers and recomputation.
+    """
     from megatron.core.tensor_parallel import random
 
     with mock.patch.object(random.get_cuda_rng_tracker(), "fork", nullcontext), mock.patch.object(random, "_get_all_rng_states", tuple):
@@ -29,7 +31,7 @@ def without_random_states() -> Iterator[None]:
 
 
 class Graphs:
-    """Captures CUDA graphs into one memory pool, as large as the largest graph needs: they are replayed one after the other."""
+    """Captures CUDA graphs into one memory pool. Graphs never run concurrently, so the pool is as large as the largest graph needs."""
 
     def __init__(self, world: World, group: ProcessGroup):
         """`group`: the ranks that capture and replay together."""
@@ -42,7 +44,7 @@ class Graphs:
 
         off   never
         auto  on GPUs. If the first graph fails or differs from eager execution, a warning says why and decoding stays eager from then on
-        on    the same, but `capture` raises RuntimeError instead of the warning
+        on    as auto, but `capture` raises RuntimeError instead of warning
         """
         if setting == "off" or (setting == "auto" and (self.failed or not self.world.on_gpu)):
             return None
@@ -51,22 +53,25 @@ class Graphs:
         return self
 
     def capture(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A graph that replays what `compute` would do now; without a GPU, `compute` itself. `compute` must have run before, work on
-        tensors that keep their addresses, leave the same state behind when it runs twice, and not synchronise with the device."""
+        """A function that replays `compute` as a CUDA graph; `compute` itself without a GPU.
+
+        `compute` must have run before, use tensors with fixed addresses, be idempotent, and not synchronize with the device.
+        """
         if not self.world.on_gpu or self.failed:
             return compute
         return self._captured(compute) if self.checked else self._first(compute)
 
     def _first(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Capture and compare with eager execution. All ranks of the group agree: a replay contains their collectives."""
-        expected, why, graph = compute().clone(), "", compute
+        """Capture and compare with eager execution. All ranks of the group reach the same decision, because a graph contains their
+        collectives."""
+        expected, failure, graph = compute().clone(), "", compute
         try:
             graph = self._captured(compute)
         except RuntimeError as error:
-            why = f"capture failed: {str(error).splitlines()[0]}"
-        problem = self._agreed(why)
+            failure = f"capture failed: {str(error).splitlines()[0]}"
+        problem = self._first_problem(failure)
         if not problem:
-            problem = self._agreed("" if _equal(graph(), expected) else "the captured graph's results differ from eager execution")
+            problem = self._first_problem("" if _equal(graph(), expected) else "the captured graph's results differ from eager execution")
         if problem and self.required:
             raise RuntimeError(f"rollout.cuda_graphs=on: {problem}; use rollout.cuda_graphs=off")
         if problem:
@@ -74,40 +79,40 @@ class Graphs:
         self.checked, self.failed = not problem, bool(problem)
         return compute if problem else graph
 
-    def _agreed(self, why: str) -> str:
+    def _first_problem(self, own: str) -> str:
         """The first problem that any rank has, on every rank; "" for none."""
         if self.group.size() == 1:
-            return why
+            return own
         problems: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(problems, why, group=self.group)
+        dist.all_gather_object(problems, own, group=self.group)
         return next(filter(None, problems), "")
 
     def _captured(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         from megatron.core.parallel_state import get_global_memory_buffer
 
         graph = torch.cuda.CUDAGraph()
-        # What other threads do with the device, such as nccl's, is no part of it and does not spoil it.
+        # thread_local: device calls of other threads, such as NCCL's, neither enter the graph nor invalidate it.
         with without_random_states(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out = compute()
-        # megatron gathers hidden states in memory that it exchanges when it needs more: the graph goes on using what it knows.
+        # megatron replaces its gather buffers when it needs larger ones; the graph keeps the captured ones alive.
         return _Captured(graph, out, list(get_global_memory_buffer().buffer.values()))
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    """Whether token ids are equal, and log-probs or hidden states within the rounding of bf16. NaN, which rows of padding may hold, equals
-    NaN."""
-    if found.dtype == torch.float64 and not torch.isclose(found[0], expected[0], rtol=0, atol=0, equal_nan=True).all():
+def _equal(actual: Tensor, expected: Tensor) -> bool:
+    """Whether token ids are equal, and log-probs or hidden states are equal within bf16 rounding. NaN equals NaN: padding rows may hold
+    it."""
+    if actual.dtype == torch.float64 and not torch.isclose(actual[0], expected[0], rtol=0, atol=0, equal_nan=True).all():
         return False
     largest = float(expected.abs().nan_to_num().max())
-    return bool(torch.isclose(found, expected, rtol=0, atol=2**-6 * largest, equal_nan=True).all())
+    return bool(torch.isclose(actual, expected, rtol=0, atol=2**-6 * largest, equal_nan=True).all())
 
 
 @dataclass(frozen=True)
 class _Captured:
     graph: Any
     out: Tensor
-    used: list[Tensor]
+    buffers: list[Tensor]  # kept alive: the graph reads and writes them
 
     def __call__(self) -> Tensor:
         self.graph.replay()
-        return self.out.clone()  # the next replay of any graph may write over it
+        return self.out.clone()  # the next replay of any graph may overwrite it

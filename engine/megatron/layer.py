@@ -1,9 +1,10 @@
-"""A Llama layer of megatron's parts, whose residual additions are made by the norms that follow them, in the same pass.
+"""A Llama layer built from megatron's modules, with each residual addition fused into the RMSNorm that follows it.
 
     normed, total = norm(x + residual)        x = attention(normed)        normed, total = norm(x + total)        x = mlp(normed)
 
-A layer gives the next one x and total, not their sum. The last layer of a pipeline stage adds them for the next stage, and the model's
-last for its final norm leaves that to it. With full recomputation each layer adds them: two tensors a layer would have to be kept.
+A layer passes x and total to the next layer, not their sum. The last layer of a pipeline stage adds them before they are sent; the last
+layer of the model leaves the addition to the final norm. With full recomputation every layer adds them, so that one tensor per layer is
+saved instead of two.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from triton_kernels import rmsnorm
 
 
 class Addends:
-    """Hidden states before their last addition, two of [T / tp, 1, D]. They are taken once: megatron's loop over layers keeps this object
-    while the next layer runs, and must not keep them."""
+    """Hidden states as two addends, each [T / tp, 1, D].
+
+    They can be taken only once: megatron's loop over layers holds this object while the next layer runs, and must not keep them alive.
+    """
 
     def __init__(self, x: Tensor, residual: Tensor):
         self._both = [x, residual]
 
     def take(self) -> list[Tensor]:
-        """x and residual."""
+        """Returns [x, residual] and releases both."""
         both, self._both = self._both, []
         return both
 
 
 class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, device: torch.device, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -44,7 +47,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor | Addends) -> Any:
-        """(normed, hidden states), the latter added up where they were not."""
+        """Returns (normed, hidden states); Addends are added first."""
         if isinstance(hidden, Addends):
             x, residual = hidden.take()
             return rmsnorm(x, self.weight, self.eps, residual)
@@ -52,15 +55,15 @@ class RMSNorm(torch.nn.Module):
 
 
 class FinalNorm(RMSNorm):
-    """The same behind all layers, where hidden states go no further."""
+    """The norm after the last layer."""
 
     def forward(self, hidden: Tensor | Addends) -> Tensor:
-        """The normed ones alone."""
+        """Returns only the normed hidden states."""
         return super().forward(hidden)[0]
 
 
 class Layer(TransformerLayer):
-    """`adds`: returns hidden states, which it is given as a tensor or as Addends; else Addends."""
+    """One transformer layer. Takes hidden states as a tensor or as Addends; returns a tensor if `adds`, else Addends."""
 
     def __init__(self, *args: Any, adds: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -69,7 +72,7 @@ class Layer(TransformerLayer):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor | Addends, attention_mask: Tensor | None = None, *, packed_seq_params: PackedForward, **_: Any
     ) -> tuple[Tensor | Addends, None]:
-        """As megatron's, with nothing for cross-attention."""
+        """As megatron's, without a cross-attention context: returns (hidden states, None)."""
         normed, total = self.input_layernorm(hidden_states)
         addends = Addends(self.self_attention(normed, packed_seq_params=packed_seq_params)[0], total)
         normed, total = self.pre_mlp_layernorm(addends)

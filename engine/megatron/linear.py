@@ -1,8 +1,8 @@
 """megatron's tensor-parallel linear layers, with overlapped communication (`parallel.tp_comm_overlap`) and with SwiGLU recomputed in
 backward (`parallel.recompute=swiglu`).
 
-Only communication that megatron waits for is changed. In the backward of a column-parallel layer, megatron already overlaps the all-gather
-of the input with the input's gradient, and the reduce-scatter of that with the weight's gradient.
+Only communication that megatron does not overlap is changed. In the backward of a column-parallel layer, megatron already overlaps the
+all-gather of the input with the input's gradient, and the reduce-scatter of that with the weight's gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ColumnLinear(ColumnParallelLinear):
     """[T / tp, 1, D] -> [T, 1, O / tp]; the all-gather of rows overlaps with the product."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """As megatron's. Fewer than LEAST_ROWS rows a rank are gathered before the product."""
+        """As megatron's. With fewer than LEAST_ROWS rows per rank, they are gathered before the product."""
         assert self.weight is not None
         if not self.config.tp_comm_overlap or len(input_) < overlap.LEAST_ROWS:
             return super().forward(input_)  # type: ignore[return-value]
@@ -38,7 +38,7 @@ class RowLinear(RowParallelLinear):
     recomputes = False
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        """As megatron's. Fewer than LEAST_ROWS rows a rank are reduce-scattered after the product."""
+        """As megatron's. With fewer than LEAST_ROWS rows per rank, they are reduce-scattered after the product."""
         group: Any = self.tp_group
         if not self.config.tp_comm_overlap or len(input_) < overlap.LEAST_ROWS * group.size():
             return super().forward(input_)  # type: ignore[return-value]
@@ -47,13 +47,13 @@ class RowLinear(RowParallelLinear):
 
 
 class RecomputingLinear(RowLinear):
-    """The MLP's second product, of SwiGLU(gate_up). SwiGLU's output is recomputed for the weight gradient instead of being kept."""
+    """The MLP's second linear layer fused with SwiGLU: the input is gate_up, and SwiGLU's output is recomputed in backward."""
 
     recomputes = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._forward_impl = _recomputing  # type: ignore[method-assign]  # between megatron's communication on both sides of it
+        self._forward_impl = _recomputing  # type: ignore[method-assign]  # megatron communicates before and after it
 
 
 def _recomputing(input: Tensor, weight: Tensor, **_: Any) -> Tensor:
@@ -62,7 +62,7 @@ def _recomputing(input: Tensor, weight: Tensor, **_: Any) -> Tensor:
 
 
 def _accumulated(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weight and where its gradient is added; None before training.py has wrapped the model, and the gradient is autograd's."""
+    """(weight, buffer that its gradient is added to). The buffer is None before optimizers.wrap_ddp; autograd then gets the gradient."""
     main_grad = getattr(weight, "main_grad", None)
     return (weight if main_grad is None else Accumulated.apply(weight, False)), main_grad
 
@@ -75,35 +75,35 @@ def _weight_gradient(input: Tensor, grad: Tensor, main_grad: Tensor | None) -> T
 
 
 class _Column(torch.autograd.Function):
-    """gathered(rows [T / n, D]) @ weight.T [D, O]. The gradient of the weight is added to `main_grad` where there is one."""
+    """all_gather(rows [T / n, D]) @ weight.T [D, O]. The weight's gradient is added to `main_grad` if it is given."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, main_grad: Tensor | None, group: ProcessGroup) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.main_grad, ctx.group = main_grad, group  # not saved: other microbatches add to main_grad before our turn
+        ctx.main_grad, ctx.group = main_grad, group  # save_for_backward would object that other microbatches change main_grad
         return overlap.gather_multiply(rows, weight.t(), group, keep=False)[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weight = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1]
+        needs_weight = ctx.needs_input_grad[1]
         whole, gathering = rows.new_empty(len(grad), rows.shape[1]), None
-        if learns:
+        if needs_weight:
             gathering = dist.all_gather_into_tensor(whole, rows.contiguous(), group=ctx.group, async_op=True)
         partial = grad.mm(weight)
         if gathering is not None:
             gathering.wait()
-        to_rows = torch.empty_like(rows)
-        scattering: Any = dist.reduce_scatter_tensor(to_rows, partial, group=ctx.group, async_op=True)
-        to_weight = _weight_gradient(whole, grad, ctx.main_grad) if learns else None
+        grad_rows = torch.empty_like(rows)
+        scattering: Any = dist.reduce_scatter_tensor(grad_rows, partial, group=ctx.group, async_op=True)
+        grad_weight = _weight_gradient(whole, grad, ctx.main_grad) if needs_weight else None
         scattering.wait()
-        return to_rows, to_weight, None, None
+        return grad_rows, grad_weight, None, None
 
 
 class _Row(torch.autograd.Function):
-    """input [T, I] @ weight.T [I, D], its sum over `group` scattered: [T / n, D]. Without a group, the product alone.
+    """reduce_scatter(input [T, I] @ weight.T [I, D]) over `group`: [T / n, D]. Without a group, only the product.
 
-    recomputes  input is gate_up [T, 2 I], and SwiGLU of it is what is multiplied; it is not kept
+    recomputes  the input is gate_up [T, 2 I]; SwiGLU of it is multiplied, and recomputed in backward
     """
 
     @staticmethod
@@ -116,15 +116,15 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input, weight = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1]
+        needs_weight = ctx.needs_input_grad[1]
         if ctx.group is None:
-            to_rows = grad.mm(weight)
+            grad_rows = grad.mm(weight)
         else:
-            grad, to_rows = overlap.gather_multiply(grad, weight, ctx.group, keep=True)  # type: ignore[assignment]
+            grad, grad_rows = overlap.gather_multiply(grad, weight, ctx.group, keep=True)  # type: ignore[assignment]
         if not ctx.recomputes:
-            return to_rows, _weight_gradient(input, grad, ctx.main_grad) if learns else None, None, None, None
+            return grad_rows, _weight_gradient(input, grad, ctx.main_grad) if needs_weight else None, None, None, None
         with torch.enable_grad():
             leaf = input.detach().requires_grad_()
             rows = swiglu(leaf)
-        (to_input,) = torch.autograd.grad(rows, leaf, to_rows)
-        return to_input, _weight_gradient(rows.detach(), grad, ctx.main_grad) if learns else None, None, None, None
+        (grad_input,) = torch.autograd.grad(rows, leaf, grad_rows)
+        return grad_input, _weight_gradient(rows.detach(), grad, ctx.main_grad) if needs_weight else None, None, None, None

@@ -1,4 +1,4 @@
-"""One microbatch through one stage, as megatron's schedules run it, and what becomes of the last stage's output."""
+"""The forward-step function that megatron's schedules call for each microbatch, and the loss functions in the form they expect."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 
 from engine.types import LossFunction, Packed, TokenLoss
 
-Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]  # what megatron wants of a loss: (sum, count, anything)
+# megatron's form of a loss: -> (sum, count, dict that the schedule returns)
+Finish = Callable[[Packed, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 
 
 def forward_step(finish: Finish, packed_forwards: Iterator[Any], stage: Any) -> tuple[Tensor, Any]:
-    """The next microbatch through a stage, as megatron's schedules ask for it: the output, and what to make of it at the end."""
+    """Run the next microbatch through a stage. Returns its output and the function that the last stage applies to it."""
     packed, packed_forward = next(packed_forwards)
     out = stage(packed.tokens_T[None], None, None, labels=packed.targets_T[None], packed_seq_params=packed_forward)
     return out, partial(finish, packed)
 
 
 def finish_for(loss: LossFunction) -> Finish:
-    """What an update makes of the output: for a TokenLoss the output layer has computed the total."""
+    """The Finish of an update. For a TokenLoss, the total was computed by the output layer."""
     return partial(_finish_token_loss if isinstance(loss, TokenLoss) else finish_loss, loss)
 
 
@@ -34,11 +35,11 @@ def _finish_token_loss(loss: LossFunction, packed: Packed, output: Tensor) -> tu
 
 
 def finish_loss(loss: LossFunction, packed: Packed, output_T: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    found = loss(output_T, packed)
+    result = loss(output_T, packed)
     return (
-        found.total,
-        torch.as_tensor(found.count, dtype=torch.int),
-        {"metrics": found.metrics | found.correlations, "maxima": found.maxima},
+        result.total,
+        torch.as_tensor(result.count, dtype=torch.int),
+        {"metrics": result.metrics | result.correlations, "maxima": result.maxima},
     )
 
 

@@ -1,5 +1,4 @@
-"""A Llama as megatron-core's GPTModel, with two swaps: our packed attention, and a last stage that returns log-probs or values instead of
-logits."""
+"""A Llama as megatron-core's GPTModel, with our packed attention and a last stage that returns log-probs or values instead of logits."""
 
 from __future__ import annotations
 
@@ -30,11 +29,14 @@ from engine.types import TokenTerms
 from triton_kernels import draw, linear_logprob, linear_policy_loss, logprob
 from triton_kernels.linear_logprob import multiply
 
-SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage makes its logits again in backward instead of keeping them
+SAVED_LOGITS_BYTES = 1 << 30  # above it, the last stage recomputes its logits in backward instead of saving them
 
 
 def transformer_config(model: ModelShape, parallel: Parallel, world: World, dtype: torch.dtype, learns: bool) -> TransformerConfig:
-    """megatron's description of `model` on this grid. Weights are left uninitialised: weights.py fills every one."""
+    """megatron's configuration of `model` on this grid. Weights stay uninitialized; weights.py fills all of them.
+
+    learns: the model gets an optimizer, and with it the main_grad buffers of optimizers.wrap_ddp.
+    """
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -49,8 +51,8 @@ def transformer_config(model: ModelShape, parallel: Parallel, world: World, dtyp
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        init_method=_leave,
-        output_layer_init_method=_leave,
+        init_method=_no_init,
+        output_layer_init_method=_no_init,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -61,12 +63,12 @@ def transformer_config(model: ModelShape, parallel: Parallel, world: World, dtyp
         variable_seq_lengths=parallel.pp > 1 and parallel.vpp == 1,
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
-        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths asks for, of dense models too
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, for dense models too
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=world.backend != "cpu",  # gloo may still be sending them
-        gradient_accumulation_fusion=learns,  # into main_grad, which only a model in training.wrap has
+        deallocate_pipeline_outputs=world.backend != "cpu",  # gloo may still be sending the buffer
+        gradient_accumulation_fusion=learns,  # into main_grad, which only exists after optimizers.wrap_ddp
         bias_activation_fusion=False,
-        use_te_activation_func=True,  # that is: the activation of the layer's spec, which is ours
+        use_te_activation_func=True,  # use the activation module of the layer spec, which is our SwiGLU
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -76,8 +78,8 @@ def transformer_config(model: ModelShape, parallel: Parallel, world: World, dtyp
     )
 
 
-def _leave(weight: Tensor) -> None:
-    """An initialiser that does not: meta tensors cannot, and weights.py will."""
+def _no_init(weight: Tensor) -> None:
+    """Leaves the weight uninitialized: weights.py fills it, and meta tensors have no values."""
 
 
 def _stages(parallel: Parallel) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def _recompute(parallel: Parallel) -> dict[str, Any]:
 
 
 class PackedModel(GPTModel):
-    """GPTModel whose last stage returns what its output layer says of each token: a number, not logits."""
+    """GPTModel whose last stage returns one number per token (see the subclasses) instead of logits."""
 
     def _postprocess(
         self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None, *_: Any, **kwargs: Any
@@ -114,22 +116,26 @@ class PackedModel(GPTModel):
 
 
 class LogprobModel(PackedModel):
-    """Its last stage returns logprob_T: hidden states go straight to the log-probs of the packed_forward's rows."""
+    """A language model. Its last stage returns logprob_T, computed from hidden states without materializing logits for all tokens."""
 
     def __init__(self, vocab_valid: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.vocab_valid = vocab_valid
         if self.post_process:
-            # Still called as a module: megatron gathers a layer's weight just before the layer runs.
+            # Called as a module, because megatron's pre-forward hook gathers the layer's weight.
             self.output_layer.forward = self._head  # type: ignore[method-assign,assignment]
 
     def _head(self, hidden_states: Tensor, labels: Tensor | None, packed_forward: PackedForward) -> Tensor:
-        """logprob_T of the labels [1, T], and entropy_T below it where the packed_forward asks; without labels, what each of its rows
-        draws and its log-prob, float64 [2, R]. With the packed_forward's terms, see _token_loss."""
+        """The output of the last stage:
+
+        training     logprob_T of the labels [1, T]; with packed_forward.entropy [2, T], entropy_T in the second row
+        token loss   if packed_forward.terms is given, see _token_loss
+        generation   without labels, the token sampled after each of rows_M and its log-prob, float64 [2, R]
+        """
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None
-        weight_grad = getattr(weight, "main_grad", None)  # there once training.py has wrapped the model
+        weight_grad = getattr(weight, "main_grad", None)  # set by optimizers.wrap_ddp
         if weight_grad is not None:
             weight = Accumulated.apply(weight, tied and self.pre_process)
         tp = self.pg_collection.tp
@@ -137,7 +143,7 @@ class LogprobModel(PackedModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp)
         vocabulary = Vocabulary(tp.group_name if tp.size() > 1 else "", tp.rank() * len(weight), self.vocab_valid)
         if labels is None:
-            return _drawn(hidden_states[:, 0], weight, packed_forward, vocabulary)
+            return _sampled(hidden_states[:, 0], weight, packed_forward, vocabulary)
         if packed_forward.terms is not None:
             return _token_loss(hidden_states[:, 0], weight, labels[0], packed_forward, packed_forward.terms, vocabulary, weight_grad)
         logprob_T, entropy_T, _ = linear_logprob(
@@ -155,20 +161,20 @@ class LogprobModel(PackedModel):
 
 
 class Vocabulary(NamedTuple):
-    """This rank's share of the vocabulary, as the kernels are told of it."""
+    """This rank's shard of the vocabulary, as arguments of the kernels."""
 
     group: str
     vocab_start: int
     vocab_valid: int
 
 
-def _drawn(hidden_TD: Tensor, weight: Tensor, packed_forward: PackedForward, vocabulary: Vocabulary) -> Tensor:
+def _sampled(hidden_TD: Tensor, weight: Tensor, packed_forward: PackedForward, vocabulary: Vocabulary) -> Tensor:
     hidden_RD = hidden_TD[packed_forward.rows_M]
     logits_RV = weight.new_empty((len(hidden_RD), len(weight)), dtype=torch.float32)
     multiply(logits_RV, hidden_RD, weight.T)
-    how, keys_R2 = packed_forward.kv_write.sampling, packed_forward.kv_write.keys_R2
-    token_R = draw(logits_RV, keys_R2, **asdict(how), **vocabulary._asdict())
-    logp_R = logprob(logits_RV, token_R, **vocabulary._asdict(), inv_temp=1 / (how.temperature or 1.0))[0]
+    sampling, keys_R2 = packed_forward.kv_write.sampling, packed_forward.kv_write.keys_R2
+    token_R = draw(logits_RV, keys_R2, **asdict(sampling), **vocabulary._asdict())
+    logp_R = logprob(logits_RV, token_R, **vocabulary._asdict(), inv_temp=1 / (sampling.temperature or 1.0))[0]
     return torch.stack([token_R.double(), logp_R.double()])
 
 
@@ -181,7 +187,8 @@ def _token_loss(
     vocabulary: Vocabulary,
     weight_grad: Tensor | None,
 ) -> Tensor:
-    """The total of the loss, then logprob_T, and entropy_T where asked for: [1 + T] or [1 + 2 T]. Only the total has a gradient."""
+    """The total of the loss, then logprob_T, then entropy_T with packed_forward.entropy: [1 + T] or [1 + 2 T]. Only the total has a
+    gradient."""
     total, *stats = linear_policy_loss(
         hidden_TD,
         weight,
@@ -200,30 +207,32 @@ def _token_loss(
         entropy=packed_forward.entropy,
         weight_grad=weight_grad,
     )
-    return torch.cat([total[None], *(each for each in stats if each is not None)])
+    return torch.cat([total[None], *(stat for stat in stats if stat is not None)])
 
 
 class ScalarHead(MegatronModule):
-    """value_T = hidden_TD @ weight_D in fp32, with the same weight on every tensor-parallel rank. With sequence parallel each does its
-    share of the tokens, and what is gathered is one number a token."""
+    """value_T = hidden_TD @ weight_D in fp32, with the same weight on every tensor-parallel rank.
+
+    With sequence parallelism each rank computes the values of its tokens, and only the values are gathered: one number per token.
+    """
 
     def __init__(self, config: TransformerConfig, device: torch.device, tp: ProcessGroup):
         super().__init__(config)
         self.tp = tp
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=device))
-        # As with the norms, each rank sees its tokens only, and megatron sums the gradients over the tensor-parallel group.
+        # As for the norms, each rank sees only its own tokens; megatron sums the gradients over the tensor-parallel group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor, labels: Tensor | None, packed_forward: PackedForward) -> Tensor:
         value_T = F.linear(hidden_states[:, 0].float(), self.weight.float())[:, 0]
         if not self.config.sequence_parallel:
             return value_T
-        # Every rank computes the whole loss: its gradient is cut, not summed, on the way back.
+        # Every rank computes the whole loss, so backward splits the gradient instead of summing it.
         return gather_from_sequence_parallel_region(value_T, tensor_parallel_output_grad=False, group=self.tp)
 
 
 class ValueModel(PackedModel):
-    """Its last stage returns value_T, fp32: a scalar head where the vocabulary's output layer was."""
+    """A model with a scalar head instead of the output layer. Its last stage returns value_T, fp32."""
 
     def __init__(self, device: torch.device, **kwargs: Any):
         super().__init__(**kwargs)
@@ -232,7 +241,10 @@ class ValueModel(PackedModel):
 
 
 def build(model: ModelShape, parallel: Parallel, grid: Grid, world: World, dtype: torch.dtype, *, learns: bool) -> list[PackedModel]:
-    """This rank's stages of `model`, one per virtual stage; the seat must be taken and the grid made. `learns`: training.wrap follows."""
+    """This rank's stages of `model`, one per virtual stage. Call it inside backend.cpu_backend, after make_grid.
+
+    learns: as in transformer_config
+    """
     config = transformer_config(model, parallel, world, dtype, learns)
     return [_build_stage(model, parallel, grid, world, config, stage) for stage in range(parallel.vpp)]
 
@@ -240,8 +252,8 @@ def build(model: ModelShape, parallel: Parallel, grid: Grid, world: World, dtype
 def _build_stage(model: ModelShape, parallel: Parallel, grid: Grid, world: World, config: TransformerConfig, stage: int) -> PackedModel:
     vp_stage = stage if parallel.vpp > 1 else None
     last = grid.pp_rank == grid.pp - 1 and stage == parallel.vpp - 1
-    headed: Any = partial(LogprobModel, model.vocab) if model.head == "lm" else partial(ValueModel, world.device)
-    return headed(
+    model_class: Any = partial(LogprobModel, model.vocab) if model.head == "lm" else partial(ValueModel, world.device)
+    return model_class(
         config=config,
         transformer_layer_spec=_layers(config, world, vp_stage, last=last, recomputes_swiglu=parallel.recompute == "swiglu"),
         vocab_size=padded_vocab(model.vocab, parallel.tp),
@@ -255,14 +267,14 @@ def _build_stage(model: ModelShape, parallel: Parallel, grid: Grid, world: World
 
 
 def _submodules(spec: Any) -> Any:
-    """The parts that megatron makes a module of: in a ModuleSpec, or since 0.17 bound to a function."""
+    """The submodules of a spec: a ModuleSpec, or since megatron-core 0.17 a functools.partial."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
 def _layers(
     config: TransformerConfig, world: World, vp_stage: int | None, *, last: bool, recomputes_swiglu: bool
 ) -> TransformerBlockSubmodules:
-    """Of a stage, which is the `last` or not: whether it ends in the final norm."""
+    """The layer specs of one stage; `last`: it ends with the final norm."""
     layer: Any = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     norm, final = (ModuleSpec(module=kind, params={"device": world.device}) for kind in (RMSNorm, FinalNorm))
     layer.module = Layer

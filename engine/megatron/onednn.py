@@ -1,4 +1,4 @@
-"""fp32 matrix products on CPU by oneDNN instead of MKL. torch brings both; on AMD processors oneDNN is the faster."""
+"""fp32 matrix products on CPU with oneDNN instead of MKL. torch ships both; oneDNN is faster on AMD processors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 @contextmanager
 def use_onednn() -> Iterator[None]:
-    """While it is open, aten::mm and mm.out of this process, forward and backward, compute fp32 on CPU in oneDNN. Where torch has none
-    nothing changes. Both libraries accumulate in fp32: results differ in rounding alone.
+    """Context in which this process computes fp32 aten::mm and mm.out on CPU with oneDNN, forward and backward.
 
-    It is done at torch's dispatcher because the dearest products are in autograd functions of megatron-core's own.
+    Does nothing if torch was built without oneDNN. Both libraries accumulate in fp32, so results differ only in rounding.
+    It overrides torch's dispatcher because the most expensive products are in megatron-core's own autograd functions.
     """
     if not torch.backends.mkldnn.is_available():
         yield
         return
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # overriding is the purpose
+        warnings.simplefilter("ignore")  # torch warns about overriding a kernel, which is intended
         library.impl("mm", _mm, "CPU", allow_override=True)
         library.impl("mm.out", _mm_out, "CPU", allow_override=True)
     try:
@@ -32,16 +32,16 @@ def use_onednn() -> Iterator[None]:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    if _fits(a, b):
+    if _supported(a, b):
         return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
-    return torch.addmm(a.new_zeros(()), a, b, beta=0)  # another entry of the dispatcher, which is not ours
+    return torch.addmm(a.new_zeros(()), a, b, beta=0)  # another dispatcher entry, which is not overridden
 
 
 def _mm_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    if _fits(a, b):
+    if _supported(a, b):
         return out.copy_(_mm(a, b))
     return torch.addmm(a.new_zeros(()), a, b, beta=0, out=out)
 
 
-def _fits(a: Tensor, b: Tensor) -> bool:
+def _supported(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype == torch.float32 and a.shape[1] == b.shape[0] > 0

@@ -17,10 +17,11 @@ LEAST_ROWS = 256
 
 
 def gather_multiply(rows: Tensor, matrix: Tensor, group: ProcessGroup, *, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """(all ranks' rows [n R, K], those rows @ matrix [n R, N]); without `keep`, None in place of the former.
+    """Returns (all ranks' rows [n R, K], those rows @ matrix [n R, N]), n being the group's size.
 
     rows    [R, K], this rank's
     matrix  [K, N], this rank's
+    keep    False: None instead of the gathered rows
     """
     if _uses_fallback(rows):
         whole = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
@@ -31,10 +32,10 @@ def gather_multiply(rows: Tensor, matrix: Tensor, group: ProcessGroup, *, keep: 
 
 
 def multiply_scatter(rows: Tensor, matrix: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's block of rows [R, N] of the sum over ranks of rows @ matrix. On GPUs the sum is fp32, of terms in the rows' type.
+    """This rank's rows [R, N] of the sum over ranks of rows @ matrix. On GPUs terms have the rows' dtype and are summed in fp32.
 
-    rows    [n R, K], for a part of K on each rank
-    matrix  [K, N], the same part
+    rows    [n R, K], with this rank's shard of K
+    matrix  [K, N], with the same shard
     """
     if _uses_fallback(rows):
         partial = rows.mm(matrix)
@@ -54,8 +55,8 @@ def check(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None
     Raises ValueError if the devices do not support symmetric memory, or if results differ.
     """
     rank, ranks = group.rank(), group.size()
-    draw = torch.Generator().manual_seed(rank)
-    rows, matrix = (torch.randn(shape, generator=draw).to(device, dtype) for shape in ((ranks * LEAST_ROWS, 64), (64, 128)))
+    generator = torch.Generator().manual_seed(rank)
+    rows, matrix = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((ranks * LEAST_ROWS, 64), (64, 128)))
     block = rows[:LEAST_ROWS]
     try:
         whole, out = gather_multiply(block, matrix, group, keep=True)
@@ -72,14 +73,14 @@ def check(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None
         _relative_error(summed, partial.chunk(ranks)[rank]),
     ]
     if max(errors) > 2**-6:  # bf16 keeps 8 bits
-        raise ValueError(_message(f"results differ by {max(errors):.2g} of the largest"))
+        raise ValueError(_message(f"results differ by {max(errors):.2g} of the largest value"))
 
 
-def _relative_error(found: Tensor | None, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest expected value."""
-    assert found is not None
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+def _relative_error(actual: Tensor | None, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    assert actual is not None
+    return float((actual.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
-def _message(why: str) -> str:
-    return f"parallel.tp_comm_overlap=true does not work between these GPUs ({why}); use parallel.tp_comm_overlap=false"
+def _message(reason: str) -> str:
+    return f"parallel.tp_comm_overlap=true does not work between these GPUs ({reason}); use parallel.tp_comm_overlap=false"

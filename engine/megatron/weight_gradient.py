@@ -1,7 +1,7 @@
-"""What megatron-core calls `fused_weight_gradient_mlp_cuda`: a linear layer's weight gradient, added to its fp32 accumulator by the matrix
-product itself. Without it the product is written in the weights' type, read again, and added in a second pass over the accumulator.
+"""Weight gradients of linear layers, added to the fp32 accumulator by the matrix product itself.
 
-The name is Apex's, whose module does the same on GPUs. seat.py puts this one in its place where Apex's is not installed, and wherever
+Without it, the product is written in the weights' dtype, read again, and added in a second pass over the accumulator. megatron-core expects
+this interface from Apex's module `fused_weight_gradient_mlp_cuda`; backend.py replaces that module by this one if Apex is not installed or
 tensors are not on a GPU.
 """
 
@@ -18,27 +18,27 @@ from triton_kernels.linear_logprob import multiply
 def wgrad_gemm_accum_fp32(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tensor) -> None:
     """main_grad_OI += grad_TO.T @ input_TI, summed in fp32.
 
-    input_TI      [T, I], what the layer was given: float32, bfloat16 or float16
-    grad_TO       [T, O], the gradient of what it returned, of the same type
+    input_TI      [T, I], the layer's input: float32, bfloat16 or float16
+    grad_TO       [T, O], the gradient of its output, of the same dtype
     main_grad_OI  [O, I], float32
     """
-    if input_TI.device.type == "cpu":  # no mixed-precision product there, and the seat's own for float32 is aten::mm
+    if input_TI.device.type == "cpu":  # torch has no mixed-precision product on CPU; onednn.py overrides aten::mm for float32
         main_grad_OI.add_(grad_TO.t().float().mm(input_TI.float()))
     else:
         multiply(main_grad_OI, grad_TO.t(), input_TI, add=True)
 
 
 def wgrad_gemm_accum_fp16(input_TI: Tensor, grad_TO: Tensor, main_grad_OI: Tensor) -> None:
-    """The same for an accumulator of the operands' own type."""
+    """The same for an accumulator of the operands' dtype."""
     main_grad_OI.addmm_(grad_TO.t(), input_TI)
 
 
 class Accumulated(torch.autograd.Function):
-    """The weight, for who adds its gradient to weight.main_grad and gives none to autograd.
+    """The weight, for an operation that adds the weight's gradient to weight.main_grad and returns none to autograd.
 
-    megatron's hook on a parameter, which starts the reduction of gradients, wants a .grad nevertheless. It gets a single zero in the
-    weight's shape, where megatron's own layers allocate a whole one, and is told not to look at it. Where the embedding of this stage
-    has the same weight, its gradient comes after us and is what the hook is to add.
+    megatron's parameter hook, which starts gradient reduction, needs a .grad anyway. It gets one zero expanded to the weight's shape
+    (megatron's own layers allocate a full tensor), and grad_added_to_main_grad tells it not to add that.
+    With `embeds`, this stage's embedding shares the weight: its gradient comes later, and the hook must add it.
     """
 
     @staticmethod

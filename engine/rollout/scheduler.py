@@ -73,7 +73,7 @@ class Scheduler:
             mates.append(self.waiting.popleft())
         return mates
 
-    def absorb(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
+    def update(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
         """Give each running sequence its token, and remove finished sequences. Returns (from, to, positions) of rows that move."""
         for request, token, logprob in zip(self.running, tokens_R, logprobs_R, strict=True):
             request.tokens.append(token)

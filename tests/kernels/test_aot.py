@@ -83,7 +83,7 @@ def test_matrix_instructions_are_seen(arch: int, instruction: str) -> None:
 
 def test_shared_memory_beyond_a_block_fails() -> None:
     assert report(shared=200_000).passes
-    assert report(shared=200_000, arch=80).faults == ("centre on sm_80 wants 200000 bytes of shared memory where a block has 166912",)
+    assert report(shared=200_000, arch=80).faults == ("centre on sm_80 needs 200000 bytes of shared memory where a block has 166912",)
 
 
 def test_a_kernel_that_prefetches_has_copies_that_nobody_waits_for() -> None:

@@ -296,7 +296,7 @@ def test_compiled(how: dict[str, Any]) -> None:
     ("complaint", "change"),
     [
         ("logits are torch.float64; use float32", {"logits": torch.zeros(3, 5, dtype=torch.float64)}),
-        ("pass [N, V] with adjacent columns", {"logits": torch.zeros(5, 3).T}),
+        ("pass [N, V] with contiguous columns", {"logits": torch.zeros(5, 3).T}),
         ("target is torch.int32 (3,); pass torch.int64 (3,)", {"target": torch.zeros(3, dtype=torch.int32)}),
         ("target is torch.int64 (2,); pass torch.int64 (3,)", {"target": torch.zeros(2, dtype=torch.int64)}),
         ("target[2]=5 is outside the vocabulary 0 ... 4", {"target": torch.tensor([0, 4, 5])}),

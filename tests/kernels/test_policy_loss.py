@@ -172,7 +172,7 @@ def test_registered_well_and_compiled(accumulate: bool) -> None:
     [
         ("token_weight is torch.bool (3,); pass torch.float32 (3,)", {"token_weight_N": torch.ones(3, dtype=torch.bool)}),
         ("advantage is torch.float32 (2,); pass torch.float32 (3,)", {"advantage_N": torch.ones(2), "old_logp_N": torch.ones(3)}),
-        ("advantage is missing beside old_logp", {"old_logp_N": torch.ones(3)}),
+        ("old_logp needs advantage: pass both", {"old_logp_N": torch.ones(3)}),
         ("kl_coef=0.1 needs ref_logp", {"advantage_N": torch.ones(3), "kl_coef": 0.1}),
         ("clip_low=-1 must not be negative", {"clip_low": -1}),
         ("chunk=0 must be 1 to 1024 rows", {"chunk": 0}),

@@ -58,4 +58,4 @@ def test_installed_over_ours(site: Path, removed: bool) -> None:
         (site / "triton_kernels" / "__init__.py").unlink()
     said = complaint("import engine", site)
     assert said.startswith(f"ImportError: triton_kernels at {site / 'triton_kernels'} is not the package of trivet but that of")
-    assert said.endswith("it was installed over ours: uninstall the other one, then install trivet again")
+    assert said.endswith("it was installed over trivet's: uninstall the other one, then install trivet again")

@@ -39,7 +39,7 @@ class Rows:
             place += length
         assert place == len(wave.tokens)
         live = len(wave.sampled_R)
-        for source, target, positions in slots.absorb([token_of(tuple(seen)) for seen in self.seen[:live]], [0.0] * live):
+        for source, target, positions in slots.update([token_of(tuple(seen)) for seen in self.seen[:live]], [0.0] * live):
             # The token just drawn is not in the cache yet: it is the next wave's.
             assert positions == len(self.seen[source]) + 1
             self.seen[target] = list(self.seen[source])
@@ -80,7 +80,7 @@ def test_a_request_may_stop_by_what_its_tokens_say() -> None:
     slots = Scheduler(2, deque(requests), frozenset([STOP]), 4, until=lambda tokens: tokens[-2:] == [1, 2])
     said = {0: [1, 1, 2, 5], 1: [2, 1, 3, 1, 1, 0], 2: [1, STOP, 1]}
     while slots.plan():
-        slots.absorb([said[request.index[0]][len(request.tokens)] for request in slots.running], [0.0] * len(slots.running))
+        slots.update([said[request.index[0]][len(request.tokens)] for request in slots.running], [0.0] * len(slots.running))
     assert [request.tokens for request in requests] == [[1, 1, 2], [2, 1, 3, 1, 1, 0], [1, STOP]]
     assert [request.stopped for request in requests] == [True, False, True]
 
