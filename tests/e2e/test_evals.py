@@ -249,7 +249,7 @@ def test_bad_words_are_answered_in_one_line(words: list[object], expected: str, 
         ("gsm8k", {"question": "?", "answer": "none"}, "truth='none' must be a string with a number"),
         ("nq_open", {"question": "?", "answer": [""]}, "must be a list of answers, none of them blank"),
         ("ifeval", {"prompt": "?", "instruction_id_list": ["no:such"], "kwargs": [{}]}, "'no:such' is unknown"),
-        ("humaneval", {"prompt": 1, "test": "", "entry_point": ""}, "is not for verifier=code"),
+        ("humaneval", {"prompt": 1, "test": "", "entry_point": ""}, "has no tests for verifier=code"),
     ],
 )
 def test_bad_rows_are_named(name: str, row: dict[str, Any], expected: str, model: Path, tmp_path: Path) -> None:

@@ -208,8 +208,8 @@ def test_sentences_are_counted_past_abbreviations() -> None:
     ("truth", "complaint"),
     [
         ("no_comma", "truth='no_comma' must be an object"),
-        ({}, "truth.instruction_id_list=None must be a list of one instruction or more"),
-        ({"instruction_id_list": [], "kwargs": []}, r"truth.instruction_id_list=\[\] must be a list of one"),
+        ({}, "truth.instruction_id_list=None must be a list of at least one instruction"),
+        ({"instruction_id_list": [], "kwargs": []}, r"truth.instruction_id_list=\[\] must be a list of at least one"),
         ({"instruction_id_list": ["punctuation:no_comma"]}, "truth.kwargs=None must be a list of 1 objects"),
         ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}, {}]}, "must be a list of 1 objects"),
         (rule("punctuation:comma"), r"truth.instruction_id_list\[0\]='punctuation:comma' is unknown; use one of change_case:.*"),

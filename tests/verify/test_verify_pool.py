@@ -66,7 +66,7 @@ def test_an_empty_batch_starts_nothing() -> None:
     [
         ("kill", "its worker was ended by SIGKILL"),
         ("segfault", "its worker was ended by SIGSEGV"),
-        ("exit", "its worker ended with 3"),
+        ("exit", "its worker exited with status 3"),
         ("unjudged", "no room on the disk"),
         ("bug", "KeyError: 'missing'"),
         ("nan", "its verdict is nan, neither True nor False"),
@@ -112,7 +112,7 @@ def test_a_worker_that_its_own_clock_cannot_end_is_killed(deed: str, monkeypatch
     monkeypatch.setattr(worker, "GRACE_S", 0.2)
     with Pool(1, max_dropped=1.0) as pool:
         answers = pool.verify(cases(deed, "fine"))
-    assert str(answers[0]) == "its worker stayed silent"
+    assert str(answers[0]) == "its worker did not respond"
     assert answers[1] == Verdict(True, "compared")
 
 
