@@ -35,7 +35,7 @@ class EvalConfig:
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
-    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+    chat_template: str = ""  # "tulu", "chatml" or Jinja source; "": the tokenizer's own
     unsafe_code: bool = False  # run programs without isolation from this machine
     tokens_per_microbatch: int = 8192  # of log-probabilities
 
@@ -107,5 +107,5 @@ def _exam(settings: EvalConfig, suite_: Suite, source: Source, limit: int, templ
         items.append(item)
     prompts = [template.prompt(item.messages()) if chat else template.plain(item.text()) for item in items]
     between = "" if chat else " "
-    choices = [[template.plain(between + choice, goes_on=True) for choice in item.choices] for item in items]
+    choices = [[template.plain(between + choice, continued=True) for choice in item.choices] for item in items]
     return Exam(suite_, decoding, verifiers, source, chat, where, items, prompts, choices, template.tokenizer.decode)  # type: ignore[arg-type]

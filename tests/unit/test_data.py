@@ -206,7 +206,7 @@ def test_too_long_is_an_error_unless_told_otherwise(tmp_path):
     ]
     source = jsonl(tmp_path / "rows.jsonl", rows)
     message = (
-        "rows.jsonl:2 has 4 tokens, the first 4 of them prompt, over max_length=3 (policy too_long=error); "
+        "rows.jsonl:2 has 4 tokens, the first 4 of them prompt, over max_length=3, with too_long=error; "
         "set too_long=truncate or drop, or raise max_length"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -327,9 +327,9 @@ def test_the_order_is_a_function_of_seed_and_index(corpora):
 
 def test_bad_mixtures_are_errors(corpora):
     for weights, seed, complaint in (
-        ([1, 1], 0, "a mixture of 3 corpora needs as many weights"),
-        ([1, 0.01, 1], 0, "weight=0.01 of a corpus of 7 rows gives no sample"),
-        ([1, 1, 1], -1, "seed=-1 must not be negative"),
+        ([1, 1], 0, "got 3 corpora and 2 weights"),
+        ([1, 0.01, 1], 0, "weight=0.01 of a corpus of 7 rows yields no samples"),
+        ([1, 1, 1], -1, "seed=-1 must be at least 0"),
     ):
         with pytest.raises(ValueError, match=complaint):
             Mixture(corpora, weights, seed)

@@ -136,7 +136,7 @@ def test_bad_input_is_answered_in_one_line(files: dict[str, str], tmp_path: Path
     doubled = complaint("--train", same, same, "--eval", files["eval"], "--remove", "sets", "--out", str(tmp_path / "o"))
     assert "2 training sets would be written to" in doubled
     there = complaint("--train", same, "--eval", files["eval"], "--remove", "sets", "--out", str(tmp_path))
-    assert "x.jsonl is there already" in there
+    assert "x.jsonl already exists" in there
     assert main(["decontaminate", "--train", same, "--eval", files["eval"], "--report", "no/such/r.json"]) == 1
     assert "its folder does not exist" in capsys.readouterr().err
     assert "ngram=0 must be at least 1" in complaint("--train", same, "--eval", files["eval"], "--ngram", "0")

@@ -89,7 +89,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"chosen": "a", "rejected": "b"}, "needs prompt or messages"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt must be text or a list of messages, not 3"),
     ({"prompt": "q", "chosen": [Q, GOOD], "rejected": [BAD]}, "write both in the same way"),
-    ({"chosen": [Q, GOOD], "rejected": [turn("user", "other"), BAD]}, "part at message 0, where chosen has role='user'"),
+    ({"chosen": [Q, GOOD], "rejected": [turn("user", "other"), BAD]}, "differ at message 0, where chosen has role='user'"),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD, Q, BAD]}, "chosen is the beginning of the other conversation"),
     ({"chosen": [Q], "rejected": [Q, BAD]}, "chosen must end in an assistant's message"),
     ({"prompt": "q", "chosen": 4, "rejected": "b"}, "chosen must be text or a list of messages, not 4"),

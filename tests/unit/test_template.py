@@ -196,7 +196,7 @@ def test_the_tokenizers_own_template_is_the_default_and_need_not_be_tidy():
 
 def test_unknown_and_broken_templates_are_errors():
     for template, complaint in (
-        ("tulo", "template='tulo' is unknown; use tulu, chatml or jinja text"),
+        ("tulo", "template='tulo' is unknown; use tulu, chatml or Jinja source"),
         ("chatml", "needs the tokens <|im_start|> and <|im_end|>"),
         ("{% if %}", "the template '{% if %}' cannot render"),
         ("{{ nothing.at_all }}", "cannot render"),

@@ -102,7 +102,9 @@ def test_regex(response: str, pattern: str, correct: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("truth", "why"), [("(", "is not a valid pattern"), ("a*", "matches an empty response"), ("", "matches an empty response"), (5, "a string")]
+    ("truth", "why"),
+    [("(", "is not a valid pattern"), ("a*", "matches an empty response"), ("", "matches an empty response"), (5, "a string")],
+    [("(", "is not a valid pattern"), ("a*", "matches an empty response"), ("", "matches an empty response"), (5, "a string")],
 )
 def test_regex_refuses_a_pattern_that_is_none_or_asks_nothing(truth: object, why: str) -> None:
     with pytest.raises(ValueError, match=why):
