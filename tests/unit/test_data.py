@@ -79,7 +79,7 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 
 def test_a_missing_source_is_an_error(tmp_path):
-    for path, complaint in (("no.jsonl", "does not exist"), ("", "no folder written by save_to_disk")):
+    for path, complaint in (("no.jsonl", "does not exist"), ("", "cannot be loaded as a .jsonl file, a folder written by save_to_disk")):
         with pytest.raises(ValueError, match=complaint):
             list(read_rows(Source(str(tmp_path / path))))
 

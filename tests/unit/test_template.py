@@ -238,7 +238,7 @@ def test_a_tokenizer_that_cannot_keep_text_apart_is_refused():
         (["hello"], "messages[0] must be an object with role and content"),
         ([{"role": "user"}], "messages[0] must be an object with role and content"),
         ([{"role": "user", "content": "q"}], "needs an assistant turn"),
-        ([{"role": "assistant", "content": "a"}], "and a turn before it"),
+        ([{"role": "assistant", "content": "a"}], "with a turn before it"),
         ([{"role": "tool", "content": "q"}], "messages[0].role='tool' is unknown; use system, user, assistant"),
         (ask("q", None), "messages[1].content must be text, not NoneType"),  # pyright: ignore[reportArgumentType]
         (ask("q", "a\ud800"), r"messages[1].content has a lone surrogate, '\ud800', at character 1"),
