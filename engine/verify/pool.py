@@ -60,8 +60,8 @@ class Pool:
     def verify(self, cases: Sequence[Case]) -> list[Verdict | Unjudged]:
         """The result of each case, in order, independent of the number of workers.
 
-        A response that exceeds its verifier's time limit is wrong. If its worker is lost or cannot judge it, it is retried once in a new
-        worker and then dropped: its result is an Unjudged with the reason. Raises Unjudged if more than `max_dropped` are dropped.
+        A response that exceeds its verifier's time limit is wrong. If its worker is lost or cannot judge it, it is retried once and
+        then dropped: its result is an Unjudged with the reason. Raises Unjudged if more than `max_dropped` are dropped.
         """
         with self._lock:
             batch = _Batch(cases)

@@ -1,4 +1,4 @@
-"""The data room: strict rows, caches and orders that can be trusted."""
+"""Data: strict parsing of rows, cached corpora, and reproducible sample order."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_hub_id_is_loaded_by_datasets(monkeypatch):
 
 
 class Counting(ChatTemplate):
-    """Counts the rows that it encodes, and does something at one of them."""
+    """Counts the rows that it encodes, and runs an action at one of them."""
 
     seen = 0
     at = 0
@@ -272,7 +272,7 @@ def test_a_damaged_cache_is_noticed(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> list[Corpus]:
-    """Corpora of 10, 7 and 40 rows; row i of corpus c is the tokens [c, i]."""
+    """Corpora of 10, 7 and 40 rows. Row i of corpus c has the tokens [c, i]."""
     folder = tmp_path_factory.mktemp("corpora")
     chat = counting()
     sources = [jsonl(folder / f"{c}.jsonl", [{"tokens": [c, i]} for i in range(count)]) for c, count in enumerate((10, 7, 40))]

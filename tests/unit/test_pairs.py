@@ -1,4 +1,4 @@
-"""Preference rows: every shape the field writes, the same pair of it, and one clear line about each bad one."""
+"""Preference rows: all formats give the same pair, and each invalid row one clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations as tokens: masks that speak of the right tokens, and text that stays text. And the tokenizers under them."""
+"""Chat templates: loss masks, message content that is never encoded as control tokens, and tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every instruction of IFEval, followed and not; strict and loose readings; truths that are refused; and faults that pay."""
+"""The ifeval verifiers: every instruction followed and not followed, strict and loose, invalid truths, and exploits."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ MEGABYTES = [
 
 @pytest.mark.parametrize("text", MEGABYTES, ids=lambda text: repr(text[:4]))
 def test_long_texts_take_linear_time(text: str) -> None:
-    """Quadratic work on a megabyte would take hours, not seconds. Punkt takes 10 us a character where every word ends in a dot."""
+    """Quadratic work on a megabyte would take hours, not seconds. Punkt needs 10 us per character if every word ends in a dot."""
     for name, arguments, *_ in CASES:
         assert INSTRUCTIONS[name].followed(text, **arguments) in (True, False)
 

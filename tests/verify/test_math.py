@@ -1,4 +1,4 @@
-r"""Competition answers: what a response commits to, what equals what, and expressions that would never end."""
+r"""The math verifier: extraction of the final answer, equivalence, and expressions that do not terminate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door to the verifiers: names, users' own tasks, the command line; and what no verifier may do."""
+"""Verifiers in general: names, custom tasks, the command line, and properties that every verifier must have."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRUTHS: dict[str, Any] = {
 
 
 def engine_verify(name: str, text: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit code, rows and stderr."""
+    """Returns exit code, rows and stderr."""
     words = [sys.executable, "-m", "engine", "verify", "--workers", "1", "--verifier", name]
     done = subprocess.run(words, input=text.encode(), capture_output=True, cwd=ROOT, timeout=60)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr.decode()
@@ -103,7 +103,6 @@ def test_regex(response: str, pattern: str, correct: bool) -> None:
 
 @pytest.mark.parametrize(
     ("truth", "why"),
-    [("(", "is not a valid pattern"), ("a*", "matches an empty response"), ("", "matches an empty response"), (5, "a string")],
     [("(", "is not a valid pattern"), ("a*", "matches an empty response"), ("", "matches an empty response"), (5, "a string")],
 )
 def test_regex_refuses_a_pattern_that_is_none_or_asks_nothing(truth: object, why: str) -> None:

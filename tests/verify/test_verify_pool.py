@@ -1,4 +1,4 @@
-"""The pool: order, limits, and workers that are lost. What a response does to its process costs that response alone."""
+"""The pool: order of results, limits, and lost workers. A response that crashes its worker affects no other response."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cases(*responses: str, truth: str = "fine") -> list[Case]:
 
 
 def gone(pid: int) -> bool:
-    """Whether the process ends within a few seconds; one that only waits to be reaped has ended."""
+    """Whether the process ends within a few seconds. A zombie has ended."""
     for _ in range(500):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
