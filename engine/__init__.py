@@ -1,4 +1,4 @@
-"""Trivet: the post-training engine. Start at train.py (the loop) and types.py (what travels through it)."""
+"""Trivet: a post-training engine for LLMs. Start with train.py (the training loop) and types.py (the data types)."""
 
 from engine.check_install import check_kernels
 

@@ -1,4 +1,4 @@
-"""Advantages of sampled responses: by a critic (GAE), or by the other samples of the same prompt. Samples in, samples out."""
+"""Advantages of sampled responses: from a critic (GAE), or relative to the other samples of the same prompt (GRPO, RLOO)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from triton_kernels import gae, merge_partials
 
 
 def kl_estimate(logprob: np.ndarray, ref_logprob: np.ndarray, kind: Kl) -> np.ndarray:
-    """Of KL(policy, reference) in nats at each token, from the token that the policy drew (Schulman 2020, joschu.net/blog/kl-approx.html):
-    k1 = log(p/q), k2 = log(p/q)^2 / 2, k3 = q/p - 1 + log(p/q)."""
+    """Estimate of KL(policy, reference) in nats at each token, from the sampled token (Schulman 2020, joschu.net/blog/kl-approx.html).
+
+    k1 = log(p/q), k2 = log(p/q)^2 / 2, k3 = q/p - 1 + log(p/q), for p of the policy and q of the reference. float64 [L].
+    """
     ratio = logprob.astype(np.float64) - ref_logprob
     if kind == "k1":
         return ratio
@@ -26,7 +28,7 @@ def kl_estimate(logprob: np.ndarray, ref_logprob: np.ndarray, kind: Kl) -> np.nd
 
 
 def token_rewards(sample: Sample, kl_coef: float, kl: Kl) -> np.ndarray:
-    """-kl_coef * KL at each response token, and the sample's score on the last of them; float32 [L] (arXiv 2411.15124, section 6)."""
+    """-kl_coef * KL at each response token, plus the sample's score at the last one; float32 [L] (arXiv 2411.15124, section 6)."""
     rewards = np.zeros(sample.length)
     if kl_coef:
         assert sample.old_logprob is not None
@@ -39,12 +41,12 @@ def token_rewards(sample: Sample, kl_coef: float, kl: Kl) -> np.ndarray:
 def _score(sample: Sample) -> float:
     score = float(sample.reward or 0.0)
     if not math.isfinite(score):
-        raise ValueError(f"reward={score} of a response is no number to learn from; look at what scored it")
+        raise ValueError(f"reward={score} of a response is not finite; check the verifier or reward model that returned it")
     return score
 
 
 def last_token(sample: Sample) -> int:
-    """The place of the response's last token: the last that the mask counts."""
+    """Index of the response's last token: the last unmasked one."""
     return int(np.flatnonzero(sample.mask)[-1])
 
 
@@ -53,9 +55,9 @@ def by_critic(
 ) -> list[Sample]:
     """`samples` with `advantage` and `returns`, by generalized advantage estimation from their `value` (arXiv 1506.02438).
 
-    whiten: "batch" brings the advantages of all response tokens to mean 0 and variance 1, "rank" those of each of `ranks` equal parts of
-    the batch, as Tülu 3's trainer did, "none" leaves them. Returns are those of the raw advantages in any case. Raises ValueError for a
-    reward that is not finite.
+    whiten: "batch" normalizes the advantages of all response tokens to mean 0 and variance 1; "rank" does so separately for each of
+    `ranks` equal parts of the batch, like Tülu 3's trainer; "none" does not normalize. Returns always use the raw advantages.
+    Raises ValueError if a reward is not finite.
     """
     if not samples:
         return []
@@ -82,47 +84,49 @@ def _whitening(partials_3S: torch.Tensor) -> tuple[float, float]:
 
 
 def by_group(samples: Sequence[Sample], prompts: Sequence[int], scale: Literal["std", "none"]) -> list[Sample]:
-    """`samples` with `advantage`: the score less the mean of its group's scores, the same at every response token.
+    """`samples` with `advantage`: the score minus the mean score of its group, the same at every response token.
 
-    A group is the samples of one prompt; prompts[i] is that of samples[i]. scale: "std" divides by the group's standard deviation, as GRPO
-    does (arXiv 2402.03300, equation 3); "none" does not (arXiv 2503.20783), which is RLOO (arXiv 2402.14740) but for a factor G / (G - 1).
-    A group that agrees has advantage 0. Raises ValueError for a reward that is not finite.
+    A group is the samples of one prompt; prompts[i] identifies that of samples[i]. scale: "std" divides by the group's standard deviation
+    like GRPO (arXiv 2402.03300, equation 3); "none" does not (Dr. GRPO, arXiv 2503.20783), which is RLOO (arXiv 2402.14740) up to a
+    factor of G / (G - 1). In a group of equal scores all advantages are 0. Raises ValueError if a reward is not finite.
     """
     scores = defaultdict[int, list[float]](list)
     for sample, prompt in zip(samples, prompts, strict=True):
         scores[prompt].append(_score(sample))
-    found = []
+    with_advantages = []
     for sample, prompt in zip(samples, prompts, strict=True):
         group = np.array(scores[prompt])
         advantage = _score(sample) - group.mean()
         if scale == "std":
             advantage /= group.std(ddof=1) + 1e-4 if len(group) > 1 else 1.0
-        found.append(replace(sample, advantage=(sample.mask * advantage).astype(np.float32)))
-    return found
+        with_advantages.append(replace(sample, advantage=(sample.mask * advantage).astype(np.float32)))
+    return with_advantages
 
 
 def off_policy(samples: Sequence[Sample], sampler_logprobs: Sequence[np.ndarray], most: float) -> tuple[list[Sample], np.ndarray]:
-    """`samples` with each response token's advantage times min(p / q, most), and those weights, float64, end to end. p is the token's
-    probability by the policy that starts to learn (old_logprob), q by the one that drew it (sampler_logprobs[i], response tokens only).
+    """Truncated importance sampling (TIS): `samples` with advantages multiplied by w = min(p / q, most), and all w, float64, concatenated.
 
-    Truncated importance sampling (Ionides 2008, doi 10.1198/106186008X320456) beside a clip around p (arXiv 2505.24298, equation 5). The
-    clipped loss is homogeneous in the advantage: this multiplies it by the weight, which has no gradient. KL to the reference inside the
-    loss (advantage="group") and the critic's loss go by the tokens as they were drawn.
+    p is a token's probability under the policy at the start of the step (old_logprob), q under the policy that sampled it
+    (sampler_logprobs[i], response tokens only).
+
+    Ionides 2008, doi 10.1198/106186008X320456, with PPO's clip around p (arXiv 2505.24298, equation 5). The clipped loss is homogeneous
+    in the advantage, so this multiplies the loss by w, without a gradient through w. The KL term in the loss (advantage="group") and the
+    critic's loss are not reweighted.
     """
-    found, weights = [], []
-    for sample, drawn in zip(samples, sampler_logprobs, strict=True):
+    reweighted, weights = [], []
+    for sample, sampler_logprob in zip(samples, sampler_logprobs, strict=True):
         assert sample.old_logprob is not None
         assert sample.advantage is not None
-        advantage, places = sample.advantage.copy(), sample.mask > 0
+        advantage, response = sample.advantage.copy(), sample.mask > 0
         with np.errstate(over="ignore"):
-            weights.append(np.minimum(np.exp(sample.old_logprob[places].astype(np.float64) - drawn), most))
-        advantage[places] *= weights[-1]
-        found.append(replace(sample, advantage=advantage))
-    return found, np.concatenate(weights)
+            weights.append(np.minimum(np.exp(sample.old_logprob[response].astype(np.float64) - sampler_logprob), most))
+        advantage[response] *= weights[-1]
+        reweighted.append(replace(sample, advantage=advantage))
+    return reweighted, np.concatenate(weights)
 
 
 def explained_variance(samples: Sequence[Sample]) -> float:
-    """1 - Var(returns - value) / Var(returns) over response tokens: 1 for a critic that knows, 0 for one that says the same of all."""
+    """1 - Var(returns - value) / Var(returns) over response tokens: 1 for a perfect critic, 0 for one that predicts a constant."""
     returns, values = (np.concatenate([np.asarray(getattr(s, name))[s.mask > 0] for s in samples]) for name in ("returns", "value"))
     spread = returns.astype(np.float64).var()
     return float(1 - (returns.astype(np.float64) - values).var() / spread) if spread > 0 else 0.0

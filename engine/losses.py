@@ -1,5 +1,7 @@
-"""Losses: pure functions of (logprob_T or value_T, microbatch) that return sums and counts. Only the policy divides, once, over the whole
-step."""
+"""Losses: pure functions of (logprob_T or value_T, microbatch) that return sums and counts.
+
+Only Policy.update divides, once, by the count of the whole step.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ from triton_kernels import dpo_norm, ppo_loss, seq_logps, value_loss
 
 
 def nll(logprob_T: Tensor, packed: Packed) -> Loss:
-    """Negative log-likelihood of the trained tokens: total = -sum of logprob_T where mask_T; count = how many they are."""
+    """Negative log-likelihood of the trained tokens: total = -sum of logprob_T where mask_T; count = number of trained tokens."""
     count = int(packed.counts().sum())
     total = -(logprob_T * packed.mask_T).sum()
     return Loss(total, count, {"loss": (total.detach(), count)})
 
 
 def nll_terms(packed: Packed) -> TokenTerms:
-    """`nll` as a sum over tokens."""
+    """The terms of `nll`, for a TokenLoss."""
     return TokenTerms(packed.mask_T.float())
 
 
@@ -34,22 +36,23 @@ SFT_LOSS = TokenLoss(nll, nll_terms)
 def dpo(
     logprob_T: Tensor, packed: Packed, *, beta: float, label_smoothing: float = 0.0, normalize: bool = True, nll_weight: float = 0.0
 ) -> Loss:
-    """Direct preference optimisation of the pairs of a microbatch: total = sum of their losses, count = how many they are.
+    """Direct preference optimization: total = sum of the losses of the microbatch's pairs, count = number of pairs.
 
-    A pair is the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch; ref_logprob_T is the reference's. See triton_kernels.dpo_norm
-    for the loss, `normalize` and `label_smoothing`. `nll_weight` adds that many times the chosen answer's negative log-likelihood per
-    token: a mean over each answer of its own (Pang et al., arXiv 2404.19733, equation 2), so that it is a sum over pairs too. TRL's
-    loss_type "sft" averages over all tokens of a microbatch instead, which is the same for pairs one by one and depends on the cut else.
+    Pair p consists of the samples 2 p (chosen) and 2 p + 1 (rejected) of the batch; ref_logprob_T comes from the reference model. See
+    triton_kernels.dpo_norm for the loss, `normalize` and `label_smoothing`. `nll_weight` is the coefficient of an additional term: the
+    negative log-likelihood of the chosen response, averaged over the tokens of that response (Pang et al., arXiv 2404.19733, equation 2).
+    It is a sum over pairs, too. TRL's loss_type "sft" averages over all tokens of a microbatch instead: the same for one pair per
+    microbatch; otherwise its value depends on the split into microbatches.
 
-    Metrics with a mean over pairs: rewards and their margin in nats (times beta), accuracy (margin above 0), sums of log-probs and numbers
-    of counted tokens of both halves. length_bias is the correlation over pairs of the margin with how much longer the chosen half is.
-    While the policy still is the reference, margins are rounding errors, and so are accuracy and length_bias.
+    Metrics, as means over pairs: rewards and their margin (nats times beta), accuracy (margin above 0), sums of log-probs and numbers
+    of unmasked tokens of chosen and rejected. length_bias is the correlation over pairs between the margin and the difference in length
+    (chosen minus rejected). While the policy equals the reference, margins are rounding errors, and so are accuracy and length_bias.
     """
-    assert packed.ref_logprob_T is not None, "DPO needs ref_logprob of every sample"
+    assert packed.ref_logprob_T is not None, "DPO needs ref_logprob in every sample"
     pairs_P2 = _pairs(packed)
-    where = (packed.mask_T, packed.cu_seqlens)
-    loss_P, reward = dpo_norm(logprob_T, packed.ref_logprob_T, *where, pairs_P2, beta, label_smoothing, normalize)
-    total_S, tokens_S = seq_logps(logprob_T, *where)
+    masked = (packed.mask_T, packed.cu_seqlens)
+    loss_P, reward = dpo_norm(logprob_T, packed.ref_logprob_T, *masked, pairs_P2, beta, label_smoothing, normalize)
+    total_S, tokens_S = seq_logps(logprob_T, *masked)
     on_device = pairs_P2.to(total_S.device)
     logps, lengths = total_S[on_device], tokens_S[on_device]
     total = loss_P.sum()
@@ -70,8 +73,10 @@ def dpo(
 
 
 def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
-    """Bradley-Terry (arXiv 2411.15124, section 6.2): total = sum over pairs of -log sigmoid(reward of chosen - reward of rejected), where
-    a sequence's reward is the value of its last token; count = pairs. Pairs and metrics are those of `dpo`, without log-probs."""
+    """Bradley-Terry loss (arXiv 2411.15124, section 6.2): total = sum over pairs of -log sigmoid(reward of chosen - reward of rejected).
+
+    The reward of a sequence is the value at its last token; count = number of pairs. Pairs and metrics as in `dpo`, without log-probs.
+    """
     pairs_P2, cu_seqlens = _pairs(packed).to(value_T.device), packed.cu_seqlens.to(value_T.device)
     reward_P2 = value_T[cu_seqlens[1:] - 1][pairs_P2]
     length_P2 = F.pad(packed.mask_T.cumsum(0), (1, 0))[cu_seqlens].diff()[pairs_P2]
@@ -88,7 +93,7 @@ def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
 
 
 def _of_pairs(total: Tensor, means: dict[str, Tensor], length_P2: Tensor) -> Loss:
-    """`means` [P] each become a mean over pairs; with them go the halves' lengths, and how far the margin follows them."""
+    """A Loss that reports `means` (each [P]) and both lengths as means over pairs, and length_bias as a correlation."""
     means = means | {"length/chosen": length_P2[:, 0], "length/rejected": length_P2[:, 1]}
     sums: dict[str, tuple[Tensor | float, int]] = {name: (value_P.detach().double().sum(), len(value_P)) for name, value_P in means.items()}
     bias = Moments.of(means["margin"].detach(), length_P2[:, 0] - length_P2[:, 1])
@@ -96,20 +101,22 @@ def _of_pairs(total: Tensor, means: dict[str, Tensor], length_P2: Tensor) -> Los
 
 
 def _pairs(packed: Packed) -> Tensor:
-    """(chosen, rejected) of every pair of the microbatch, as places among its sequences, int64 [P, 2]."""
+    """Indices (chosen, rejected) of every pair among the microbatch's sequences, int64 [P, 2]."""
     place = {index: s for s, index in enumerate(packed.index_S)}
     pairs = [(place[index], place[index + 1]) for index in packed.index_S if index >= 0 and index % 2 == 0]
-    assert 2 * len(pairs) == sum(index >= 0 for index in packed.index_S), "a pair is split over microbatches: give both halves one group"
+    assert 2 * len(pairs) == sum(index >= 0 for index in packed.index_S), (
+        "a pair is split over microbatches: give both of its samples the same group"
+    )
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
 def ppo_clip(
     logprob_T: Tensor, packed: Packed, *, average: Average, clip_low: float, clip_high: float, kl: Literal["k1", "k2", "k3"], kl_coef: float
 ) -> Loss:
-    """PPO's clipped policy loss (arXiv 1707.06347, equation 7), with kl_coef * KL(policy, reference) inside where there is a reference.
+    """PPO's clipped policy loss (arXiv 1707.06347, equation 7), plus kl_coef * KL(policy, reference).
 
-    average: "token" counts every response token alike, "sequence" every response (Tülu 3's). The microbatch has advantage_T, old_logprob_T
-    and, with kl_coef, ref_logprob_T.
+    average: "token" weights all response tokens equally, "sequence" all responses (Tülu 3's choice). The microbatch needs advantage_T,
+    old_logprob_T and, unless kl_coef is 0, ref_logprob_T.
     """
     assert packed.advantage_T is not None
     assert packed.old_logprob_T is not None
@@ -129,35 +136,35 @@ def ppo_clip(
     return Loss(total, count, {name: (value, count) for name, value in named.items()})
 
 
-def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **how: Any) -> Loss:
-    """`ppo_clip` where the policy that learns is still the one that drew: the ratio is 1, of which the gradient is left (REINFORCE's).
+def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **options: Any) -> Loss:
+    """`ppo_clip` for responses of the current weights: the ratio is 1, and its gradient is that of REINFORCE.
 
-    output_2T are log-probs and entropies, old_logprob_T the sampler's log-probs. Metrics beside those of ppo_clip: entropy, and
-    sampler_gap, |log-prob of the sampler - logprob_T|, each a mean over response tokens; sampler_gap_max.
+    output_2T: log-probs and entropies. old_logprob_T: the sampler's log-probs. Metrics in addition to those of ppo_clip, as means over
+    response tokens: entropy, and sampler_gap = |log-prob of the sampler - logprob_T|. sampler_gap_max is its maximum.
     """
     assert packed.old_logprob_T is not None
     logprob_T, entropy_T = output_2T.unbind()
-    found = ppo_clip(logprob_T, replace(packed, old_logprob_T=logprob_T.detach()), average=average, **how)
+    loss = ppo_clip(logprob_T, replace(packed, old_logprob_T=logprob_T.detach()), average=average, **options)
     gap_T = ((logprob_T.detach() - packed.old_logprob_T) * packed.mask_T).abs()
     tokens = int(packed.counts().sum())
-    said = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "sampler_gap": (gap_T.sum(), tokens)}
-    return replace(found, metrics=found.metrics | said, maxima={"sampler_gap_max": gap_T.max()})
+    metrics = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "sampler_gap": (gap_T.sum(), tokens)}
+    return replace(loss, metrics=loss.metrics | metrics, maxima={"sampler_gap_max": gap_T.max()})
 
 
-def ppo_terms(packed: Packed, *, average: Average, on_policy: bool = False, kl_coef: float, **how: Any) -> TokenTerms:
+def ppo_terms(packed: Packed, *, average: Average, on_policy: bool = False, kl_coef: float, **options: Any) -> TokenTerms:
     """`ppo_clip` as a sum over tokens; `on_policy`: `ppo_first`."""
     weight_T, _ = _weights(packed, average)
     old_T, ref_T = None if on_policy else packed.old_logprob_T, packed.ref_logprob_T if kl_coef else None
-    return TokenTerms(weight_T, packed.advantage_T, old_T, ref_T, kl_coef=kl_coef, **how)
+    return TokenTerms(weight_T, packed.advantage_T, old_T, ref_T, kl_coef=kl_coef, **options)
 
 
-def ppo(on_policy: bool, **how: Any) -> TokenLoss:
-    """`ppo_first` where the policy that learns is the one that sampled, else `ppo_clip`; `how` are the arguments of ppo_clip."""
-    return TokenLoss(partial(ppo_first if on_policy else ppo_clip, **how), partial(ppo_terms, on_policy=on_policy, **how))
+def ppo(on_policy: bool, **options: Any) -> TokenLoss:
+    """`ppo_first` if the current weights sampled the responses, else `ppo_clip`; `options` are the arguments of ppo_clip."""
+    return TokenLoss(partial(ppo_first if on_policy else ppo_clip, **options), partial(ppo_terms, on_policy=on_policy, **options))
 
 
 def value_clip(value_T: Tensor, packed: Packed, *, average: Average, clip: float, coef: float) -> Loss:
-    """The critic's clipped loss, coef * max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2, where R is the return."""
+    """PPO's clipped value loss: coef * max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2, with the return R."""
     assert packed.value_T is not None
     assert packed.returns_T is not None
     weight_T, count = _weights(packed, average)
@@ -166,7 +173,7 @@ def value_clip(value_T: Tensor, packed: Packed, *, average: Average, clip: float
 
 
 def _weights(packed: Packed, average: Average) -> tuple[Tensor, int]:
-    """What each token's loss counts, float32 [T], and what the sum of all is divided by: response tokens, or responses."""
+    """Weight of each token's loss, float32 [T], and the denominator of their sum: number of response tokens, or of responses."""
     mask_T, tokens_S = packed.mask_T.float(), packed.counts()
     if average == "token":
         return mask_T, int(tokens_S.sum())

@@ -1,4 +1,4 @@
-"""The five nouns that travel through the engine, and the letters their shapes are written in.
+"""The engine's data types and the letters used in shapes.
 
     T  tokens of a microbatch          L  predicted tokens of one sequence (it holds L + 1 ids)
     S  sequences of a microbatch       D  hidden size          V  vocabulary shard of a rank
@@ -21,48 +21,51 @@ import torch
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question that a policy is asked, with what a verifier needs to judge the answer."""
+    """A tokenized prompt, with what a verifier needs to judge a response to it."""
 
     tokens: np.ndarray  # int32 [L]
-    truth: Any = None
-    verifier: str = ""
+    truth: Any = None  # ground truth, in the format of the verifier
+    verifier: str = ""  # a name in engine.verify.VERIFIERS
     id: int = 0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence on the host. Position t predicts tokens[t + 1]; mask[t] says whether that prediction counts."""
+    """One training sequence in host memory. Position t predicts tokens[t + 1]; mask[t] is 1 if that prediction enters the loss."""
 
     tokens: np.ndarray  # int32 [L + 1]
     mask: np.ndarray  # uint8 [L]
-    group: int = -1  # samples of one group (a DPO pair) share a microbatch; -1: on its own
+    group: int = -1  # samples of one group (a DPO pair) share a microbatch; -1: no group
     reward: float | None = None
-    advantage: np.ndarray | None = None  # float32 [L], and so the rest
+    advantage: np.ndarray | None = None  # float32 [L], like the following arrays
     old_logprob: np.ndarray | None = None
     ref_logprob: np.ndarray | None = None
     value: np.ndarray | None = None
-    returns: np.ndarray | None = None  # what a critic should have said
-    entropy: np.ndarray | None = None  # of the distribution each token was drawn from, in nats: to be told, not learned from
+    returns: np.ndarray | None = None  # regression target of the critic
+    entropy: np.ndarray | None = None  # of the distribution that each token was sampled from, in nats; a metric only
     version: int = 0  # the optimizer step whose weights sampled it
 
     @property
     def length(self) -> int:
-        """L, the number of predicted tokens: what a token budget counts."""
+        """L, the number of predicted tokens. Token budgets count these."""
         return len(self.tokens) - 1
 
 
 @dataclass
 class Packed:
-    """One microbatch: S sequences laid end to end. Padding is a sequence of its own, masked, with index -1: the last, and where sequences
-    are padded one by one, one behind each. Ids are int32 on the host, where they lie and from where they are copied, int64 after `to`."""
+    """One microbatch: S sequences, concatenated.
+
+    Padding is a separate, masked sequence with index -1: the last one, or one after each sequence where sequences are padded individually.
+    Ids are int32 in host memory and become int64 in `to`.
+    """
 
     tokens_T: torch.Tensor  # int32, int64
     targets_T: torch.Tensor  # int32, int64; tokens shifted by one within each sequence
     positions_T: torch.Tensor  # int32, int64; from 0 in each sequence
     mask_T: torch.Tensor  # bool
-    cu_seqlens: torch.Tensor  # int32 [S + 1], always on the host: lengths are data, and attention reads them there
-    index_S: tuple[int, ...]  # which sample of the batch each sequence is
-    advantage_T: torch.Tensor | None = None  # float32, and so the rest
+    cu_seqlens: torch.Tensor  # int32 [S + 1], always on the host, where attention reads the lengths
+    index_S: tuple[int, ...]  # index of each sequence's sample in the batch; -1: padding
+    advantage_T: torch.Tensor | None = None  # float32, like the following tensors
     old_logprob_T: torch.Tensor | None = None
     ref_logprob_T: torch.Tensor | None = None
     value_T: torch.Tensor | None = None
@@ -70,7 +73,7 @@ class Packed:
     counted_S: torch.Tensor | None = None  # int64, on the host: see `counts`
 
     def counts(self) -> torch.Tensor:
-        """How many tokens of each sequence the mask counts, int64 [S] on the host. After `to` nobody waits for the device to know it."""
+        """Number of unmasked tokens of each sequence, int64 [S] on the host. Does not synchronize with the device after `to`."""
         if self.counted_S is not None:
             return self.counted_S
         before = torch.nn.functional.pad(self.mask_T.cumsum(0), (1, 0))
@@ -87,7 +90,7 @@ class Packed:
         return Packed(**{**self.__dict__, **moved, "counted_S": self.counts()})
 
     def padded(self, total: int) -> Packed:
-        """The same microbatch with masked tokens added behind it, so that T is `total`."""
+        """The same microbatch, padded at the end with masked tokens to T = `total`."""
         extra = total - len(self.tokens_T)
         if extra == 0:
             return self
@@ -101,11 +104,11 @@ class Packed:
         return Packed(**{**self.__dict__, **longer, "cu_seqlens": cu_seqlens, "index_S": (*self.index_S, -1), "counted_S": None})
 
 
-Step = list[Packed]  # the microbatches of one rank for one optimizer step; every data-parallel rank has equally many
+Step = list[Packed]  # the microbatches of one rank for one optimizer step; every data-parallel rank has the same number
 
 
 class Moments(NamedTuple):
-    """Sums over n points (x, y): what a correlation is made of, and what can be added over microbatches and ranks."""
+    """Sums over n points (x, y), from which a correlation is computed. They can be added over microbatches and ranks."""
 
     n: torch.Tensor | float
     x: torch.Tensor | float
@@ -116,12 +119,12 @@ class Moments(NamedTuple):
 
     @staticmethod
     def of(x: torch.Tensor, y: torch.Tensor) -> Moments:
-        """Of two vectors, in float64."""
+        """Moments of two vectors of the same length, in float64."""
         x, y = x.double(), y.double()
         return Moments(len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y)
 
     def correlation(self) -> float:
-        """Pearson's, in [-1, 1]; 0 where x or y does not vary. For moments that are plain numbers."""
+        """Pearson correlation in [-1, 1]; 0 where x or y is constant. The moments must be plain numbers, not tensors."""
         n, x, y, xx, yy, xy = (float(value) for value in self)
         spread = max(n * xx - x * x, 0.0) * max(n * yy - y * y, 0.0)
         return (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0
@@ -129,13 +132,13 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss function says of one microbatch: sums and counts, so that no number depends on how a batch was cut."""
+    """Result of a loss function for one microbatch: sums and counts, independent of how a batch is split into microbatches."""
 
     total: torch.Tensor  # scalar, differentiable: a SUM
-    count: int  # what the total of the whole step is divided by, summed over microbatches and ranks
+    count: int  # denominator of the step: summed over microbatches and ranks, it divides the sum of totals
     metrics: dict[str, tuple[torch.Tensor | float, int]]  # name -> (sum, count)
-    correlations: dict[str, Moments] = field(default_factory=dict)  # what a mean cannot tell; reported beside the metrics
-    maxima: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> the largest, which is reported beside the metrics too
+    correlations: dict[str, Moments] = field(default_factory=dict)  # name -> moments; reported with the metrics
+    maxima: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> maximum; reported with the metrics
 
 
 LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, or value_T of a scalar head; microbatch) -> Loss
@@ -143,8 +146,10 @@ LossFunction = Callable[[torch.Tensor, Packed], Loss]  # (logprob_T, or value_T 
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """A loss that is a sum over tokens, each term a function of its token's log-prob: the arguments of linear_policy_loss that say which.
-    Tensors are float32 [T]; without advantage_T the loss is the negative log-likelihood."""
+    """Arguments of linear_policy_loss for a loss that is a sum over tokens, each term a function of its token's log-prob.
+
+    Tensors are float32 [T]. Without advantage_T the loss is the negative log-likelihood.
+    """
 
     weight_T: torch.Tensor
     advantage_T: torch.Tensor | None = None
@@ -158,9 +163,9 @@ class TokenTerms:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss function whose gradient the output layer can make while it has the logits: `terms` of a microbatch on the device say how.
+    """A loss function whose gradient the output layer can compute together with the logits, from `terms` of the microbatch on the device.
 
-    An update takes the total from the output layer and the counts and metrics from `loss`; the total of `loss` is not used there.
+    An update takes the total from the output layer, and the counts and metrics from `loss`; the total of `loss` is not used.
     """
 
     loss: LossFunction

@@ -1,5 +1,7 @@
-"""Direct preference optimisation (arXiv 2305.18290), by default length-normalised as in Tülu 3 (arXiv 2411.15124, section 5): no
-reference model is held, its log-probs are computed once, by the policy before its first step, and kept beside the run."""
+"""Direct preference optimization (arXiv 2305.18290), by default length-normalized as in Tülu 3 (arXiv 2411.15124, section 5).
+
+No reference model is kept in memory: the policy computes its log-probs once, before the first step, and caches them in out/reference.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DPO:
-    """Learn preferences. `batch_size` pairs make one optimizer step, over all ranks."""
+    """Settings of direct preference optimization."""
 
-    token_loss: ClassVar[bool] = False  # whether the loss is a sum over tokens: then the output layer makes its gradient
+    token_loss: ClassVar[bool] = False  # True would mean a sum over tokens, with the gradient from the output layer
 
     sources: tuple[Source, ...]
-    held_out: tuple[Source, ...] = ()  # never trained on; its loss, accuracy and margin are reported
-    batch_size: int = 128
-    beta: float = 5.0  # of a mean over tokens; a sum (normalize=False) wants about 0.1
-    normalize: bool = True  # rewards are means over an answer's tokens; False: sums, plain DPO
-    label_smoothing: float = 0.0  # the share of pairs thought to be the wrong way round
-    nll_weight: float = 0.0  # of the chosen answer's negative log-likelihood a token, added to the loss
-    epochs: float = 1.0
-    max_length: int = 2048  # predicted tokens of one half, its prompt included
-    too_long: TooLong = "error"  # what to do beyond it; truncate cuts both halves on the right; all are counted
-    bad_rows: BadRows = "error"  # what to do with a row that is no pair; those dropped are counted
-    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+    held_out: tuple[Source, ...] = ()  # never trained on; their loss, accuracy and margin are reported
+    batch_size: int = 128  # pairs per optimizer step, over all ranks
+    beta: float = 5.0  # scale of the rewards; use about 0.1 with normalize=False
+    normalize: bool = True  # rewards are means over the response's tokens; False: sums (plain DPO)
+    label_smoothing: float = 0.0  # assumed share of pairs with swapped labels, in [0, 0.5)
+    nll_weight: float = 0.0  # coefficient of the chosen response's negative log-likelihood per token; 0: no such term
+    epochs: float = 1.0  # passes over the sources, by weight; may be fractional
+    max_length: int = 2048  # predicted tokens of prompt and response, for chosen and rejected each
+    too_long: TooLong = "error"  # for longer pairs: "error", "drop" or "truncate" (both on the right); dropped and truncated are counted
+    bad_rows: BadRows = "error"  # for rows that are not a valid pair: "error" or "drop"; dropped ones are counted
+    chat_template: str = ""  # "tulu", "chatml" or Jinja source; "": the tokenizer's own
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -48,16 +50,17 @@ class DPO:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
         if not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
             raise ValueError(
-                f"algorithm: label_smoothing={self.label_smoothing} must be in [0, 0.5), nll_weight={self.nll_weight} not negative"
+                f"algorithm.label_smoothing={self.label_smoothing} must be in [0, 0.5) and nll_weight={self.nll_weight} at least 0; "
+                "use 0 to switch either off"
             )
 
     def requirements(self, launch: Launch) -> Requirements:
-        """What engine/config/checks.py looks at before a run starts."""
+        """Limits for the launch checks (engine/config/checks.py)."""
         longest, update = Limit.by("algorithm.max_length", self.max_length), Limit.by("algorithm.batch_size", self.batch_size)
         return Requirements("lm", longest, update, seqs_per_unit=2)
 
     def workload(self) -> Workload:
-        """For the dry run."""
+        """The computation of one step, for the dry run."""
         return Workload(
             lengths="preference",
             sequences=2 * self.batch_size,
@@ -71,8 +74,10 @@ class DPO:
         )
 
     def start(self, policy: Policy, run: Run) -> Supervised:
-        """Tokenise the pairs and compute the reference's log-probs, as far as earlier starts have not. Raises ValueError for data that
-        cannot be read or does not fit, and for log-probs beside the run that are of other weights or data."""
+        """Tokenize the pairs and compute the reference's log-probs, unless cached.
+
+        Raises ValueError if data cannot be read or exceeds a limit, or if cached log-probs belong to other weights or data.
+        """
         from engine import losses
         from engine.algorithms.supervised import Supervised
         from engine.data.mixture import Mixture
@@ -83,13 +88,13 @@ class DPO:
         chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
-        read = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
-        for source, pairs in zip(sources, read, strict=True):
+        prepared = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
+        for source, pairs in zip(sources, prepared, strict=True):
             pairs.check_fit(source.path, run.microbatch_tokens)
-        corpora = [pairs.corpus for pairs in read]
-        say = partial(print, flush=True) if policy.world.rank == 0 else lambda _: None
-        kept = cached_logprobs(Path(run.out) / "reference", policy, corpora, run.tokens_per_microbatch, say)
-        trained, held_out = _split(list(map(Pairs, corpora, kept)), len(self.sources))
+        corpora = [pairs.corpus for pairs in prepared]
+        log = partial(print, flush=True) if policy.world.rank == 0 else lambda _: None
+        ref_logprobs = cached_logprobs(Path(run.out) / "reference", policy, corpora, run.tokens_per_microbatch, log)
+        trained, held_out = _split(list(map(Pairs, corpora, ref_logprobs)), len(self.sources))
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         return Supervised(
             policy=policy,
@@ -98,7 +103,7 @@ class DPO:
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=grouped([pairs[i] for pairs in held_out for i in range(len(pairs))]),
             tokenizer=chat.tokenizer,
-            notes=[pairs.counts.note(source.path) for source, pairs in zip(sources, read, strict=True)],
+            notes=[pairs.counts.note(source.path) for source, pairs in zip(sources, prepared, strict=True)],
             loss=partial(
                 losses.dpo,
                 beta=self.beta,

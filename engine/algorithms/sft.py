@@ -1,5 +1,4 @@
-"""Supervised fine-tuning: next-token cross-entropy on the assistant's tokens, summed over the batch and divided once (arXiv
-2411.15124, section 4)."""
+"""Supervised fine-tuning: mean cross-entropy over the assistant's tokens of the whole batch (arXiv 2411.15124, section 4)."""
 
 from __future__ import annotations
 
@@ -21,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SFT:
-    """Fine-tune on conversations. `batch_size` sequences make one optimizer step, over all ranks."""
+    """Settings of supervised fine-tuning on conversations."""
 
-    token_loss: ClassVar[bool] = True  # whether the loss is a sum over tokens: then the output layer makes its gradient
+    token_loss: ClassVar[bool] = True  # the loss is a sum over tokens, and the output layer computes its gradient
 
     sources: tuple[Source, ...]
-    held_out: tuple[Source, ...] = ()  # never trained on; its loss is reported
-    batch_size: int = 128
-    epochs: float = 1.0
+    held_out: tuple[Source, ...] = ()  # never trained on; their loss is reported
+    batch_size: int = 128  # sequences per optimizer step, over all ranks
+    epochs: float = 1.0  # passes over the sources, by weight; may be fractional
     max_length: int = 4096  # predicted tokens of one sequence
-    too_long: TooLong = "error"  # what to do beyond it; truncate cuts on the right, and both are counted
-    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+    too_long: TooLong = "error"  # for longer sequences: "error", "drop" or "truncate" (on the right); dropped and truncated are counted
+    chat_template: str = ""  # "tulu", "chatml" or Jinja source; "": the tokenizer's own
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -41,15 +40,15 @@ class SFT:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
 
     def requirements(self, launch: Launch) -> Requirements:
-        """What engine/config/checks.py looks at before a run starts."""
+        """Limits for the launch checks (engine/config/checks.py)."""
         return Requirements("lm", Limit.by("algorithm.max_length", self.max_length), Limit.by("algorithm.batch_size", self.batch_size))
 
     def workload(self) -> Workload:
-        """For the dry run."""
+        """The computation of one step, for the dry run."""
         return Workload("conversation", self.batch_size, self.max_length, self.batch_size, self.token_loss, passes=self.epochs)
 
     def start(self, policy: Policy, run: Run) -> Supervised:
-        """Tokenise what is not in the cache yet. Raises ValueError for data that cannot be read or does not fit."""
+        """Tokenize sources that are not cached yet. Raises ValueError if data cannot be read or exceeds a limit."""
         from engine.algorithms.supervised import Supervised
         from engine.data.corpus import prepare
         from engine.data.mixture import Mixture

@@ -1,4 +1,4 @@
-"""What one step of an algorithm computes: the dry run asks every algorithm for this, and nothing else."""
+"""The computation of one step of an algorithm, as input of the dry run."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from engine.rollout.config import RolloutConfig
 
 @dataclass(frozen=True)
 class Generation:
-    """Responses that are sampled in every step."""
+    """Response generation of one step."""
 
     rollout: RolloutConfig
     samples_per_prompt: int
     max_prompt_tokens: int
     max_response_tokens: int
-    evaluates: bool  # the training ranks generate too, for evaluation
+    evaluates: bool  # the training ranks also generate, for evaluation
 
 
 @dataclass(frozen=True)
 class Workload:
     """One step of an algorithm, over all ranks."""
 
-    lengths: Literal["conversation", "preference", "rollout"]  # which distribution of sequence lengths is assumed
+    lengths: Literal["conversation", "preference", "rollout"]  # assumed distribution of sequence lengths
     sequences: int
     max_length: int  # predicted tokens of one sequence
-    samples: int  # rows of the data that a step takes
+    samples: int  # data rows per step
     token_loss: bool  # the loss is a sum over tokens, computed by the output layer
-    sequences_per_sample: int = 1  # they share a microbatch
-    token_values: int = 0  # float32 values that each token of a batch brings along: log-probs, advantages, ...
-    passes: float = 1.0  # over the data, in a whole run
-    epochs: int = 1  # updates on each sequence of a step
-    minibatches: int = 1  # optimizer steps an epoch
+    sequences_per_sample: int = 1  # sequences of one sample share a microbatch
+    token_values: int = 0  # float32 values per token of a batch: log-probs, advantages, ...
+    passes: float = 1.0  # passes over the data in the whole run
+    epochs: int = 1  # passes over the sequences of a step
+    minibatches: int = 1  # optimizer steps per epoch
     generation: Generation | None = None
     critic: tuple[Model, Optim] | None = None
     policy_logprobs: bool = False  # a forward pass of the policy before the updates

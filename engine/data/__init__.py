@@ -1,1 +1,1 @@
-"""The data room: rows -> chat template -> memory-mapped corpus -> mixture of samples. Every order it gives is a function of a seed."""
+"""Data: rows -> chat template -> memory-mapped corpus -> mixture of samples. Sample order is a pure function of the seed."""

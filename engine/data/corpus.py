@@ -1,4 +1,4 @@
-"""A source tokenised once, into files that are memory-mapped ever after."""
+"""Tokenizes a source once and caches the result in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from engine.data.template import ChatTemplate
 from engine.data.tokenizer import tokenizer_hash
 from engine.types import Sample
 
-Sequences = list[tuple[np.ndarray, np.ndarray]]  # of one row: (tokens int32 [L + 1], mask uint8 [L]) of each
+Sequences = list[tuple[np.ndarray, np.ndarray]]  # of one row, each (tokens int32 [L + 1], mask uint8 [L])
 
-COMPLAINTS = 10  # about bad rows, that are kept word by word
-_FORMAT = 2  # of the files below; part of the cache's key
+COMPLAINTS = 10  # error messages about bad rows that are stored
+_FORMAT = 2  # version of the files below; part of the cache key
 _FILES = {"tokens": np.int32, "trained": np.uint8, "offsets": np.int64}
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of a source. rows = kept + dropped + bad; the truncated ones are among the kept."""
+    """Counts of a source's rows and tokens. rows = kept + dropped + bad; kept includes the truncated ones."""
 
     rows: int = 0
     kept: int = 0
     truncated: int = 0
     dropped: int = 0
-    tokens: int = 0  # predicted ones, the sum of L
-    trained: int = 0  # those that the mask counts
+    tokens: int = 0  # predicted tokens, the sum of L
+    trained: int = 0  # tokens where the mask is 1
     bad: int = 0
-    complaints: tuple[str, ...] = ()  # why, for the first of them
+    complaints: tuple[str, ...] = ()  # error messages of the first bad rows
 
     def note(self, path: str) -> str:
-        """All of it in a line."""
+        """One line for the log."""
         bad = f", {self.bad} bad ({'; '.join(self.complaints)}{' ...' if self.bad > len(self.complaints) else ''})" if self.bad else ""
         fates = f"{self.rows} rows, {self.truncated} truncated, {self.dropped} dropped{bad}"
         return f"{path}: {fates}; {self.tokens:,} tokens, {self.trained:,} of them trained"
@@ -50,9 +50,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class Reader:
-    """What makes sequences of a row: `encode(chat, row)` gives always `sequences` of them, or raises ValueError for a bad row."""
+    """Turns a row into sequences: `encode(chat, row)` returns exactly `sequences` of them, or raises ValueError for a bad row."""
 
-    name: str  # part of the cache's key
+    name: str  # part of the cache key
     sequences: int
     encode: Callable[[ChatTemplate, Mapping[str, Any]], Sequences]
 
@@ -61,15 +61,15 @@ ONE = Reader("one", 1, lambda chat, row: [chat.encode_row(row)])
 
 
 class Corpus:
-    """The samples of a prepared source, in its order. Lazy: a sample's tokens and mask are read-only views of memory-mapped files.
+    """The samples of a prepared source, in the order of its rows. Tokens and masks are read-only views of memory-mapped files.
 
-    `key` is what it was prepared from, as plain JSON values: equal keys, equal samples. `trained` on disk speaks of the token at its own
-    place (0 for a sequence's first), so that one set of offsets serves both files.
+    `key` identifies the source, tokenizer and settings, as JSON values: equal keys mean equal samples. The file `trained` has a value per
+    token (0 for the first of a sequence), so that the offsets of `tokens` apply to it, too.
     """
 
     def __init__(self, folder: Path) -> None:
-        said = json.loads((folder / "counts.json").read_text())
-        self.counts = Counts(**said | {"complaints": tuple(said["complaints"])})
+        counts = json.loads((folder / "counts.json").read_text())
+        self.counts = Counts(**counts | {"complaints": tuple(counts["complaints"])})
         self.key: dict[str, Any] = json.loads((folder / "key.json").read_text())
         self._samples = self.counts.kept * self.key["sequences"]
         sizes = {"tokens": self.counts.tokens + self._samples, "offsets": self._samples + 1}
@@ -86,7 +86,7 @@ class Corpus:
         return Sample(tokens=self._tokens[start:end], mask=self._trained[start + 1 : end])
 
     def predicted(self, i: int) -> slice:
-        """Where sample i lies in an array over all predicted tokens of the corpus, [sum of L]."""
+        """The slice of sample i in an array over all predicted tokens of the corpus, [sum of L]."""
         return slice(int(self._offsets[i]) - i, int(self._offsets[i + 1]) - i - 1)
 
     @property
@@ -105,15 +105,15 @@ def prepare(
     cache: Path,
     reader: Reader = ONE,
 ) -> Corpus:
-    """Tokenise `source` into a folder below `cache`, or open the one that an equal call has left there.
+    """Tokenize `source` into a folder in `cache`, or open the folder if an equal call has already created it.
 
-    `max_length` bounds L, the predicted tokens of a sequence; `too_long` says what becomes of a row with a longer one. Truncation cuts on
-    the right, and drops the row when nothing trained is left of a sequence, or no difference between its sequences. Rows are streamed; the
-    folder appears whole or not at all, so processes may prepare side by side.
-    Raises ValueError for a bad row, naming its line, unless `bad_rows` says to drop it, and for a source of which no row is left.
+    `max_length` limits L, the predicted tokens of a sequence. `too_long` selects what to do with a row that has a longer one: "error",
+    "drop" or "truncate". Truncation cuts on the right; it drops the row if a sequence has no trained tokens left, or if its sequences
+    become equal. Rows are streamed. The folder is created atomically, so processes may prepare the same source concurrently.
+    Raises ValueError, which names the line, for a bad row, unless bad_rows="drop", and if no rows remain.
     """
     if max_length < 1:
-        raise ValueError(f"max_length={max_length} must be at least 1")
+        raise ValueError(f"max_length={max_length} must be at least 1 token")
     for name, value, options in (("too_long", too_long, get_args(TooLong)), ("bad_rows", bad_rows, get_args(BadRows))):
         if value not in options:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(options)}")
@@ -144,7 +144,7 @@ def prepare(
 def _fitting(
     source: Source, chat: ChatTemplate, reader: Reader, max_length: int, too_long: TooLong, bad_rows: BadRows
 ) -> Iterator[tuple[Sequences, str, str]]:
-    """(sequences, "kept" | "truncated" | "dropped" | "bad", complaint about a bad one) of every row."""
+    """(sequences, "kept" | "truncated" | "dropped" | "bad", error message of a bad row) of every row."""
     for where, row in read_rows(source):
         try:
             sequences = reader.encode(chat, row)
@@ -158,9 +158,9 @@ def _fitting(
             yield sequences, "kept", ""
         elif too_long == "error":
             prompt = int(mask.argmax()) + 1
-            alone = f", the first {prompt} of them prompt" if prompt > max_length else ""
+            long_prompt = f", the first {prompt} of them prompt" if prompt > max_length else ""
             raise ValueError(
-                f"{where} has {len(mask)} tokens{alone}, over max_length={max_length} (policy too_long=error); "
+                f"{where} has {len(mask)} tokens{long_prompt}, over max_length={max_length}, with too_long=error; "
                 "set too_long=truncate or drop, or raise max_length"
             )
         else:
@@ -198,16 +198,16 @@ def _write(work: Path, rows: Iterator[tuple[Sequences, str, str]], path: str) ->
 def _publish(work: Path, folder: Path) -> None:
     for path in work.iterdir():
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name on empty files
+            os.fsync(file.fileno())  # otherwise a power failure could leave empty files under the new name
     try:
         work.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another process has just finished the same work
+        if not folder.is_dir():  # else another process has created it in the meantime
             raise
 
 
 def mapped(path: Path, dtype: type, size: int) -> np.ndarray:
-    """The `size` values of a file, read-only and memory-mapped. Raises ValueError when it is of another size."""
+    """The `size` values of a file, read-only and memory-mapped. Raises ValueError if the file has another size."""
     if path.stat().st_size != size * np.dtype(dtype).itemsize:
         raise ValueError(f"{path} is damaged: {path.stat().st_size} bytes for {size} values; delete {path.parent} to prepare it again")
     return np.memmap(path, dtype, mode="r", shape=(size,)).view(np.ndarray)

@@ -1,12 +1,12 @@
-"""Which training prompts repeat an evaluation: Tülu 3's rule, exactly, by one pass over the training data.
+"""Finds training prompts that overlap with evaluations: Tülu 3's rule, computed exactly, in one pass over the training data.
 
-The rule (arXiv 2411.15124, section 3.2): a token of a test instance matches a training prompt if an 8-gram that holds it is also in that
-prompt; a prompt hits an instance if more than 50 % of the instance's tokens match that one prompt; a training set is contaminated if it
+The rule (arXiv 2411.15124, section 3.2): a token of a test instance matches a training prompt if an 8-gram that contains it also occurs in
+the prompt; a prompt hits an instance if more than 50 % of the instance's tokens match that prompt; a training set is contaminated if it
 hits more than 2 % of an evaluation.
 
-Tokens are those on which Tülu's phrase queries match: text in lower case, cut at `SEPARATORS` (the analyzer of allenai/open-instruct,
-decontamination/index.py). One difference is stated: that tool counts a test instance in spaCy's tokens, where a punctuation mark is a
-token; here marks are no tokens on either side. As there, each user turn of a conversation is a prompt of its own.
+Tokens are those of Tülu's phrase queries: lower-case text, split at `SEPARATORS` (the analyzer of allenai/open-instruct,
+decontamination/index.py). One difference: that tool counts a test instance in spaCy tokens, where a punctuation mark is a token; here,
+punctuation is not counted. As in that tool, each user turn of a conversation is a separate prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from typing import Any, Literal
 from engine.data.rows import Source, read_rows
 
 SEPARATORS = ' ,.?!:;()"-\n\\'
-FIELDS = ("prompt", "question", "problem", "instruction")  # where the prompt of a row without messages is looked for, in this order
+FIELDS = (
+    "prompt",
+    "question",
+    "problem",
+    "instruction",
+)  # fields that may hold the prompt of a row without messages, in order of preference
 
 Gram = tuple[str, ...]
 Removal = Literal["instances", "sets"]
@@ -33,9 +38,9 @@ _WORD = re.compile(f"[^{re.escape(SEPARATORS)}]+")
 
 @dataclass(frozen=True)
 class Rule:
-    """When a training prompt repeats a test instance, and a training set an evaluation. Shares are in (0, 1) and must be exceeded."""
+    """Thresholds of contamination. Shares are in [0, 1) and must be exceeded."""
 
-    ngram: int = 8
+    ngram: int = 8  # tokens
     instance: float = 0.5  # share of the instance's tokens
     evaluation: float = 0.02  # share of the evaluation's instances
 
@@ -49,7 +54,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Hit:
-    """A test instance, the first training row that repeats it, and the share of the instance's tokens found there."""
+    """A test instance, the first training row that hits it, and the share of the instance's tokens that match."""
 
     instance: str  # "file.jsonl:12"
     row: str
@@ -58,11 +63,11 @@ class Hit:
 
 @dataclass
 class Overlap:
-    """What one training set repeats of one evaluation."""
+    """The overlap of one training set with one evaluation."""
 
     evaluation: str
     instances: int
-    short: int  # instances of fewer tokens than an n-gram, which the rule cannot hit
+    short: int  # instances shorter than an n-gram, which cannot be hit
     hits: list[Hit] = field(default_factory=list)
 
     @property
@@ -72,7 +77,7 @@ class Overlap:
 
 @dataclass
 class Finding:
-    """One training set: how many rows it has, which of them (from 0) hit an instance of any evaluation, and each evaluation's overlap."""
+    """The result for one training set: its number of rows, the indices of rows that hit any instance, and the overlap per evaluation."""
 
     train: str
     overlaps: list[Overlap]
@@ -84,7 +89,7 @@ class Finding:
 
 
 def words(text: str) -> list[str]:
-    """The tokens of a text."""
+    """The tokens of `text`."""
     return _WORD.findall(text.lower())
 
 
@@ -94,7 +99,7 @@ def grams(tokens: Sequence[str], n: int) -> Iterator[Gram]:
 
 
 def covered(tokens: Sequence[str], shared: Collection[Gram], n: int) -> int:
-    """How many of `tokens` lie inside an n-gram that is in `shared`."""
+    """Number of `tokens` that are part of an n-gram in `shared`."""
     count = end = 0
     for start, gram in enumerate(grams(tokens, n)):
         if gram in shared:
@@ -104,16 +109,16 @@ def covered(tokens: Sequence[str], shared: Collection[Gram], n: int) -> int:
 
 
 class Index:
-    """Test instances, found by prompts that hit them. Exact: nothing is hashed down, sampled or cut off.
+    """An index of test instances. Exact: no lossy hashes, sampling or truncation.
 
-    Of each instance only some n-grams are indexed, its rarest: the others, taken together, cover too little of it to make a hit, so
-    every prompt that hits has at least one of the indexed ones. Wording that many instances share costs next to nothing this way.
+    Only the rarest n-grams of each instance are indexed. The others together cover too few of its tokens for a hit, so every prompt that
+    hits it contains at least one indexed n-gram. Wording that many instances share adds almost no cost this way.
     """
 
     def __init__(self, instances: Sequence[Sequence[str]], rule: Rule):
         self.rule = rule
         names: dict[str, str] = {}
-        self.instances = [[names.setdefault(word, word) for word in tokens] for tokens in instances]  # equal words, one string
+        self.instances = [[names.setdefault(word, word) for word in tokens] for tokens in instances]  # one string object per distinct word
         frequency = Counter(gram for tokens in self.instances for gram in set(grams(tokens, rule.ngram)))
         self.postings: dict[Gram, list[int]] = defaultdict(list)
         for number, tokens in enumerate(self.instances):
@@ -121,22 +126,22 @@ class Index:
                 self.postings[gram].append(number)
 
     def candidates(self, tokens: Sequence[str]) -> set[int]:
-        """All instances that a prompt of these tokens hits, and perhaps others."""
-        found = self.postings.keys() & grams(tokens, self.rule.ngram)
-        return {number for gram in found for number in self.postings[gram]}
+        """A superset of the instances that a prompt of these tokens hits."""
+        shared = self.postings.keys() & grams(tokens, self.rule.ngram)
+        return {number for gram in shared for number in self.postings[gram]}
 
     def hits(self, tokens: Sequence[str], candidates: Collection[int]) -> Iterator[tuple[int, float]]:
-        """Those of `candidates` that a prompt of these tokens hits, each with the share of its tokens that match."""
-        theirs = set(grams(tokens, self.rule.ngram)) if candidates else set()
+        """(instance, share of its tokens that match) for those of `candidates` that a prompt of these tokens hits."""
+        prompt = set(grams(tokens, self.rule.ngram)) if candidates else set()
         for number in sorted(candidates):
-            share = covered(self.instances[number], theirs, self.rule.ngram) / len(self.instances[number])
+            share = covered(self.instances[number], prompt, self.rule.ngram) / len(self.instances[number])
             if share > self.rule.instance:
                 yield number, share
 
 
 def _rarest(tokens: Sequence[str], frequency: Counter[Gram], rule: Rule) -> list[Gram]:
-    """The n-grams left when the most frequent ones are taken away for as long as those together make no hit."""
-    places: dict[Gram, int] = defaultdict(int)  # bit t: token t lies inside the n-gram
+    """The n-grams that remain after removing the most frequent ones, as long as the removed ones together cannot make a hit."""
+    places: dict[Gram, int] = defaultdict(int)  # bit t: token t is part of the n-gram
     for start, gram in enumerate(grams(tokens, rule.ngram)):
         places[gram] |= ((1 << rule.ngram) - 1) << start
     mask, rare = 0, []
@@ -149,14 +154,14 @@ def _rarest(tokens: Sequence[str], frequency: Counter[Gram], rule: Rule) -> list
 
 
 class Search:
-    """Evaluations, indexed once, against any number of training sets.
+    """Searches any number of training sets for the instances of evaluations, which are indexed once.
 
-    Raises ValueError, naming the row, for one without a prompt.
+    Raises ValueError, which names the row, if it has no prompt.
     """
 
     def __init__(self, evaluations: Sequence[Source], rule: Rule, field_: str = ""):
         self.rule, self.evaluations = rule, evaluations
-        self.where: list[tuple[int, str]] = []  # of each instance: which evaluation, and its place there
+        self.where: list[tuple[int, str]] = []  # of each instance: index of its evaluation, and its row there
         tokens = []
         for number, source in enumerate(evaluations):
             for where, row in read_rows(source):
@@ -165,7 +170,7 @@ class Search:
         self.index = Index(tokens, rule)
 
     def finding(self, train: Source, field_: str = "") -> Finding:
-        """What `train` repeats, by one pass over it."""
+        """The overlap of `train` with the evaluations, in one pass over it."""
         finding = Finding(train.path, self._overlaps())
         known: set[int] = set()
         for where, row in read_rows(train):
@@ -181,7 +186,7 @@ class Search:
         return [Overlap(source.path, instances[i], short[i]) for i, source in enumerate(self.evaluations)]
 
     def _hits(self, texts: Sequence[str], where: str, known: set[int], finding: Finding) -> bool:
-        """Whether any of a row's prompts hits; instances not hit before go into `known` and `finding`."""
+        """Whether any of a row's prompts hits an instance. Adds instances that were not hit before to `known` and `finding`."""
         hit = False
         for tokens in map(words, texts):
             candidates = self.index.candidates(tokens)
@@ -195,9 +200,9 @@ class Search:
 
 
 def prompts(row: dict[str, Any], field_: str, where: str) -> list[str]:
-    """The text of `field_`; by default the user's turns of "messages", or the first of FIELDS that the row has.
+    """The text of `field_`; by default the user turns of "messages", or the first of FIELDS that the row has.
 
-    Raises ValueError, naming the row, when there is no such text.
+    Raises ValueError, which names the row, if there is no such text.
     """
     if not field_ and "messages" in row:
         turns = row["messages"]
@@ -206,8 +211,8 @@ def prompts(row: dict[str, Any], field_: str, where: str) -> list[str]:
         return [_text(turn.get("content"), f"{where}: messages.content") for turn in turns if turn.get("role") == "user"]
     name = field_ or next((name for name in FIELDS if name in row), "")
     if name not in row:
-        wanted = name or "messages, " + ", ".join(FIELDS)
-        raise ValueError(f"{where} has no {wanted}; it has {', '.join(row)}; name the field of the prompt")
+        expected = name or "messages, " + ", ".join(FIELDS)
+        raise ValueError(f"{where} has no {expected}; it has {', '.join(row)}; name the field of the prompt")
     return [_text(row[name], f"{where}: {name}")]
 
 
@@ -220,29 +225,29 @@ def _text(value: Any, name: str) -> str:
 def decontaminate(
     train: Sequence[Source], search: Search, field_: str = "", remove: Removal | None = None, out: Path | None = None
 ) -> list[Finding]:
-    """What each training set repeats; with `remove` and `out`, clean copies of them as .jsonl files in the folder `out`.
+    """The overlap of each training set; with `remove` and `out`, also writes clean copies as .jsonl files to the folder `out`.
 
-    "instances" leaves out every row that hits an instance; "sets" copies only the sets that are not contaminated, and those whole. Raises
-    ValueError for a row without a prompt, and, before anything is read, when a copy would replace a file.
+    remove: "instances" removes every row that hits an instance; "sets" copies only the sets that are not contaminated, unchanged. Raises
+    ValueError for a row without a prompt and, before reading any data, if a copy would overwrite a file.
     """
     targets = copies([source.path for source in train], out) if remove and out else []
-    found = [search.finding(source, field_) for source in train]
-    for source, finding, target in zip(train, found, targets, strict=False):
+    findings = [search.finding(source, field_) for source in train]
+    for source, finding, target in zip(train, findings, targets, strict=False):
         if remove == "instances":
             _copy(source, target, set(finding.hitting))
         elif not finding.contaminated(search.rule):
             _copy(source, target, set())
-    return found
+    return findings
 
 
 def copies(paths: Sequence[str], out: Path) -> list[Path]:
-    """Where in `out` the copy of each training set goes. Raises ValueError when two would share a file, or one is there already."""
+    """The path in `out` for the copy of each training set. Raises ValueError if two are equal, or if one exists."""
     targets = [out / (path.replace("/", "_") + ".jsonl" if not path.endswith(".jsonl") else Path(path).name) for path in paths]
     for target, count in Counter(targets).items():
         if count > 1:
             raise ValueError(f"{count} training sets would be written to {target}; give their files different names")
         if target.exists():
-            raise ValueError(f"{target} is there already; choose another folder, or remove it")
+            raise ValueError(f"{target} already exists; choose another folder, or remove it")
     return targets
 
 
@@ -252,19 +257,19 @@ def _copy(source: Source, target: Path, without: set[int]) -> None:
     with part.open("w", encoding="utf-8") as file:
         for number, (_, row) in enumerate(read_rows(source)):
             if number not in without:
-                file.write(json.dumps(row) + "\n")  # in ASCII, which also holds what UTF-8 cannot: a lone surrogate
+                file.write(json.dumps(row) + "\n")  # ASCII escapes can represent lone surrogates, which UTF-8 cannot
     os.replace(part, target)
 
 
 def summary(finding: Finding, rule: Rule) -> str:
-    """A line for people."""
+    """One line for the console."""
     shares = ", ".join(f"{each.evaluation} {len(each.hits)}/{each.instances} = {each.share:.2%}" for each in finding.overlaps)
     verdict = "contaminated" if finding.contaminated(rule) else "clean"
     return f"{finding.train}: {verdict}; {len(finding.hitting)} of {finding.rows} rows hit; instances hit: {shares}"
 
 
-def report(found: Sequence[Finding], rule: Rule) -> dict[str, Any]:
-    """The findings as plain JSON values."""
+def report(findings: Sequence[Finding], rule: Rule) -> dict[str, Any]:
+    """The findings as JSON values."""
     sets = [
         {
             "train": finding.train,
@@ -273,6 +278,6 @@ def report(found: Sequence[Finding], rule: Rule) -> dict[str, Any]:
             "rows_hitting": finding.hitting,
             "evaluations": [asdict(overlap) | {"share": overlap.share} for overlap in finding.overlaps],
         }
-        for finding in found
+        for finding in findings
     ]
     return {"rule": asdict(rule), "separators": SEPARATORS, "sets": sets}

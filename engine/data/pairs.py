@@ -1,4 +1,4 @@
-"""Preferences: rows of a prompt with a chosen and a rejected answer, in the shapes the field writes them."""
+"""Preference pairs: rows of a prompt with a chosen and a rejected response, in the common formats."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ Pair = tuple[Sample, Sample]  # (chosen, rejected)
 
 
 class Pairs:
-    """The pairs of a prepared source, in its order, over a memory-mapped corpus: chosen is its sample 2 i, rejected 2 i + 1."""
+    """The pairs of a prepared source, in the order of its rows. Pair i is samples 2 i (chosen) and 2 i + 1 (rejected) of its corpus."""
 
     def __init__(self, corpus: Corpus, ref_logprob: np.ndarray | None = None) -> None:
-        """ref_logprob: of every predicted token of the corpus, float32 [sum of L]; samples get theirs."""
+        """ref_logprob: reference log-probs of all predicted tokens of the corpus, float32 [sum of L]. Samples get slices of it."""
         self.corpus, self._ref_logprob = corpus, ref_logprob
 
     def __len__(self) -> int:
         return len(self.corpus) // 2
 
     def __getitem__(self, i: int) -> Pair:
-        return self._half(2 * i), self._half(2 * i + 1)
+        return self._sample(2 * i), self._sample(2 * i + 1)
 
-    def _half(self, i: int) -> Sample:
+    def _sample(self, i: int) -> Sample:
         sample = self.corpus[i]
         return sample if self._ref_logprob is None else replace(sample, ref_logprob=self._ref_logprob[self.corpus.predicted(i)])
 
     @property
     def counts(self) -> Counts:
-        """What became of the source's rows; `kept` of them are pairs here, `tokens` are those of both halves."""
+        """Counts of the source's rows and tokens: `kept` counts pairs, `tokens` those of chosen and rejected."""
         return self.corpus.counts
 
     @property
     def lengths(self) -> np.ndarray:
-        """L of the chosen and the rejected half of every pair, int64 [len(self), 2]."""
+        """L of chosen and rejected of every pair, int64 [len(self), 2]."""
         return self.corpus.lengths.reshape(-1, 2)
 
     def check_fit(self, path: str, budget: int) -> None:
-        """Raise ValueError when a pair is longer than `budget`, the tokens of a microbatch, which it must share."""
+        """Raise ValueError if a pair exceeds `budget`, the tokens of a microbatch: both of its samples must be in one microbatch."""
         both = self.lengths.sum(1)
         if over := int((both > budget).sum()):
             raise ValueError(
-                f"{path}: {over} of {len(self)} pairs do not fit a microbatch, the longest with {both.max()} tokens in its two halves, "
+                f"{path}: {over} of {len(self)} pairs do not fit a microbatch; chosen and rejected have up to {both.max()} tokens, "
                 f"over tokens_per_microbatch={budget}; raise it, or lower algorithm.max_length with too_long=truncate or drop"
             )
 
@@ -65,39 +65,39 @@ def prepare_pairs(
     whole: bool = False,
     cache: Path,
 ) -> Pairs:
-    """Tokenise the preferences of `source`, or open what an equal call has left; arguments and errors are those of corpus.prepare.
+    """Tokenize the pairs of `source`, or open the cached ones of an equal call. Arguments and errors are those of corpus.prepare.
 
-    `max_length` bounds each half, the prompt included. A pair is cut or dropped as one. `whole` is for a model that judges what is
-    written: it reads the last token too, which one that predicts need not.
+    `max_length` limits chosen and rejected each, prompt included. Both are truncated, or the pair is dropped. `whole` includes the last
+    token in the model's input, which a reward model needs and a language model does not.
     """
     reader = WHOLE_PAIR if whole else PAIR
     return Pairs(prepare(source, chat, max_length=max_length, too_long=too_long, bad_rows=bad_rows, cache=cache, reader=reader))
 
 
 def grouped(pairs: Sequence[Pair]) -> list[Sample]:
-    """The pairs as one batch: chosen is sample 2 p, rejected 2 p + 1, and both are of group p, so that they share a microbatch."""
+    """The pairs as one batch: chosen is sample 2 p, rejected 2 p + 1. Both have group p, so that they share a microbatch."""
     return [replace(half, group=p) for p, pair in enumerate(pairs) for half in pair]
 
 
 def encode_pair(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
     """Tokens int32 [L + 1] and mask uint8 [L] of the chosen and of the rejected conversation of a row, in this order.
 
-    chosen and rejected are either the answers alone, as text or as messages that begin with the assistant's: then `prompt` is the question
-    (text) or the conversation so far, and `messages` is another name for the latter; where both are there, prompt (say, a system turn)
-    comes before messages. Or they are whole conversations with a shared beginning: then prompt and messages repeat what they hold, as in
-    the Tülu mixtures, and are not read. The mask counts the assistant's turns that the two do not share.
+    Either chosen and rejected are responses, as text or as messages that start with an assistant turn. Then `prompt` is the question
+    (text) or the preceding conversation, and `messages` is an alternative name for the latter. If a row has both, prompt (for example a
+    system turn) precedes messages. Or they are whole conversations with a common beginning, as in the Tülu mixtures. Then prompt and
+    messages are ignored. The mask is 1 for the assistant turns that the two do not share.
 
-    Raises ValueError for a row of another shape, an empty answer, answers that are equal, and conversations that part before an answer.
+    Raises ValueError for any other format, an empty response, equal responses, and conversations that differ before an assistant turn.
     """
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
-        raise ValueError(f"a pair needs chosen and rejected; this row has no {' and no '.join(missing)}")
+        raise ValueError(f"a row needs chosen and rejected; this one has no {' and no '.join(missing)}")
     if not chat.text:
         return _plain(chat, row)
     halves = [_messages(row[name], name) for name in ("chosen", "rejected")]
     whole = [half[0].get("role") != "assistant" for half in halves]
     if whole[0] != whole[1]:
-        raise ValueError("one of chosen and rejected is a whole conversation, the other an answer alone; write both in the same way")
+        raise ValueError("one of chosen and rejected is a whole conversation, the other only a response; write both in the same way")
     if not whole[0]:
         before = _before(row)
         halves = [[*before, *half] for half in halves]
@@ -114,12 +114,12 @@ def _plain(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
 
 
 def _messages(value: Any, name: str) -> list[Mapping[str, Any]]:
-    """An answer as messages; they end in an assistant's that is not empty."""
+    """A response or conversation as messages. The last one must be an assistant turn with content."""
     turns = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
     if isinstance(turns, Mapping) or not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError(f"{name} must be text or a list of messages, not {value!r:.40}")
     if turns[-1].get("role") != "assistant":
-        raise ValueError(f"{name} must end in an assistant's message, not in one of role={turns[-1].get('role')!r}")
+        raise ValueError(f"{name} must end in an assistant's message, not in one with role={turns[-1].get('role')!r}")
     _answered(turns[-1].get("content"), name)
     return list(turns)
 
@@ -128,14 +128,14 @@ def _answered(content: Any, name: str) -> None:
     if not isinstance(content, str):
         raise ValueError(f"{name} must be text, not {type(content).__name__}")
     if not content.strip():
-        raise ValueError(f"{name} is empty; a preference needs two answers")
+        raise ValueError(f"{name} is empty; a pair needs two responses")
 
 
 def _before(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The conversation that chosen and rejected answer."""
+    """The conversation to which chosen and rejected are responses."""
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt is None and messages is None:
-        raise ValueError("chosen and rejected are answers alone, so the row needs prompt or messages too")
+        raise ValueError("chosen and rejected are only responses, so the row also needs prompt or messages")
     turns: list[Mapping[str, Any]] = []
     for name, value in (("prompt", prompt), ("messages", messages)):
         if isinstance(value, str):
@@ -148,21 +148,21 @@ def _before(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _shared(chosen: list[Mapping[str, Any]], rejected: list[Mapping[str, Any]]) -> int:
-    """How many messages the two have in common before their answers part."""
+    """Number of messages that both conversations share at the beginning."""
     same = 0
     for ours, theirs in zip(chosen, rejected, strict=False):
         if any(ours.get(name) != theirs.get(name) for name in ("role", "content")):
             break
         same += 1
     if same == len(chosen) == len(rejected):
-        raise ValueError("chosen and rejected are equal; a preference needs two answers")
+        raise ValueError("chosen and rejected are equal; a pair needs two different responses")
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if same == len(turns):
-            raise ValueError(f"{name} is the beginning of the other conversation; the two must part at an assistant's message")
+            raise ValueError(f"{name} is the beginning of the other conversation; the two must differ at an assistant's message")
         if turns[same].get("role") != "assistant":
             raise ValueError(
-                f"chosen and rejected part at message {same}, where {name} has role={turns[same].get('role')!r}; "
-                "they must share everything before an assistant's message"
+                f"chosen and rejected differ at message {same}, where {name} has role={turns[same].get('role')!r}; "
+                "they must be equal up to an assistant's message"
             )
     return same
 
@@ -170,7 +170,7 @@ def _shared(chosen: list[Mapping[str, Any]], rejected: list[Mapping[str, Any]]) 
 def _distinct(sequences: Sequences) -> Sequences:
     (chosen, _), (rejected, _) = sequences
     if np.array_equal(chosen, rejected):
-        raise ValueError("chosen and rejected are equal as tokens; a preference needs two answers")
+        raise ValueError("chosen and rejected are equal as tokens; a pair needs two different responses")
     return sequences
 
 

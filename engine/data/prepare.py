@@ -1,4 +1,4 @@
-"""What every run on text does first: open its tokenizer, and tokenise its sources."""
+"""Opens the tokenizer of a run and tokenizes its sources."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Prepared = TypeVar("Prepared")  # a Corpus, or Pairs
 
 
 def tokenizer_of(model: Model, folder: Path | None) -> PreTrainedTokenizerFast:
-    """The tokenizer that `model` names, or the one in the folder of its weights."""
+    """The tokenizer named by model.tokenizer, or the one in the folder of the weights."""
     return load_tokenizer(model.tokenizer or str(folder))
 
 
 def open_chat(model: Model, folder: Path | None, chat_template: str) -> ChatTemplate:
-    """The tokenizer of `model`, with its own chat template or with `chat_template`."""
+    """The tokenizer of `model` with `chat_template`; "" means the tokenizer's own template."""
     return ChatTemplate(tokenizer_of(model, folder), chat_template or None)
 
 
 def prepare_all(world: World, sources: Sequence[Source], prepare: Callable[[Source, Path], Prepared]) -> list[Prepared]:
-    """prepare(source, cache folder) of each source: done by rank 0, opened by the others."""
+    """prepare(source, cache folder) for each source, on rank 0 first; the other ranks then open its result. All ranks must call it."""
     cache = cache_folder() / "corpora"
     return [world.rank0_first(partial(prepare, source, cache)) for source in sources]

@@ -1,4 +1,4 @@
-"""Rows of a data source, one at a time: a .jsonl file, a folder written by datasets.save_to_disk, or a Hugging Face dataset."""
+"""Streams the rows of a data source: a .jsonl file, a folder written by datasets.save_to_disk, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -19,46 +19,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: `path` is a .jsonl file, a folder written by save_to_disk, or a Hugging Face datasets id."""
+    """Settings of a data source."""
 
-    path: str
-    weight: float = 1.0  # how many times a mixture reads the rows in one epoch
-    split: str = "train"  # of a dataset; a file has none
-    limit: int = 0  # only the first rows; 0: all
-    name: str = ""  # a dataset's configuration, where it has several
+    path: str  # a .jsonl file, a folder written by save_to_disk, or a Hugging Face datasets id
+    weight: float = 1.0  # passes over the rows per epoch of a mixture; may be fractional
+    split: str = "train"  # of a dataset; ignored for files
+    limit: int = 0  # use only the first `limit` rows; 0: all
+    name: str = ""  # configuration of a dataset that has several
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("source.path is empty; give a .jsonl file, a folder written by save_to_disk, or a Hugging Face datasets id")
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"source.weight={self.weight} must be a positive number")
+            raise ValueError(f"source.weight={self.weight} must be a positive number; use 1.0 for one pass per epoch")
         if self.limit < 0:
-            raise ValueError(f"source.limit={self.limit} must not be negative; 0 means all rows")
+            raise ValueError(f"source.limit={self.limit} must be at least 0; use 0 for all rows")
 
     @property
     def is_file(self) -> bool:
-        """Whether `path` names a .jsonl file, present or not."""
+        """Whether `path` is the name of a .jsonl file, which may not exist."""
         return self.path.endswith(".jsonl")
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stream (where, row); `where` is "file.jsonl:12", lines from 1, or "id[12]", rows from 0. Blank lines are skipped.
 
-    Raises ValueError for a source that is missing or empty, and, naming the line, for one that is not a JSON object in strict UTF-8:
-    NaN literals and duplicate keys are refused, a byte-order mark and CRLF are not.
+    Raises ValueError if the source is missing or empty, and, with the line number, if a row is not a JSON object in strict UTF-8.
+    NaN literals and duplicate keys are errors; a byte-order mark and CRLF are accepted.
     """
     rows = islice(_lines(source.path) if source.is_file else _records(source), source.limit or None)
     first = next(rows, None)
     if first is None:
-        raise ValueError(f"path={source.path!r} has no rows")
+        raise ValueError(f"path={source.path!r} has no rows; give a source with at least one")
     yield first
     yield from rows
 
 
 @contextmanager
 def whole_file(path: Path, writes: bool) -> Iterator[TextIO | None]:
-    """A file to write rows to, which appears at `path` when the context is left in good order, and not at all otherwise. None for a
-    process that does not write."""
+    """Context manager of a file for rows, which is created at `path` only if the context exits without an exception.
+
+    Yields None if `writes` is False, for ranks that do not write.
+    """
     if not writes:
         yield None
         return
@@ -72,9 +74,9 @@ def whole_file(path: Path, writes: bool) -> Iterator[TextIO | None]:
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What changes when the rows of `source` change, as plain JSON values. Raises ValueError when it is missing."""
+    """Values, for a cache key, that change when the rows of `source` change; JSON types. Raises ValueError if the source is missing."""
     if not source.is_file:
-        fingerprint = _dataset(source)._fingerprint  # the name under which datasets caches what is computed from these rows
+        fingerprint = _dataset(source)._fingerprint  # the cache key of the datasets library
         return {"path": source.path, "split": source.split, "limit": source.limit, "fingerprint": fingerprint}
     stat = _existing(source.path).stat()
     return {"path": str(Path(source.path).resolve()), "limit": source.limit, "size": stat.st_size, "mtime": stat.st_mtime_ns}
@@ -82,12 +84,12 @@ def identity(source: Source) -> dict[str, Any]:
 
 def _existing(path: str) -> Path:
     if not Path(path).is_file():
-        raise ValueError(f"path={path!r} does not exist or is not a file")
+        raise ValueError(f"path={path!r} does not exist or is not a file; give the path of a .jsonl file")
     return Path(path)
 
 
 def read_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stream (where, row) of jsonl that is already open, in binary mode; `name` says in messages what it is. Raises as read_rows does."""
+    """Stream (where, row) of .jsonl lines as bytes. `name` replaces the file name in `where` and in errors. Raises like read_rows."""
     for number, line in enumerate(lines, 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -97,7 +99,7 @@ def read_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[st
 
 
 def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _existing(path).open("rb") as file:  # as bytes: text mode would also break lines at a lone carriage return
+    with _existing(path).open("rb") as file:  # binary, because text mode would also split lines at a lone carriage return
         yield from read_lines(file, path)
 
 
@@ -133,8 +135,8 @@ def _records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _dataset(source: Source) -> Dataset:
-    """The dataset with Python values for rows, memory-mapped from disk."""
-    import datasets  # takes a second or two, which a run on .jsonl files need not pay
+    """The memory-mapped dataset, with rows of Python values."""
+    import datasets  # slow to import, and not needed for .jsonl files
 
     try:
         if Path(source.path).exists():
@@ -143,8 +145,8 @@ def _dataset(source: Source) -> Dataset:
             data = datasets.load_dataset(source.path, source.name or None, split=source.split)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"path={source.path!r} is no .jsonl file, no folder written by save_to_disk and no datasets id with split={source.split!r} "
-            f"that can be loaded: {error}"
+            f"path={source.path!r} cannot be loaded as a .jsonl file, a folder written by save_to_disk, or a datasets id with "
+            f"split={source.split!r}: {error}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if source.split not in data:

@@ -1,4 +1,4 @@
-"""Prompts with a verifiable answer: rows in, Prompts out, every truth accepted by its verifier before anything runs."""
+"""Reads prompts with verifiable answers. Verifiers check every ground truth before the run starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.verify import verifier
 
 @dataclass(frozen=True)
 class Tasks:
-    """The prompts of a source, in its order."""
+    """The prompts of a source, in the order of its rows."""
 
     path: str
     prompts: list[Prompt]
@@ -28,18 +28,18 @@ class Tasks:
 
     @property
     def note(self) -> str:
-        """All of it in a line."""
+        """One line for the log."""
         longest = max(len(prompt.tokens) for prompt in self.prompts)
         return f"{self.path}: {len(self)} prompts, {self.dropped} too long and dropped; the longest has {longest} tokens"
 
 
 def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int, too_long: Literal["error", "drop"], first: int) -> Tasks:
-    """Rows {"messages" | "prompt", "truth" | "ground_truth" | "answer", "verifier"?} as Prompts, numbered from `first`.
+    """Rows {"messages" | "prompt", "truth" | "ground_truth" | "answer", "verifier"?} as Prompts, with ids from `first` on.
 
-    `name` is the verifier of all rows; "": each row names its own, as `verifier` or, as in Tülu 3's data, as `dataset`. `messages` end with
-    the user's; an assistant's turn behind it is left out. `max_length` bounds the prompt's tokens. Raises ValueError, naming the line:
-    for a row without a prompt, with an unknown verifier or with a truth that its verifier cannot use, and for a prompt that is too long
-    unless it is to be dropped.
+    `name` is the verifier of all rows; "" means that each row names its own, as `verifier` or, like Tülu 3's data, as `dataset`. A final
+    assistant turn of `messages` is ignored. `max_length` limits the prompt's tokens. Raises ValueError, which names the line, for a row
+    without a prompt, with an unknown verifier or with a truth that its verifier cannot use, and for a prompt that is too long unless
+    too_long="drop".
     """
     prompts, dropped = [], 0
     for where, row in read_rows(source):
@@ -56,19 +56,19 @@ def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int
                 f"{where}: the prompt has {len(prompt.tokens)} tokens, over max_prompt_tokens={max_length}; raise it, or set too_long=drop"
             )
     if not prompts:
-        raise ValueError(f"{source.path}: all {dropped} prompts are over {max_length} tokens; raise max_prompt")
+        raise ValueError(f"{source.path}: all {dropped} prompts are over {max_length} tokens; raise max_prompt_tokens")
     return Tasks(source.path, prompts, dropped)
 
 
 def _prompt(row: Mapping[str, Any], chat: ChatTemplate, name: str, number: int) -> Prompt:
-    judged_by = verifier(name or str(row.get("verifier") or row.get("dataset") or "").lower())
+    prompt_verifier = verifier(name or str(row.get("verifier") or row.get("dataset") or "").lower())
     truth = _truth(row)
-    judged_by.check(truth)
-    return Prompt(chat.prompt_row(row), truth, judged_by.name, number)
+    prompt_verifier.check(truth)
+    return Prompt(chat.prompt_row(row), truth, prompt_verifier.name, number)
 
 
 def _truth(row: Mapping[str, Any]) -> Any:
     for key in ("truth", "ground_truth", "answer"):
         if row.get(key) is not None:
             return row[key]
-    raise ValueError(f"a task needs a truth (or ground_truth, or answer); this row has {', '.join(sorted(row)) or 'nothing'}")
+    raise ValueError(f"a row needs truth, ground_truth or answer; this one has {', '.join(sorted(row)) or 'nothing'}")

@@ -1,4 +1,4 @@
-"""Conversations as tokens: the chat template, the loss mask, and the promise that text stays text."""
+"""Tokenizes conversations: chat template and loss mask. Message content is never encoded as control tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHATML = (
 )
 BUILT_IN = {"tulu": TULU, "chatml": CHATML}
 
-# What a template is tried on: edges of white space, digits, several scripts, and no special token.
+# Test conversation for templates: leading and trailing white space, digits, several scripts, no special tokens.
 _PROBE = [
     {"role": "user", "content": "  Add 12 and 3,\n\nplease: café, 你好 😀 \n"},
     {"role": "assistant", "content": " 12 + 3 = 15.\n\nDone. "},
@@ -44,9 +44,9 @@ _SYSTEM = {"role": "system", "content": "Be brief."}
 class ChatTemplate:
     """A tokenizer with a chat template: turns conversations into tokens and loss masks.
 
-    `template` is a name (tulu, chatml), jinja text, or None for the tokenizer's own. A tokenizer without one, and none given, still encodes
-    rows of prompt and response, as plain text. Whatever a message contains is encoded as text: only the template writes control tokens.
-    Raises ValueError where that promise cannot be kept, or where the result would differ from tokenizer.apply_chat_template.
+    `template` is a name (tulu, chatml), Jinja source, or None for the tokenizer's own. Without any template, rows of prompt and response
+    are still encoded, as plain text. Message content is always encoded as text; only the template produces control tokens.
+    Raises ValueError if this cannot be guaranteed, or if the result would differ from tokenizer.apply_chat_template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None = None) -> None:
@@ -66,16 +66,16 @@ class ChatTemplate:
             self._verify(probe)
 
     def encode(self, messages: Messages, given: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 [L + 1] and mask uint8 [L] of a conversation; mask[t] speaks of tokens[t + 1].
+        """Tokens int32 [L + 1] and mask uint8 [L] of a conversation; mask[t] belongs to tokens[t + 1].
 
-        The loss is on every assistant turn after the first `given` messages: its content and its end-of-turn token, or, where the template
-        writes none, all it renders for the turn. A token that begins in the prompt is never trained. Raises ValueError for a bad
-        conversation, and for a template that rewrites earlier turns as later ones arrive.
+        The mask is 1 for every assistant turn after the first `given` messages: its content and its end-of-turn token or, if the template
+        has none, everything it renders for the turn. A token that starts in the prompt is never trained. Raises ValueError for an invalid
+        conversation, and for a template that renders earlier turns differently when later ones are added.
         """
         turns, mark = self._protect(messages)
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given]
         if not answers or answers[0] == 0:
-            raise ValueError("messages needs an assistant turn, and a turn before it; otherwise there is no answer to train on")
+            raise ValueError("messages needs an assistant turn with a turn before it; otherwise there is no response to train on")
         text = self._render(turns)
         spans = [self._span(turns, i, text, mark) for i in answers]
         ids, starts = self._tokenize(text, mark)
@@ -85,20 +85,22 @@ class ChatTemplate:
         return _checked(np.array(ids, np.int32), trained[1:])
 
     def prompt(self, messages: Messages) -> np.ndarray:
-        """Tokens int32 [L] of a conversation that the assistant is to continue, ending in the template's generation prompt."""
+        """Tokens int32 [L] of a conversation, ending in the template's generation prompt."""
         turns, mark = self._protect(messages)
         return np.array(self._tokenize(self._render(turns, add_generation_prompt=True), mark)[0], np.int32)
 
-    def plain(self, text: str, goes_on: bool = False) -> np.ndarray:
-        """Tokens int32 [L] of text without a template, opened by bos where the tokenizer opens a text so and this one goes on from none."""
+    def plain(self, text: str, continued: bool = False) -> np.ndarray:
+        """Tokens int32 [L] of text without a template. Starts with bos if the tokenizer adds it, unless `continued`."""
         bos = self.tokenizer.bos_token_id
-        # Only some tokenizers that have a bos token start a text with it.
-        opens = not goes_on and self.tokenizer("")["input_ids"][:1] == [bos]
-        return np.array([bos] * opens + self._encode_text(text).ids, np.int32)
+        # Not all tokenizers that have a bos token add it.
+        adds_bos = not continued and self.tokenizer("")["input_ids"][:1] == [bos]
+        return np.array([bos] * adds_bos + self._encode_text(text).ids, np.int32)
 
     def prompt_row(self, row: Mapping[str, Any]) -> np.ndarray:
-        """Tokens int32 [L] of a row that asks: `tokens` as they are, `messages` (less an assistant's last turn) or `prompt`, tried in this
-        order. Raises ValueError for a row with none of these, naming the keys it has."""
+        """Tokens int32 [L] of a row's prompt: `tokens`, `messages` (without a final assistant turn) or `prompt`, in this order.
+
+        Raises ValueError, which names the row's keys, if it has none of these.
+        """
         has = {key for key, value in row.items() if value is not None}
         if "tokens" in has:
             return given(row["tokens"], None, len(self.tokenizer))[0]
@@ -110,11 +112,11 @@ class ChatTemplate:
         raise ValueError(f"a row needs tokens, messages or prompt; this one has {', '.join(sorted(has)) or 'nothing'}")
 
     def encode_row(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 [L + 1] and mask uint8 [L] of a row of `messages`, of `prompt` and `response`, or of `tokens`, tried in this order.
+        """Tokens int32 [L + 1] and mask uint8 [L] of a row with `messages`, `prompt` and `response`, or `tokens`, in this order.
 
-        Prompt and response are a question and its answer; without a chat template they are plain text, each encoded on its own and closed
-        by eos, with the loss on response and eos. Tokens are ids, taken as they are, with an optional `mask` (default: all ones).
-        Raises ValueError for a row with none of these, naming the keys it has.
+        Prompt and response become a user and an assistant turn. Without a chat template, they are encoded separately as plain text,
+        followed by eos, with the loss on response and eos. `tokens` are used unchanged, with an optional `mask` (default: all ones).
+        Raises ValueError, which names the row's keys, if it has none of these.
         """
         has = {key for key, value in row.items() if value is not None}
         if "messages" in has:
@@ -129,7 +131,7 @@ class ChatTemplate:
         raise ValueError(f"a row needs messages, or prompt and response, or tokens; this one has {', '.join(sorted(has)) or 'nothing'}")
 
     def _protect(self, messages: Messages) -> tuple[list[dict[str, str]], str]:
-        """The turns with a mark before every control token's text in them, and the mark: a character that none of them contains."""
+        """The turns, with a mark before each text that equals a control token, and the mark: a character that none of them contains."""
         if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a list of at least one message, not {messages!r:.40}")
         turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -139,7 +141,7 @@ class ChatTemplate:
 
     def _render(self, turns: Messages, add_generation_prompt: bool = False) -> str:
         if not self.text:
-            raise ValueError(f"{self.name} is missing; give template= one of {', '.join(BUILT_IN)} or jinja text")
+            raise ValueError(f"{self.name} is missing; give template= one of {', '.join(BUILT_IN)} or Jinja source")
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -150,19 +152,19 @@ class ChatTemplate:
         return text
 
     def _span(self, turns: Messages, i: int, text: str, mark: str) -> tuple[int, int]:
-        """First and last + 1 trained character of turn i in `text` without its marks."""
+        """Start and end of the trained characters of turn i, in `text` without its marks."""
         prompt, upto = self._render(turns[:i], add_generation_prompt=True), self._render(turns[: i + 1])
         if not (text.startswith(upto) and upto.startswith(prompt)):
             raise ValueError(
-                f"{self.name} renders messages[{i}] or what precedes it differently as the conversation grows, so the answer cannot be "
-                f"found in the whole; use a template that only appends, such as {' or '.join(BUILT_IN)}"
+                f"{self.name} renders messages[{i}] or an earlier one differently as the conversation grows, so the response cannot be "
+                f"located; use a template that only appends, such as {' or '.join(BUILT_IN)}"
             )
         closed = re.search(rf"(?<!{mark})(?:{self._any_control})(?=\s*\Z)", upto[len(prompt) :])
         end = len(prompt) + closed.end() if closed else len(upto)
         return len(prompt.replace(mark, "")), len(upto[:end].replace(mark, ""))
 
     def _tokenize(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
-        """Ids, and the character of `text` without its marks at which each begins. Control tokens are those no mark precedes."""
+        """Ids, and the index in `text` without its marks at which each starts. Control tokens are those without a mark before them."""
         ids, starts, at = [], [], 0
         for n, part in enumerate(re.split(f"(?<!{mark})({self._any_control})", text)):
             if n % 2:
@@ -181,7 +183,7 @@ class ChatTemplate:
         forged = self._never_text.keys() & set(encoding.ids)
         if forged:
             raise ValueError(
-                f"the tokenizer makes the control token {self._never_text[min(forged)]!r} out of plain text; use one that cannot"
+                f"the tokenizer makes the control token {self._never_text[min(forged)]!r} out of plain text; use another tokenizer"
             )
         return encoding
 
@@ -189,10 +191,10 @@ class ChatTemplate:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError("the tokenizer has neither a chat template nor an eos token; give template= or set tokenizer.eos_token")
-        given = self.plain(prompt).tolist()
-        answer = [*self._encode_text(response).ids, eos]
-        trained = np.repeat(np.array([0, 1], np.uint8), [len(given), len(answer)])
-        return _checked(np.array(given + answer, np.int32), trained[1:])
+        prompt_ids = self.plain(prompt).tolist()
+        response_ids = [*self._encode_text(response).ids, eos]
+        trained = np.repeat(np.array([0, 1], np.uint8), [len(prompt_ids), len(response_ids)])
+        return _checked(np.array(prompt_ids + response_ids, np.int32), trained[1:])
 
     def _takes_system(self) -> bool:
         try:
@@ -201,23 +203,23 @@ class ChatTemplate:
             return False
 
     def _verify(self, probe: Messages) -> None:
-        """Refuse a template or tokenizer whose text cannot be cut at its control tokens, or that has no generation prompt."""
+        """Raise ValueError if tokenization changes when text is split at control tokens, or if there is no generation prompt."""
         for ours, turns, open_ended in ((self.encode(probe)[0], probe, False), (self.prompt(probe[:-1]), probe[:-1], True)):
             whole = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], chat_template=self.text, add_generation_prompt=open_ended, return_dict=False
             )
             if ours.tolist() != whole:
                 raise ValueError(
-                    f"{self.name}: the tokenizer encodes its text differently when cut at control tokens, so a message's text could not be "
-                    "kept apart from them; use another template, or a tokenizer whose special tokens do not strip or join their neighbours"
+                    f"{self.name}: the tokenizer encodes its text differently when cut at control tokens, so message content could not be "
+                    "separated from them; use another template, or a tokenizer whose special tokens do not strip or join their neighbours"
                 )
         header = self._render(probe)[len(self._render(probe[:-1], add_generation_prompt=True)) :]
         if not header.lstrip().startswith(probe[-1]["content"]):
-            raise ValueError(f"{self.name} ignores add_generation_prompt, so the header of a turn would be trained: it adds {header!r:.60}")
+            raise ValueError(f"{self.name} ignores add_generation_prompt, so a turn's header would be trained; it adds {header!r:.60}")
 
 
 def _resolve(tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[str, str]:
-    """What to call the template, and its jinja text ("" where there is none)."""
+    """The template's name for errors, and its Jinja source ("" if there is none)."""
     if template is None:
         return "the tokenizer's chat template", tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if template in BUILT_IN:
@@ -225,12 +227,12 @@ def _resolve(tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[
             raise ValueError("template='chatml' needs the tokens <|im_start|> and <|im_end|>; add them to the tokenizer, or use tulu")
         return f"template {template!r}", BUILT_IN[template]
     if "{" not in template:
-        raise ValueError(f"template={template!r} is unknown; use {', '.join(BUILT_IN)} or jinja text")
+        raise ValueError(f"template={template!r} is unknown; use {', '.join(BUILT_IN)} or Jinja source")
     return f"the template {template!r:.40}", template
 
 
 def _plain_encoder(tokenizer: PreTrainedTokenizerFast, control: list[str]) -> Tokenizer:
-    """A copy that reads control tokens as text. Without its post-processor: that one adds tokens, and trims white space from offsets."""
+    """A copy that encodes control tokens as text. It has no post-processor, which would add tokens and trim white space from offsets."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     encoder.encode_special_tokens = True
@@ -259,16 +261,18 @@ def _text(value: Any, name: str) -> str:
 
 
 def given(tokens: Any, mask: Any, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids as they are, int32 [L + 1], and their mask, uint8 [L] (None: all ones). Raises ValueError for ids outside [0, vocab)."""
+    """Token ids, int32 [L + 1], and mask, uint8 [L] (None: all ones), of a row. Raises ValueError for ids outside [0, vocab)."""
     ids = _integers(tokens, "tokens", vocab)
     trained = np.ones(max(len(ids) - 1, 0), np.uint8) if mask is None else _integers(mask, "mask", 2).astype(np.uint8)
     if len(trained) != len(ids) - 1:
-        raise ValueError(f"mask has {len(trained)} values for {len(ids)} tokens; it needs one less than tokens, mask[t] for tokens[t + 1]")
+        raise ValueError(
+            f"mask has {len(trained)} values for {len(ids)} tokens; it needs one value less than tokens, mask[t] for tokens[t + 1]"
+        )
     return ids.astype(np.int32), trained
 
 
 def read_whole(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same sequence, L + 1 long, with its last token among those the model reads: what is predicted after it is not asked for."""
+    """The sequence with one more token, so that its last token is part of the model's input; the prediction after it is masked."""
     return np.append(tokens, tokens[-1]), np.append(mask, np.uint8(0))
 
 
@@ -284,5 +288,5 @@ def _integers(values: Any, name: str, below: int) -> np.ndarray:
 
 def _checked(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not mask.any():
-        raise ValueError("no token would be trained: the mask has no 1 (mask[t] speaks of tokens[t + 1]); leave the row out")
+        raise ValueError("no token would be trained: the mask has no 1 (mask[t] belongs to tokens[t + 1]); remove the row")
     return tokens, mask

@@ -1,4 +1,4 @@
-"""Tokenizers: from a folder, or the built-in byte-level one. And a hash that tells two apart."""
+"""Loads tokenizers: from a folder, or one of the built-in ones. Also a hash that identifies a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from engine.data.wordproblems import words
 
 _SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 _UNKNOWN = "<|unknown|>"
-_WORD = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s")  # a number is its digits
+_WORD = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s")  # numbers are split into digits
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """The tokenizer in a local folder, or a built-in one. "bytes": ids 0-255 are the bytes of UTF-8, then <|pad|>, <|user|>, <|assistant|>,
-    <|end|>. "words": the words and digits of engine/data/wordproblems.py, in 111 ids; any other word is <|unknown|>.
+    """The tokenizer in a local folder, or a built-in one.
 
-    Raises ValueError for anything else, and for a folder without a tokenizer.json.
+    "bytes": ids 0-255 are the bytes of UTF-8, followed by <|pad|>, <|user|>, <|assistant|> and <|end|>. "words": the words and digits of
+    engine/data/wordproblems.py, 111 ids; any other word is <|unknown|>.
+    Raises ValueError for any other name, and for a folder without a tokenizer.json.
     """
     if name_or_folder == "bytes":
         return _bytes()
@@ -29,19 +30,21 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         return _words()
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        raise ValueError(f"tokenizer={name_or_folder!r} is neither 'bytes', 'words' nor a folder")
+        raise ValueError(f"tokenizer={name_or_folder!r} is neither 'bytes', 'words' nor a folder; give one of these")
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"tokenizer={name_or_folder!r} has no tokenizer.json; write one with tokenizer.save_pretrained")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer={name_or_folder!r} is a {type(tokenizer).__name__}; this engine needs a fast tokenizer")
+        raise ValueError(
+            f"tokenizer={name_or_folder!r} is a {type(tokenizer).__name__}; a fast tokenizer is required; save one with tokenizer.json"
+        )
     return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 over all that decides ids: model, added tokens, pipeline, and which token is eos, bos, pad. Not the chat template."""
+    """SHA-256 over everything that determines ids: model, added tokens, pipeline, and the special tokens. Excludes the chat template."""
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-    for setting in ("truncation", "padding"):  # left behind by the latest call, not part of what the tokenizer is
+    for setting in ("truncation", "padding"):  # state of the latest call, not part of the tokenizer
         del pipeline[setting]
     content = json.dumps([pipeline, tokenizer.special_tokens_map], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -57,7 +60,7 @@ def _words() -> PreTrainedTokenizerFast:
 
 
 def _bytes() -> PreTrainedTokenizerFast:
-    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}  # the names that byte fallback looks up
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}  # the token names that byte fallback uses
     tokenizer = Tokenizer(models.BPE(vocab=bytes_, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return _wrapped(tokenizer)

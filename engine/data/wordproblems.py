@@ -1,4 +1,4 @@
-"""Generated word problems with worked answers: arithmetic that a small model can learn and a rule can check."""
+"""Generates arithmetic word problems with worked answers, which small models can learn and the gsm8k verifier can check."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Skeleton = tuple[int, tuple[tuple[str, int], ...]]  # start, and (operator, oper
 
 @dataclass(frozen=True)
 class Kind:
-    """What is asked: problems begin with a number in 2..start, and every value on the way lies in 1..largest."""
+    """Difficulty of problems."""
 
-    steps: Mapping[int, int]  # how many operations -> the weight of such problems
-    start: int
-    largest: int
-    distinct: bool = False  # no operand comes twice, so the place that work has reached can be told by the operand used last
+    steps: Mapping[int, int]  # number of operations -> relative frequency
+    start: int  # the first number is in 2..start
+    largest: int  # all intermediate results are in 1..largest
+    distinct: bool = False  # no operand occurs twice, so that the last one used identifies the next step
 
 
 SHORT = Kind(steps={1: 15, 2: 40, 3: 45}, start=25, largest=39)
-LONG = Kind(steps={3: 1, 4: 1}, start=60, largest=99, distinct=True)  # a model of few layers must guess where it shows no work
+LONG = Kind(steps={3: 1, 4: 1}, start=60, largest=99, distinct=True)  # a model of few layers cannot solve these without intermediate steps
 
 Rows = Callable[[int, int, bool], list[dict[str, Any]]]  # (count, seed, held_out) -> rows
 
@@ -44,7 +44,7 @@ Rows = Callable[[int, int, bool], list[dict[str, Any]]]  # (count, seed, held_ou
 def problems(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
     """`count` rows {"messages": [user, assistant]}, a function of the arguments. The answer is the last number of the assistant's text.
 
-    Held-out problems share no arithmetic with the others: a tenth of all skeletons (start, operators, operands) is kept for them.
+    Held-out problems are disjoint from the others: a tenth of all skeletons (start, operators, operands) is reserved for them.
     """
     draw, rows = random.Random(seed), []
     for skeleton in islice(_skeletons(draw, held_out), count):
@@ -54,8 +54,10 @@ def problems(count: int, seed: int, held_out: bool = False) -> list[dict[str, An
 
 
 def pairs(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]:
-    """`count` rows {"prompt", "chosen", "rejected"} on such problems, a function of the arguments: a right worked answer, and one in which
-    a step went wrong, and all that follows from it."""
+    """`count` rows {"prompt", "chosen", "rejected"}, a function of the arguments: a correct worked answer, and one with a wrong step.
+
+    The error is carried through the following steps.
+    """
     draw, rows = random.Random(seed), []
     for skeleton in islice(_skeletons(draw, held_out), count):
         question = _question(draw, skeleton)
@@ -66,21 +68,23 @@ def pairs(count: int, seed: int, held_out: bool = False) -> list[dict[str, Any]]
 def demonstrations(
     count: int, seed: int, held_out: bool = False, *, kind: Kind = SHORT, terse: float = 0.55, careless: float = 0.05
 ) -> list[dict[str, Any]]:
-    """As `problems`, by three annotators: a share of `terse` answers that show no work, a share of `careless` ones in which a step went
-    wrong, and careful ones. Imitation copies all three; only a verifier knows which to follow."""
+    """Like `problems`, with answers of mixed quality: a share `terse` without steps, a share `careless` with a wrong step, others correct.
+
+    SFT imitates all three; RLVR can reinforce the correct ones.
+    """
     draw, rows = random.Random(seed), []
     for skeleton in islice(_skeletons(draw, held_out, kind), count):
-        question, right, who = _question(draw, skeleton), _values(skeleton), draw.random()
-        if who < terse:
-            answer = f"Answer: {right[-1]}"
+        question, values, quality = _question(draw, skeleton), _values(skeleton), draw.random()
+        if quality < terse:
+            answer = f"Answer: {values[-1]}"
         else:
-            answer = _wrong(draw, skeleton) if who < terse + careless else _answer(skeleton, right)
+            answer = _wrong(draw, skeleton) if quality < terse + careless else _answer(skeleton, values)
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return rows
 
 
 def tasks(count: int, seed: int, held_out: bool = False, *, kind: Kind = SHORT) -> list[dict[str, Any]]:
-    """`count` rows {"prompt", "truth"} on such problems, a function of the arguments; the truth is a number, for the verifier gsm8k."""
+    """`count` rows {"prompt", "truth"}, a function of the arguments. The truth is a number, for the verifier gsm8k."""
     draw, rows = random.Random(seed), []
     for skeleton in islice(_skeletons(draw, held_out, kind), count):
         rows.append({"prompt": _question(draw, skeleton), "truth": str(_values(skeleton)[-1])})
@@ -88,7 +92,7 @@ def tasks(count: int, seed: int, held_out: bool = False, *, kind: Kind = SHORT) 
 
 
 def words() -> list[str]:
-    """Every word, digit and sign that problems and answers are made of."""
+    """All words, digits and symbols in problems and answers."""
     phrases = " ".join(text.format("") for texts in _PHRASES.values() for text in texts)
     known = {
         *_NAMES,
@@ -108,12 +112,12 @@ def write(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def generated(path: Path, count: int, seed: int, held_out: bool = False, make: Rows = problems) -> str:
-    """The path of a .jsonl file with `make(count, seed, held_out)`, written if it is not there yet."""
+    """The path of a .jsonl file with the rows of `make(count, seed, held_out)`, which is written if it does not exist."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as work:
             write(work.name, make(count, seed, held_out))
-        os.replace(work.name, path)  # ranks may race to write the same rows
+        os.replace(work.name, path)  # atomic, because several ranks may write the same rows
     return str(path)
 
 
@@ -136,7 +140,7 @@ def _skeleton(draw: random.Random, kind: Kind) -> Skeleton:
 
 
 def _values(skeleton: Skeleton, slip: tuple[int, int] = (-1, 0)) -> list[int]:
-    """The start, and the result of every step; the step of index slip[0] is wrong by slip[1]."""
+    """The start and the result of every step. slip = (i, error) adds `error` to the result of step i."""
     values = [skeleton[0]]
     for i, (operator, operand) in enumerate(skeleton[1]):
         value = values[-1]
@@ -146,7 +150,7 @@ def _values(skeleton: Skeleton, slip: tuple[int, int] = (-1, 0)) -> list[int]:
 
 
 def _wrong(draw: random.Random, skeleton: Skeleton) -> str:
-    """A worked answer with one mistake, carried on: a slip in a sum, another operation than the problem's, or another number."""
+    """A worked answer with one error that is carried through: a wrong result, a wrong operation, or a wrong operand."""
     start, steps = skeleton
     while True:
         i, slip = draw.randrange(len(steps)), draw.choice((-10, -2, -1, 1, 2, 10))

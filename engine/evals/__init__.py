@@ -1,1 +1,1 @@
-"""What a model can do: suites of questions, answers judged by verifiers or by log-probability, numbers with their standard errors."""
+"""Evaluation: benchmark suites, answers scored by verifiers or log-probabilities, and metrics with standard errors."""

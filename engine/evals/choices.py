@@ -1,4 +1,4 @@
-"""Which answer a policy finds likeliest: log-probabilities of given continuations."""
+"""Log-probabilities of given continuations, for multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from engine.types import Sample
 
 
 def choose(policy: Policy, prompts: Sequence[np.ndarray], choices: Sequence[Sequence[np.ndarray]], budget: int) -> list[list[float]]:
-    """For each prompt, int32 [L], the natural-log probability of each of its choices, int32 [C], as what follows it.
+    """For each prompt, int32 [L], the log-prob (natural logarithm) of each of its choices, int32 [C], as continuation.
 
-    On rank 0; the others get an empty list. All ranks must call it. `budget` is the tokens of a microbatch.
+    Returns the result on rank 0 and an empty list on the other ranks. All ranks must call it. `budget`: tokens per microbatch.
     """
     pairs = [(prompt, choice) for prompt, each in zip(prompts, choices, strict=True) for choice in each]
-    found = [values for _, block in score_samples(policy, policy.logprobs, (_sample(*pair) for pair in pairs), budget) for values in block]
-    sums = [float(values[-len(choice) :].sum()) for values, (_, choice) in zip(found, pairs, strict=False)]
-    total = iter(sums)
-    return [[next(total) for _ in each] for each in choices] if sums else []
+    logprobs = [
+        values for _, block in score_samples(policy, policy.logprobs, (_sample(*pair) for pair in pairs), budget) for values in block
+    ]
+    sums = [float(values[-len(choice) :].sum()) for values, (_, choice) in zip(logprobs, pairs, strict=False)]
+    remaining = iter(sums)
+    return [[next(remaining) for _ in each] for each in choices] if sums else []
 
 
 def _sample(prompt: np.ndarray, choice: np.ndarray) -> Sample:

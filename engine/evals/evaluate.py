@@ -1,4 +1,4 @@
-"""A model against suites: get the answers, judge them, say how sure the numbers are."""
+"""Evaluates a model on suites: generates answers, judges them and computes metrics with standard errors."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from engine.verify.pool import Case, Pool
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered to one item, and how it was judged. `verdicts[r][c]` is of case c of response r."""
+    """The responses to one item and their verdicts: `verdicts[r][c]` belongs to case c of response r."""
 
     responses: list[EvalResponse]
     verdicts: list[list[Verdict | Unjudged]]
-    scores: Scores | None  # None: the machine failed to judge it, and it counts nowhere
+    scores: Scores | None  # None: could not be judged, and is excluded from the metrics
 
 
 @dataclass(frozen=True)
 class Result:
-    """One suite, done."""
+    """The result of one suite."""
 
     exam: Exam
     answers: list[Answer]
@@ -51,25 +51,25 @@ class Result:
 
 
 def evaluate(settings: EvalConfig, exams: Sequence[Exam], folder: Path, world: World) -> list[Result]:
-    """Every exam's result, on rank 0; the others get an empty list. All ranks must call it."""
+    """The result of every exam on rank 0, an empty list on the other ranks. All ranks must call it."""
     tokenizer = load_tokenizer(settings.model.tokenizer or str(folder))
     with closing(Policy(replace(settings.model, path=str(folder)), None, settings.parallel, world)) as policy:
         policy.expect_head("lm")
-        found = [_answers(settings, exam, policy, tokenizer) for exam in exams]
-    return [Result(*pair) for pair in zip(exams, found, strict=True)] if world.rank == 0 else []
+        answers = [_answers(settings, exam, policy, tokenizer) for exam in exams]
+    return [Result(*pair) for pair in zip(exams, answers, strict=True)] if world.rank == 0 else []
 
 
 def _answers(settings: EvalConfig, exam: Exam, policy: Policy, tokenizer: PreTrainedTokenizerFast) -> list[Answer]:
-    """On rank 0; the others get an empty list."""
+    """The answers to `exam` on rank 0, an empty list on the other ranks."""
     if exam.decoding is None:
-        found = choose(policy, exam.prompts, exam.choices, settings.tokens_per_microbatch)
-        return [_chosen(exam.suite, *pair) for pair in zip(exam.items, found, strict=False)]
+        logprobs = choose(policy, exam.prompts, exam.choices, settings.tokens_per_microbatch)
+        return [_chosen(exam.suite, *pair) for pair in zip(exam.items, logprobs, strict=False)]
     responses = respond(policy, tokenizer, exam.prompts, exam.decoding, settings.rollout, settings.seed)
     return judged(exam, responses) if policy.world.rank == 0 else []
 
 
 def judged(exam: Exam, responses: list[list[EvalResponse]]) -> list[Answer]:
-    """The responses to each item of `exam`, with verdicts and scores. Raises Unjudged when the machine fails to judge 1 % of them."""
+    """Answers with verdicts and scores from the responses to each item. Raises Unjudged if more than 1 % cannot be judged."""
     cases = [
         [[Case(judge, *pair) for judge in exam.verifiers for pair in exam.suite.cases(item, response.text)] for response in each]
         for item, each in zip(exam.items, responses, strict=True)

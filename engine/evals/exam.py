@@ -1,4 +1,4 @@
-"""The questions of an evaluation: settings and rows in, tokens and verifiers out, before any weight is read."""
+"""Prepares the questions of an evaluation: tokenizes prompts and checks ground truths before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from engine.verify.code import UNSAFE_CODE
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What an evaluation needs to know besides its suites. None: as the suite has it."""
+    """Settings of an evaluation. None means the default of each suite."""
 
     model: Model
     parallel: Parallel = field(default_factory=Parallel)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prefix_caching=True))
     seed: int = 0
-    samples: int | None = None
+    samples: int | None = None  # responses per prompt
     temperature: float | None = None
     top_p: float | None = None
-    max_tokens: int | None = None
-    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
-    unsafe_code: bool = False  # run programs without isolation from this machine
-    tokens_per_microbatch: int = 8192  # of log-probabilities
+    max_tokens: int | None = None  # of a response
+    chat_template: str = ""  # "tulu", "chatml" or Jinja source; "": the tokenizer's own
+    unsafe_code: bool = False  # run generated programs without a sandbox
+    tokens_per_microbatch: int = 8192  # when scoring multiple-choice answers
 
     def decoding(self, suite_: Suite) -> Decoding | None:
-        """The suite's, with what is set here instead; None where its items have choices."""
+        """The suite's decoding settings, overridden by those set here. None for multiple-choice suites."""
         if suite_.decoding is None:
             return None
-        given = {"n": self.samples, "temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
-        return replace(suite_.decoding, **{name: value for name, value in given.items() if value is not None})
+        overrides = {"n": self.samples, "temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
+        return replace(suite_.decoding, **{name: value for name, value in overrides.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class Exam:
-    """A suite's questions as tokens, where each was read, and who judges the answers."""
+    """A suite's tokenized questions, with the source row of each and the verifiers of the answers."""
 
     suite: Suite
     decoding: Decoding | None
@@ -62,28 +62,28 @@ class Exam:
     choices: list[list[np.ndarray]]
     decode: Callable[[np.ndarray], str]
 
-    def asked(self, number: int) -> str:
-        """What the model reads, control tokens and all."""
+    def prompt_text(self, number: int) -> str:
+        """The text of a prompt, control tokens included."""
         return self.decode(self.prompts[number])
 
 
 def prepare(
     settings: EvalConfig, names: Sequence[str], data: Mapping[str, str], limit: int, chat: bool | None, world: World
 ) -> tuple[Path, list[Exam]]:
-    """The model's folder, and the questions of all suites, before any weight is read.
+    """The model's folder and the questions of all suites. Loads no weights.
 
-    `data` says where a suite's rows are instead of on Hugging Face; `limit` takes the first items only (0: all); `chat` asks by the chat
-    template, None where there is one. Raises ValueError for an unknown suite, missing data, a row that does not fit its suite or has a
-    truth that nothing can be judged by, no model, and a grid that cannot hold it.
+    data: paths that replace a suite's Hugging Face source, by suite name. limit: use only the first items; 0: all. chat: whether to use
+    the chat template; None: if there is one. Raises ValueError for an unknown suite, missing data, a row or ground truth that the suite
+    cannot use, a missing model, and a parallel layout that does not fit the model.
     """
     suites = [suite(name) for name in names]
-    if strange := data.keys() - set(names):
-        raise ValueError(f"--data names {', '.join(sorted(strange))}, not among the suites {', '.join(names)}")
+    if unknown := data.keys() - set(names):
+        raise ValueError(f"--data names {', '.join(sorted(unknown))}, not among the suites {', '.join(names)}")
     folder = world.rank0_first(lambda: resolve(settings.model.path))
     settings.parallel.check(read_shape(folder), world.size)
     template = ChatTemplate(load_tokenizer(settings.model.tokenizer or str(folder)), settings.chat_template or None)
-    by_chat = bool(template.text) if chat is None else chat
-    return folder, [_exam(settings, each, _source(each, data), limit, template, by_chat) for each in suites]
+    use_chat = bool(template.text) if chat is None else chat
+    return folder, [_exam(settings, each, _source(each, data), limit, template, use_chat) for each in suites]
 
 
 def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
@@ -101,11 +101,11 @@ def _exam(settings: EvalConfig, suite_: Suite, source: Source, limit: int, templ
             for each in verifiers:
                 each.check(item.truth)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            told = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{place} is not a row of suite {suite_.name}: {told}; it has {', '.join(row)}") from None
+            cause = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{place} is not a row of suite {suite_.name}: {cause}; it has {', '.join(row)}") from None
         where.append(place)
         items.append(item)
     prompts = [template.prompt(item.messages()) if chat else template.plain(item.text()) for item in items]
-    between = "" if chat else " "
-    choices = [[template.plain(between + choice, goes_on=True) for choice in item.choices] for item in items]
+    separator = "" if chat else " "
+    choices = [[template.plain(separator + choice, continued=True) for choice in item.choices] for item in items]
     return Exam(suite_, decoding, verifiers, source, chat, where, items, prompts, choices, template.tokenizer.decode)  # type: ignore[arg-type]

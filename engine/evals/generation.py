@@ -1,4 +1,4 @@
-"""Responses to a suite's questions, by the engine's own sampler."""
+"""Generates responses to a suite's questions with the engine's sampler."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from engine.types import Prompt
 
 @dataclass(frozen=True)
 class Decoding:
-    """How responses are drawn: `n` for each prompt, greedily where `temperature` is 0, each until a stop string, eos or `max_tokens`."""
+    """Decoding settings. A response ends at a stop string, at eos, or after `max_tokens`."""
 
     max_tokens: int
-    n: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
+    n: int = 1  # responses per prompt
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # in (0, 1]
+    stop: tuple[str, ...] = ()  # strings
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"max_tokens={self.max_tokens}, samples={self.n}, temperature={self.temperature} and top_p={self.top_p}: "
-                "they must be at least 1, 1 and 0, and top_p in (0, 1]"
+                f"max_tokens={self.max_tokens} and samples={self.n} must be at least 1, temperature={self.temperature} at least 0, "
+                f"and top_p={self.top_p} in (0, 1]"
             )
 
 
 class EvalResponse(NamedTuple):
-    """A response without what stopped it. `finish` is "stop", or "length" where max_tokens did."""
+    """A response without its stop string or token. `finish` is "stop", or "length" if it reached max_tokens."""
 
     text: str
     tokens: int
@@ -55,23 +55,23 @@ def respond(
 ) -> list[list[EvalResponse]]:
     """`n` responses to each prompt, int32 [L], in order, on every rank.
 
-    Draws are a function of (seed, place of the prompt, sample, position). Raises ValueError for a prompt that leaves no room for
-    `max_tokens` in the model's context.
+    Sampling depends only on (seed, index of the prompt, sample, position). Raises ValueError if a prompt plus `max_tokens` exceeds the
+    model's context.
     """
     ends, until = end_tokens(policy.folder, tokenizer), StopStrings(tokenizer, decoding.stop)
     sampling = SamplingParams(decoding.max_tokens, ends, decoding.temperature, top_p=decoding.top_p, until=until)
-    asked = [Prompt(tokens, id=place) for place, tokens in enumerate(prompts)]
-    found = generate(policy, asked, sampling, rollout, samples=decoding.n, seed=(seed,))
+    numbered = [Prompt(tokens, id=index) for index, tokens in enumerate(prompts)]
+    groups = generate(policy, numbered, sampling, rollout, samples=decoding.n, seed=(seed,))
 
-    def told(tokens: list[int], stopped: bool) -> EvalResponse:
-        written = tokens[:-1] if tokens[-1] in ends else tokens
-        return EvalResponse(until.before(written), len(written), "stop" if stopped else "length")
+    def finished(tokens: list[int], stopped: bool) -> EvalResponse:
+        content = tokens[:-1] if tokens[-1] in ends else tokens
+        return EvalResponse(until.before(content), len(content), "stop" if stopped else "length")
 
-    return [[told(response.tokens.tolist(), response.stopped) for response in group] for group in found]
+    return [[finished(response.tokens.tolist(), response.stopped) for response in group] for group in groups]
 
 
 def end_tokens(folder: Path | None, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The ids that end a response: those that the model's folder names, and the tokenizer's eos."""
+    """The ids that end a response: eos_token_id in the model folder's configs, and the tokenizer's eos."""
     named: list[int] = []
     for path in [folder / name for name in ("generation_config.json", "config.json")] if folder else []:
         ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None

@@ -1,9 +1,9 @@
-"""GSM8K with eight worked examples, as lm-eval's task `gsm8k_cot` (version 3) asks it.
+"""GSM8K with eight chain-of-thought examples, like lm-eval's task `gsm8k_cot` (version 3).
 
 The examples are those of Wei et al., "Chain-of-thought prompting elicits reasoning in large language models" (arXiv 2201.11903, table 20).
-Prompt, stop strings, greedy decoding and 256 tokens are lm-eval's. So are the two readings of an answer: `strict` wants "The answer is N"
-(here without the pattern's final any-character, which would cut a digit off an answer that ends the response), `flexible` takes the last
-number, which is the verifier's own rule.
+Prompt, stop strings, greedy decoding and 256 tokens are lm-eval's. So are the two metrics: `strict` requires "The answer is N" (without
+the final any-character of lm-eval's pattern, which removes a digit if the answer ends the response), `flexible` uses the last number, like
+the verifier.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ EXAMPLES = (
 ANSWER = re.compile(r"The answer is (-?[0-9.,]+)")
 
 
-def asked(question: str) -> str:
+def question_text(question: str) -> str:
     return f"Q: {question}\nA:"
 
 
-SHOTS = tuple((asked(question), answer) for question, answer in EXAMPLES)
+SHOTS = tuple((question_text(question), answer) for question, answer in EXAMPLES)
 
 
 def item(row: Row, chat: bool) -> Item:
-    return Item(asked(row["question"]), row["answer"].split("####")[-1].strip(), SHOTS)
+    return Item(question_text(row["question"]), row["answer"].split("####")[-1].strip(), SHOTS)
 
 
 def cases(item: Item, response: str) -> list[tuple[str, Any]]:

@@ -1,8 +1,8 @@
-"""HumanEval: does a program pass its tests. pass@1 and pass@10 of 20 samples at temperature 0.8, by the unbiased estimator.
+"""HumanEval: pass@1 and pass@10, by the unbiased estimator, from 20 samples at temperature 0.8.
 
-Chen et al., "Evaluating large language models trained on code" (arXiv 2107.03374): a base model goes on with the function's head, and stops
-where something else begins at the margin (their five stop strings). A chat model is asked, in our words, for the whole function in a
-block of code. The verifier takes either.
+Chen et al., "Evaluating large language models trained on code" (arXiv 2107.03374): a base model completes the function and stops where a
+new top-level statement begins (the paper's five stop strings). A chat model is prompted for the whole function in a code block (our
+wording). The verifier accepts both.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from engine.evals.statistics import pass_at_k
 from engine.evals.suite import Item, Row, Scores, Suite
 
 KS = (1, 10)
-ASKED = "Complete this Python function. Answer with the whole function, its imports included, in one ```python block.\n\n```python\n{}```"
+CHAT_PROMPT = (
+    "Complete this Python function. Answer with the whole function, its imports included, in one ```python block.\n\n```python\n{}```"
+)
 
 
 def item(row: Row, chat: bool) -> Item:
     truth = {name: row[name] for name in ("prompt", "test", "entry_point")}
-    return Item(ASKED.format(row["prompt"]) if chat else row["prompt"], truth)
+    return Item(CHAT_PROMPT.format(row["prompt"]) if chat else row["prompt"], truth)
 
 
 def scores(verdicts: Sequence[Sequence[bool]]) -> Scores:

@@ -1,6 +1,6 @@
-"""IFEval: are the instructions of a prompt followed, all of them (prompt level) and each (instruction level), strictly and loosely.
+"""IFEval: share of prompts with all instructions followed (prompt level) and of instructions followed, each strict and loose.
 
-Zhou et al., "Instruction-following evaluation for large language models" (arXiv 2311.07911); 1,280 tokens are lm-eval's.
+Zhou et al., "Instruction-following evaluation for large language models" (arXiv 2311.07911). The limit of 1,280 tokens is lm-eval's.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ def item(row: Row, chat: bool) -> Item:
 
 
 def cases(item: Item, response: str) -> list[tuple[str, Any]]:
-    """Each instruction on its own."""
+    """One case per instruction."""
     ids, kwargs = item.truth["instruction_id_list"], item.truth["kwargs"]
     return [(response, item.truth | {"instruction_id_list": [id_], "kwargs": [each]}) for id_, each in zip(ids, kwargs, strict=True)]
 
 
 def scores(verdicts: Sequence[Sequence[bool]]) -> Scores:
-    """The first half of a response's verdicts is strict, the second loose."""
-    found: Scores = {f"{level}, {how}": [] for level in ("prompt", "instruction") for how in ("strict", "loose")}
+    """The four metrics. The first half of a response's verdicts is strict, the second loose."""
+    values: Scores = {f"{level}, {mode}": [] for level in ("prompt", "instruction") for mode in ("strict", "loose")}
     for verdict in verdicts:
         half = len(verdict) // 2
-        for how, followed in (("strict", verdict[:half]), ("loose", verdict[half:])):
-            found[f"prompt, {how}"].append(float(all(followed)))
-            found[f"instruction, {how}"] += map(float, followed)
-    return found
+        for mode, followed in (("strict", verdict[:half]), ("loose", verdict[half:])):
+            values[f"prompt, {mode}"].append(float(all(followed)))
+            values[f"instruction, {mode}"] += map(float, followed)
+    return values
 
 
 IFEVAL = Suite(

@@ -1,7 +1,7 @@
-"""MATH with the four worked examples of Minerva, as lm-eval's `minerva_math` tasks ask it.
+"""MATH with the four examples of Minerva, like lm-eval's `minerva_math` tasks.
 
 The examples are those of Lewkowycz et al., "Solving quantitative reasoning problems with language models" (arXiv 2206.14858, appendix D.2).
-Answers are judged by the math verifier, which reads more forms of an answer than Minerva's ("flex" in Tülu 3).
+The math verifier judges answers. It accepts more forms of an answer than Minerva's rule ("flex" in Tülu 3).
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ EXAMPLES = (
 )
 
 
-def asked(problem: str) -> str:
+def question_text(problem: str) -> str:
     return f"Problem:\n{problem}\n\nSolution:"
 
 
-SHOTS = tuple((asked(problem), solution) for problem, solution in EXAMPLES)
+SHOTS = tuple((question_text(problem), solution) for problem, solution in EXAMPLES)
 
 
 def item(row: Row, chat: bool) -> Item:
-    return Item(asked(row["problem"]), row["solution"], SHOTS)
+    return Item(question_text(row["problem"]), row["solution"], SHOTS)
 
 
 MATH = Suite(

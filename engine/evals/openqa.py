@@ -1,4 +1,4 @@
-"""Open questions, right when a known answer stands in the response: PopQA, and Natural Questions in its open form.
+"""Open questions, correct if the response contains a known answer: PopQA and NQ-Open.
 
 Mallen et al., "When not to trust language models" (arXiv 2212.10511), whose prompt this is, without examples. Lee et al., "Latent retrieval
 for weakly supervised open domain question answering" (arXiv 1906.00300).
@@ -15,7 +15,7 @@ from engine.evals.suite import Item, Row, Suite
 
 
 def item(row: Row, chat: bool) -> Item:
-    answers = row["answer"] if "answer" in row else json.loads(row["possible_answers"])  # PopQA keeps a list as JSON text
+    answers = row["answer"] if "answer" in row else json.loads(row["possible_answers"])  # PopQA stores the list as JSON text
     return Item(row["question"] if chat else f"Q: {row['question']} A:", answers)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table for people, results.json, and every response with its verdicts."""
+"""Output of an evaluation: a console table, results.json, and all responses with their verdicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.verify import Verdict
 
 
 def table(results: Sequence[Result]) -> Table:
-    """A row for each metric, in per cent."""
+    """A table with one row per metric, in per cent."""
     shown = Table("suite", "metric", "%", "± standard error", "95 % interval", "items")
     for result in results:
         for name, estimate in result.metrics.items():
@@ -28,7 +28,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def write(results: Sequence[Result], settings: EvalConfig, out: Path) -> None:
-    """results.json and SUITE.jsonl, a line for each item in order, in the folder `out`."""
+    """Write results.json, and SUITE.jsonl with one line per item, to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for result in results:
         with (out / f"{result.exam.suite.name}.jsonl").open("w", encoding="utf-8") as file:
@@ -46,7 +46,7 @@ def _line(result: Result, number: int, answer: Answer) -> dict[str, Any]:
     ]
     return {
         "where": exam.where[number],
-        "prompt": exam.asked(number),
+        "prompt": exam.prompt_text(number),
         "truth": exam.items[number].truth,
         "responses": responses,
         "scores": answer.scores,

@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: means over items, their standard errors, and pass@k."""
+"""Statistics of evaluations: means over items, standard errors, confidence intervals and pass@k."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Z95 = 1.959964  # the normal distribution's 97.5 % quantile
 
 
 class Estimate(NamedTuple):
-    """A mean in [0, 1], its standard error, and the number of items that it is taken over."""
+    """A mean in [0, 1], its standard error, and the number of items."""
 
     value: float
     error: float
@@ -18,10 +18,10 @@ class Estimate(NamedTuple):
 
     @staticmethod
     def of(clusters: Sequence[Sequence[float]]) -> Estimate:
-        """The mean of all values, those of one item being one cluster: sqrt(sum over items of (sum of x - mean)^2) / number of values.
+        """The mean of all values with its clustered standard error; the values of one item are one cluster.
 
-        The clustered standard error of Miller, "Adding error bars to evals" (arXiv 2411.00640), section 2.2. With one value of 0 or 1 an
-        item it is the binomial sqrt(p (1 - p) / n).
+        The standard error is sqrt(sum over items of (sum of x - mean)^2) / number of values (Miller, "Adding error bars to evals", arXiv
+        2411.00640, section 2.2). With one value of 0 or 1 per item, this is the binomial sqrt(p (1 - p) / n).
         """
         count = sum(map(len, clusters))
         mean = sum(map(sum, clusters)) / count
@@ -29,9 +29,9 @@ class Estimate(NamedTuple):
         return Estimate(mean, math.sqrt(squares) / count, len(clusters))
 
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, which still says something at 0 and 1, where the standard error is 0.
+        """Wilson's 95 % interval, which is meaningful also for means of 0 and 1, where the standard error is 0.
 
-        Its n is the one with which a binomial would have this standard error; at 0 and 1, the number of items.
+        n is the sample size at which a binomial has this standard error; at 0 and 1, it is the number of items.
         """
         p, error, items = self
         n = p * (1 - p) / error**2 if error else items
@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that k of `samples` responses, drawn without replacement, hold one of the `correct`: 1 - C(n - c, k) / C(n, k).
+    """Probability that k of `samples` responses, chosen without replacement, include a correct one: 1 - C(n - c, k) / C(n, k).
 
     Unbiased (Chen et al., arXiv 2107.03374, equation 1).
     """

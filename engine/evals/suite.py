@@ -1,4 +1,4 @@
-"""What a suite is, and which there are. To add one, write its file and name it here."""
+"""Evaluation suites. To add one, write its file and list it in SUITES."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.data.rows import Source, read_rows
 from engine.evals.generation import Decoding
 
 Row = dict[str, Any]
-Scores = dict[str, list[float]]  # by metric; the values of one item are one cluster
+Scores = dict[str, list[float]]  # metric -> values of one item, which form a cluster
 
 SUITES = {
     "gsm8k": "engine.evals.gsm8k:GSM8K",
@@ -26,45 +26,45 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Item:
-    """One question, after examples of (question, answer), and what its answers are judged by."""
+    """One question with its few-shot examples (question, answer) and its ground truth."""
 
     question: str
     truth: Any
     shots: tuple[tuple[str, str], ...] = ()
-    choices: tuple[str, ...] = ()  # where the model does not write but choose; truth is then the number of the right one
+    choices: tuple[str, ...] = ()  # for multiple choice; truth is then the index of the correct one
 
     def messages(self) -> list[dict[str, str]]:
-        """As a conversation: the examples are turns of it."""
+        """The item as a conversation, with the examples as turns."""
         turns = [text for shot in self.shots for text in shot] + [self.question]
         return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
 
     def text(self) -> str:
-        """As plain text, as lm-eval lays it out: an answer after one space, a blank line between examples."""
+        """The item as plain text in lm-eval's format: an answer follows one space, examples are separated by a blank line."""
         return "".join(f"{question} {answer}\n\n" for question, answer in self.shots) + self.question
 
 
 def itself(item: Item, response: str) -> list[tuple[str, Any]]:
-    """The response as it is, against the item's truth."""
+    """The default cases: the unchanged response and the item's truth."""
     return [(response, item.truth)]
 
 
 def accuracy(verdicts: Sequence[Sequence[bool]]) -> Scores:
-    """The share of responses that are right."""
+    """The default scores: whether each response is correct."""
     return {"accuracy": [float(verdict[0]) for verdict in verdicts]}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Rows to items, items to responses, responses to scores.
+    """An evaluation suite.
 
-    `item(row, chat)` makes an item of a row; `cases(item, response)` what each verifier is asked, as (text, truth); `scores(verdicts)` the
-    numbers of one item, from a list of verdicts (for each verifier, for each case) for each of its responses.
+    `item(row, chat)` converts a row. `cases(item, response)` returns the (text, truth) pairs that each verifier judges. `scores(verdicts)`
+    returns the metrics of one item, from a list of verdicts (for each verifier, for each case) for each of its responses.
     """
 
     name: str
-    source: Source  # where its rows are, unless the user says otherwise
+    source: Source  # default source of its rows
     item: Callable[[Row, bool], Item]
-    decoding: Decoding | None = None  # None: its items have choices
+    decoding: Decoding | None = None  # None: multiple choice
     verifiers: tuple[str, ...] = ()
     rows: Callable[[Source], Iterator[tuple[str, Row]]] = read_rows
     cases: Callable[[Item, str], list[tuple[str, Any]]] = itself
@@ -72,7 +72,7 @@ class Suite:
 
 
 def suite(name: str) -> Suite:
-    """The suite of that name. Raises ValueError, listing all names, when there is none."""
+    """The suite of that name. Raises ValueError, which lists all names, if there is none."""
     if name not in SUITES:
         raise ValueError(f"suite={name!r} is unknown; use one of {', '.join(SUITES)}")
     return resolve_name(SUITES[name])

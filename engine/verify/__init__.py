@@ -1,6 +1,6 @@
-"""Verifiers: (response, truth) -> Verdict. Pure, fast; they cannot hang and cannot be escaped.
+"""Verifiers: (response, truth) -> Verdict. Deterministic, limited in time, and safe for untrusted responses.
 
-To add one, write its file and name it here.
+To add one, write its file and list it in VERIFIERS.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from engine.verify.verdict import Unjudged, Verdict, Verifier
 
 __all__ = ["VERIFIERS", "Unjudged", "Verdict", "Verifier", "verifier"]
 
-# Where each is defined; imported when it is asked for, because some bring large libraries.
+# name -> module:object. Imported on first use, because some need large libraries.
 VERIFIERS = {
     "code": "engine.verify.code:CODE",
     "contains": "engine.verify.contains:CONTAINS",
@@ -25,7 +25,7 @@ VERIFIERS = {
 
 
 def verifier(name: str) -> Verifier:
-    """The verifier of that name. Raises ValueError, listing all names, when there is none: ask at start-up."""
+    """The verifier of that name. Raises ValueError, which lists all names, if there is none. Call it at start-up."""
     if name not in VERIFIERS:
         raise ValueError(f"verifier={name!r} is unknown; use one of {', '.join(sorted(VERIFIERS))}")
     return resolve_name(VERIFIERS[name])

@@ -1,8 +1,8 @@
-"""`code`: the response's program passes every test, in a sandbox (sandbox.py). All or nothing: a share of tests is no share of a program.
+"""`code`: the response's program passes all tests, in a sandbox (engine/verify/sandbox). No partial credit.
 
-The program is the last ```python block, else the last fenced block, else the whole response. For HumanEval it continues the prompt
-unless it defines the entry point itself; the prompt's imports and helpers are there either way, and the tests use the prompt's own, never
-the program's. Programs have the standard library of the Python that runs the engine, and no packages.
+The program is the last ```python block, else the last fenced block, else the whole response. For HumanEval, it continues the prompt
+unless it defines the entry point itself. The prompt's imports and helpers are available in both cases, and the tests use those of the
+prompt, never the program's. Programs can import the standard library of the Python that runs the engine, but no packages.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ LIMITS = Limits()
 
 
 def verify(response: str, truth: Any, *, unsafe: bool = False, limits: Limits = LIMITS) -> Verdict:
-    """Runs the response's program against truth: {"tests": [lines]}, or HumanEval's {"prompt", "test", "entry_point"}.
+    """Runs the response's program against the tests in truth: {"tests": [lines]}, or HumanEval's {"prompt", "test", "entry_point"}.
 
-    The first call in a process starts its sandbox. Raises NoIsolation, an Unjudged, where none can be built and `unsafe` does not say to go
-    without; Unjudged when the machine fails twice in a row.
+    The first call in a process starts its sandbox. `unsafe` runs the program without isolation. Raises NoIsolation (an Unjudged) if no
+    sandbox can be created and `unsafe` is not set, and Unjudged if the machine fails twice in a row.
     """
     job = _job(extract(response), truth)
     if len(job["program"]) > PROGRAM_MAX:
@@ -40,16 +40,16 @@ def verify(response: str, truth: Any, *, unsafe: bool = False, limits: Limits = 
 
 
 def check(truth: Any, *, unsafe: bool = False) -> None:
-    """Raises ValueError unless `truth` holds tests and this machine can hold programs."""
+    """Raises ValueError unless `truth` contains tests and a sandbox can be created on this machine."""
     if not isinstance(truth, Mapping) or not (_strings(truth.get("tests")) or _strings([truth.get(key) for key in HUMANEVAL])):
-        wanted = '{"tests": [lines]} or HumanEval\'s {"prompt", "test", "entry_point"}'
-        raise ValueError(f"truth={truth!r:.80} is not for verifier=code; give {wanted}")
+        expected = '{"tests": [lines]} or HumanEval\'s {"prompt", "test", "entry_point"}'
+        raise ValueError(f"truth={truth!r:.80} has no tests for verifier=code; give {expected}")
     _sandbox(os.getpid(), unsafe, LIMITS)
 
 
 @lru_cache(maxsize=2)
 def _sandbox(pid: int, unsafe: bool, limits: Limits) -> Sandbox:
-    """By process: a forked worker that shared its parent's launcher would read its parent's verdicts."""
+    """Keyed by pid, because a forked worker must not share its parent's launcher."""
     return Sandbox(limits, unsafe=unsafe)
 
 
@@ -63,7 +63,7 @@ def _job(program: str, truth: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defines(program: str, name: str) -> bool:
-    """By its text: whether it parses is found out in the sandbox."""
+    """Whether the text of `program` defines `name`. It may not parse."""
     return re.search(rf"^(?:(?:async )?def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*=", program, re.MULTILINE) is not None
 
 
@@ -72,13 +72,13 @@ def _strings(values: Any) -> bool:
 
 
 def extract(response: str) -> str:
-    """The program in a response; a block that the response leaves open ends with it."""
+    """The program in a response. An unclosed block extends to the end."""
     blocks = [(match[1].lower(), match[2]) for match in FENCE.finditer(response)]
     python = [body for language, body in blocks if language in ("python", "python3", "py")]
     return (python or [body for _, body in blocks] or [response])[-1]
 
 
-# The sandbox keeps its own time; the pool's is for a sandbox that was lost and started again.
+# The sandbox has its own time limit; this one covers a sandbox that is lost and restarted.
 CODE = Verifier("code", verify, check, judge=verify, limit_s=60.0)
-# Not among the names: a data set may ask for a verifier, and only the user may ask for this one.
+# Not in VERIFIERS: data rows can select a verifier, but only the user may select this one.
 UNSAFE_CODE = Verifier("code", partial(verify, unsafe=True), partial(check, unsafe=True), judge=partial(verify, unsafe=True), limit_s=60.0)

@@ -1,7 +1,7 @@
-"""One of the known answers stands in the response: for open questions, whose answers have many names (PopQA, arXiv 2212.10511).
+"""`contains`: the response contains one of the accepted answers. For open questions (PopQA, arXiv 2212.10511).
 
-Texts are compared as SQuAD compares them (Rajpurkar et al., arXiv 1606.05250): in lower case, without punctuation and articles, white space
-as one blank. Whole words must match: "Oman" does not stand in "a woman".
+Texts are normalized as in SQuAD (Rajpurkar et al., arXiv 1606.05250): lower case, no punctuation or articles, single blanks. Only whole
+words match: "a woman" does not contain "Oman".
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def verify(response: str, truth: list[str]) -> Verdict:
-    """Whether any of the answers `truth` stands in `response`."""
+    """Whether `response` contains any of the answers in `truth`."""
     text = f" {plain(response)} "
     found = next((answer for answer in truth if f" {plain(answer)} " in text), None)
-    return Verdict(found is not None, "none of the answers stands in it" if found is None else f"{found[:40]!r} stands in it")
+    return Verdict(found is not None, "contains none of the answers" if found is None else f"contains {found[:40]!r}")
 
 
 def plain(text: str) -> str:
@@ -28,7 +28,7 @@ def plain(text: str) -> str:
 
 
 def check(truth: Any) -> None:
-    """Raises ValueError unless `truth` is a list of texts that are not blank: a blank one stands in everything."""
+    """Raises ValueError unless `truth` is a list of texts that are not blank; every response contains a blank one."""
     if not isinstance(truth, list) or not truth or not all(isinstance(answer, str) and plain(answer) for answer in truth):
         raise ValueError(f"truth={truth!r:.60} must be a list of answers, none of them blank, such as ['Paris', 'the city of Paris']")
 

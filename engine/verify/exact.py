@@ -1,4 +1,4 @@
-"""The whole response, less surrounding white space, is the truth: for users' own tasks."""
+"""`exact`: the response, without surrounding white space, equals the truth. For custom tasks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from engine.verify.verdict import Verdict, Verifier
 
 
 def verify(response: str, truth: str) -> Verdict:
-    """Letter by letter, case included."""
+    """Whether response and truth are equal, case-sensitively, without surrounding white space."""
     if response.strip() == truth.strip():
         return Verdict(True, "equal to the truth")
     return Verdict(False, "empty" if not response.strip() else "differs from the truth")
 
 
 def check(truth: Any) -> None:
-    """Raises ValueError unless `truth` is text: an empty one would reward silence."""
+    """Raises ValueError unless `truth` is text that is not blank; a blank one would reward empty responses."""
     if not isinstance(truth, str) or not truth.strip():
-        raise ValueError(f"truth={truth!r} must be a string that is not blank: what the response has to be")
+        raise ValueError(f"truth={truth!r} must be a string that is not blank; give the expected response")
 
 
 EXACT = Verifier("exact", verify, check, judge=verify, inline=True)

@@ -1,8 +1,8 @@
-"""Grade-school answers: the last number of the response is the number of the truth (Tülu 3, section 6; arXiv 2411.15124).
+"""`gsm8k`: the last number of the response equals the last number of the truth (Tülu 3, section 6; arXiv 2411.15124).
 
-Numbers are compared as numerals, exactly and without arithmetic: 1,000 is 1000.0 is 1e3, and 0.333 is not 1/3. Unlike the rule of record,
-commas are stripped from both sides (else a truth such as 1,000 can never be met), a minus between two numbers is not a sign ("12-5" ends in
-5), and digits of any script count.
+Numbers are compared exactly, without arithmetic: 1,000 equals 1000.0 and 1e3; 0.333 does not equal 1/3. Differences from Tülu 3's
+verifier: commas are removed from both sides (otherwise a truth such as 1,000 never matches), a minus between two numbers is not a sign
+("12-5" ends in 5), and digits of all scripts are accepted.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PLAIN = str.maketrans({"−": "-", "﹣": "-", "－": "-", "，": ",", "．": ".
 
 def verify(response: str, truth: str) -> Verdict:
     """Whether the last number of `response` is the last number of `truth`."""
-    wanted = last_number(truth)
-    if wanted is None:
+    expected = last_number(truth)
+    if expected is None:
         raise ValueError(_no_number(truth))
     found = last_number(response)
     if found is None:
         return Verdict(False, "no number in the response")
-    return Verdict(_same(found, wanted), f"last number is {_short(found)}")
+    return Verdict(_same(found, expected), f"last number is {_short(found)}")
 
 
 def check(truth: Any) -> None:
@@ -44,7 +44,7 @@ def check(truth: Any) -> None:
 
 
 def last_number(text: str) -> str | None:
-    """The last numeral of `text` without commas and currency, as Decimal reads it, or as "1/2"; None when there is none. Linear time."""
+    """The last number in `text`, without commas and currency, as Decimal accepts it or as "1/2"; None if there is none. Linear time."""
     end = LAST_DIGIT.search(text)
     if end is None:
         return None

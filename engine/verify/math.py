@@ -1,11 +1,12 @@
-r"""Answers of competition mathematics, "flex" (Tülu 3, section 6): what a response commits to, and whether it equals the truth.
+r"""`math`: the final answer of a response equals the truth. For competition mathematics ("flex" in Tülu 3, section 6).
 
-A response commits to its last \boxed{}, else to what follows its last "final answer is", else to its last $…$, else to all it says. The
-rule of record accepts a match in any of them; here the first that is there decides, so that an answer cannot be hedged.
+The final answer is the content of the last \boxed{}, else the text after the last "final answer is", else the last $…$, else the whole
+response. Tülu 3's verifier accepts a match in any of these; here only the first one that exists counts, so that a response cannot offer
+several answers.
 
-Two answers are equal when their normal forms are (after Hendrycks et al., arXiv 2103.03874, and Lewkowycz et al., arXiv 2206.14858: units,
-spacing, degrees, percent and dollar signs do not count), else when the math-verify library finds them so. That may take for ever: it
-happens only in a worker that is ended at the limit.
+Two answers are equal if their normal forms are (after Hendrycks et al., arXiv 2103.03874, and Lewkowycz et al., arXiv 2206.14858: units,
+spacing, degrees, percent and dollar signs are ignored), or if the math-verify library finds them equal. The library may not terminate, so
+it only runs in a worker with a time limit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from engine.verify.verdict import Verdict, Verifier
 
 LONGEST = 1000  # characters of an answer; the longest of MATH has 81
 LIMIT_S = 5.0
-LATEX_ONLY = (LatexExtractionConfig(),)  # the library's other reader passes text to eval
+LATEX_ONLY = (LatexExtractionConfig(),)  # the library's expression parser passes text to eval
 
 BRACES = re.compile(r"\\(?:boxed|fbox)\s*(?P<box>\{)|\\(?:boxed|fbox)\s+(?P<bare>[^\s{}$]+)|\\[{}]|(?P<brace>[{}])")
 FINAL = re.compile(r"final answer is:?[ \t]*", re.IGNORECASE)
@@ -34,14 +35,14 @@ PLAIN = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | {ord("−"): "-", 
 
 
 def verify(response: str, truth: str) -> Verdict:
-    """Whether the answer of `response` equals `truth`; from any thread. What normalisation cannot tell is asked of a worker."""
+    """Whether the final answer of `response` equals that of `truth`. Thread-safe. Uses a worker if normal forms do not decide."""
     return _by_normal_form(final_answer(response), final_answer(truth)) or alone(MATH, response, truth)
 
 
 def judge(response: str, truth: str) -> Verdict:
-    """The same here and now, under no limit: for workers."""
-    found, wanted = final_answer(response), final_answer(truth)
-    return _by_normal_form(found, wanted) or _by_library(found, wanted)
+    """`verify` in this process, without a time limit."""
+    found, expected = final_answer(response), final_answer(truth)
+    return _by_normal_form(found, expected) or _by_library(found, expected)
 
 
 def check(truth: Any) -> None:
@@ -52,7 +53,7 @@ def check(truth: Any) -> None:
 
 
 def final_answer(text: str) -> str:
-    """What `text` commits to, without the marks around it; maybe "". Linear time."""
+    """The final answer of `text` without surrounding markup; may be empty. Linear time."""
     answer = _last_boxed(text)
     if answer is None:
         answer = _after_final_answer_is(text)
@@ -62,8 +63,8 @@ def final_answer(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""The inside of the \boxed{} that begins last among those that are closed; also of "\boxed 5" and \fbox{}."""
-    open_boxes: list[int] = []  # for each open brace, where its box's inside begins, or -1
+    r"""The content of the closed \boxed{} that starts last; also of "\boxed 5" and \fbox{}."""
+    open_boxes: list[int] = []  # for each open brace, where the content of its box starts, or -1
     best, inside = -1, None
     for mark in BRACES.finditer(text):
         if mark["bare"] is not None and mark.start() > best:
@@ -97,37 +98,37 @@ def _bare(answer: str) -> str:
     return answer.removesuffix(".").rstrip()
 
 
-def _by_normal_form(found: str, wanted: str) -> Verdict | None:
-    """A verdict where the texts settle it; None where only mathematics can."""
+def _by_normal_form(found: str, expected: str) -> Verdict | None:
+    """The verdict if the normal forms decide it, else None."""
     if not found:
         return Verdict(False, "no answer in the response")
     if len(found) > LONGEST:
-        return Verdict(False, f"an answer of {len(found)} characters")
-    ours, theirs = normal_form(found), normal_form(wanted)
+        return Verdict(False, f"the answer has {len(found)} characters, over the limit of {LONGEST}")
+    ours, theirs = normal_form(found), normal_form(expected)
     if ours == theirs:
-        return Verdict(True, f"{_short(found)} is the truth as written")
+        return Verdict(True, f"{_short(found)} equals the truth as written")
     a, b = _numbers(ours), _numbers(theirs)
-    if a is None or b is None or a.brackets != b.brackets or ("%" in found) != ("%" in wanted):
+    if a is None or b is None or a.brackets != b.brackets or ("%" in found) != ("%" in expected):
         return None
     if a == b:
-        return Verdict(True, f"{_short(found)} is the truth in numbers")
+        return Verdict(True, f"{_short(found)} equals the truth in numbers")
     exact = "." not in ours and "." not in theirs
-    apart = len(a.values) != len(b.values) or any(abs(x - y) > abs(y) / 1000 for x, y in zip(a.values, b.values, strict=True))
-    return Verdict(False, f"{_short(found)} is not the truth in numbers") if exact or apart else None
+    differ = len(a.values) != len(b.values) or any(abs(x - y) > abs(y) / 1000 for x, y in zip(a.values, b.values, strict=True))
+    return Verdict(False, f"{_short(found)} does not equal the truth in numbers") if exact or differ else None
 
 
-def _by_library(found: str, wanted: str) -> Verdict:
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that time is unlimited, and tells of every parse that fails
+def _by_library(found: str, expected: str) -> Verdict:
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about the missing time limit and every failed parse
     seed(0)  # sympy tests for zero at random points
     try:
-        ours, theirs = (parse(rf"\boxed{{{answer}}}", LATEX_ONLY, parsing_timeout=0) for answer in (found, wanted))  # type: ignore[arg-type]
+        ours, theirs = (parse(rf"\boxed{{{answer}}}", LATEX_ONLY, parsing_timeout=0) for answer in (found, expected))  # type: ignore[arg-type]
         same = equal_expressions(theirs, ours, timeout_seconds=0)
     except Exception as error:
         return Verdict(False, f"{_short(found)} cannot be compared: {type(error).__name__}")
     return Verdict(same, f"{_short(found)} {'equals' if same else 'does not equal'} the truth")
 
 
-# Those of one letter are left to the library: 3m may be three times m.
+# One-letter units are left to the library: 3m may mean 3 times m.
 UNITS = "units?|dollars?|cents?|degrees?|inch(?:es)?|feet|foot|miles?|[ckm]m|meters?|mph|pounds?|grams?|kg|hours?|minutes?|seconds?|days?"
 REWRITES = [
     (re.compile(pattern), replacement)
@@ -161,7 +162,7 @@ RATIONAL = re.compile(r"([-+]?)(?:(\d+(?:\.\d+)?)|\\frac\{(-?\d+)\}\{(-?\d+)\})"
 
 
 def normal_form(answer: str) -> str:
-    """`answer` in one of its many spellings: equal forms are equal answers, different ones may be."""
+    """Canonical spelling of `answer`. Equal forms mean equal answers; different forms may still be equal."""
     for pattern, replacement in REWRITES:
         answer = pattern.sub(replacement, answer)
     return answer

@@ -1,4 +1,4 @@
-"""Many responses judged at once, in workers that may be lost; and one, in a worker of its own."""
+"""Judges responses in worker processes, which may crash or be killed at a time limit without losing the batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from engine.verify.verdict import Unjudged, Verdict, Verifier, ruling
 from engine.verify.worker import Task, Worker
 
-ATTEMPTS = 2  # at a response whose worker is lost
+ATTEMPTS = 2  # per response, if its worker is lost
 LOG = logging.getLogger(__name__)
 
 
 class Case(NamedTuple):
-    """One response to judge, by a verifier, against a truth that its `check` has accepted."""
+    """A response to judge, with its verifier and a ground truth that the verifier's `check` accepts."""
 
     verifier: Verifier
     response: str
@@ -29,21 +29,22 @@ class Case(NamedTuple):
 
 
 class Pool:
-    """Worker processes, started when they are first needed and kept until `close`.
+    """Worker processes, started on first use and kept until `close`.
 
-    `max_dropped` is the share of a batch, rounded up, that may stay unjudged; a batch with more of them raises.
+    workers: number of processes; None: one per available core. max_dropped: the share of a batch, rounded up, that may remain unjudged.
+    Raises ValueError if an argument is out of range.
     """
 
     def __init__(self, workers: int | None = None, max_dropped: float = 0.01):
         if workers is not None and workers < 1:
-            raise ValueError(f"workers={workers} must be at least 1; None means one for each core")
+            raise ValueError(f"workers={workers} must be at least 1; use None for one per core")
         if not 0 <= max_dropped <= 1:
-            raise ValueError(f"max_dropped={max_dropped} must be a share of the batch from 0 to 1")
+            raise ValueError(f"max_dropped={max_dropped} must be in [0, 1]; it is a share of the batch")
         self.size = workers or len(os.sched_getaffinity(0))
         self.max_dropped = max_dropped
-        self.dropped = 0  # responses that no worker could judge, of all batches
+        self.dropped = 0  # responses that could not be judged, over all batches
         self._workers: list[Worker] = []
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Pool:
         return self
@@ -52,22 +53,22 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        """End the workers; the next batch starts others."""
+        """End the workers. The next batch starts new ones."""
         while self._workers:
             self._workers.pop().close()
 
     def verify(self, cases: Sequence[Case]) -> list[Verdict | Unjudged]:
-        """An answer for each case, in order, the same however many workers there are.
+        """The result of each case, in order, independent of the number of workers.
 
-        A response over its verifier's limit is wrong. One whose worker is lost, or that could not be judged, is tried again in another
-        worker and then dropped: its answer is an Unjudged that says why. Raises Unjudged when more than `max_dropped` are.
+        A response that exceeds its verifier's time limit is wrong. If its worker is lost or cannot judge it, it is retried once and
+        then dropped: its result is an Unjudged with the reason. Raises Unjudged if more than `max_dropped` are dropped.
         """
-        with self._turn:
+        with self._lock:
             batch = _Batch(cases)
             try:
                 self._run(batch)
             except BaseException:
-                self.close()  # or a later batch would hear answers to this one
+                self.close()  # or a later batch would receive results of this one
                 raise
         answers = [answer for answer in batch.answers if answer is not None]
         assert len(answers) == len(cases)
@@ -79,22 +80,22 @@ class Pool:
             self._workers = [Worker() for _ in range(self.size)]
         self._feed(batch)
         batch.judge_inline()
-        while busy := [worker for worker in self._workers if worker.asked]:
-            soonest = min(worker.deadline for worker in busy)
-            heard = wait([worker.pipe for worker in busy], timeout=max(0.0, soonest - time.monotonic()))
+        while busy := [worker for worker in self._workers if worker.tasks]:
+            deadline = min(worker.deadline for worker in busy)
+            ready = wait([worker.pipe for worker in busy], timeout=max(0.0, deadline - time.monotonic()))
             for worker in busy:
-                if worker.pipe in heard:
-                    self._hear(worker, batch)
+                if worker.pipe in ready:
+                    self._receive(worker, batch)
                 elif worker.overdue():
                     self._replace(worker, batch)
             self._feed(batch)
 
     def _feed(self, batch: _Batch) -> None:
         for worker in self._workers:
-            while batch.waiting and worker.takes(task := batch.task(batch.waiting[0])):
-                worker.ask(batch.waiting.popleft(), task)
+            while batch.waiting and worker.accepts(task := batch.task(batch.waiting[0])):
+                worker.submit(batch.waiting.popleft(), task)
 
-    def _hear(self, worker: Worker, batch: _Batch) -> None:
+    def _receive(self, worker: Worker, batch: _Batch) -> None:
         try:
             batch.take(*worker.answer())
         except EOFError:
@@ -102,7 +103,7 @@ class Pool:
 
     def _replace(self, worker: Worker, batch: _Batch) -> None:
         batch.take(*worker.lost())
-        batch.waiting.extendleft(index for index, _ in reversed(worker.asked))
+        batch.waiting.extendleft(index for index, _ in reversed(worker.tasks))
         worker.close()
         self._workers[self._workers.index(worker)] = Worker()
 
@@ -120,7 +121,7 @@ class Pool:
 
 
 class _Batch:
-    """What is asked, what is answered, and what still waits."""
+    """The cases of a batch, their results so far, and the indices that wait for a worker."""
 
     def __init__(self, cases: Sequence[Case]):
         self.cases = cases
@@ -138,7 +139,7 @@ class _Batch:
                 self.answers[index] = ruling(*verifier.judge(response, truth))
 
     def take(self, index: int, answer: Verdict | Unjudged) -> None:
-        """Keep an answer, or ask again for one that is none."""
+        """Store a result, or queue the case again if it is Unjudged and has an attempt left."""
         self.attempts[index] += 1
         if isinstance(answer, Unjudged) and self.attempts[index] < ATTEMPTS:
             self.waiting.append(index)
@@ -147,7 +148,7 @@ class _Batch:
 
 
 def alone(verifier: Verifier, response: str, truth: Any) -> Verdict:
-    """Judge one response in this process's own worker, from any thread, under the verifier's limit. Raises Unjudged when that is lost."""
+    """Judge one response in a worker of this process, under a time limit. Thread-safe. Raises Unjudged if the worker is lost."""
     answer = _own_pool(os.getpid()).verify([Case(verifier, response, truth)])[0]
     if isinstance(answer, Unjudged):
         raise answer
@@ -156,5 +157,5 @@ def alone(verifier: Verifier, response: str, truth: Any) -> Verdict:
 
 @lru_cache(maxsize=1)
 def _own_pool(pid: int) -> Pool:
-    """One worker for `alone`; a forked child, which has another `pid`, must not share its parent's pipe."""
+    """The worker of `alone`. Keyed by pid, because a forked child must not share its parent's pipe."""
     return Pool(workers=1)

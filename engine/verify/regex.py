@@ -1,4 +1,4 @@
-"""A pattern is found in the response: for users' own tasks. The pattern is the user's, and may be one that never ends."""
+"""`regex`: a pattern matches somewhere in the response. For custom tasks. Matching has a time limit, because patterns may backtrack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIMIT_S = 1.0
 
 
 def verify(response: str, truth: str) -> Verdict:
-    """Whether the pattern `truth` matches anywhere; one for the whole response says so: \\A…\\Z. From any thread."""
+    """Whether the pattern `truth` matches anywhere in `response`; use \\A…\\Z to match all of it. Thread-safe."""
     try:
         found = regex.search(truth, response, timeout=LIMIT_S)
     except TimeoutError:
@@ -21,15 +21,15 @@ def verify(response: str, truth: str) -> Verdict:
 
 
 def check(truth: Any) -> None:
-    """Raises ValueError unless `truth` is a pattern that asks for something: one that matches nothing at all would reward silence."""
+    """Raises ValueError unless `truth` is a pattern that does not match the empty string, which would reward empty responses."""
     if not isinstance(truth, str):
-        raise ValueError(f"truth={truth!r} must be a string: a pattern that the response must match")
+        raise ValueError(f"truth={truth!r} must be a string; give a regular expression")
     try:
-        asks = not regex.search(truth, "", timeout=LIMIT_S)
+        nonempty = not regex.search(truth, "", timeout=LIMIT_S)
     except regex.error as error:
-        raise ValueError(f"truth={truth!r} is no pattern: {error}") from None
-    if not asks:
-        raise ValueError(f"truth={truth!r} is found in an empty response; write a pattern that needs something to be there")
+        raise ValueError(f"truth={truth!r} is not a valid pattern: {error}") from None
+    if not nonempty:
+        raise ValueError(f"truth={truth!r} matches an empty response; give a pattern that does not")
 
 
 REGEX = Verifier("regex", verify, check, judge=verify)

@@ -1,4 +1,4 @@
-"""Rows in, verdicts out, in the same order: what `python -m engine verify` does."""
+"""Judges .jsonl rows, in order: the implementation of `python -m engine verify`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engine.data.rows import read_lines
 from engine.verify.pool import Case, Pool
 from engine.verify.verdict import Unjudged, Verdict, Verifier
 
-BLOCK = 2000  # rows that are judged together, and held in memory
+BLOCK = 2000  # rows per batch
 
 
 @dataclass
 class Tally:
-    """How the rows came out."""
+    """Counts of verdicts."""
 
     correct: int = 0
     wrong: int = 0
@@ -30,9 +30,9 @@ class Tally:
 
 
 def verify_rows(verifier: Verifier, pool: Pool, lines: Iterable[bytes], out: TextIO) -> Tally:
-    """Judge jsonl of {"response", "truth"} and write {"correct", "reason"} for each row; "correct" is null where the machine failed.
+    """Read .jsonl rows {"response", "truth"} and write {"correct", "reason"} for each; "correct" is null if the row could not be judged.
 
-    Raises ValueError, naming the line, for a row that is not one; Unjudged as `Pool.verify` does.
+    Raises ValueError, which names the line, for an invalid row, and Unjudged like `Pool.verify`.
     """
     cases = (_case(verifier, row, where) for where, row in read_lines(lines, "stdin"))
     tally = Tally()
@@ -46,7 +46,7 @@ def _case(verifier: Verifier, row: dict[str, Any], where: str) -> Case:
     if not isinstance(response := row.get("response"), str):
         raise ValueError(f"{where}: response={response!r} must be a string")
     if "truth" not in row:
-        raise ValueError(f"{where}: has no truth; a row is {{response, truth}}")
+        raise ValueError(f"{where}: truth is missing; a row needs response and truth")
     try:
         verifier.check(row["truth"])
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a verifier answers, and what it raises when it is the machine that failed."""
+"""The result of a verifier, and the exception for failures of the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Verdict(NamedTuple):
-    """One judged response; `reason` is one line for people and decides nothing."""
+    """The result for one response. `reason` is one line for logs."""
 
     correct: bool
     reason: str
@@ -17,12 +17,12 @@ class Verdict(NamedTuple):
 class Unjudged(Exception):
     """The machine failed, not the response: no sandbox, a lost worker, a full disk.
 
-    Such an item is tried again, then dropped and counted. It is never a wrong answer.
+    The response is retried, then dropped and counted. It is never counted as wrong.
     """
 
 
 def ruling(correct: object, reason: str) -> Verdict | Unjudged:
-    """What a verifier said, as a verdict; one that is neither right nor wrong is the verifier's own fault: NaN would count as right."""
+    """A verifier's result as a Verdict. Unjudged if `correct` is not a boolean: NaN, for example, would count as correct."""
     if correct not in (True, False):
         return Unjudged(f"its verdict is {correct!r}, neither True nor False")
     return Verdict(bool(correct), reason)
@@ -30,16 +30,16 @@ def ruling(correct: object, reason: str) -> Verdict | Unjudged:
 
 @dataclass(frozen=True)
 class Verifier:
-    """One way to judge.
+    """A verifier.
 
-    `verify(response, truth)` may be called anywhere, in any thread: it comes back within `limit_s` whatever the response is, and raises
-    nothing but Unjudged. `check(truth)` raises ValueError, naming the field, for a truth against which nothing can be judged: it is called
-    once, at start-up. A pool runs `judge` in workers that it kills: `verify` less the guard of its own that it may have.
+    `verify(response, truth)` is thread-safe, returns within `limit_s` for any response, and raises only Unjudged.
+    `check(truth)` raises ValueError, which names the field, if `truth` is not usable; it is called once per row, at start-up.
+    `judge(response, truth)` is `verify` without its own time limit: Pool runs it in workers that it can kill.
     """
 
     name: str
     verify: Callable[[str, Any], Verdict]
     check: Callable[[Any], None]
     judge: Callable[[str, Any], Verdict]
-    limit_s: float = 10.0  # wall clock of one response in a worker; one that takes longer is wrong
-    inline: bool = False  # judged faster than a worker is asked, and in linear time: a pool judges it where it stands
+    limit_s: float = 10.0  # wall clock per response in a worker; a response that takes longer is wrong
+    inline: bool = False  # Pool runs `judge` in its own process: for linear-time verifiers that are cheaper than a message to a worker

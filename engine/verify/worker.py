@@ -1,8 +1,8 @@
-"""One process that judges in another's place: a response that never ends, or takes its process down, takes that one down.
+"""A worker process that judges responses, so that one that hangs or crashes its verifier does not affect the parent.
 
-The clock of a response is a kernel timer of the worker itself, SIGALRM with its default action. It runs from the first moment of the work,
-stops code that never comes back to Python, needs no thread of the parent, and ends a worker whose parent is gone; an idle one ends when the
-pipe does.
+The time limit of a response is a kernel timer in the worker: SIGALRM with its default action, which ends the process. It starts with the
+work, interrupts code that never returns to Python, needs no thread in the parent, and ends a worker whose parent is gone. An idle worker
+ends when its pipe is closed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 from engine.verify.verdict import Unjudged, Verdict, ruling
 
-MEMORY_BYTES = 4 << 30  # of a worker's address space: an expression that would fill the machine fails here instead
-GRACE_S = 15.0  # how long after its limit a worker may stay silent before it is taken for stuck
-IN_FLIGHT = 8  # tasks a worker is given ahead of its answers, so that it never waits for the next one
-IN_FLIGHT_CHARACTERS = 1 << 14  # and no more text than a pipe holds, so that the parent never waits either
-REASON_CHARACTERS = 1000  # so that a worker never waits for its answers to be read, while the parent waits for it to take a task
+MEMORY_BYTES = 4 << 30  # of a worker's address space, so that a huge expression does not exhaust the machine's memory
+GRACE_S = 15.0  # seconds after its time limit at which an unresponsive worker is considered stuck
+IN_FLIGHT = 8  # tasks queued per worker, so that it does not wait for the next one
+IN_FLIGHT_CHARACTERS = 1 << 14  # at most what a pipe holds, so that the parent does not block on sending
+REASON_CHARACTERS = 1000  # bounds results, so that the worker does not block on sending while the parent blocks on sending it a task
 START = "import sys; from engine.verify.worker import serve; serve(int(sys.argv[1]))"
 
 
@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 
 class Worker:
-    """The parent's side: tasks in, answers out, in order. A process of its own session, started without a copy of its parent's modules."""
+    """The parent's handle of a worker: takes tasks, returns results in order. The process is spawned in a new session."""
 
     def __init__(self) -> None:
         self.pipe, theirs = Pipe()
@@ -51,62 +51,62 @@ class Worker:
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=2,  # what a verifier prints must not mix with what this process writes
-            start_new_session=True,  # so that all it started can be killed with it, and Ctrl-C is the parent's alone
+            stdout=2,  # output of a verifier must not mix with this process's stdout
+            start_new_session=True,  # to kill it with all its children, and to keep Ctrl-C from it
         )
         theirs.close()
-        self.asked: deque[tuple[int, Task]] = deque()
+        self.tasks: deque[tuple[int, Task]] = deque()
         self.deadline = 0.0
 
-    def takes(self, task: Task) -> bool:
-        """Whether it should be given one more."""
-        text = sum(len(waiting.response) for _, waiting in self.asked) + len(task.response)
-        return not self.asked or (len(self.asked) < IN_FLIGHT and text < IN_FLIGHT_CHARACTERS)
+    def accepts(self, task: Task) -> bool:
+        """Whether its queue has room for `task`."""
+        text = sum(len(waiting.response) for _, waiting in self.tasks) + len(task.response)
+        return not self.tasks or (len(self.tasks) < IN_FLIGHT and text < IN_FLIGHT_CHARACTERS)
 
-    def ask(self, index: int, task: Task) -> None:
-        """Give it a task; `answer` names it by `index`. A worker that is gone says so when its answer is awaited."""
-        self.asked.append((index, task))
-        if len(self.asked) == 1:
-            self._wind()
+    def submit(self, index: int, task: Task) -> None:
+        """Send a task; `answer` returns its result with `index`. If the worker has ended, `answer` raises."""
+        self.tasks.append((index, task))
+        if len(self.tasks) == 1:
+            self._reset_deadline()
         try:
             self.pipe.send(task)
         except OSError:
             self._end()
 
     def answer(self) -> tuple[int, Verdict | Unjudged]:
-        """The answer to the oldest task. EOFError when the worker is gone: then `lost` says why."""
+        """(index, result) of the oldest task. Raises EOFError if the worker has ended; then call `lost`."""
         try:
             answer = self.pipe.recv()
         except OSError as error:
             raise EOFError from error
-        index, _ = self.asked.popleft()
-        self._wind()
+        index, _ = self.tasks.popleft()
+        self._reset_deadline()
         return index, answer
 
     def overdue(self) -> bool:
-        """Whether it neither answered nor was ended by its own timer."""
-        return bool(self.asked) and time.monotonic() > self.deadline and not self.pipe.poll()
+        """Whether it has neither returned a result nor been ended by its timer."""
+        return bool(self.tasks) and time.monotonic() > self.deadline and not self.pipe.poll()
 
     def lost(self) -> tuple[int, Verdict | Unjudged]:
-        """End it. What that means for the oldest task; the others were not begun."""
+        """End the worker; (index, result) of its oldest task. The other tasks were not started."""
         overdue = self.overdue()
         code = self._end()
-        index, task = self.asked.popleft()
+        index, task = self.tasks.popleft()
         if code == -signal.SIGALRM:
             return index, Verdict(False, f"time limit of {task.limit_s:g} s")
-        how = "stayed silent" if overdue else f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        return index, Unjudged(f"its worker {how}")
+        cause = "did not respond" if overdue else f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return index, Unjudged(f"its worker {cause}")
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
+        """End the worker, whatever it is doing."""
         self._end()
         self.pipe.close()
 
-    def _wind(self) -> None:
-        self.deadline = time.monotonic() + GRACE_S + (self.asked[0][1].limit_s if self.asked else 0.0)
+    def _reset_deadline(self) -> None:
+        self.deadline = time.monotonic() + GRACE_S + (self.tasks[0][1].limit_s if self.tasks else 0.0)
 
     def _end(self) -> int:
-        """Kill its whole session; how the worker itself ended: if that was before, a later signal does not change it."""
+        """Kill the session. Returns the worker's exit status, which is the earlier one if it had already ended."""
         if self.process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -114,12 +114,12 @@ class Worker:
 
 
 def serve(fd: int) -> None:
-    """The worker's side, until the pipe ends."""
+    """The worker's main loop, until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most), most))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard), hard))
     pipe = Connection(fd)
     while True:
         try:
@@ -131,7 +131,7 @@ def serve(fd: int) -> None:
 
 def _answer(message: bytes) -> Verdict | Unjudged:
     try:
-        task: Task = pickle.loads(message)  # imports the verifier's module: before the clock starts
+        task: Task = pickle.loads(message)  # imports the verifier's module, before the timer starts
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, task.limit_s)
         correct, reason = task.judge(task.response, task.truth)
@@ -140,7 +140,7 @@ def _answer(message: bytes) -> Verdict | Unjudged:
         return Unjudged(str(failure))
     except MemoryError:
         return Verdict(False, f"memory limit of {MEMORY_BYTES >> 30} GiB")
-    except Exception as error:  # a verifier's own fault is not the response's
+    except Exception as error:  # a bug of the verifier is not the response's fault
         return Unjudged(f"{type(error).__name__}: {error}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -215,7 +215,7 @@ def test_bad_rows_dropped_are_told(recipe: Path, tmp_path: Path) -> None:
         ("algorithm.beta=0", "algorithm.beta=0.0 must be positive"),
         ("algorithm.batch_size=0", "algorithm.batch_size=0 must be positive"),
         ("algorithm.label_smoothing=0.5", "label_smoothing=0.5 must be in [0, 0.5)"),
-        ("algorithm.nll_weight=-1", "nll_weight=-1.0 not negative"),
+        ("algorithm.nll_weight=-1", "nll_weight=-1.0 at least 0"),
     ],
 )
 def test_bad_settings(setting: str, expected: str, recipe: Path) -> None:

@@ -144,7 +144,7 @@ def test_score_takes_rows_of_ids_in_order(recipe: Path, tmp_path: Path) -> None:
         ('{"text": "hi"}', "data.jsonl:41: a row needs messages, or prompt and response, or tokens; this one has text"),
         (
             json.dumps({"prompt": "x" * 300, "response": "y"}),
-            "over max_length=256 (policy too_long=error); set too_long=truncate or drop",
+            "over max_length=256, with too_long=error; set too_long=truncate or drop",
         ),
     ],
 )

@@ -91,7 +91,7 @@ def test_the_first_prompt_is_the_published_one(name: str, model: Path, data: dic
     """Golden files hold the prompts letter by letter, without and with a chat template."""
     for chat in (False, True):
         golden = GOLDEN / f"eval_{name}{'_chat' if chat else ''}.txt"
-        assert exam(name, model, data, chat).asked(0) == golden.read_text()
+        assert exam(name, model, data, chat).prompt_text(0) == golden.read_text()
 
 
 def metrics(exam: Exam, *texts: str) -> dict[str, float]:
@@ -248,7 +248,7 @@ def test_bad_words_are_answered_in_one_line(words: list[object], expected: str, 
         ("gsm8k", {"question": "?", "answer": "none"}, "truth='none' must be a string with a number"),
         ("nq_open", {"question": "?", "answer": [""]}, "must be a list of answers, none of them blank"),
         ("ifeval", {"prompt": "?", "instruction_id_list": ["no:such"], "kwargs": [{}]}, "'no:such' is unknown"),
-        ("humaneval", {"prompt": 1, "test": "", "entry_point": ""}, "is not for verifier=code"),
+        ("humaneval", {"prompt": 1, "test": "", "entry_point": ""}, "has no tests for verifier=code"),
     ],
 )
 def test_bad_rows_are_named(name: str, row: dict[str, Any], expected: str, model: Path, tmp_path: Path) -> None:
@@ -279,15 +279,15 @@ def test_mmlu_as_a_dataset_asks_as_its_tables_do(model: Path, data: dict[str, st
     datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(tmp_path / "mmlu")
     asked = exam("mmlu", model, {"mmlu": str(tmp_path / "mmlu")})
     golden = (GOLDEN / "eval_mmlu.txt").read_text()
-    assert asked.asked(0) == golden
-    assert asked.asked(1) == golden.replace("plain sums", "other").removesuffix("0 + 1, is?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:") + (
+    assert asked.prompt_text(0) == golden
+    assert asked.prompt_text(1) == golden.replace("plain sums", "other").removesuffix("0 + 1, is?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:") + (
         "7 + 1, is?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer:"
     )
 
 
 def test_a_broken_table_of_choices(model: Path, tmp_path: Path) -> None:
     (tmp_path / "x_dev.csv").write_text("a question,1,2,3,4,E\n")
-    assert "x_dev.csv:1: a row is a question, four choices and a letter from A to D" in complaint(
+    assert "x_dev.csv:1: a row must be a question, four choices and a letter from A to D" in complaint(
         "eval", model, "--suite", "mmlu", "--data", f"mmlu={tmp_path}"
     )
 

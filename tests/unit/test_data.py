@@ -1,4 +1,4 @@
-"""The data room: strict rows, caches and orders that can be trusted."""
+"""Data: strict parsing of rows, cached corpora, and reproducible sample order."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 
 def test_a_missing_source_is_an_error(tmp_path):
-    for path, complaint in (("no.jsonl", "does not exist"), ("", "no folder written by save_to_disk")):
+    for path, complaint in (("no.jsonl", "does not exist"), ("", "cannot be loaded as a .jsonl file, a folder written by save_to_disk")):
         with pytest.raises(ValueError, match=complaint):
             list(read_rows(Source(str(tmp_path / path))))
 
@@ -111,7 +111,7 @@ def test_a_hub_id_is_loaded_by_datasets(monkeypatch):
 
 
 class Counting(ChatTemplate):
-    """Counts the rows that it encodes, and does something at one of them."""
+    """Counts the rows that it encodes, and runs an action at one of them."""
 
     seen = 0
     at = 0
@@ -205,7 +205,7 @@ def test_too_long_is_an_error_unless_told_otherwise(tmp_path):
     ]
     source = jsonl(tmp_path / "rows.jsonl", rows)
     message = (
-        "rows.jsonl:2 has 4 tokens, the first 4 of them prompt, over max_length=3 (policy too_long=error); "
+        "rows.jsonl:2 has 4 tokens, the first 4 of them prompt, over max_length=3, with too_long=error; "
         "set too_long=truncate or drop, or raise max_length"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -271,7 +271,7 @@ def test_a_damaged_cache_is_noticed(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> list[Corpus]:
-    """Corpora of 10, 7 and 40 rows; row i of corpus c is the tokens [c, i]."""
+    """Corpora of 10, 7 and 40 rows. Row i of corpus c has the tokens [c, i]."""
     folder = tmp_path_factory.mktemp("corpora")
     chat = counting()
     sources = [jsonl(folder / f"{c}.jsonl", [{"tokens": [c, i]} for i in range(count)]) for c, count in enumerate((10, 7, 40))]
@@ -326,9 +326,9 @@ def test_the_order_is_a_function_of_seed_and_index(corpora):
 
 def test_bad_mixtures_are_errors(corpora):
     for weights, seed, complaint in (
-        ([1, 1], 0, "a mixture of 3 corpora needs as many weights"),
-        ([1, 0.01, 1], 0, "weight=0.01 of a corpus of 7 rows gives no sample"),
-        ([1, 1, 1], -1, "seed=-1 must not be negative"),
+        ([1, 1], 0, "got 3 corpora and 2 weights"),
+        ([1, 0.01, 1], 0, "weight=0.01 of a corpus of 7 rows yields no samples"),
+        ([1, 1, 1], -1, "seed=-1 must be at least 0"),
     ):
         with pytest.raises(ValueError, match=complaint):
             Mixture(corpora, weights, seed)

@@ -1,4 +1,4 @@
-"""Decontamination: Tülu's rule against a brute-force reading of it, and the command on files."""
+"""Decontamination: Tülu's rule compared with a brute-force implementation, and the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RULES = st.builds(Rule, ngram=st.integers(1, 4), instance=st.sampled_from([0.0, 
 
 
 def share(instance: list[str], prompt: list[str], n: int) -> float:
-    """By the letter of the rule: each token of the instance, each n-gram that holds it, each n-gram of the prompt."""
+    """Brute force: each token of the instance, each n-gram that contains it, each n-gram of the prompt."""
     matched = 0
     for token in range(len(instance)):
         starts = [start for start in range(token - n + 1, token + 1) if start >= 0 and start + n <= len(instance)]
@@ -36,7 +36,7 @@ def test_covered_counts_tokens_inside_shared_ngrams(instance: list[str], prompt:
 
 @given(st.lists(LETTERS, max_size=8), LETTERS, RULES)
 def test_the_index_finds_every_hit_and_no_other(instances: list[list[str]], prompt: list[str], rule: Rule) -> None:
-    """Three letters make n-grams common to many instances, which the index leaves out where it may."""
+    """With three letters, many instances share n-grams, which the index omits where possible."""
     index = Index(instances, rule)
     shares = {i: share(tokens, prompt, rule.ngram) for i, tokens in enumerate(instances) if tokens}
     found = dict(index.hits(prompt, index.candidates(prompt)))
@@ -136,7 +136,7 @@ def test_bad_input_is_answered_in_one_line(files: dict[str, str], tmp_path: Path
     doubled = complaint("--train", same, same, "--eval", files["eval"], "--remove", "sets", "--out", str(tmp_path / "o"))
     assert "2 training sets would be written to" in doubled
     there = complaint("--train", same, "--eval", files["eval"], "--remove", "sets", "--out", str(tmp_path))
-    assert "x.jsonl is there already" in there
+    assert "x.jsonl already exists" in there
     assert main(["decontaminate", "--train", same, "--eval", files["eval"], "--report", "no/such/r.json"]) == 1
     assert "its folder does not exist" in capsys.readouterr().err
     assert "ngram=0 must be at least 1" in complaint("--train", same, "--eval", files["eval"], "--ngram", "0")

@@ -1,4 +1,4 @@
-"""Preference rows: every shape the field writes, the same pair of it, and one clear line about each bad one."""
+"""Preference rows: all formats give the same pair, and each invalid row one clear error."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "q", "chosen": "a", "rejected": " \n"}, "rejected is empty"),
     ({"prompt": "q", "chosen": [turn("assistant", "")], "rejected": [BAD]}, "chosen is empty"),
     ({"prompt": "q", "chosen": [], "rejected": [BAD]}, "chosen must be text or a list of messages, not []"),
-    ({"prompt": "q", "chosen": "a"}, "this row has no rejected"),
-    ({"prompt": "q"}, "this row has no chosen and no rejected"),
+    ({"prompt": "q", "chosen": "a"}, "this one has no rejected"),
+    ({"prompt": "q"}, "this one has no chosen and no rejected"),
     ({"chosen": "a", "rejected": "b"}, "needs prompt or messages"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt must be text or a list of messages, not 3"),
     ({"prompt": "q", "chosen": [Q, GOOD], "rejected": [BAD]}, "write both in the same way"),
-    ({"chosen": [Q, GOOD], "rejected": [turn("user", "other"), BAD]}, "part at message 0, where chosen has role='user'"),
+    ({"chosen": [Q, GOOD], "rejected": [turn("user", "other"), BAD]}, "differ at message 0, where chosen has role='user'"),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD, Q, BAD]}, "chosen is the beginning of the other conversation"),
     ({"chosen": [Q], "rejected": [Q, BAD]}, "chosen must end in an assistant's message"),
     ({"prompt": "q", "chosen": 4, "rejected": "b"}, "chosen must be text or a list of messages, not 4"),
@@ -137,7 +137,7 @@ def test_a_pair_must_fit_a_microbatch(tmp_path: Path) -> None:
     pairs = prepared(tmp_path, [SHAPES[0], {"prompt": "q", "chosen": "a" * 50, "rejected": "b"}])
     longest = int(pairs.lengths.sum(1).max())
     pairs.check_fit("x.jsonl", longest)
-    with pytest.raises(ValueError, match=rf"x.jsonl: 1 of 2 pairs .* {longest} tokens .*tokens_per_microbatch={longest - 1}; raise it"):
+    with pytest.raises(ValueError, match=rf"x.jsonl: 1 of 2 pairs .* {longest} tokens, .*tokens_per_microbatch={longest - 1}; raise it"):
         pairs.check_fit("x.jsonl", longest - 1)
 
 

@@ -1,4 +1,4 @@
-"""SVAMP as demonstrations and tasks: worked answers end in the truth, and no problem is in two files."""
+"""SVAMP as demonstrations and tasks: worked answers end in the truth, and the files share no problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations as tokens: masks that speak of the right tokens, and text that stays text. And the tokenizers under them."""
+"""Chat templates: loss masks, message content that is never encoded as control tokens, and tokenizers."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_the_tokenizers_own_template_is_the_default_and_need_not_be_tidy():
 
 def test_unknown_and_broken_templates_are_errors():
     for template, complaint in (
-        ("tulo", "template='tulo' is unknown; use tulu, chatml or jinja text"),
+        ("tulo", "template='tulo' is unknown; use tulu, chatml or Jinja source"),
         ("chatml", "needs the tokens <|im_start|> and <|im_end|>"),
         ("{% if %}", "the template '{% if %}' cannot render"),
         ("{{ nothing.at_all }}", "cannot render"),
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_cannot_keep_text_apart_is_refused():
         (["hello"], "messages[0] must be an object with role and content"),
         ([{"role": "user"}], "messages[0] must be an object with role and content"),
         ([{"role": "user", "content": "q"}], "needs an assistant turn"),
-        ([{"role": "assistant", "content": "a"}], "and a turn before it"),
+        ([{"role": "assistant", "content": "a"}], "with a turn before it"),
         ([{"role": "tool", "content": "q"}], "messages[0].role='tool' is unknown; use system, user, assistant"),
         (ask("q", None), "messages[1].content must be text, not NoneType"),  # pyright: ignore[reportArgumentType]
         (ask("q", "a\ud800"), r"messages[1].content has a lone surrogate, '\ud800', at character 1"),

@@ -1,4 +1,4 @@
-"""Word problems: right answers, held-out arithmetic, and long ones that a guess does not solve."""
+"""Word problems: correct answers, disjoint held-out arithmetic, and long problems that guessing does not solve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.data.wordproblems import LONG, demonstrations, problems, tasks, writ
 
 
 def chain(row: dict) -> str:
-    """The arithmetic of a problem, "10*2-4", read back from its worked answer."""
+    """The arithmetic of a problem, such as "10*2-4", parsed from its worked answer."""
     steps = re.findall(r"(\d+) ([-+*]) (\d+) = ", row["messages"][1]["content"])
     return steps[0][0] + "".join(operator + operand for _, operator, operand in steps)
 

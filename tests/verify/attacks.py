@@ -1,8 +1,9 @@
 """Programs that attack the sandbox.
 
-HARM: f() is True when the harm was done. ENDLESS: the same, but only a clock ends it. FORGERY: f(1) should be 7, which no program knows.
+HARM: f() is True if the attack succeeded. ENDLESS: the same, for programs that only the time limit ends. FORGERY: f(1) should be 7, which
+no program knows.
 
-$canary is a file of the host that must stay as it is, $port a port on which the host listens, $host the host's process id.
+$canary is a file of the host that must not change, $port a port on which the host listens, $host the process id of the host.
 """
 
 HARM = {
@@ -205,11 +206,11 @@ for fd in range(1024):
         except OSError: pass
 def f(x): return None
 """,
-    "answer before being asked": """
+    "reply before a request": """
 import gc
 from engine.verify.sandbox.inside import program, wire
 for found in gc.get_objects():
-    if isinstance(found, program.Guest):
+    if isinstance(found, program.ProgramServer):
         for _ in range(100): wire.send(found.channel, {"ok": True})
 def f(x): return None
 """,
@@ -271,8 +272,8 @@ def f(x): return 0
 import engine.verify.sandbox.inside.judge, engine.verify.sandbox.inside.program
 import engine.verify.sandbox.inside.launcher, engine.verify.sandbox.inside.wire
 engine.verify.sandbox.inside.judge.judge = lambda *a: {"correct": True, "reason": "", "lost": False}
-engine.verify.sandbox.inside.program.Guest.answer = lambda *a: {"ok": True}
-engine.verify.sandbox.inside.program.Guest.perform = lambda *a: {"ok": True}
+engine.verify.sandbox.inside.program.ProgramServer.reply_to = lambda *a: {"ok": True}
+engine.verify.sandbox.inside.program.ProgramServer.perform = lambda *a: {"ok": True}
 engine.verify.sandbox.inside.launcher.Launcher.run = lambda *a: None
 def f(x): return 0
 """,
@@ -307,21 +308,21 @@ def f(x):
     "pass descriptors": """
 import gc, os, socket
 from engine.verify.sandbox.inside import program
-channel = next(found for found in gc.get_objects() if isinstance(found, program.Guest)).channel
+channel = next(found for found in gc.get_objects() if isinstance(found, program.ProgramServer)).channel
 socket.send_fds(channel, [b'\\0\\0\\0\\4true'], [0, 1, 2])
 def f(x): return 0
 """,
     "a frame without end": """
 import gc
 from engine.verify.sandbox.inside import program
-channel = next(found for found in gc.get_objects() if isinstance(found, program.Guest)).channel
+channel = next(found for found in gc.get_objects() if isinstance(found, program.ProgramServer)).channel
 channel.sendall((1 << 31).to_bytes(4, 'big') + b'x' * 100_000)
 def f(x): return 0
 """,
     "nesting without end": """
 import gc
 from engine.verify.sandbox.inside import program
-channel = next(found for found in gc.get_objects() if isinstance(found, program.Guest)).channel
+channel = next(found for found in gc.get_objects() if isinstance(found, program.ProgramServer)).channel
 text = b'[' * 1_000_000
 channel.sendall(len(text).to_bytes(4, 'big') + text)
 def f(x): return 0

@@ -1,4 +1,4 @@
-"""The page of the verifiers' benchmark: what is counted, what is missed, and what is not there."""
+"""The report of the verifiers' benchmark: counts, missed targets, and missing results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.verify.bench_verifiers import Agreement, Rate, page
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two problems of each kind; one grader disagrees with us."""
+    """Two problems of each kind; one grader disagrees with ours."""
     gsm8k = [{"answer": f"1 + {i}\n#### {i + 1}"} for i in range(2)]
     models = [
         {"ground_truth": "… A: 2", "small": {"solution": "A: 2", "is_correct": True}, "large": {"solution": "A: 3", "is_correct": True}}

@@ -1,4 +1,4 @@
-"""The code verifier: which text is the program, what passes, what fails, and HumanEval's own solutions."""
+"""The code verifier: program extraction, passing and failing programs, and HumanEval's reference solutions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ADD = {"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]}
 
 @pytest.fixture(scope="module")
 def code() -> Iterator[Verifier]:
-    """The verifier as this machine can run it: what is judged here does not try to get out."""
+    """The verifier, without isolation where the machine has none; the programs of these tests are harmless."""
     try:
         Sandbox(LIMITS).close()
     except NoIsolation:
@@ -166,7 +166,7 @@ AGREEABLE = "class All:\n    def __add__(self, other): return 5\n    def __eq__(
         ("```python\ntwice = lambda x: 2 * x\n```", True),
         ("def twice(x):\n    return 2 * x", True),
         ("```python\ndef other(x):\n    return 2 * x\n```", False),
-        # The tests' helper is the prompt's, whatever the program makes of it.
+        # The tests use the prompt's helper, even if the program redefines it.
         ("def helper(x): return 5\ndef twice(x): return 4 if x == 2 else 0", True),
         (f"{AGREEABLE}\ndef helper(x): return 5\ndef twice(x): return All()", False),
     ],
@@ -176,7 +176,7 @@ def test_humaneval_answers(code: Verifier, response: str, correct: bool) -> None
 
 
 def test_humaneval_does_not_credit_the_prompt(code: Verifier) -> None:
-    """A function that the prompt leaves empty returns None; a program that lacks it is not helped by that."""
+    """The prompt's empty function returns None; a program that does not define the function must still fail."""
     truth = problem(test="def check(candidate):\n    assert candidate(1) is None\n")
     assert not code.verify("```python\ndel twice\n```", truth).correct
 
@@ -192,7 +192,7 @@ def test_a_truth_without_tests_is_refused_at_the_start(truth: Any) -> None:
 def test_names() -> None:
     assert verifier("code") is CODE
     with pytest.raises(ValueError):
-        verifier("unsafe_code")  # no data set may ask for it
+        verifier("unsafe_code")  # a data set must not be able to select it
 
 
 def test_without_isolation_it_refuses_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def solutions() -> list[tuple[str, dict[str, str]]]:
 
 
 def test_humaneval_solutions_pass_and_shortened_ones_fail(code: Verifier) -> None:
-    """All 164, through the pool, shuffled; and again without the last line of each."""
+    """All 164 solutions pass through the pool in shuffled order; each fails without its last line."""
     rows = solutions()
     cases = [Case(code, solution, row) for solution, row in rows]
     cases += [Case(code, "\n".join(solution.rstrip().split("\n")[:-1]), row) for solution, row in rows]
@@ -254,7 +254,7 @@ def test_humaneval_solutions_pass_and_shortened_ones_fail(code: Verifier) -> Non
 
 @pytest.mark.parametrize("flags", [[], ["--unsafe-code"]])
 def test_the_command_line_refuses_unless_told(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """On a machine without isolation (its launcher finds no unshare); rows are judged in workers, which find it too."""
+    """On a machine without isolation (unshare fails in the launcher), both in this process and in workers."""
     refuse = "lambda flags: (_ for _ in ()).throw(PermissionError(1, 'unshare'))"
     broken = f"from engine.verify.sandbox.inside import kernel; kernel.unshare = {refuse}; "
     monkeypatch.setattr("engine.verify.sandbox.host.START", START.replace("from", broken + "from", 1))
@@ -269,6 +269,6 @@ def test_the_command_line_refuses_unless_told(flags: list[str], tmp_path: Path, 
     else:
         assert code == 1
         assert out == ""
-        assert err.startswith("error: stdin:1: verifier=code: this machine gives programs no isolation")
+        assert err.startswith("error: stdin:1: verifier=code: cannot isolate programs on this machine")
         assert "--unsafe-code" in err
     _sandbox.cache_clear()

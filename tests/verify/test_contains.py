@@ -1,4 +1,4 @@
-"""`contains`: a known answer stands in the response, by whole words, case, punctuation and articles aside."""
+"""The contains verifier: an answer occurs in the response, by whole words, ignoring case, punctuation and articles."""
 
 from __future__ import annotations
 

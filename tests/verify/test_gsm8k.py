@@ -1,4 +1,4 @@
-"""The last number of a response: a truth table, the data's own solutions, and what must not be slow."""
+"""The gsm8k verifier: a truth table, the data set's own solutions, and linear time."""
 
 from __future__ import annotations
 

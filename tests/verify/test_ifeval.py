@@ -1,4 +1,4 @@
-"""Every instruction of IFEval, followed and not; strict and loose readings; truths that are refused; and faults that pay."""
+"""The ifeval verifiers: every instruction followed and not followed, strict and loose, invalid truths, and exploits."""
 
 from __future__ import annotations
 
@@ -208,8 +208,8 @@ def test_sentences_are_counted_past_abbreviations() -> None:
     ("truth", "complaint"),
     [
         ("no_comma", "truth='no_comma' must be an object"),
-        ({}, "truth.instruction_id_list=None must be a list of one instruction or more"),
-        ({"instruction_id_list": [], "kwargs": []}, r"truth.instruction_id_list=\[\] must be a list of one"),
+        ({}, "truth.instruction_id_list=None must be a list of at least one instruction"),
+        ({"instruction_id_list": [], "kwargs": []}, r"truth.instruction_id_list=\[\] must be a list of at least one"),
         ({"instruction_id_list": ["punctuation:no_comma"]}, "truth.kwargs=None must be a list of 1 objects"),
         ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}, {}]}, "must be a list of 1 objects"),
         (rule("punctuation:comma"), r"truth.instruction_id_list\[0\]='punctuation:comma' is unknown; use one of change_case:.*"),
@@ -274,7 +274,7 @@ MEGABYTES = [
 
 @pytest.mark.parametrize("text", MEGABYTES, ids=lambda text: repr(text[:4]))
 def test_long_texts_take_linear_time(text: str) -> None:
-    """Quadratic work on a megabyte would take hours, not seconds. Punkt takes 10 us a character where every word ends in a dot."""
+    """Quadratic work on a megabyte would take hours, not seconds. Punkt needs 10 us per character if every word ends in a dot."""
     for name, arguments, *_ in CASES:
         assert INSTRUCTIONS[name].followed(text, **arguments) in (True, False)
 

@@ -1,4 +1,4 @@
-r"""Competition answers: what a response commits to, what equals what, and expressions that would never end."""
+r"""The math verifier: extraction of the final answer, equivalence, and expressions that do not terminate."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_megabyte_is_judged_without_a_worker(text: str, monkeypatch: pytest.Mo
 
 def test_the_longest_answer_that_is_compared() -> None:
     assert judge("1" * LONGEST, "1" * LONGEST).correct
-    assert judge("1" * (LONGEST + 1), "5").reason == f"an answer of {LONGEST + 1} characters"
+    assert judge("1" * (LONGEST + 1), "5").reason == f"the answer has {LONGEST + 1} characters, over the limit of {LONGEST}"
 
 
 @pytest.mark.parametrize("truth", ["", " ", r"\boxed{}", "~", None, 5, "1" * (LONGEST + 1)])

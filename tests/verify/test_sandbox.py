@@ -1,4 +1,4 @@
-"""Attacks on the sandbox, as root and as a user, with and without the filter of system calls: all wrong, and nothing left of them."""
+"""Attacks on the sandbox, as root and as a user, with and without the system call filter: all judged wrong, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def port() -> Iterator[int]:
 
 
 def as_nobody(folder: Path) -> str:
-    """A Python that runs as nobody, where there is one: it stands for an ordinary user of an ordinary machine."""
+    """The path of a Python that runs as user nobody, in place of an ordinary user. Skips the test if that is not possible."""
     if os.getuid() != 0 or not shutil.which("setpriv") or not Path(SYSTEM_PYTHON).exists():
         pytest.skip(f"needs root, setpriv and {SYSTEM_PYTHON} to become an ordinary user")
     script = folder / "python"
@@ -53,7 +53,7 @@ def as_nobody(folder: Path) -> str:
 
 
 def build(mode: str, limits: Limits, folder: Path) -> Sandbox:
-    """A sandbox as root or as a user, with or without the filter of system calls; skips where the machine allows none."""
+    """A sandbox as root or as a user, with or without the system call filter. Skips the test if none can be created."""
     with pytest.MonkeyPatch.context() as patch:
         if "user" in mode:
             patch.setattr(sys, "executable", as_nobody(folder))
@@ -62,52 +62,52 @@ def build(mode: str, limits: Limits, folder: Path) -> Sandbox:
         patch.setenv("TRIVET_SECRET", "a secret")
         try:
             return Sandbox(limits, unsafe="unsafe" in mode)
-        except Unjudged as refusal:  # NoIsolation, or a Python that the user may not start
+        except Unjudged as refusal:  # NoIsolation, or the user may not start this Python
             pytest.skip(str(refusal))
 
 
-@pytest.fixture(scope="module", params=["here", "unfiltered", "as a user", "as a user, unfiltered"])
-def jail(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    jail = build(request.param, LIMITS, tmp_path_factory.mktemp("bin"))
-    yield jail
-    jail.close()
+@pytest.fixture(scope="module", params=["default", "unfiltered", "as a user", "as a user, unfiltered"])
+def sandbox(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    sandbox = build(request.param, LIMITS, tmp_path_factory.mktemp("bin"))
+    yield sandbox
+    sandbox.close()
 
 
-@pytest.fixture(scope="module", params=["here", "as a user, unfiltered"])
+@pytest.fixture(scope="module", params=["default", "as a user, unfiltered"])
 def brief(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """One that ends everything after a second."""
-    jail = build(request.param, replace(LIMITS, seconds=1), tmp_path_factory.mktemp("bin"))
-    yield jail
-    jail.close()
+    """A sandbox with a time limit of one second."""
+    sandbox = build(request.param, replace(LIMITS, seconds=1), tmp_path_factory.mktemp("bin"))
+    yield sandbox
+    sandbox.close()
 
 
-def inside(jail: Sandbox) -> list[psutil.Process]:
-    """Processes of the launcher's tree, and any that shows its command line or its users wherever it hangs now."""
-    tree = psutil.Process(jail.launcher.pid).children(recursive=True)
-    words = psutil.Process(jail.launcher.pid).cmdline()[-3:]
+def inside(sandbox: Sandbox) -> list[psutil.Process]:
+    """Processes of the launcher's tree, and any other process with the launcher's command line, even if re-parented."""
+    tree = psutil.Process(sandbox.launcher.pid).children(recursive=True)
+    command = psutil.Process(sandbox.launcher.pid).cmdline()[-3:]
     seen = {process.pid for process in tree}
-    return [*tree, *(p for p in psutil.process_iter() if p.pid not in seen | {jail.launcher.pid} and _is_ours(p, words))]
+    return [*tree, *(p for p in psutil.process_iter() if p.pid not in seen | {sandbox.launcher.pid} and _is_ours(p, command))]
 
 
-def _is_ours(process: psutil.Process, words: list[str]) -> bool:
+def _is_ours(process: psutil.Process, command: list[str]) -> bool:
     try:
-        return process.cmdline()[-3:] == words and process.ppid() != os.getpid()
+        return process.cmdline()[-3:] == command and process.ppid() != os.getpid()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
 
 
-def nothing_left(jail: Sandbox, canary: Path) -> None:
+def nothing_left(sandbox: Sandbox, canary: Path) -> None:
     assert canary.read_text() == "alive"
-    assert jail.launcher.poll() is None
-    assert len(inside(jail)) == 1, [process.cmdline() for process in inside(jail)]  # the launcher inside its pid namespace
+    assert sandbox.launcher.poll() is None
+    assert len(inside(sandbox)) == 1, [process.cmdline() for process in inside(sandbox)]  # the launcher inside its pid namespace
 
 
 @pytest.mark.parametrize("name", HARM)
-def test_harm(jail: Sandbox, canary: Path, port: int, name: str) -> None:
+def test_harm(sandbox: Sandbox, canary: Path, port: int, name: str) -> None:
     program = Template(HARM[name]).substitute(canary=canary, port=port, host=os.getpid())
-    verdict = jail.run(program, "assert f() is True")
+    verdict = sandbox.run(program, "assert f() is True")
     assert not verdict.correct
-    nothing_left(jail, canary)
+    nothing_left(sandbox, canary)
 
 
 @pytest.mark.parametrize("name", ENDLESS)
@@ -119,38 +119,38 @@ def test_endless(brief: Sandbox, canary: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["read a file", "/etc/passwd", "loopback", "a shell", "delete a file past Python"])
 def test_the_attacks_are_attacks(name: str, canary: Path, port: int, tmp_path: Path) -> None:
-    """Without walls and filter the harm is done: what the other tests see is the sandbox, not a program that does not work."""
+    """Without isolation and filter, the attacks succeed: the other tests pass because of the sandbox."""
     victim = tmp_path / "victim"
     victim.write_text("alive")
-    jail = build("unsafe, unfiltered", LIMITS, tmp_path)
-    verdict = jail.run(Template(HARM[name]).substitute(canary=victim, port=port, host=os.getpid()), "assert f() is True")
+    sandbox = build("unsafe, unfiltered", LIMITS, tmp_path)
+    verdict = sandbox.run(Template(HARM[name]).substitute(canary=victim, port=port, host=os.getpid()), "assert f() is True")
     assert verdict.correct, verdict.reason
-    jail.close()
+    sandbox.close()
 
 
 @pytest.mark.parametrize("name", FORGERY)
-def test_forgery(jail: Sandbox, canary: Path, name: str) -> None:
+def test_forgery(sandbox: Sandbox, canary: Path, name: str) -> None:
     tests = "assert abs(f(1) - 7) < 1e-6\nassert f(1) == 7\nassert all(map(lambda x: f(x) == 7, [1]))"
     for lines in (tests, tests.splitlines()[1], tests.splitlines()[2]):
-        verdict = jail.run(FORGERY[name], lines)
+        verdict = sandbox.run(FORGERY[name], lines)
         assert not verdict.correct, lines
-    nothing_left(jail, canary)
+    nothing_left(sandbox, canary)
 
 
 @pytest.mark.parametrize("leave", ["os._exit(0)", "ctypes.string_at(0)", "os.closerange(0, 64)"])
-def test_a_test_that_catches_everything_catches_no_exit(jail: Sandbox, leave: str) -> None:
-    verdict = jail.run(f"import ctypes, os\ndef f(): {leave}", "try:\n    f()\nexcept:\n    pass")
+def test_a_test_that_catches_everything_catches_no_exit(sandbox: Sandbox, leave: str) -> None:
+    verdict = sandbox.run(f"import ctypes, os\ndef f(): {leave}", "try:\n    f()\nexcept:\n    pass")
     assert not verdict.correct
 
 
-def test_the_host_is_as_before(jail: Sandbox, canary: Path) -> None:
-    """After all attacks: an honest program passes, a wrong one fails, and each finds an empty directory."""
+def test_the_host_is_as_before(sandbox: Sandbox, canary: Path) -> None:
+    """After all attacks, a correct program passes, a wrong one fails, and each starts in an empty directory."""
     honest = "import os\nassert os.listdir('.') == [] and os.getcwd() == '/tmp'\nopen('mine', 'w').close()\ndef f(x): return x + 1"
     for _ in range(3):
-        assert jail.run(honest, "assert f(1) == 2").correct
-        assert not jail.run(honest, "assert f(1) == 3").correct
+        assert sandbox.run(honest, "assert f(1) == 2").correct
+        assert not sandbox.run(honest, "assert f(1) == 3").correct
     assert not Path("/dev/shm/trivet").exists()
-    nothing_left(jail, canary)
+    nothing_left(sandbox, canary)
 
 
 def test_the_whole_tree_dies_with_the_host(tmp_path: Path) -> None:
@@ -164,10 +164,12 @@ def test_the_whole_tree_dies_with_the_host(tmp_path: Path) -> None:
     line = host.stdout.readline()
     if not line:
         assert "NoIsolation" in host.stderr.read()
-        pytest.skip("no isolation here")
+        pytest.skip("no isolation on this machine")
     launcher = psutil.Process(int(line))
     deadline = time.monotonic() + 30
-    while len(tree := launcher.children(recursive=True)) < 3 and time.monotonic() < deadline:  # itself inside, judge, program
+    while (
+        len(tree := launcher.children(recursive=True)) < 3 and time.monotonic() < deadline
+    ):  # launcher inside the namespace, judge, program
         time.sleep(0.01)
     assert len(tree) == 3
     host.kill()
@@ -177,10 +179,10 @@ def test_the_whole_tree_dies_with_the_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["launcher", "judge", "program"])
-def test_a_lost_process_is_the_machines_fault(which: str, tmp_path: Path) -> None:
-    """Killed from outside, as by a machine out of memory: the response is not judged."""
-    jail = build("here", LIMITS, tmp_path)
-    inner = psutil.Process(jail.launcher.pid).children()[0]
+def test_a_killed_process_gives_no_verdict(which: str, tmp_path: Path) -> None:
+    """A process killed from outside, for example by the OOM killer: the response is not judged."""
+    sandbox = build("default", LIMITS, tmp_path)
+    inner = psutil.Process(sandbox.launcher.pid).children()[0]
 
     def kill() -> None:
         while len(children := inner.children()) < 2:
@@ -191,9 +193,9 @@ def test_a_lost_process_is_the_machines_fault(which: str, tmp_path: Path) -> Non
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(Unjudged):
-        jail.run("import time\ntime.sleep(2)", "assert True")
+        sandbox.run("import time\ntime.sleep(2)", "assert True")
     killer.join()
-    assert jail.launcher.poll() is not None
+    assert sandbox.launcher.poll() is not None
 
 
 @pytest.mark.parametrize("name", ["kernel.unshare", "namespaces.own_directory"])
@@ -201,22 +203,22 @@ def test_a_machine_without_namespaces_is_refused(name: str, monkeypatch: pytest.
     refuse = f"lambda flags: (_ for _ in ()).throw(PermissionError(1, 'no {name}'))"
     broken = f"from engine.verify.sandbox.inside import kernel, namespaces; {name} = {refuse}; "
     monkeypatch.setattr(host, "START", host.START.replace("from", broken + "from", 1))
-    with pytest.raises(NoIsolation, match=r"verifier=code: this machine gives programs no isolation \(.+\); .* --unsafe-code"):
+    with pytest.raises(NoIsolation, match=r"verifier=code: cannot isolate programs on this machine \(.+\); .* --unsafe-code"):
         Sandbox()
     assert issubclass(NoIsolation, ValueError)
 
 
 def test_unsafe_runs_where_nothing_can_be_isolated() -> None:
-    jail = Sandbox(LIMITS, unsafe=True)
-    assert jail.run("def f(x): return x + 1", "assert f(1) == 2").correct
-    assert not jail.run("def f(x): return x", "assert f(1) == 2").correct
-    assert not jail.run("while True: pass", "assert True").correct
-    assert not jail.run("import os\nos.fork()", "assert True").correct
-    jail.close()
+    sandbox = Sandbox(LIMITS, unsafe=True)
+    assert sandbox.run("def f(x): return x + 1", "assert f(1) == 2").correct
+    assert not sandbox.run("def f(x): return x", "assert f(1) == 2").correct
+    assert not sandbox.run("while True: pass", "assert True").correct
+    assert not sandbox.run("import os\nos.fork()", "assert True").correct
+    sandbox.close()
 
 
 def decide(program: list[tuple[int, int, int, int]], **words: int) -> int:
-    """What a seccomp program answers: the kernel's interpreter of the four instructions we use."""
+    """The return value of a seccomp program, by an interpreter of the four instructions in use."""
     offsets = {"number": seccomp.NUMBER, "architecture": seccomp.ARCHITECTURE, "first": 16, "second": 24, "third": 32}
     data = {offset: words.get(name, 0) for name, offset in offsets.items()}
     at = accumulator = 0
@@ -246,20 +248,20 @@ def test_the_filter_on_both_machines(machine: str) -> None:
         assert decide(program, architecture=0x40000003, number=number) == refuse  # i386's table, by int 0x80
         assert decide(program, architecture=architecture, number=number | 0x40000000) == refuse  # x32's
     clone, ioctl = seccomp.CLONE[column], seccomp.IOCTL[column]
-    assert decide(program, architecture=architecture, number=clone, first=0x3D0F00) == allow  # a thread of glibc's
+    assert decide(program, architecture=architecture, number=clone, first=0x3D0F00) == allow  # glibc creating a thread
     assert decide(program, architecture=architecture, number=clone, first=0x1200011) == refuse  # fork
     assert decide(program, architecture=architecture, number=ioctl, second=0x5401) == allow
-    assert decide(program, architecture=architecture, number=ioctl, second=0x5412) == refuse  # TIOCSTI: typing for the user
+    assert decide(program, architecture=architecture, number=ioctl, second=0x5412) == refuse  # TIOCSTI, which injects terminal input
     assert decide(program, architecture=architecture, number=seccomp.PRLIMIT[column], third=1) == refuse
     assert not set(table) & {"fork", "vfork", "execve", "execveat", "socket", "connect", "ptrace", "unshare", "setns", "mount", "prctl"}
 
 
-def test_limits_are_what_a_program_meets(tmp_path: Path) -> None:
-    jail = build("here", LIMITS, tmp_path)
+def test_limits_apply_to_the_program(tmp_path: Path) -> None:
+    sandbox = build("default", LIMITS, tmp_path)
     program = (
         "import resource\ndef f(): return [resource.getrlimit(getattr(resource, 'RLIMIT_' + n)) for n in ('AS', 'CPU', 'CORE', 'NPROC')]"
     )
     expected = [(LIMITS.memory * namespaces.MiB,) * 2, (1, 1), (0, 0), (LIMITS.threads,) * 2]
-    verdict = jail.run(program, f"assert f() == {expected}")
+    verdict = sandbox.run(program, f"assert f() == {expected}")
     assert verdict.correct, verdict.reason
-    jail.close()
+    sandbox.close()

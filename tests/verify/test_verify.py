@@ -1,4 +1,4 @@
-"""The door to the verifiers: names, users' own tasks, the command line; and what no verifier may do."""
+"""Verifiers in general: names, custom tasks, the command line, and properties that every verifier must have."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRUTHS: dict[str, Any] = {
 
 
 def engine_verify(name: str, text: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit code, rows and stderr."""
+    """Returns exit code, rows and stderr."""
     words = [sys.executable, "-m", "engine", "verify", "--workers", "1", "--verifier", name]
     done = subprocess.run(words, input=text.encode(), capture_output=True, cwd=ROOT, timeout=60)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr.decode()
@@ -101,7 +101,8 @@ def test_regex(response: str, pattern: str, correct: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("truth", "why"), [("(", "is no pattern"), ("a*", "in an empty response"), ("", "in an empty response"), (5, "a string")]
+    ("truth", "why"),
+    [("(", "is not a valid pattern"), ("a*", "matches an empty response"), ("", "matches an empty response"), (5, "a string")],
 )
 def test_regex_refuses_a_pattern_that_is_none_or_asks_nothing(truth: object, why: str) -> None:
     with pytest.raises(ValueError, match=why):
@@ -130,7 +131,7 @@ def test_the_command_judges_rows_in_order_and_counts_them() -> None:
         ("gsm8k", "nonsense\n", "stdin:2: not valid JSON"),
         ("gsm8k", "[1]\n", "stdin:2: a row must be a JSON object"),
         ("gsm8k", rows((5, "6")), "stdin:2: response=5 must be a string"),
-        ("gsm8k", '{"response": "5"}\n', "stdin:2: has no truth"),
+        ("gsm8k", '{"response": "5"}\n', "stdin:2: truth is missing"),
         ("gsm8k", rows(("5", "six")), "stdin:2: truth='six' must be a string with a number"),
         ("no-such", "", "verifier='no-such' is unknown"),
     ],

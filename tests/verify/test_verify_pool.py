@@ -1,4 +1,4 @@
-"""The pool: order, limits, and workers that are lost. What a response does to its process costs that response alone."""
+"""The pool: order of results, limits, and lost workers. A response that crashes its worker affects no other response."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cases(*responses: str, truth: str = "fine") -> list[Case]:
 
 
 def gone(pid: int) -> bool:
-    """Whether the process ends within a few seconds; one that only waits to be reaped has ended."""
+    """Whether the process ends within a few seconds. A zombie has ended."""
     for _ in range(500):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -65,7 +65,7 @@ def test_an_empty_batch_starts_nothing() -> None:
     [
         ("kill", "its worker was ended by SIGKILL"),
         ("segfault", "its worker was ended by SIGSEGV"),
-        ("exit", "its worker ended with 3"),
+        ("exit", "its worker exited with status 3"),
         ("unjudged", "no room on the disk"),
         ("bug", "KeyError: 'missing'"),
         ("nan", "its verdict is nan, neither True nor False"),
@@ -111,7 +111,7 @@ def test_a_worker_that_its_own_clock_cannot_end_is_killed(deed: str, monkeypatch
     monkeypatch.setattr(worker, "GRACE_S", 0.2)
     with Pool(1, max_dropped=1.0) as pool:
         answers = pool.verify(cases(deed, "fine"))
-    assert str(answers[0]) == "its worker stayed silent"
+    assert str(answers[0]) == "its worker did not respond"
     assert answers[1] == Verdict(True, "compared")
 
 

@@ -1,4 +1,4 @@
-"""A verifier that does to its process whatever a response says."""
+"""A verifier that misbehaves in its process as the response tells it to."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ DEEDS: dict[str, Callable[[], Any]] = {
 
 
 def judge(response: str, truth: Any) -> Verdict:
-    """Do it, then say whether response and truth are equal. "once F" kills the process only while no file F exists; "child F" leaves a
-    child behind, whose number it writes to F, and kills the process."""
+    """Performs the fault, then returns whether response and truth are equal.
+
+    "once F" kills the process only if no file F exists. "child F" starts a child, writes its pid to F, and kills the process.
+    """
     deed, _, path = response.partition(" ")
     if deed in DEEDS:
         DEEDS[deed]()
@@ -70,7 +72,7 @@ def judge(response: str, truth: Any) -> Verdict:
 
 
 def moody(response: str, truth: Any) -> Verdict:
-    """Short responses are right, unless the truth is that nobody knows."""
+    """Short responses are correct, unless the truth is that nobody knows."""
     return Verdict(float("nan") if truth == "nobody knows" else len(response) < 9, "measured")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The settings of reinforcement learning with verifiable rewards: PPO against 10 or 0 (arXiv 2411.15124, section 6)."""
+"""Settings of reinforcement learning with verifiable rewards: PPO with a reward of 10 or 0 (arXiv 2411.15124, section 6)."""
 
 from __future__ import annotations
 
@@ -22,49 +22,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Critic:
-    """The model that says what reward to expect: of its own size, on the policy's grid, with an optimizer of its own."""
+    """Settings of the value model. It may differ from the policy in size, shares its parallel layout, and has its own optimizer."""
 
     model: Model  # a reward model, or a language model with head="scalar"
     optim: Optim
-    value_clip: float = 0.2  # of a value, around what it was when the batch was drawn
-    loss_coef: float = 0.1
+    value_clip: float = 0.2  # clip range of a value around its value before the step's updates
+    loss_coef: float = 0.1  # coefficient of the value loss
 
 
 @dataclass(frozen=True)
 class RLVR:
-    """PPO against verifiers. One step: `prompts_per_step` prompts, `samples_per_prompt` responses to each, over all ranks."""
+    """Settings of RLVR. One step generates `samples_per_prompt` responses to each of `prompts_per_step` prompts, over all ranks."""
 
     token_loss: ClassVar[bool] = True
 
     sources: tuple[Source, ...]
-    held_out: tuple[Source, ...] = ()  # never trained on; the share solved is reported
-    verifier: str = ""  # of all rows; "": each row names its own
-    critic: Critic | None = None  # for advantage="critic"
-    advantage: Literal["critic", "group"] = "critic"  # group: against the prompt's other samples (GRPO, RLOO); no critic
-    group_scale: Literal["std", "none"] = "std"
-    skip_zero_std_groups: bool = False  # leave out of the update what has no gradient: groups whose samples all have the same score
-    prompts_per_step: int = 224
-    samples_per_prompt: int = 1
-    minibatches: int = 1  # optimizer steps an epoch
-    epochs: int = 4  # passes over the responses of a step: K
-    max_prompt_tokens: int = 2048  # tokens
-    max_response_tokens: int = 2048
-    too_long: Literal["error", "drop"] = "error"  # what to do with a longer prompt
-    temperature: float = 1.0
-    stop: tuple[str, ...] = ()  # tokens that end a response, besides the tokenizer's eos
-    correct_reward: float = 10.0  # the score of a verified response; any other's is 0
-    no_stop_reward: float = -10.0  # the score of a response without a stop token, whatever it says
-    kl_estimator: Kl = "k1"
-    kl_coef: float = 0.05  # times KL(policy, reference) off the reward of each token; with advantage="group" in the loss; 0: no reference
-    reference: Literal["resident", "offloaded"] = "resident"  # offloaded: its weights wait in host memory and take the policy's place
-    gamma: float = 1.0
+    held_out: tuple[Source, ...] = ()  # never trained on; their solve rate is reported
+    verifier: str = ""  # for all rows, a name in engine.verify; "": each row names its own
+    critic: Critic | None = None  # required by advantage="critic"
+    advantage: Literal["critic", "group"] = (
+        "critic"  # critic: GAE; group: relative to the prompt's other samples (GRPO, RLOO), without a critic
+    )
+    group_scale: Literal["std", "none"] = "std"  # std: divide by the group's standard deviation (GRPO)
+    skip_zero_std_groups: bool = False  # exclude groups of equal scores, which have no gradient, from the update
+    prompts_per_step: int = 224  # over all ranks
+    samples_per_prompt: int = 1  # G; at least 2 with advantage="group"
+    minibatches: int = 1  # optimizer steps per epoch
+    epochs: int = 4  # passes over the responses of a step (PPO epochs)
+    max_prompt_tokens: int = 2048  # tokens, chat template included
+    max_response_tokens: int = 2048  # tokens, stop token included
+    too_long: Literal["error", "drop"] = "error"  # for prompts over max_prompt_tokens
+    temperature: float = 1.0  # of sampling; above 0
+    stop: tuple[str, ...] = ()  # tokens that end a response, in addition to the tokenizer's eos
+    correct_reward: float = 10.0  # score of a response that the verifier accepts; others get 0
+    no_stop_reward: float = -10.0  # score of a response without a stop token, instead of the verifier's
+    kl_estimator: Kl = "k1"  # k1, k2 or k3 (Schulman 2020)
+    kl_coef: float = 0.05  # of KL(policy, reference): in the token rewards, or in the loss with advantage="group"; 0: no reference model
+    reference: Literal["resident", "offloaded"] = "resident"  # offloaded: reference weights are kept in host memory between uses
+    gamma: float = 1.0  # discount of GAE
     gae_lambda: float = 0.95
-    whiten_advantages: Whiten = "batch"  # rank: each replica's share for itself, as Tülu 3's trainer
-    clip_low: float = 0.2
+    whiten_advantages: Whiten = "batch"  # normalize over the batch, over each data-parallel rank's part ("rank", as in Tülu 3), or "none"
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
-    loss_average: Average = "token"  # sequence: Tülu 3's
+    loss_average: Average = "token"  # token: mean over tokens; sequence: mean over responses of their token means (Tülu 3)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
+    chat_template: str = ""  # "tulu", "chatml" or Jinja source; "": the tokenizer's own
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -74,13 +76,13 @@ class RLVR:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be at least 1")
         if self.temperature <= 0:
             raise ValueError(
-                f"algorithm.temperature={self.temperature} must be positive: a policy that does not vary cannot learn; use 1.0"
+                f"algorithm.temperature={self.temperature} must be positive: without sampling there is no exploration; use 1.0"
             )
         for name in ("correct_reward", "no_stop_reward"):
             if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be finite: it is a score")
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be finite; use 10.0 or another number")
         if not self.kl_coef >= 0:
-            raise ValueError(f"algorithm.kl_coef={self.kl_coef} must not be negative")
+            raise ValueError(f"algorithm.kl_coef={self.kl_coef} must be at least 0; use 0 to train without a reference model")
         if self.advantage == "critic" and self.critic is None:
             raise ValueError(
                 "algorithm.advantage='critic' needs a critic, and algorithm.critic is none; "
@@ -89,16 +91,14 @@ class RLVR:
         if self.advantage == "group" and self.critic is not None:
             raise ValueError("algorithm.advantage='group' uses no critic, and the recipe has one; set algorithm.critic=none as well")
         if self.advantage == "group" and self.samples_per_prompt < 2:
-            raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 for advantage='group'")
+            raise ValueError(f"algorithm.samples_per_prompt={self.samples_per_prompt} must be at least 2 with advantage='group'; use 8")
         if self.skip_zero_std_groups and (self.advantage != "group" or self.kl_coef):
             raise ValueError(
-                f"algorithm.skip_zero_std_groups needs advantage='group' and kl_coef=0, else such groups have a gradient;"
-                f" these are {self.advantage!r} and {self.kl_coef}"
+                "algorithm.skip_zero_std_groups=True needs advantage='group' and kl_coef=0, because such groups have a gradient otherwise;"
+                f" got {self.advantage!r} and {self.kl_coef}"
             )
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
-            raise ValueError(
-                f"algorithm.minibatches={self.minibatches} is more than the responses of a step; use {self._responses} or fewer"
-            )
+            raise ValueError(f"algorithm.minibatches={self.minibatches} exceeds the responses of a step; use {self._responses} or fewer")
 
     @property
     def _responses(self) -> int:
@@ -106,13 +106,15 @@ class RLVR:
 
     @property
     def single_update(self) -> bool:
-        """Whether a step's responses are learned from by the weights that drew them and never again: then the update itself is the first
-        to need their log-probs, and they are not computed before."""
+        """Whether each step makes one update, with the weights that sampled its responses.
+
+        Then the update computes the old log-probs itself, and a separate forward pass is not needed.
+        """
         in_reward = self.kl_coef and self.advantage == "critic"
         return self.epochs * self.minibatches == 1 and not self.rollout.max_staleness and not in_reward
 
     def requirements(self, launch: Launch) -> Requirements:
-        """What engine/config/checks.py looks at before a run starts."""
+        """Limits, problems and warnings for the launch checks (engine/config/checks.py)."""
         whole = self.max_prompt_tokens + self.max_response_tokens
         critic = critic_problems(launch, self.critic.model) if self.critic else ()
         return Requirements(
@@ -135,7 +137,7 @@ class RLVR:
         return " with ".join([first, *others])
 
     def _larger(self, sequences: int) -> str:
-        """Settings for optimizer steps of at least `sequences`: fewer of them, else more prompts."""
+        """The setting that gives optimizer steps of at least `sequences`: fewer minibatches, else more prompts."""
         if self._responses >= sequences:
             return f"algorithm.minibatches={self._responses // sequences}"
         return f"algorithm.prompts_per_step={math.ceil(sequences * self.minibatches / self.samples_per_prompt)}"
@@ -149,7 +151,7 @@ class RLVR:
         )
 
     def workload(self) -> Workload:
-        """For the dry run."""
+        """The computation of one step, for the dry run."""
         return Workload(
             lengths="rollout",
             sequences=self._responses,
@@ -168,17 +170,17 @@ class RLVR:
         )
 
     def trainers(self, run: Run, world_size: int) -> int:
-        """How many ranks train; see remote.trainers."""
+        """Number of training ranks; see rollout.checks.training_ranks."""
         return training_ranks(run.parallel, world_size, self.rollout.generator_gpus)
 
     def split_world(self, run: Run, world: World) -> World | None:
-        """The ranks that train; see remote.part."""
+        """The world of the training ranks; see rollout.remote.split_world."""
         from engine.rollout import remote
 
         return remote.split_world(run, world, self.rollout)
 
     def start(self, policy: Policy, run: Run) -> RLVRTrainer:
-        """Read the prompts, and build critic and reference. Raises ValueError for data that cannot be read or does not fit."""
+        """Read the prompts, and build critic and reference. Raises ValueError if data cannot be read or exceeds a limit."""
         from engine.algorithms.rlvr import step
 
         return step.start(self, policy, run)

@@ -1,7 +1,7 @@
-"""IFEval: whether a response does what its prompt asked, by rules (Zhou et al., arXiv 2311.07911).
+"""`ifeval`, `ifeval_loose`: a response follows the instructions in its prompt, checked by rules (Zhou et al., arXiv 2311.07911).
 
-truth = {"instruction_id_list": [id …], "kwargs": [{…} …], "prompt": text}, a row of the data set as it is. A response is correct when it
-follows all of its instructions: as it stands ("ifeval", strict), or each in one of eight readings of it ("ifeval_loose").
+truth = {"instruction_id_list": [id …], "kwargs": [{…} …], "prompt": text}, an unchanged row of the data set. A response is correct if it
+follows all instructions: unmodified ("ifeval", strict), or each in at least one of eight variants of it ("ifeval_loose").
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from engine.verify.pool import alone
 from engine.verify.verdict import Verdict, Verifier
 
 Truth = Mapping[str, Any]
-LONG = 50_000  # characters, from which on eight readings may take seconds: only in a worker that is ended at the limit
+LONG = 50_000  # characters; longer responses may take seconds and run in a worker with a time limit
 
 
-def follows(response: str, truth: Truth, readings: Callable[[str], list[str]]) -> list[bool]:
-    """For each instruction of `truth`, whether one of `readings(response)` follows it. A blank reading follows none."""
-    texts = [text for text in dict.fromkeys(readings(response)) if text.strip()]
+def follows(response: str, truth: Truth, variants: Callable[[str], list[str]]) -> list[bool]:
+    """For each instruction of `truth`, whether one of `variants(response)` follows it. Blank variants follow none."""
+    texts = [text for text in dict.fromkeys(variants(response)) if text.strip()]
     instructions = zip(truth["instruction_id_list"], truth["kwargs"], strict=True)
     return [any(INSTRUCTIONS[name].followed(text, **_given(arguments)) for text in texts) for name, arguments in instructions]
 
 
 def strict(response: str) -> list[str]:
-    """The response and nothing else."""
+    """The unmodified response only."""
     return [response]
 
 
 def loose(response: str) -> list[str]:
-    """Eight: with and without its first line, its last line and its asterisks."""
+    """Eight variants: with and without the first line, the last line and asterisks."""
     lines = response.split("\n")
     kept = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return [*kept, *(text.replace("*", "") for text in kept)]
 
 
 def verify(response: str, truth: Truth) -> Verdict:
-    """Whether the response as it stands follows every instruction."""
+    """Whether the unmodified response follows every instruction."""
     return _judge_strict(response, truth) if len(response) < LONG else alone(IFEVAL, response, truth)
 
 
 def verify_loose(response: str, truth: Truth) -> Verdict:
-    """Whether every instruction is followed by one of the eight loose readings, not always the same one."""
+    """Whether each instruction is followed by at least one of the eight variants, not necessarily the same one."""
     return _judge_loose(response, truth) if len(response) < LONG else alone(IFEVAL_LOOSE, response, truth)
 
 
 def check(truth: Any) -> None:
-    """Raises ValueError, naming the field, for an instruction that does not exist or does not get the arguments it takes."""
+    """Raises ValueError, which names the field, for an unknown instruction or for missing, unknown or invalid arguments."""
     if not isinstance(truth, dict):
         raise ValueError(f"truth={truth!r} must be an object with instruction_id_list and kwargs")
     names, given = truth.get("instruction_id_list"), truth.get("kwargs")
     if not isinstance(names, list) or not names:
-        raise ValueError(f"truth.instruction_id_list={names!r} must be a list of one instruction or more")
+        raise ValueError(f"truth.instruction_id_list={names!r} must be a list of at least one instruction")
     if not isinstance(given, list) or len(given) != len(names):
-        raise ValueError(f"truth.kwargs={given!r} must be a list of {len(names)} objects, one for each instruction")
+        raise ValueError(f"truth.kwargs={given!r} must be a list of {len(names)} objects, one per instruction")
     for place, (name, arguments) in enumerate(zip(names, given, strict=True)):
         if not isinstance(name, str) or name not in INSTRUCTIONS:
             raise ValueError(f"truth.instruction_id_list[{place}]={name!r} is unknown; use one of {', '.join(sorted(INSTRUCTIONS))}")
@@ -63,17 +63,17 @@ def check(truth: Any) -> None:
 
 def _check_arguments(name: str, arguments: Any, where: str) -> None:
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}={arguments!r} must be an object: the arguments of {name}")
-    wanted, given = INSTRUCTIONS[name].arguments, _given(arguments)
-    if set(given) != set(wanted):
-        raise ValueError(f"{where} has {sorted(given)}; {name} takes {sorted(wanted)}")
-    for argument, kind in wanted.items():
+        raise ValueError(f"{where}={arguments!r} must be an object with the arguments of {name}")
+    expected, given = INSTRUCTIONS[name].arguments, _given(arguments)
+    if set(given) != set(expected):
+        raise ValueError(f"{where} has {sorted(given)}; {name} takes {sorted(expected)}")
+    for argument, kind in expected.items():
         if not kind.holds(given[argument]):
             raise ValueError(f"{where}.{argument}={given[argument]!r} must be {kind.what}")
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that are null: tables of the data set have a column for every argument there is."""
+    """The arguments that are not null. Tables of the data set have a column for every argument of every instruction."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 

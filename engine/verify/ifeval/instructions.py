@@ -1,7 +1,7 @@
-r"""The 25 instructions of IFEval (Zhou et al., arXiv 2311.07911): what each asks of a response, and which arguments it takes.
+r"""The 25 instructions of IFEval (Zhou et al., arXiv 2311.07911): the check of each and its arguments.
 
-Rules follow google-research/instruction_following_eval, with three faults mended: a response in no detectable language follows no
-instruction about its language; words to find are words, not patterns; and every check takes linear time.
+The rules follow google-research/instruction_following_eval, with three fixes: a response in no detectable language follows no
+instruction about its language; keywords are literal text, not patterns; and every check takes linear time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ FENCES = ("```json", "```Json", "```JSON", "```")
 
 
 class Kind(NamedTuple):
-    """What an argument must be, in words and as a test."""
+    """The type of an argument: a description for errors, and a check."""
 
     what: str
     holds: Callable[[Any], bool]
 
 
 class Instruction(NamedTuple):
-    """`followed(response, **arguments)`; all arguments are needed."""
+    """`followed(response, **arguments)` checks a response. All arguments are required."""
 
     followed: Callable[..., bool]
     arguments: Mapping[str, Kind] = {}
@@ -54,7 +54,7 @@ def _occurrences(word: str, response: str) -> int:
 
 
 def _divided(response: str, divider: str) -> list[str]:
-    """The parts between dividers. Only the first and the last may be blank, and do not count then; with another one that is, none do."""
+    """The parts between dividers, without a blank first or last one. Empty if any other part is blank."""
     parts = [part.strip() for part in response.split(divider)]
     return [part for part in parts if part] if all(parts[1:-1]) else []
 
@@ -92,7 +92,7 @@ def length_number_words(response: str, num_words: int, relation: str) -> bool:
 
 
 def length_nth_paragraph_first_word(response: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs are divided by blank lines; the word ends at the first punctuation mark, and case does not count."""
+    """Paragraphs are separated by blank lines. The word ends at the first punctuation mark; case is ignored."""
     paragraphs = response.split("\n\n")
     count = sum(bool(paragraph.strip()) for paragraph in paragraphs)
     if count != num_paragraphs or nth_paragraph > count:
@@ -106,7 +106,7 @@ def content_number_placeholders(response: str, num_placeholders: int) -> bool:
 
 
 def content_postscript(response: str, postscript_marker: str) -> bool:
-    """In any case, with or without spaces after its dots."""
+    """Case is ignored; spaces after dots are optional."""
     letters = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(postscript_marker, re.escape(postscript_marker.lower().strip()))
     return re.search(letters, response.lower()) is not None
 
@@ -121,7 +121,7 @@ def format_constrained_response(response: str) -> bool:
 
 
 def format_number_highlighted_sections(response: str, num_highlights: int) -> bool:
-    """*single* and **double** asterisks on one line, with something between them."""
+    """Text between *single* or **double** asterisks on one line; blank text does not count."""
     single, double = re.findall(r"\*([^\n*]*)\*", response), re.findall(r"\*\*([^\n*]*)\*\*", response)
     return sum(bool(text.strip()) for text in (*single, *double)) >= num_highlights
 
@@ -169,7 +169,7 @@ def startend_quotation(response: str) -> bool:
 
 
 def case_capital_word_frequency(response: str, capital_frequency: int, capital_relation: str) -> bool:
-    """Words all in capitals; one with hyphens is one word."""
+    """Counts words in all capitals. A hyphenated word is one word."""
     words = re.findall(r"\w[\w'’.&-]*", response)
     return _related(sum(word.isupper() for word in words), capital_relation, capital_frequency)
 

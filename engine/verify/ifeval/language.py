@@ -1,4 +1,4 @@
-"""What the checks of IFEval ask of language libraries: which language, how many sentences. Offline and deterministic."""
+"""Language detection and sentence counting for IFEval. Offline and deterministic."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import lru_cache
 from langdetect import PROFILES_DIRECTORY, DetectorFactory, LangDetectException
 from punkt import PunktSentenceTokenizer, tokenizer_for
 
-DETECTED_CHARACTERS = 20_000  # langdetect looks at 10,000, after it has cleaned the whole text
+DETECTED_CHARACTERS = 20_000  # langdetect uses 10,000 characters, after cleaning the whole text
 
 
 def language_of(text: str) -> str | None:
-    """The code of the language that `text` is most likely in, such as "en" or "zh-cn"; None when none can be told."""
+    """Code of the most likely language of `text`, such as "en" or "zh-cn"; None if it cannot be detected."""
     detector = _languages().create()
     try:
         detector.append(text[:DETECTED_CHARACTERS])
@@ -22,19 +22,19 @@ def language_of(text: str) -> str | None:
 
 
 def languages() -> list[str]:
-    """The codes that `language_of` may give."""
+    """The codes that `language_of` may return."""
     return sorted(_languages().get_lang_list())
 
 
 def count_sentences(text: str) -> int:
-    """By Punkt, as trained on English: what IFEval counts with."""
+    """Number of sentences by the English Punkt model, as in IFEval."""
     return len(_sentences().tokenize(text))
 
 
 @lru_cache(maxsize=1)
 def _languages() -> DetectorFactory:
     factory = DetectorFactory()
-    factory.seed = 0  # its answer is a Monte Carlo estimate
+    factory.seed = 0  # detection is a Monte Carlo estimate
     factory.load_profile(PROFILES_DIRECTORY)
     return factory
 

@@ -1,14 +1,16 @@
-"""Runs a program against tests where it can do no harm: the host's side of engine/verify/sandbox/inside.
+"""Runs an untrusted program against tests in a sandbox. This is the host side; engine/verify/sandbox/inside runs in the sandbox.
 
-What holds it: no network, no other process in sight, no file but the standard library's (read-only) and an empty /tmp of its own; limits
-on CPU, memory, files and threads; a list of allowed system calls (x86-64 and aarch64); an unprivileged user; the end of its pid namespace
-when its time is over.
+Isolation: no network, no view of other processes, no files except the standard library (read-only) and an empty private /tmp; limits on
+CPU, memory, files and threads; an allow-list of system calls (x86-64 and aarch64); an unprivileged user. All processes of a job are in
+pid namespaces, which are killed at the time limit.
 
-What its verdict rests on: program and tests run in two processes. The tests' process is told the run's nonce and speaks to the host; the
-program's has one socket, on which it is asked for values and answers with plain data. It hears arguments and never what is expected of
-them; there is no assert, exit, frame, descriptor or marker within its reach that decides. What remains possible: answering by a table of
-the tests it has learnt by heart; guessing; a test that compares two objects of the program's own classes, or calls a method of one, asks
-the program; a test that uses a helper which only the program defines trusts that helper; and faults of the kernel or of CPython.
+Integrity of the verdict: the tested program and the tests run in two processes. Only the tests process has the job's nonce and a
+connection to the host. The program process has one socket, on which it receives requests for values and replies with plain data. It
+receives arguments but never the expected results, and no assertion, exit code, stack frame, file descriptor or marker in its process
+decides the verdict.
+
+What remains possible: memorized tests; guessing; a test that compares two objects of the program's own classes, or calls a method of
+one, depends on the program's code; so does a test that uses a helper defined only by the program; and bugs of the kernel or of CPython.
 """
 
 from __future__ import annotations
@@ -28,48 +30,50 @@ from engine.verify.verdict import Unjudged, Verdict
 
 ROOT = str(Path(__file__).parents[3])
 START = "import sys; sys.path.append(sys.argv.pop(1)); from engine.verify.sandbox.inside.launcher import main; main(sys.argv[1:])"
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}  # no more: what the host's environment holds is not the program's business
-GRACE = 10.0  # seconds over the limit after which the launcher itself is taken for dead
-SAID_MAX = 1 << 16  # bytes of a verdict
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}  # nothing of the host's environment, which may hold secrets
+GRACE = 10.0  # seconds beyond the time limit after which the launcher is considered dead
+VERDICT_MAX = 1 << 16  # bytes
 
 
 class NoIsolation(Unjudged, ValueError):
-    """This machine lets us build no sandbox: nothing can be judged on it, and the user has to decide."""
+    """No sandbox can be created on this machine, so no program can be judged unless the user accepts to run without one."""
 
 
 class Sandbox:
-    """One launcher process, one program at a time; threads wait for each other. `unsafe=True` leaves out every namespace and the user.
+    """A sandbox with one launcher process, which runs one program at a time. Thread-safe: `run` holds a lock.
 
-    Raises NoIsolation when the walls cannot be built here.
+    `unsafe=True` runs programs without namespaces and under the current user. Raises NoIsolation if namespaces cannot be created, and
+    Unjudged if the launcher does not start.
     """
 
     def __init__(self, limits: Limits = Limits(), *, unsafe: bool = False) -> None:  # noqa: B008  (frozen)
         self.limits = limits
         self.lock = threading.Lock()
         self.control, theirs = socket.socketpair()
-        words = [sys.executable, "-S", "-s", "-P", "-B", "-c", START, ROOT, json.dumps(asdict(limits)), "unsafe" if unsafe else "walled"]
-        quiet = subprocess.DEVNULL
+        isolation = "unsafe" if unsafe else "isolated"
+        command = [sys.executable, "-S", "-s", "-P", "-B", "-c", START, ROOT, json.dumps(asdict(limits)), isolation]
+        devnull = subprocess.DEVNULL
         with theirs:
             self.launcher = subprocess.Popen(
-                words, stdin=theirs.fileno(), stdout=quiet, stderr=quiet, env=ENVIRONMENT, cwd="/", start_new_session=True
+                command, stdin=theirs.fileno(), stdout=devnull, stderr=devnull, env=ENVIRONMENT, cwd="/", start_new_session=True
             )
         self.lines = self.control.makefile("rb")
         try:
-            refused = self._hear(GRACE).get("refused")
+            refused = self._read_message(GRACE).get("refused")
         except OSError as error:
             self.close()
             raise Unjudged(f"the sandbox did not start: {error}") from error
         if refused is not None:
             self.close()
             raise NoIsolation(
-                f"verifier=code: this machine gives programs no isolation ({refused}); run as root or allow unprivileged user namespaces, "
+                f"verifier=code: cannot isolate programs on this machine ({refused}); run as root or allow unprivileged user namespaces, "
                 "or accept the risk with --unsafe-code"
             )
 
     def run(self, program: str, tests: str, setup: str = "", entry_point: str | None = None) -> Verdict:
-        """Loads `program`, then runs `tests` beside it, after `setup`; calls the tests' check(entry_point) if there is one.
+        """Loads `program` in one process and runs `setup` and `tests` in another; with `entry_point`, calls the tests' check(entry_point).
 
-        Raises Unjudged when the machine fails; the sandbox is then closed.
+        Raises Unjudged if the machine fails; the sandbox is then closed.
         """
         nonce = secrets.token_hex(16)
         job = {"nonce": nonce, "program": program, "tests": tests, "setup": setup, "entry_point": entry_point}
@@ -82,48 +86,48 @@ class Sandbox:
 
     def _exchange(self, job: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         ours, theirs = socket.socketpair()
-        patience = self.limits.seconds + GRACE
+        timeout = self.limits.seconds + GRACE
         with ours:
             with theirs:
                 socket.send_fds(self.control, [b"j"], [theirs.fileno()])
-            ours.settimeout(patience)
+            ours.settimeout(timeout)
             try:
                 ours.sendall(job)
                 ours.shutdown(socket.SHUT_WR)
-                said = ours.makefile("rb").read(SAID_MAX)
+                verdict = ours.makefile("rb").read(VERDICT_MAX)
             except (BrokenPipeError, ConnectionResetError):
-                said = b""  # the judge is gone; the report says how
-        return json.loads(said or b"{}"), self._hear(patience)
+                verdict = b""  # the tests process has ended; the launcher reports how
+        return json.loads(verdict or b"{}"), self._read_message(timeout)
 
-    def _hear(self, seconds: float) -> dict[str, Any]:
-        self.control.settimeout(seconds)
+    def _read_message(self, timeout: float) -> dict[str, Any]:
+        self.control.settimeout(timeout)
         line = self.lines.readline()
         if not line:
-            raise OSError(f"the launcher ended with {self.launcher.wait(GRACE)}")
+            raise OSError(f"the launcher exited with status {self.launcher.wait(GRACE)}")
         return json.loads(line)
 
-    def _verdict(self, nonce: str, said: dict[str, Any], report: dict[str, Any]) -> Verdict:
+    def _verdict(self, nonce: str, result: dict[str, Any], report: dict[str, Any]) -> Verdict:
         judge, program = report["judge"], report["program"]
-        if said:
-            assert said["nonce"] == nonce
-        if said.get("correct"):
-            return Verdict(True, said["reason"])
+        if result:
+            assert result["nonce"] == nonce
+        if result.get("correct"):
+            return Verdict(True, result["reason"])
         for process, name in ((program, "the program"), (judge, "the tests")):
-            # Half, because the kernel limits by ticks and reports by the clock.
+            # Half, because the kernel enforces the limit in ticks but reports clock time.
             if _was_killed(process) and process["cpu_seconds"] > self.limits.cpu_seconds / 2:
-                return Verdict(False, f"{name} took over {self.limits.cpu_seconds} s of CPU time")
+                return Verdict(False, f"{name} exceeded the limit of {self.limits.cpu_seconds} s of CPU time")
         if not report["in_time"]:
-            return Verdict(False, f"over {self.limits.seconds:g} s")
+            return Verdict(False, f"exceeded the time limit of {self.limits.seconds:g} s")
         if _was_killed(program):
-            raise Unjudged("something killed the program from outside; is the machine out of memory?")
-        if not said and judge["status"] in (1, 3, -9):
-            raise Unjudged(f"the tests' process ended with {judge['status']}")
-        if not said or (said["lost"] and not program["killed"]):
-            return Verdict(False, f"the program left before its tests were over (status {program['status']})")
-        return Verdict(False, said["reason"])
+            raise Unjudged("the program was killed from outside the sandbox; check whether the machine ran out of memory")
+        if not result and judge["status"] in (1, 3, -9):
+            raise Unjudged(f"the tests process exited with status {judge['status']}")
+        if not result or (result["lost"] and not program["killed"]):
+            return Verdict(False, f"the program exited before its tests finished (status {program['status']})")
+        return Verdict(False, result["reason"])
 
     def close(self) -> None:
-        """Ends the launcher and with it all that it started."""
+        """Ends the launcher and all processes that it started."""
         self.lines.close()
         self.control.close()
         self.launcher.kill()
@@ -131,5 +135,5 @@ class Sandbox:
 
 
 def _was_killed(process: dict[str, Any]) -> bool:
-    """By the kernel or from outside: it cannot send itself SIGKILL, being the first process of its namespace."""
+    """Whether the kernel or an outside process killed it. As pid 1 of its namespace, it cannot send SIGKILL to itself."""
     return process["status"] == -9 and not process["killed"]

@@ -1,1 +1,1 @@
-"""Inside the sandbox: what runs on the far side of engine/verify/sandbox/host.py. The standard library only."""
+"""Code that runs inside the sandbox. Imports only the standard library. The host side is engine/verify/sandbox/host.py."""

@@ -1,9 +1,9 @@
-"""The side of the tests: run them here, and ask the program for its values through Remote objects.
+"""The tests process: runs the tests and requests the program's values through Remote objects.
 
-Job in: {"nonce", "program", "setup", "tests", "entry_point"}; verdict out: {"nonce", "correct", "reason", "lost"}.
-The tests come with the data set and are trusted to be tests; the program's answers are plain data by the time they are compared here.
-Comparisons, arithmetic and `in` of a Remote with plain data are never sent over: the program would learn what is expected and could agree.
-Nor can a test await an object of the program, enter it with `with`, or derive from its classes.
+Input: a job {"nonce", "program", "setup", "tests", "entry_point"}. Output: a verdict {"nonce", "correct", "reason", "lost"}.
+The tests come from the data set and are trusted. The program's values are plain data when they are compared in this process.
+Comparisons, arithmetic and `in` between a Remote and plain data are never sent to the program, because that would reveal the expected
+values. A test cannot await an object of the program, use it in a `with` statement, or derive from its classes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ REASON_MAX = 300  # characters
 
 
 class Judge:
-    """Talks to one program. `functions` are those of the tests that were handed to it."""
+    """The connection to one program. `functions` are functions of the tests that were passed to the program."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.functions: list[Callable[..., Any]] = []
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The program's reply; its exceptions are raised here, as builtins by name. Serves its callbacks meanwhile."""
+    def request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The program's reply to `request`. Serves callbacks until then. Raises the program's exceptions, as builtin ones by name."""
         send(self.channel, request)
         while True:
             reply = receive(self.channel)
             if not isinstance(reply, dict):
-                raise Lost("not a reply")
+                raise Lost("malformed reply")
             if "callback" not in reply:
                 break
             send(self.channel, self.call_back(reply))
@@ -48,12 +48,12 @@ class Judge:
         return reply
 
     def perform(self, verb: str, *arguments: Any, **named: Any) -> Any:
-        """One verb of guest.py on the program's side. Lists, dicts and sets among the arguments change as they changed there."""
+        """Run one of VERBS in the program process. In-place changes to lists, dicts and sets among the arguments are copied back."""
         parts = [self.encode(argument) for argument in arguments]
         keywords = {name: self.encode(argument) for name, argument in named.items()}
-        reply = self.ask({"verb": verb, "arguments": parts, "named": keywords})
+        reply = self.request({"verb": verb, "arguments": parts, "named": keywords})
         for argument, message in zip(arguments, reply.get("arguments", ()), strict=False):
-            _become(argument, self.decode(message))
+            _copy_back(argument, self.decode(message))
         return self.decode(reply.get("ok"))
 
     def call_back(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -72,16 +72,18 @@ class Judge:
     def handle(self, value: Any) -> list[Any]:
         if isinstance(value, Remote):
             return ["yours", object.__getattribute__(value, "_number")]
-        if getattr(builtins, getattr(value, "__name__", ""), None) is value:  # its own: eval must not run here what it asks for
+        if (
+            getattr(builtins, getattr(value, "__name__", ""), None) is value
+        ):  # sent by name, so that the program uses its own eval, not that of this process
             return ["builtin", value.__name__]
         if not callable(value):
-            raise TypeError(f"a test hands a {type(value).__name__} to the program; only plain data and functions travel")
+            raise TypeError(f"a test passes a {type(value).__name__} to the program; only plain data and functions are supported")
         self.functions.append(value)
         return ["mine", len(self.functions) - 1]
 
     def resolve(self, whose: str, number: Any) -> Any:
         if whose == "builtin":
-            raise ValueError("builtins travel one way only")
+            raise ValueError("the program may not send builtins")
         return self.functions[number] if whose == "yours" else Remote(self, int(number))
 
 
@@ -120,16 +122,17 @@ for _verb in ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul"):
     setattr(Remote, f"__{_verb}__", _among_remotes(_verb))
 
 
-def _error(name: str, text: str, next_asked: bool) -> Exception:
-    """The builtin exception of that name. StopIteration only from next(): out of map() it would end the tests in silence."""
+def _error(name: str, text: str, from_next: bool) -> Exception:
+    """The builtin exception of that name. StopIteration only from next(): raised inside map(), it would end the tests without an error."""
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and (next_asked or not issubclass(kind, StopIteration)):
-        with suppress(TypeError):  # UnicodeDecodeError and the like want more than a text
+    if isinstance(kind, type) and issubclass(kind, Exception) and (from_next or not issubclass(kind, StopIteration)):
+        with suppress(TypeError):  # some, such as UnicodeDecodeError, need more arguments than a message
             return kind(text)
     return RuntimeError(f"{name}: {text}")
 
 
-def _become(argument: Any, after: Any) -> None:
+def _copy_back(argument: Any, after: Any) -> None:
+    """Give `argument` the contents of `after`, if it is a mutable container of the same type."""
     if type(argument) is not type(after):
         return
     if isinstance(argument, list | bytearray):
@@ -143,23 +146,23 @@ def _become(argument: Any, after: Any) -> None:
 
 
 def judge(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
-    """Correct only when every test was reached, none raised, and the program is still there; `lost` when it is not."""
+    """The verdict: correct if all tests ran, none raised and the program process is still alive; `lost` if it is not."""
     judge = Judge(channel)
-    random.seed(0)  # tests that draw their inputs draw the same ones each time
+    random.seed(0)  # tests with random inputs get the same ones each time
     try:
-        judge.ask({"load": job["program"]})
+        judge.request({"load": job["program"]})
     except (Exception, Lost) as error:
         return _wrong(f"the program does not load: {_describe(error)}", error)
     try:
         _run(judge, job)
-        judge.ask({"name": ""})
+        judge.request({"name": ""})  # checks that the program process still replies
     except (Exception, Lost, SystemExit) as error:
-        return _wrong(_describe(error) + _where(error, job["tests"]), error)
+        return _wrong(_describe(error) + _failing_line(error, job["tests"]), error)
     return {"correct": True, "reason": "all tests passed", "lost": False}
 
 
 def _wrong(reason: str, error: BaseException) -> dict[str, Any]:
-    """One printable line: the program has a say in it."""
+    """A verdict whose reason is one printable line; the program may have chosen its characters."""
     line = "".join(letter if letter.isprintable() else " " for letter in reason[:REASON_MAX])
     return {"correct": False, "reason": " ".join(line.split()), "lost": isinstance(error, Lost)}
 
@@ -168,8 +171,8 @@ def _run(judge: Judge, job: dict[str, Any]) -> None:
     namespace: dict[str, Any] = {"__name__": "tests"}
     exec(compile(job["setup"], "<setup>", "exec"), namespace)
     entry_point = job["entry_point"]
-    for name in _asked_for(job["tests"], namespace) | {entry_point} - {None}:
-        reply = judge.ask({"name": name})
+    for name in _program_names(job["tests"], namespace) | {entry_point} - {None}:
+        reply = judge.request({"name": name})
         if not reply.get("missing"):
             namespace[name] = judge.decode(reply.get("ok"))
         elif name == entry_point:
@@ -179,10 +182,10 @@ def _run(judge: Judge, job: dict[str, Any]) -> None:
         namespace["check"](namespace[entry_point])
 
 
-def _asked_for(tests: str, namespace: dict[str, Any]) -> set[str]:
-    """Names that the tests read and only the program can define; modules of the standard library are imported into `namespace` instead.
+def _program_names(tests: str, namespace: dict[str, Any]) -> set[str]:
+    """Names that the tests read and only the program can define. Standard library modules are imported into `namespace` instead.
 
-    A builtin's name means the builtin, so that no program replaces `sorted` under the tests' feet, unless the tests read nothing else.
+    The name of a builtin means the builtin, so that a program cannot replace `sorted`, unless the tests read no other free name.
     """
     nodes = list(ast.walk(ast.parse(tests)))
     read = {node.id for node in nodes if isinstance(node, ast.Name)} - _defined(nodes)
@@ -194,7 +197,7 @@ def _asked_for(tests: str, namespace: dict[str, Any]) -> set[str]:
 
 
 def _defined(nodes: list[ast.AST]) -> set[str]:
-    """Names that the tests give a meaning themselves, anywhere."""
+    """Names that the tests bind themselves, in any scope."""
     names = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
@@ -205,18 +208,18 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def _where(error: BaseException, tests: str) -> str:
+def _failing_line(error: BaseException, tests: str) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<tests>" and frame.lineno]
     return f" at {tests.splitlines()[lines[-1] - 1].strip()}" if lines else ""
 
 
 def serve(channel: socket.socket, host: socket.socket) -> None:
-    """Reads the job, runs it, says the verdict with the job's nonce. The program's process never held this descriptor."""
+    """Reads the job, runs it and writes the verdict with the job's nonce to `host`, a descriptor the program process never has."""
     with host.makefile("rb") as lines:
         job = json.loads(lines.read())
-    assert receive(channel) == "here"  # else the program's walls do not stand, and the machine is to blame: no verdict
+    assert receive(channel) == "ready"  # otherwise the program process could not be isolated: a failure of the machine, no verdict
     try:
         verdict = judge(channel, job)
-    except MemoryError:  # no room even to say what was wrong
-        verdict = {"correct": False, "reason": "the program's values are over the memory limit", "lost": False}
+    except MemoryError:  # no memory left to describe the failure
+        verdict = {"correct": False, "reason": "the program's values exceed the memory limit", "lost": False}
     host.sendall(json.dumps({"nonce": job["nonce"], **verdict}).encode())

@@ -1,4 +1,4 @@
-"""The system calls of Linux that Python has no name for (os.unshare and os.setns arrive in 3.12). All raise OSError."""
+"""Linux system calls that Python does not wrap (os.unshare and os.setns exist from 3.12 on). All raise OSError."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _path(path: str | None) -> c_char_p:
 
 
 def unshare(flags: int) -> None:
-    """This process (for NEWPID its next children) moves into new namespaces."""
+    """Moves this process (with NEWPID: its next child) into new namespaces."""
     _call("unshare", c_int(flags))
 
 
@@ -47,9 +47,9 @@ def pivot_root(new: str, old: str) -> None:
 
 
 def restrict_mounts(path: str, attributes: int) -> None:
-    """mount_setattr (Linux 5.12): add attributes to the mount at `path` and to all under it."""
-    wanted = (c_uint64 * 4)(attributes, 0, 0, 0)
-    _call("syscall", c_long(442), c_int(-100), _path(path), c_uint32(0x8000), byref(wanted), c_ulong(32))
+    """mount_setattr (Linux 5.12): adds attributes to the mount at `path` and to all mounts below it."""
+    settings = (c_uint64 * 4)(attributes, 0, 0, 0)
+    _call("syscall", c_long(442), c_int(-100), _path(path), c_uint32(0x8000), byref(settings), c_ulong(32))
 
 
 def prctl(option: int, value: int, pointer: object = None) -> None:
@@ -72,6 +72,6 @@ class _Program(ctypes.Structure):
 
 
 def install_filter(instructions: list[tuple[int, int, int, int]]) -> None:
-    """From here on every system call of this thread and of those it starts passes the filter. Needs NO_NEW_PRIVS."""
+    """Filters all further system calls of this thread and of threads it starts. Requires NO_NEW_PRIVS."""
     filters = (Filter * len(instructions))(*instructions)
     prctl(SECCOMP, 2, _Program(len(instructions), ctypes.addressof(filters)))

@@ -1,11 +1,11 @@
-"""The launcher: one process inside the walls that forks, for each job, a program and its judge, and outlives neither host nor mercy.
+"""The launcher: a process inside the sandbox that forks a program process and a tests process (judge) for each job.
 
-    host ── control ── launcher            the launcher never reads a job: it passes the judge's descriptor on
+    host ── control ── launcher            the launcher never reads a job: it passes the descriptor to the judge
       └──── job ────── judge ── channel ── program
 
-Both children are forked from a warm interpreter, each alone in a pid namespace of its own (for root: under a user of its own), so the
-program can neither see, signal nor trace its judge. When the judge ends or the time is over both are killed, and with its first process a
-pid namespace loses all others.
+Both children are forked from a warm interpreter, each into its own pid namespace (and, when run as root, under its own user), so the
+program cannot see, signal or trace the judge. Both are killed when the judge ends or the time limit expires; when the first process of a
+pid namespace ends, the kernel kills all others in it. The launcher ends with the host.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from typing import Any
 
 from engine.verify.sandbox.inside import judge, kernel, namespaces
 from engine.verify.sandbox.inside.namespaces import Limits
-from engine.verify.sandbox.inside.program import Guest
+from engine.verify.sandbox.inside.program import ProgramServer
 
-# What answers and tests usually import, imported once.
+# Modules that programs and tests often import, imported once before forking.
 WARM = (
     "abc array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools hashlib heapq inspect io "
     "itertools json math numbers operator queue random re statistics string struct textwrap threading time typing unicodedata"
 )
 
-FIRST_UID = 0x40000000  # far from any user of the machine; two for each launcher
-OPEN_MAX = 64  # the launcher starts with three descriptors and holds a dozen
-NOT_STARTED = 3  # exit code of a child whose walls did not stand
+FIRST_UID = 0x40000000  # outside the usual range of user ids; each launcher uses two
+OPEN_MAX = 64  # upper bound on descriptor numbers: the launcher holds about a dozen
+NOT_STARTED = 3  # exit code of a child that could not be isolated
 
 
 @dataclass
 class Child:
-    """A forked process, to be ended once."""
+    """A forked process."""
 
     pid: int
 
     def end(self) -> dict[str, Any]:
-        """Kills it unless it is over already. Says which, its wait status and its CPU seconds."""
+        """Kills it unless it has ended. Returns whether it was killed, its exit status and its CPU seconds. Call once."""
         pid, status, used = os.wait4(self.pid, os.WNOHANG)
         killed = pid == 0
         if killed:
@@ -56,21 +56,21 @@ class Child:
 
 
 class Launcher:
-    """Runs jobs one at a time. `walled` is False only where the user asked for no isolation."""
+    """Runs jobs one at a time. `isolated` is False only if the user disabled isolation."""
 
-    def __init__(self, control: socket.socket, limits: Limits, walled: bool, first_uid: int) -> None:
-        self.control, self.limits, self.walled, self.first_uid = control, limits, walled, first_uid
+    def __init__(self, control: socket.socket, limits: Limits, isolated: bool, first_uid: int) -> None:
+        self.control, self.limits, self.isolated, self.first_uid = control, limits, isolated, first_uid
         self.directory = "/tmp"
-        self.home = os.pidfd_open(os.getpid()) if walled else -1
+        self.home = os.pidfd_open(os.getpid()) if isolated else -1
 
-    def try_out(self) -> None:
-        """Raises OSError when a child cannot get its walls."""
+    def check_isolation(self) -> None:
+        """Raises OSError if a child cannot be isolated."""
         _, status = os.waitpid(self.fork(self.first_uid, [], lambda: None).pid, 0)
         if status:
-            raise OSError(f"a process inside ended with {os.waitstatus_to_exitcode(status)}")
+            raise OSError(f"a process inside exited with status {os.waitstatus_to_exitcode(status)}")
 
     def serve(self) -> None:
-        """Until the host hangs up."""
+        """Runs jobs until the host closes the control socket."""
         while True:
             _, fds, _, _ = socket.recv_fds(self.control, 16, 1)
             if not fds:
@@ -80,41 +80,41 @@ class Launcher:
             self.control.sendall(json.dumps(report).encode() + b"\n")
 
     def run(self, job: socket.socket) -> dict[str, Any]:
-        """One job; afterwards nothing of it is left, neither process nor file."""
+        """Runs one job and removes its processes and files. Returns how both processes ended, and whether within the time limit."""
         ours, theirs = socket.socketpair()
         alive, held = os.pipe()
-        with nullcontext("/tmp") if self.walled else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as self.directory:
-            program = self.fork(self.first_uid + 1, [theirs.fileno()], lambda: Guest(theirs).serve())
-            referee = self.fork(self.first_uid, [ours.fileno(), job.fileno(), held], lambda: judge.serve(ours, job))
+        with nullcontext("/tmp") if self.isolated else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as self.directory:
+            program = self.fork(self.first_uid + 1, [theirs.fileno()], lambda: ProgramServer(theirs).serve())
+            tests = self.fork(self.first_uid, [ours.fileno(), job.fileno(), held], lambda: judge.serve(ours, job))
             for end in (ours, theirs, job):
                 end.close()
             os.close(held)
             try:
                 in_time = self.wait(alive)
             finally:
-                ends = {"judge": referee.end(), "program": program.end()}
+                ends = {"judge": tests.end(), "program": program.end()}
                 os.close(alive)
         return {"in_time": in_time, **ends}
 
     def wait(self, alive: int) -> bool:
-        """Until the judge is gone (its end of the pipe closes) or the time is over; leaves at once when the host is gone."""
-        end = time.monotonic() + self.limits.seconds
-        while (left := end - time.monotonic()) > 0:
-            ready, _, _ = select.select([alive, self.control], [], [], left)
+        """Waits for the judge to end (its end of the pipe closes); False at the time limit. Raises SystemExit if the host has ended."""
+        deadline = time.monotonic() + self.limits.seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            ready, _, _ = select.select([alive, self.control], [], [], remaining)
             if alive in ready:
                 return True
             if self.control in ready:
-                raise SystemExit("the host hung up")
+                raise SystemExit("the host closed the control socket")
         return False
 
     def fork(self, uid: int, keep: list[int], work: Callable[[], None]) -> Child:
-        """A child with nothing but `keep` open that does `work` inside the walls. It never returns from here."""
-        if self.walled:
+        """Forks an isolated child that runs `work` with only the descriptors `keep`. The child never returns from this call."""
+        if self.isolated:
             kernel.unshare(kernel.NEWPID)
         pid = os.fork()
         if pid == 0:
             _child(self, uid, keep, work)
-        if self.walled:
+        if self.isolated:
             kernel.setns(self.home, kernel.NEWPID)
         return Child(pid)
 
@@ -123,13 +123,13 @@ def _child(launcher: Launcher, uid: int, keep: list[int], work: Callable[[], Non
     code = NOT_STARTED
     try:
         os.setsid()  # kill(0) reaches a process group through pid namespaces
-        if launcher.walled:
+        if launcher.isolated:
             namespaces.own_directory(launcher.limits)
         os.chdir(launcher.directory)
-        _only(keep)
-        if launcher.walled:
+        _close_descriptors(keep)
+        if launcher.isolated:
             namespaces.become_nobody(uid)
-        namespaces.restrict(launcher.limits, threads=launcher.walled)
+        namespaces.restrict(launcher.limits, threads=launcher.isolated)
         code = 1
         work()
         code = 0
@@ -137,8 +137,8 @@ def _child(launcher: Launcher, uid: int, keep: list[int], work: Callable[[], Non
         os._exit(code)
 
 
-def _only(keep: list[int]) -> None:
-    """Closes every descriptor but `keep`; output goes to a file under the file-size limit, which is the cap on it."""
+def _close_descriptors(keep: list[int]) -> None:
+    """Closes every descriptor except `keep`. Output goes to an unlinked file, bounded by the file-size limit."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     name = f"output{os.getpid()}"
     output = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -150,17 +150,20 @@ def _only(keep: list[int]) -> None:
             os.close(number)
 
 
-def main(words: list[str]) -> None:
-    """words: limits as JSON, "walled" or "unsafe"; standard input is the control socket. First says whether it can do its work."""
-    control, limits, walled = socket.socket(fileno=os.dup(0)), Limits(**json.loads(words[0])), words[1] == "walled"
+def main(arguments: list[str]) -> None:
+    """arguments: limits as JSON, then "isolated" or "unsafe". Standard input is the control socket.
+
+    The first message is {"ready": true}, or {"refused": reason} if processes cannot be isolated.
+    """
+    control, limits, isolated = socket.socket(fileno=os.dup(0)), Limits(**json.loads(arguments[0])), arguments[1] == "isolated"
     first_uid = FIRST_UID + 2 * os.getpid()
     for name in WARM.split():
         importlib.import_module(name)
     try:
-        if walled:
+        if isolated:
             _enter()
-        launcher = Launcher(control, limits, walled, first_uid)
-        launcher.try_out()
+        launcher = Launcher(control, limits, isolated, first_uid)
+        launcher.check_isolation()
     except OSError as error:
         control.sendall(json.dumps({"refused": str(error)}).encode() + b"\n")
         return
@@ -169,7 +172,7 @@ def main(words: list[str]) -> None:
 
 
 def _enter() -> None:
-    """Returns in a child that is first in the walls' pid namespace, so that all die with it; the parent waits for its end."""
+    """Returns in a child that is the first process of a new pid namespace, so that all others end with it. The parent waits for it."""
     if sys.platform != "linux":
         raise OSError(f"{sys.platform} has no namespaces")
     namespaces.enclose()

@@ -1,7 +1,7 @@
-"""The walls: namespaces for the launcher, then for each process its own pid and mount namespace, limits and no privileges.
+"""Isolation: namespaces for the launcher, then a pid and a mount namespace, limits and dropped privileges for each process.
 
-Needs Linux 5.14 (mount_setattr; threads counted per user namespace) and either root with CAP_SYS_ADMIN or unprivileged user namespaces.
-Bubblewrap would make the same namespaces by the same calls, at the price of a program start for each response.
+Requires Linux 5.14 (mount_setattr; threads counted per user namespace) and either root with CAP_SYS_ADMIN or unprivileged user
+namespaces. Bubblewrap creates the same namespaces with the same calls, but would start a program for each response.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ MiB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use; sizes in MiB. CPU seconds decide, wall seconds are for programs that sleep."""
+    """Resource limits of one job's processes."""
 
-    seconds: float = 10.0
-    cpu_seconds: int = 4
-    memory: int = 1024
-    disk: int = 64
-    file: int = 16
-    files: int = 64
+    seconds: float = 10.0  # wall clock of the job, for programs that sleep
+    cpu_seconds: int = 4  # CPU time per process, the limit that usually applies
+    memory: int = 1024  # MiB of address space per process
+    disk: int = 64  # MiB in /tmp
+    file: int = 16  # MiB per file
+    files: int = 64  # open descriptors
     threads: int = 32
 
 
 def enclose() -> None:
-    """Moves this process into new namespaces, and its next child, which must be the one to build the walls, into a new pid namespace."""
+    """Moves this process into new namespaces, and its next child, which must call `build`, into a new pid namespace."""
     uid, gid = os.getuid(), os.getgid()
     spaces = kernel.NEWNS | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS | kernel.NEWPID
     kernel.unshare(spaces | (0 if uid == 0 else kernel.NEWUSER))
     if uid != 0:
-        # Not mapped to 0 inside: an exec as root would give capabilities back.
+        # Not mapped to uid 0: an exec as root would restore capabilities.
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"1000 {uid} 1")
         _write("/proc/self/gid_map", f"1000 {gid} 1")
 
 
 def build() -> None:
-    """Makes / a read-only tmpfs with Python's standard library, shared libraries and four devices: nothing else of the machine."""
+    """Makes / a read-only tmpfs that holds only Python's standard library, shared libraries and four devices."""
     library = {sysconfig.get_path(name): os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     kernel.mount("none", "/", None, kernel.PRIVATE | kernel.RECURSIVE)
     kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=1m")
@@ -63,7 +63,7 @@ def build() -> None:
 
 
 def _show(path: str, source: str, attributes: int) -> None:
-    """Binds the machine's `source` to `path`; a symlink stays one."""
+    """Bind-mounts the host's `source` at `path`; a symlink is recreated."""
     old = f"/old{source}"
     if not os.path.lexists(old) or os.path.lexists(path):
         return
@@ -79,14 +79,14 @@ def _show(path: str, source: str, attributes: int) -> None:
 
 
 def own_directory(limits: Limits) -> None:
-    """A new mount namespace whose /tmp is empty, small, and this process's alone."""
+    """Enters a new mount namespace with an empty, size-limited, private /tmp."""
     kernel.unshare(kernel.NEWNS)
     flags = kernel.NOSUID | kernel.NODEV | kernel.NOEXEC
     kernel.mount("tmpfs", "/tmp", "tmpfs", flags, f"mode=777,size={limits.disk}m,nr_inodes=1k")
 
 
 def become_nobody(uid: int) -> None:
-    """Root becomes `uid`, or 65534 where that one is not mapped; everyone loses all capabilities for ever."""
+    """Drops all capabilities permanently. As root, first changes to user `uid`, or 65534 if that is not mapped."""
     if os.getuid() == 0:
         os.setgroups([])
         for number in (uid, 65534):
@@ -101,20 +101,20 @@ def become_nobody(uid: int) -> None:
 
 
 def restrict(limits: Limits, threads: bool) -> None:
-    """Limits of this process, and the filter of its system calls. Works without any namespace too."""
-    wanted = {
+    """Sets resource limits and the system call filter of this process. Does not need namespaces."""
+    values = {
         resource.RLIMIT_AS: limits.memory * MiB,
         resource.RLIMIT_CPU: limits.cpu_seconds,
         resource.RLIMIT_FSIZE: limits.file * MiB,
         resource.RLIMIT_NOFILE: limits.files,
         resource.RLIMIT_CORE: 0,
     }
-    if threads:  # counted per user: only where the user is the sandbox's own
-        wanted[resource.RLIMIT_NPROC] = limits.threads
-    for limit, value in wanted.items():
+    if threads:  # counted per user, so only where the user belongs to this sandbox
+        values[resource.RLIMIT_NPROC] = limits.threads
+    for limit, value in values.items():
         resource.setrlimit(limit, (value, value))
     if sys.platform == "linux":
-        kernel.prctl(kernel.DUMPABLE, 0)  # no core file, whatever the machine's core_pattern does with limits
+        kernel.prctl(kernel.DUMPABLE, 0)  # no core dump, even if core_pattern ignores the limit
         kernel.prctl(kernel.NO_NEW_PRIVS, 1)
         seccomp.install()
 

@@ -1,7 +1,7 @@
-"""The side of the tested program: load it, then answer the judge's requests on its objects.
+"""The program process: loads the tested program, then serves the tests process's requests for its objects.
 
-Nothing here is secret and nothing here is trusted: the program shares this process and may answer for itself. All it can then do is what
-a function may do anyway, choose the values it returns, and it never hears what the tests expect.
+Nothing in this process is secret or trusted: the program runs in it and may replace this code. That only lets it choose the values it
+returns, as any function may. It never receives what the tests expect.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ VERBS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Guest:
-    """Objects that stay here, by number."""
+class ProgramServer:
+    """Serves requests for the program's objects, which stay in this process and are referred to by number."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.objects: list[Any] = []
         self.numbers: dict[int, int] = {}  # id -> index; `objects` keeps the ids valid
         self.module = types.ModuleType("program")
-        sys.modules["program"] = self.module  # dataclasses and pickle look their module up
+        sys.modules["program"] = self.module  # dataclasses and pickle look up the module of a class
 
     def serve(self) -> None:
-        """Says that it is there, then answers until the judge hangs up."""
-        send(self.channel, "here")
+        """Sends "ready", then serves requests until the tests process closes the channel."""
+        send(self.channel, "ready")
         while True:
             try:
                 request = receive(self.channel)
             except Lost:
                 return
-            send(self.channel, self.answer(request))
+            send(self.channel, self.reply_to(request))
 
-    def answer(self, request: Any) -> dict[str, Any]:
+    def reply_to(self, request: Any) -> dict[str, Any]:
         try:
             if "load" in request:
                 exec(compile(request["load"], "<program>", "exec"), self.module.__dict__)
@@ -52,11 +52,11 @@ class Guest:
                 value = self.module.__dict__.get(request["name"], Lost)
                 return {"missing": True} if value is Lost else {"ok": self.encode(value)}
             return self.perform(request)
-        except BaseException as error:  # SystemExit and KeyboardInterrupt included: leaving is not an answer
-            return {"error": type(error).__name__, "text": _say(error)}
+        except BaseException as error:  # including SystemExit and KeyboardInterrupt: the program must not end the process this way
+            return {"error": type(error).__name__, "text": _message(error)}
 
     def perform(self, request: Any) -> dict[str, Any]:
-        """One verb; says too what became of arguments that it changed in place."""
+        """Runs one of VERBS. The reply includes the arguments if the call changed them in place."""
         arguments = [self.decode(part) for part in request["arguments"]]
         named = {name: self.decode(part) for name, part in request["named"].items()}
         reply = {"ok": self.encode(VERBS[request["verb"]](*arguments, **named))}
@@ -84,23 +84,23 @@ class Guest:
 
 
 class Callback:
-    """A function of the tests, handed to the program as an argument."""
+    """A function of the tests that was passed to the program as an argument."""
 
-    def __init__(self, guest: Guest, number: int) -> None:
-        self.guest, self.number = guest, number
+    def __init__(self, server: ProgramServer, number: int) -> None:
+        self.server, self.number = server, number
 
     def __call__(self, *arguments: Any) -> Any:
-        send(self.guest.channel, {"callback": self.number, "arguments": [self.guest.encode(argument) for argument in arguments]})
-        reply = receive(self.guest.channel)
-        while "verb" in reply:  # the function asks for something of ours
-            send(self.guest.channel, self.guest.answer(reply))
-            reply = receive(self.guest.channel)
+        send(self.server.channel, {"callback": self.number, "arguments": [self.server.encode(argument) for argument in arguments]})
+        reply = receive(self.server.channel)
+        while "verb" in reply:  # the function uses an object of the program
+            send(self.server.channel, self.server.reply_to(reply))
+            reply = receive(self.server.channel)
         if "error" in reply:
             raise RuntimeError(reply["error"])
-        return self.guest.decode(reply["ok"])
+        return self.server.decode(reply["ok"])
 
 
-def _say(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     try:
         return str(error)[:200]
     except BaseException:

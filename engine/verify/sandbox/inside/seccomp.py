@@ -1,6 +1,6 @@
-"""Which system calls tested programs may make: an allow-list, because a kernel grows faster than a deny-list.
+"""The allow-list of system calls for tested programs. (A deny-list would miss calls that new kernels add.)
 
-Absent, and so refused with EPERM: starting processes or programs (fork, execve), the network (socket), other processes' memory
+Not on the list, and refused with EPERM: starting processes or programs (fork, execve), the network (socket), other processes' memory
 (ptrace, process_vm_writev), namespaces and mounts (unshare, setns, mount), io_uring, bpf, keyctl and everything newer than this file.
 """
 
@@ -10,7 +10,7 @@ import os
 
 from engine.verify.sandbox.inside import kernel
 
-# name, number on x86_64, number on aarch64 (- where that machine never had the call). From Linux's unistd tables; the busiest first.
+# name, number on x86_64, number on aarch64 (- if it does not exist there), from Linux's unistd tables; the most frequent first.
 ALLOWED = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, sendto 44 206, recvfrom 45 207, sendmsg 46 211,
 recvmsg 47 212, shutdown 48 210, futex 202 98, sched_yield 24 124, sched_getaffinity 204 123, membarrier 324 283, rseq 334 293,
@@ -38,29 +38,33 @@ CLONE_THREAD = 0x10000
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K
-NUMBER, ARCHITECTURE, FIRST, SECOND, THIRD = 0, 4, 16, 24, 32  # offsets in struct seccomp_data; arguments' low halves
+NUMBER, ARCHITECTURE, FIRST, SECOND, THIRD = 0, 4, 16, 24, 32  # offsets in struct seccomp_data; of arguments, the low 32 bits
 ALLOW = (RETURN, 0, 0, 0x7FFF0000)
 EPERM, ENOSYS = 1, 38
 
 
 def install() -> bool:
-    """Filters this process. NO_NEW_PRIVS must be set.
+    """Installs the filter in this process. NO_NEW_PRIVS must be set.
 
-    False on a machine whose numbers are not in the table: there a program may start processes, as many as it may threads.
+    Returns False, without a filter, on an architecture that is not in MACHINES. There, a program may start processes, up to the limit on
+    threads.
     """
-    known = MACHINES.get(os.uname().machine)
-    if known is not None:
-        kernel.install_filter(program(*known))
-    return known is not None
+    machine = MACHINES.get(os.uname().machine)
+    if machine is not None:
+        kernel.install_filter(program(*machine))
+    return machine is not None
 
 
 def program(column: int, architecture: int) -> list[tuple[int, int, int, int]]:
-    """The filter as (code, jump if true, jump if false, operand). Calls of another architecture's table are refused."""
+    """The filter as (code, jump if true, jump if false, operand). System calls of another architecture are refused."""
     instructions = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), _refuse(EPERM), (LOAD, 0, 0, NUMBER)]
     for number in (cell.split()[1 + column] for cell in ALLOWED.split(",")):
         if number != "-":
             instructions += [(EQUAL, 0, 1, int(number)), ALLOW]
-    instructions += [(EQUAL, 0, 1, CLONE3[column]), _refuse(ENOSYS)]  # its flags lie in memory; libc then falls back to clone
+    instructions += [
+        (EQUAL, 0, 1, CLONE3[column]),
+        _refuse(ENOSYS),
+    ]  # its flags are in memory, out of the filter's reach; libc falls back to clone
     instructions += _if_argument(CLONE[column], FIRST, [(ANY_BIT, 0, 1, CLONE_THREAD)])
     instructions += _if_argument(IOCTL[column], SECOND, [(EQUAL, 0, 1, request) for request in IOCTLS])
     instructions += _if_argument(PRLIMIT[column], THIRD, [(EQUAL, 0, 1, 0)])  # may read limits, not set them

@@ -1,8 +1,8 @@
-"""What judge and program say to each other: frames of JSON, in which only plain data travels by value.
+"""The protocol between the tests process (judge) and the program process: length-prefixed JSON frames that pass plain data by value.
 
 None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, deque, range, Decimal and Fraction (subclasses as their
-base) arrive as copies built by the receiver, kinds of data by name; anything else stays where it is and travels as a number, its handle.
-Reading a frame runs nothing of the sender's.
+base class) are copied; their types are sent by name. Any other object stays in its process and is sent as a numbered handle: "mine"
+belongs to the sender of the message, "yours" to the receiver. Decoding a frame runs no code of the sender.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Resolve = Callable[[str, Any], Any]  # ("mine" | "yours" | "builtin", number or 
 
 
 class Lost(BaseException):
-    """The other side is gone or talks nonsense. No `except Exception` of a test may swallow it."""
+    """The other process has ended or violates the protocol. A BaseException, so that no `except Exception` in a test catches it."""
 
 
 def send(channel: socket.socket, message: Any) -> None:
     data = json.dumps(message, separators=(",", ":")).encode()
     if len(data) > FRAME_MAX:
-        raise ValueError(f"a value of {len(data)} bytes is over the limit of {FRAME_MAX}")
+        raise ValueError(f"a value of {len(data)} bytes exceeds the limit of {FRAME_MAX}")
     try:
         channel.sendall(len(data).to_bytes(4, "big") + data)
     except OSError as error:
@@ -39,14 +39,14 @@ def send(channel: socket.socket, message: Any) -> None:
 
 
 def receive(channel: socket.socket) -> Any:
-    """The next message. Raises Lost at the end of the channel and for whatever is no frame."""
+    """The next message. Raises Lost if the channel is closed or the frame is malformed."""
     size = int.from_bytes(_exactly(channel, 4), "big")
     if size > FRAME_MAX:
-        raise Lost(f"a frame of {size} bytes")
+        raise Lost(f"a frame of {size} bytes exceeds the limit of {FRAME_MAX}")
     try:
         return json.loads(_exactly(channel, size))
     except (ValueError, RecursionError) as error:
-        raise Lost(f"not a frame: {error}") from None
+        raise Lost(f"malformed frame: {error}") from None
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
@@ -57,13 +57,13 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
         except OSError as error:
             raise Lost(str(error)) from None
         if not part:
-            raise Lost("the channel ended")
+            raise Lost("the channel was closed")
         data += part
     return bytes(data)
 
 
 def encode(value: Any, handle: Callable[[Any], list[Any]]) -> Any:
-    """JSON for `value`; `handle(object)` answers for what is not plain. Raises RecursionError for cycles."""
+    """`value` as JSON values; `handle(object)` encodes objects that are not plain data. Raises RecursionError for cycles."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -78,10 +78,10 @@ def encode(value: Any, handle: Callable[[Any], list[Any]]) -> Any:
             return [kind.__name__, [encode(item, handle) for item in value]]
     if isinstance(value, dict):
         return ["dict", [["tuple", [encode(key, handle), encode(item, handle)]] for key, item in value.items()]]
-    return _rarely(value, handle)
+    return _encode_rare(value, handle)
 
 
-def _rarely(value: Any, handle: Callable[[Any], list[Any]]) -> Any:
+def _encode_rare(value: Any, handle: Callable[[Any], list[Any]]) -> Any:
     if isinstance(value, bytes | bytearray):
         return ["bytes" if isinstance(value, bytes) else "bytearray", value.hex()]
     if isinstance(value, Decimal | Fraction):
@@ -96,11 +96,11 @@ def _rarely(value: Any, handle: Callable[[Any], list[Any]]) -> Any:
 
 
 def decode(message: Any, resolve: Resolve) -> Any:
-    """The value; `resolve` answers for handles and builtins. Raises Lost for anything malformed."""
+    """The value of `message`; `resolve` looks up handles and builtins. Raises Lost if the message is malformed."""
     try:
         return _decode(message, resolve)
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError, MemoryError, ArithmeticError) as error:
-        raise Lost(f"not a value: {error}") from None
+        raise Lost(f"malformed value: {error}") from None
 
 
 def _decode(message: Any, resolve: Resolve) -> Any:
