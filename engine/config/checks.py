@@ -1,4 +1,4 @@
-"""What is wrong with a launch, as far as settings and shapes can tell: said before a weight is read or memory is taken."""
+"""Launch checks: errors and warnings from settings and model shapes alone, before any weight is loaded or memory allocated."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Literal
 
 from engine.config import Model, ModelShape, Parallel, Run, even_split, padded_vocab
 
-MAX_END_EXCESS = 0.1  # by which the ends of a pipeline may outweigh its other stages, before it is said
-MAX_BUBBLE = 1 / 3  # of a step, before it is said
-MAX_ACTIVATION_BYTES = 30e9  # bytes of activations on a GPU, before it is said
+MAX_END_EXCESS = 0.1  # warn when the first or last stage outweighs the others by more than this fraction
+MAX_BUBBLE = 1 / 3  # warn when the pipeline bubble is a larger fraction of the step
+MAX_ACTIVATION_BYTES = 30e9  # warn above this many bytes of activations per GPU
 
-Shape = Callable[[Model], ModelShape]  # of a model's weights, or its `init`; the head that Model.head asks for is not its concern
+Shape = Callable[[Model], ModelShape]  # the shape of a model's weights or of its `init`, regardless of Model.head
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A run on a world of ranks that its grid divides."""
+    """A run on `world_size` ranks, which tp x pp divides."""
 
     run: Run
     world_size: int
@@ -36,14 +36,14 @@ class Launch:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number that the model computes with."""
+        """Bytes per element of the compute dtype."""
         dtype = self.run.model.dtype
         return 4 if dtype == "fp32" or (dtype == "auto" and not self.on_gpu) else 2
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A number that settings come to: how they say it, and settings that would come to another."""
+    """A value derived from settings: the settings as text, and `suggest(value)`, settings that give another value."""
 
     value: int
     setting: str
@@ -56,7 +56,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an algorithm asks of a launch."""
+    """What an algorithm requires of a launch."""
 
     head: Literal["lm", "scalar"]
     longest_sequence: Limit  # predicted tokens of one sequence
@@ -195,7 +195,7 @@ def _across_nodes(parallel: Parallel, node: int) -> str:
 
 
 def _heavy_ends(parallel: Parallel, model: ModelShape) -> str:
-    """Weighed in parameters: memory at both ends, and work at the last."""
+    """Warn when the embedding or output layer unbalances the pipeline, in parameters: memory at both ends, compute at the last."""
     if parallel.pp == 1:
         return ""
     vocabulary = model.hidden * model.vocab / model.layer_parameters
@@ -209,8 +209,8 @@ def _heavy_ends(parallel: Parallel, model: ModelShape) -> str:
     better[0], better[-1] = better[0] - slots, better[-1] - slots
     way_out = f"parallel.stages={better}" if min(better) >= 0 else "a smaller parallel.pp"
     return (
-        f"the embedding and the output layer weigh as much as {vocabulary:.1f} layers each: the stages that hold them are {excess:.0%} "
-        f"heavier than any other; use {way_out}"
+        f"the embedding and the output layer have as many parameters as {vocabulary:.1f} layers each: their stages are {excess:.0%} "
+        f"heavier than the others; use {way_out}"
     )
 
 
@@ -219,8 +219,8 @@ def _padded(parallel: Parallel, model: ModelShape) -> str:
     if padded == model.vocab:
         return ""
     return (
-        f"model.vocab={model.vocab} over parallel.tp={parallel.tp} is {model.vocab / parallel.tp:g} rows a rank: padded to {padded}, "
-        f"{padded // parallel.tp} a rank, so that each share starts on 16 bytes; rows of padding are never drawn, and not exported"
+        f"model.vocab={model.vocab} over parallel.tp={parallel.tp} is {model.vocab / parallel.tp:g} rows per rank: padded to {padded}, "
+        f"{padded // parallel.tp} per rank, so that each shard is 16-byte aligned; padding rows are never sampled and not exported"
     )
 
 
@@ -246,7 +246,7 @@ def _bubble(launch: Launch, requirements: Requirements, tokens: float) -> str:
     if idle <= MAX_BUBBLE:
         return ""
     return (
-        f"{requirements.sequences_per_update.setting} makes {microbatches} microbatches a replica: parallel.pp={parallel.pp} stages are "
+        f"{requirements.sequences_per_update.setting} makes {microbatches} microbatches per replica: parallel.pp={parallel.pp} stages are "
         f"idle {idle:.0%} of the time; raise parallel.vpp or the batch, or lower parallel.pp or tokens_per_microbatch"
     )
 

@@ -1,4 +1,4 @@
-"""A forecast as a table for people, as JSON for machines, and as a picture of the pipeline."""
+"""The dry run's report: tables on the console, JSON, and a PNG of the pipeline schedule."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from engine.dryrun.schedule import TimedOp
 from engine.dryrun.workload import TrainedModel
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "batch", "cache", "reference", "critic", "context")
-COLOURS = ("#4477aa", "#cc6677")  # of forwards and backwards; a chunk's shade tells it from the others
+COLOURS = ("#4477aa", "#cc6677")  # forward, backward; virtual stages differ in shade
 
 
 def print_report(forecast: Forecast, console: Console) -> None:
-    """Print all of it."""
-    memory = [memory_table(forecast.stages, "GB on each GPU of a pipeline stage, when it holds most")]
+    """Print memory per pipeline stage, time per phase, batch statistics, the verdict, warnings and assumptions."""
+    memory = [memory_table(forecast.stages, "Predicted peak memory per GPU (GB)")]
     if forecast.generating:
-        memory.append(memory_table(forecast.generating, "GB on each GPU that only generates"))
+        memory.append(memory_table(forecast.generating, "Predicted peak memory per generator GPU (GB)"))
     console.print(Group(Text(_headline(forecast), style="bold"), *memory, phase_table(forecast), *_lines(forecast)))
 
 
@@ -34,28 +34,28 @@ def _headline(forecast: Forecast) -> str:
     virtual = f" x {parallel.vpp} virtual stages" if parallel.vpp > 1 else ""
     grid = f"tp{parallel.tp} pp{parallel.pp}{virtual} dp{simulation.dp}"
     kind = type(simulation.run.algorithm).__name__
-    apart = f", and dp{simulation.generator.dp} that only generates" if simulation.generator else ""
+    generators = f", generators dp{simulation.generator.dp}" if simulation.generator else ""
     size = f"{simulation.policy.model.parameters / 1e9:.1f}B parameters"
-    return f"{kind} of {size} on {simulation.gpus} x {simulation.hardware.name}, {grid}{apart}"
+    return f"{kind} of {size} on {simulation.gpus} x {simulation.hardware.name}, {grid}{generators}"
 
 
 def memory_table(ranks: list[RankMemory], title: str) -> Table:
-    """A row for each run of pipeline ranks that need the same."""
+    """One row per group of consecutive pipeline ranks with equal memory. Sizes in GB per GPU."""
     used = [name for name in COLUMNS if any(name in rank.parts for rank in ranks)]
-    table = Table("stage", "layers", "params", *used, "peak", "of", "when", title=title)
+    table = Table("stage", "layers", "params", *used, "peak", "capacity", "peak phase", title=title)
     for column in table.columns[1:-1]:
         column.justify = "right"
     for first, last, rank in _alike(ranks):
         parts = [f"{rank.parts[name] / 1e9:.1f}" if name in rank.parts else "" for name in used]
         peak = Text(f"{rank.peak_bytes / 1e9:.1f}", style="" if rank.fits else "bold red")
         name = str(first) if first == last else f"{first}-{last}"
-        room = f"{rank.capacity / 1e9:.0f}"
-        table.add_row(name, str(rank.layers), f"{rank.params / 1e9:.2f}B", *parts, peak, room, rank.moment)
+        capacity = f"{rank.capacity / 1e9:.0f}"
+        table.add_row(name, str(rank.layers), f"{rank.params / 1e9:.2f}B", *parts, peak, capacity, rank.moment)
     return table
 
 
 def _alike(stages: list[RankMemory]) -> Iterator[tuple[int, int, RankMemory]]:
-    """(first, last, one of them) of neighbours that show the same numbers."""
+    """Yield (first rank, last rank, memory) per group of consecutive ranks with the same displayed numbers."""
     start = 0
     for i, rank in enumerate(stages):
         following = stages[i + 1] if i + 1 < len(stages) else None
@@ -69,54 +69,54 @@ def _shown(rank: RankMemory) -> tuple[Any, ...]:
 
 
 def phase_table(forecast: Forecast) -> Table:
-    """Seconds of a step's phases; in brackets of those that go on beside the others, on ranks of their own."""
-    table = Table("phase", "seconds", "share", "MFU", title="one step")
+    """Predicted time per phase of a step. Phases in parentheses run concurrently, on generator GPUs, and do not add to the step time."""
+    table = Table("phase", "seconds", "share", "MFU", title="Predicted time per step")
     for column in table.columns[1:]:
         column.justify = "right"
     devices = forecast.simulation.gpus * forecast.simulation.hardware.peak
     whole = Phase("step", forecast.step_seconds, forecast.mfu * forecast.step_seconds * devices)
-    for name, seconds, flops, beside in [*forecast.phases, whole]:
+    for name, seconds, flops, concurrent in [*forecast.phases, whole]:
         useful = f"{flops / seconds / devices:.1%}" if flops and seconds else ""
         cells = (f"{seconds:.2f}", f"{seconds / forecast.step_seconds:.1%}")
-        table.add_row(name, *(f"({cell})" if beside else cell for cell in cells), useful)
+        table.add_row(name, *(f"({cell})" if concurrent else cell for cell in cells), useful)
     return table
 
 
 def _lines(forecast: Forecast) -> Iterator[Text]:
-    yield Text(f"{forecast.tokens:,} tokens a step: {forecast.tokens_per_second:,.0f} a second; pipeline idle {forecast.bubble:.1%}")
+    yield Text(f"{forecast.tokens:,} tokens/step, {forecast.tokens_per_second:,.0f} tokens/s, pipeline bubble {forecast.bubble:.1%}")
     for trained in forecast.simulation.models:
         yield Text(f"{trained.name}: {_batch_line(trained)}")
     if generator := forecast.simulation.generator:
-        drawing = sum(phase.seconds for phase in forecast.phases if phase.name in GENERATION)
-        yield Text(f"{generator.world_size} GPUs only generate, and wait {1 - drawing / forecast.step_seconds:.0%} of a step")
+        generation_seconds = sum(phase.seconds for phase in forecast.phases if phase.name in GENERATION)
+        yield Text(f"{generator.world_size} generator GPUs, idle {1 - generation_seconds / forecast.step_seconds:.0%} of each step")
     for phase in forecast.once:
-        yield Text(f"once: {phase.name}, {phase.seconds / 3600:,.1f} hours")
+        yield Text(f"one-time cost: {phase.name}, {phase.seconds / 3600:,.1f} hours")
     if forecast.gpu_hours is not None:
         energy = f", {forecast.energy_kwh:,.0f} kWh" if forecast.energy_kwh else ""
-        yield Text(f"whole recipe: {forecast.steps:,} steps, {forecast.gpu_hours:,.1f} GPU-hours{energy}")
+        yield Text(f"full run: {forecast.steps:,} steps, {forecast.gpu_hours:,.1f} GPU-hours{energy}")
     yield Text(verdict(forecast), style="green" if forecast.fits else "bold red")
     yield from (Text(f"warning: {line}", style="yellow") for line in forecast.warnings)
-    yield from (Text(f"assumed: {line}", style="dim") for line in forecast.assumptions)
+    yield from (Text(f"assumption: {line}", style="dim") for line in forecast.assumptions)
 
 
 def _batch_line(trained: TrainedModel) -> str:
-    cut = trained.update_batch
-    return f"{cut.microbatches} microbatches a replica, {cut.fill:.1%} full, costliest replica {cut.imbalance:.3f} of the mean"
+    plan = trained.update_batch
+    return f"{plan.microbatches} microbatches per replica, {plan.fill:.1%} full, load imbalance (max/mean) {plan.imbalance:.3f}"
 
 
 def verdict(forecast: Forecast) -> str:
-    """Whether it fits, and if not, by how much it fails and what would help."""
-    worst = forecast.fullest
-    name = f"stage {worst.pp}" if worst.trains else f"stage {worst.pp} of those that generate"
-    need = f"{name} needs {worst.peak_bytes / 1e9:.1f} GB of {worst.capacity / 1e9:.0f} GB ({worst.moment})"
+    """Whether the launch fits in memory; if not, the fullest stage and settings that fit."""
+    fullest = forecast.fullest
+    name = f"stage {fullest.pp}" if fullest.trains else f"stage {fullest.pp} of the generators"
+    need = f"{name} needs {fullest.peak_bytes / 1e9:.1f} GB of {fullest.capacity / 1e9:.0f} GB ({fullest.moment})"
     if forecast.fits:
         return f"it fits: {need}"
-    return f"it does not fit: {need}; " + (f"this fits: {forecast.way_out}" if forecast.way_out else "no setting that was tried fits")
+    return f"it does not fit: {need}; " + (f"this fits: {forecast.way_out}" if forecast.way_out else "none of the settings tried fits")
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:
-    """Plain values. Bytes and seconds; `stages` are pipeline ranks. A step takes as long as its `phases` that are not `beside`; these go on
-    meanwhile, on ranks that only generate."""
+    """The report as JSON values, in bytes and seconds; `stages` are pipeline ranks. The step time is the sum of the `phases` not in
+    `beside`; phases in `beside` run concurrently, on generator GPUs."""
     simulation = forecast.simulation
     return {
         "ranks": simulation.gpus,
@@ -156,13 +156,13 @@ def _stage(rank: RankMemory) -> dict[str, Any]:
 
 
 def _batch(trained: TrainedModel) -> dict[str, Any]:
-    cut = trained.update_batch
-    return {"fill": cut.fill, "imbalance": cut.imbalance, "microbatches": cut.microbatches}
+    plan = trained.update_batch
+    return {"fill": plan.fill, "imbalance": plan.imbalance, "microbatches": plan.microbatches}
 
 
 def draw_pipeline(forecast: Forecast, path: Path) -> None:
-    """A PNG of one optimizer step of the policy: pipeline ranks downwards, seconds to the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not everyone has it
+    """Write a PNG of the policy's pipeline schedule in one optimizer step: pipeline ranks on the y axis, seconds on the x axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional dependency
     from matplotlib.figure import Figure
 
     timeline, parallel = forecast.simulation.policy.update.timeline, forecast.simulation.run.parallel
@@ -179,7 +179,7 @@ def draw_pipeline(forecast: Forecast, path: Path) -> None:
     axes.set(xlabel="seconds", ylabel="pipeline stage", yticks=range(parallel.pp), xlim=(0, timeline.seconds))
     axes.invert_yaxis()
     axes.legend(loc="upper right", ncols=2)
-    axes.set_title(f"{_headline(forecast)}: one optimizer step, {timeline.seconds:.1f} s, idle {timeline.bubble:.1%}", fontsize=10)
+    axes.set_title(f"{_headline(forecast)}: one optimizer step, {timeline.seconds:.1f} s, bubble {timeline.bubble:.1%}", fontsize=10)
     figure.savefig(path, dpi=120)
 
 

@@ -1,4 +1,4 @@
-"""The nouns of the dry run: what a rank computes and says (Work), and what a piece of a pipeline holds and costs (Stage)."""
+"""Types of the simulator: compute and communication of one rank (Work), memory and cost of one pipeline stage (Stage)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Matmul(NamedTuple):
     m: int
     k: int
     n: int
-    accumulates: bool = False  # adds to fp32 numbers that are there, instead of writing in the matrices' type
+    accumulates: bool = False  # accumulates into an fp32 output instead of writing the inputs' dtype
 
 
 class Collective(NamedTuple):
-    """One call to the other ranks of an axis. `size`: bytes of the whole message, as the rank that has all of it holds it."""
+    """One collective over the ranks of an axis. `size`: bytes of the full, unsharded tensor."""
 
     kind: Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
     axis: Literal["tp", "pp", "dp"]
     size: int
-    waits: bool  # False: computation goes on beside it
+    waits: bool  # False: overlapped with computation
 
 
 class Overlapped(NamedTuple):
@@ -35,18 +35,18 @@ class Overlapped(NamedTuple):
 
 @dataclass
 class Work:
-    """What one rank does in one piece of a step. Sums of works are works."""
+    """Compute and communication of one rank in one part of a step. Works can be added."""
 
     matmuls: Counter[Matmul] = field(default_factory=Counter)
-    attention: float = 0.0  # FLOPs of attention kernels, causal: pairs that are masked cost nothing
-    traffic: float = 0.0  # bytes that everything which is no matrix product or attention reads and writes
+    attention: float = 0.0  # FLOPs of attention kernels, causal: masked pairs are not counted
+    traffic: float = 0.0  # bytes read and written by all other kernels
     kernels: int = 0  # launched
     collectives: Counter[Collective] = field(default_factory=Counter)
     overlapped: Counter[Overlapped] = field(default_factory=Counter)  # products that are not in `matmuls`
 
     @property
     def flops(self) -> float:
-        """Of matrix products and attention."""
+        """FLOPs of matrix products and attention."""
         products = [*self.matmuls.items(), *((each.matmul, times) for each, times in self.overlapped.items())]
         return self.attention + sum(2.0 * m * k * n * times for (m, k, n, _), times in products)
 

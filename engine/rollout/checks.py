@@ -1,4 +1,4 @@
-"""Whether generation fits a launch, as far as settings can tell."""
+"""Launch checks for generation, from settings and model shapes alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.rollout.config import RolloutConfig
 
 
 def generation_problems(launch: Launch, rollout: RolloutConfig, positions: int) -> Iterator[str]:
-    """Why sequences of `positions` tokens, prompt and response, cannot be drawn."""
+    """Why sequences of `positions` tokens, prompt and response, cannot be generated."""
     model, grid = launch.model, launch.run.parallel
     try:
         rollout.max_cached_seqs(model.kv_cache_bytes(grid.most_layers(model), grid.tp, positions, launch.itemsize), positions, grid.pp)
@@ -24,7 +24,7 @@ def generation_problems(launch: Launch, rollout: RolloutConfig, positions: int) 
 
 
 def batch_size_warnings(launch: Launch, rollout: RolloutConfig, responses: int) -> Iterator[str]:
-    """What is lost by the number of slots, when a step draws so many responses."""
+    """Warn when `max_num_seqs` wastes memory or compute for `responses` responses per step."""
     parallel = launch.run.parallel
     slots, pp, tp, unit = rollout.max_num_seqs, parallel.pp, parallel.tp, parallel.model_ranks
     replicas = rollout.generator_gpus // unit or launch.dp
@@ -40,7 +40,7 @@ def batch_size_warnings(launch: Launch, rollout: RolloutConfig, responses: int) 
 
 
 def training_ranks(parallel: Parallel, size: int, gpus: int) -> int:
-    """How many of `size` ranks train. Raises ValueError when the last `gpus` are no replicas of the trainer, or leave none."""
+    """The number of `size` ranks that train. Raises ValueError if the `gpus` generators are not whole replicas or leave no trainer."""
     ranks = parallel.model_ranks
     if not gpus:
         return size

@@ -199,7 +199,7 @@ WARNED = [
         "70b_sft",
         ["parallel.stages=[]"],
         {},
-        "weigh as much as 1.2 layers each",
+        "have as many parameters as 1.2 layers each",
         "parallel.stages=[4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4]",
     ),
     (
@@ -213,7 +213,7 @@ WARNED = [
         "405b_sft",
         ["parallel.vpp=1", "parallel.pp=16", "tokens_per_microbatch=8192"],
         {"tokens": 700.0},
-        "makes 11 microbatches a replica: parallel.pp=16 stages are idle 58%",
+        "makes 11 microbatches per replica: parallel.pp=16 stages are idle 58%",
         "parallel.vpp=8",
     ),
     (
@@ -249,4 +249,4 @@ def test_a_warning_is_given_and_goes_when_heeded(name: str, settings: list[str],
 
 def test_padding_of_the_vocabulary_is_explained() -> None:
     (line,) = warnings(recipe("405b_rlvr"), shape_of, 256)
-    assert "model.vocab=128264 over parallel.tp=8 is 16033 rows a rank: padded to 128320, 16040 a rank" in line
+    assert "model.vocab=128264 over parallel.tp=8 is 16033 rows per rank: padded to 128320, 16040 per rank" in line
