@@ -37,14 +37,14 @@ class BitTree {
     // The lowest member that is at least `i`; -1 if there is none.
     int64_t lowest_from(int64_t i) const {
         if (i >= static_cast<int64_t>(leaves_.size()) * 64) return -1;
-        if (const uint64_t here = leaves_[i >> 6] & from(i)) return (i & ~63) + __builtin_ctzll(here);
+        if (const uint64_t members = leaves_[i >> 6] & from(i)) return (i & ~63) + __builtin_ctzll(members);
         const int64_t leaf = (i >> 6) + 1;
         if (leaf >= static_cast<int64_t>(leaves_.size())) return -1;
-        if (const uint64_t here = twigs_[leaf >> 6] & from(leaf)) return lowest_in_leaf((leaf & ~63) + __builtin_ctzll(here));
+        if (const uint64_t members = twigs_[leaf >> 6] & from(leaf)) return lowest_in_leaf((leaf & ~63) + __builtin_ctzll(members));
         const int64_t twig = (leaf >> 6) + 1;
         if (twig >= static_cast<int64_t>(twigs_.size()) || (root_ & from(twig)) == 0) return -1;
-        const int64_t found = __builtin_ctzll(root_ & from(twig));
-        return lowest_in_leaf(found * 64 + __builtin_ctzll(twigs_[found]));
+        const int64_t lowest_twig = __builtin_ctzll(root_ & from(twig));
+        return lowest_in_leaf(lowest_twig * 64 + __builtin_ctzll(twigs_[lowest_twig]));
     }
 
   private:

@@ -72,9 +72,9 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> 
     longest = int(lengths.max()) if n else 0
     if longest == 0:
         return torch.zeros_like(query)
-    seen = (torch.arange(longest, device=query.device) < lengths[:, None])[:, None, None]
+    valid = (torch.arange(longest, device=query.device) < lengths[:, None])[:, None, None]
     grouped = query.view(n, keys.shape[1], -1, size)  # query heads of a KV head are adjacent: keys need no copies
-    return F.scaled_dot_product_attention(grouped, keys[:n, :, :longest], values[:n, :, :longest], attn_mask=seen).reshape(n, heads, size)
+    return F.scaled_dot_product_attention(grouped, keys[:n, :, :longest], values[:n, :, :longest], attn_mask=valid).reshape(n, heads, size)
 
 
 @jit
@@ -92,9 +92,9 @@ def _spans_kernel(
     if first < last:
         member = tl.arange(0, ROWS)
         dim = tl.arange(0, WIDTH)[None, :]
-        mine = (member[:, None] < GROUP) & (dim < SIZE)
+        query_mask = (member[:, None] < GROUP) & (dim < SIZE)
         group = (row * heads + head) * GROUP + member
-        query = tl.load(QUERY + group[:, None] * SIZE + dim, mask=mine, other=0.0)
+        query = tl.load(QUERY + group[:, None] * SIZE + dim, mask=query_mask, other=0.0)
         KEYS += row * slot_stride + head * head_stride
         VALUES += row * slot_stride + head * head_stride
         top = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -102,20 +102,20 @@ def _spans_kernel(
         sums = tl.zeros((ROWS, WIDTH), tl.float32)
         for start in range(first, last, BLOCK):
             position = start + tl.arange(0, BLOCK)
-            seen = position < last
-            here = seen[:, None] & (dim < SIZE)
-            keys = tl.load(KEYS + position[:, None] * SIZE + dim, mask=here, other=0.0)
+            valid = position < last
+            kv_mask = valid[:, None] & (dim < SIZE)
+            keys = tl.load(KEYS + position[:, None] * SIZE + dim, mask=kv_mask, other=0.0)
             score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-            score = tl.where(seen[None, :], score, -float("inf"))
+            score = tl.where(valid[None, :], score, -float("inf"))
             higher = tl.maximum(top, tl.max(score, 1))
             weight = tl.exp2(score - higher[:, None])
             rescale = tl.exp2(top - higher)
             total = total * rescale + tl.sum(weight, 1)
-            values = tl.load(VALUES + position[:, None] * SIZE + dim, mask=here, other=0.0)
+            values = tl.load(VALUES + position[:, None] * SIZE + dim, mask=kv_mask, other=0.0)
             sums = sums * rescale[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
             top = higher
         part = group * spans + span
-        tl.store(SUMS + part[:, None] * SIZE + dim, sums, mask=mine)
+        tl.store(SUMS + part[:, None] * SIZE + dim, sums, mask=query_mask)
         tl.store(STATS + 2 * part, top, mask=member < GROUP)
         tl.store(STATS + 2 * part + 1, total, mask=member < GROUP)
 
@@ -137,12 +137,12 @@ def _merge_kernel(
         part = query * spans + span
         tops = tl.load(STATS + 2 * part, mask=span < used, other=-float("inf"))
         totals = tl.load(STATS + 2 * part + 1, mask=span < used, other=0.0)
-        some = tl.load(SUMS + part[:, None] * SIZE + dim[None, :], mask=(span < used)[:, None] & (dim < SIZE)[None, :], other=0.0)
+        partial = tl.load(SUMS + part[:, None] * SIZE + dim[None, :], mask=(span < used)[:, None] & (dim < SIZE)[None, :], other=0.0)
         higher = tl.maximum(top, tl.max(tops, 0))
         rescale = tl.exp2(top - higher)
         scales = tl.exp2(tops - higher)
         total = total * rescale + tl.sum(totals * scales, 0)
-        sums = sums * rescale + tl.sum(some * scales[:, None], 0)
+        sums = sums * rescale + tl.sum(partial * scales[:, None], 0)
         top = higher
     out = sums / tl.where(used > 0, total, 1.0)
     tl.store(OUT + query * SIZE + dim, out.to(OUT.dtype.element_ty), mask=dim < SIZE)

@@ -60,7 +60,8 @@ def _shared_memory(device: torch.device) -> int:
 def counter(like: Tensor) -> Tensor:
     """An int32 tensor of 0 on the device of `like`, in which a kernel's programs count themselves. The last program must reset it to 0.
 
-    There is one per stream, because kernels of a stream run one after another. A graph being captured gets its own: it may run at any time.
+    There is one per stream, because kernels of a stream run one after another. A graph being captured gets its own, because it may be
+    replayed concurrently with other streams.
     """
     on_gpu = like.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():

@@ -250,12 +250,12 @@ def _grads_reference(
         p = log_p.exp()
         slope = (grad_stats[LSE, rows] - grad_stats[LOGP, rows])[:, None]
         if entropy:
-            surprise = log_p.masked_fill_(p == 0, 0.0).add_(stats[ENTROPY, rows, None])
-            slope = slope - surprise.mul_(grad_stats[ENTROPY, rows, None])
+            centered = log_p.masked_fill_(p == 0, 0.0).add_(stats[ENTROPY, rows, None])
+            slope = slope - centered.mul_(grad_stats[ENTROPY, rows, None])
         p.mul_(slope)
-        here = (column[rows] >= columns.start) & (column[rows] < columns.stop)
-        place = torch.where(here, column[rows] - columns.start, 0)
-        p.scatter_add_(1, place[:, None], torch.where(here, chosen[rows], 0.0)[:, None])
+        in_block = (column[rows] >= columns.start) & (column[rows] < columns.stop)
+        place = torch.where(in_block, column[rows] - columns.start, 0)
+        p.scatter_add_(1, place[:, None], torch.where(in_block, chosen[rows], 0.0)[:, None])
         grad[rows, columns] = p.mul_(inv_temp)
 
 
@@ -305,34 +305,34 @@ def _merge_kernel(
 ):
     """Merges the segments of BLOCK rows in order."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = row < N
+    valid = row < N
     top = tl.full((BLOCK,), LOWEST, tl.float32)
     part = PARTS_IN + row
     for _ in tl.static_range(PARTS):  # type: ignore[attr-defined]
-        top = tl.maximum(top, tl.load(part, mask=here, other=0.0))
+        top = tl.maximum(top, tl.load(part, mask=valid, other=0.0))
         part += (4 if ENTROPY else 3) * N
     total = tl.zeros((BLOCK,), tl.float32)
     chosen = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     part = PARTS_IN + row
     for _ in tl.static_range(PARTS):  # type: ignore[attr-defined]
-        below = (tl.load(part, mask=here, other=0.0) - top) * inv_temp
+        below = (tl.load(part, mask=valid, other=0.0) - top) * inv_temp
         scale = tl.exp2(below * LOG2E)
-        exps = tl.load(part + N, mask=here, other=1.0)
+        exps = tl.load(part + N, mask=valid, other=1.0)
         total += exps * scale
-        chosen += tl.load(part + 2 * N, mask=here, other=0.0)
+        chosen += tl.load(part + 2 * N, mask=valid, other=0.0)
         if ENTROPY:
-            weighted += tl.where(scale > 0, (tl.load(part + 3 * N, mask=here, other=0.0) + below * exps) * scale, 0.0)
+            weighted += tl.where(scale > 0, (tl.load(part + 3 * N, mask=valid, other=0.0) + below * exps) * scale, 0.0)
         part += (4 if ENTROPY else 3) * N
     log_sum = tl.log(total)
-    target = tl.load(TARGET + row, mask=here, other=0)
+    target = tl.load(TARGET + row, mask=valid, other=0)
     known = (target >= first) & (target < end)
     STATS += row
-    tl.store(STATS, tl.where(known, (chosen - top) * inv_temp - log_sum, float("nan")), mask=here)
-    tl.store(STATS + stride, log_sum - weighted / total if ENTROPY else weighted, mask=here)
-    tl.store(STATS + 2 * stride, top * inv_temp + log_sum, mask=here)
-    tl.store(STATS + 3 * stride, top, mask=here)
-    tl.store(STATS + 4 * stride, log_sum, mask=here)
+    tl.store(STATS, tl.where(known, (chosen - top) * inv_temp - log_sum, float("nan")), mask=valid)
+    tl.store(STATS + stride, log_sum - weighted / total if ENTROPY else weighted, mask=valid)
+    tl.store(STATS + 2 * stride, top * inv_temp + log_sum, mask=valid)
+    tl.store(STATS + 3 * stride, top, mask=valid)
+    tl.store(STATS + 4 * stride, log_sum, mask=valid)
 
 
 @jit
@@ -348,13 +348,13 @@ def _grads_kernel(
     GRAD_STATS += row
     log_p = (x - tl.load(STATS + 3 * stats_stride)) * inv_temp - tl.load(STATS + 4 * stats_stride)
     p = tl.exp2(log_p * LOG2E)
-    up = tl.load(GRAD_STATS)
-    slope = tl.load(GRAD_STATS + 2 * grad_stats_stride) - up
+    grad_logp = tl.load(GRAD_STATS)
+    slope = tl.load(GRAD_STATS + 2 * grad_stats_stride) - grad_logp
     if ENTROPY:
-        surprise = tl.where(p > 0, log_p, 0.0) + tl.load(STATS + stats_stride)
-        slope = slope - surprise * tl.load(GRAD_STATS + grad_stats_stride)
+        centered = tl.where(p > 0, log_p, 0.0) + tl.load(STATS + stats_stride)
+        slope = slope - centered * tl.load(GRAD_STATS + grad_stats_stride)
     target = tl.load(TARGET + row) - start
-    grad = (tl.where(columns == target, up, 0.0) + p * slope) * inv_temp
+    grad = (tl.where(columns == target, grad_logp, 0.0) + p * slope) * inv_temp
     grad = tl.where(columns < real, grad, 0.0)
     tl.store(GRAD + row * grad_stride + columns, grad.to(GRAD.dtype.element_ty), mask=columns < size)
 

@@ -1,6 +1,6 @@
 """Process groups between the two worlds of a launch: training ranks and generation ranks.
 
-After World.split, torch.distributed only knows the ranks of the own world. Groups that cross both worlds are created here from the store
+After World.split, torch.distributed only knows the ranks of this process's world. Groups that cross both worlds are created here from the store
 of the whole launch.
 """
 

@@ -1,4 +1,4 @@
-"""Weights on their way out of a policy: to a policy of the same grid, or as Hugging Face tensors to anyone else."""
+"""Sends a policy's weights: to a policy with the same layout, or as Hugging Face tensors to any engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUCKET_BYTES = 1 << 30  # of weights that are sent as one tensor
 def sync_same_grid(parameters: Sequence[Tensor], broadcast: Callable[[Tensor], None], *, receives: bool) -> int:
     """Pass this rank's parameters to `broadcast`, one flat bucket at a time; a rank that `receives` copies the bucket back afterwards.
 
-    The other side holds the same parameters: it is a rank at the same place of an equal grid. Returns the number of bytes.
+    The other side must have the same parameters: the same rank of an equal layout. Returns the number of bytes.
     """
     for bucket in _buckets(parameters):
         flat = torch.cat([parameter.flatten() for parameter in bucket])

@@ -1,4 +1,4 @@
-"""The gate: every shipped configuration of every kernel compiles for three architectures without a spill, and a bad one is caught."""
+"""Every shipped kernel configuration compiles for three architectures without faults such as spills, and faults are detected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_kernel_file_states_cases_with_names_of_their_own() -> None:
 
 @triton.jit
 def centre(X, Y, stride, width, BLOCK: tl.constexpr):
-    """A row minus its sum: the whole row is alive across the reduction."""
+    """A row minus its sum: the whole row stays live across the reduction."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     x = tl.load(X + row * stride + cols, mask=cols < width, other=0.0)
@@ -56,7 +56,7 @@ def report(**changes: Any) -> AotReport:
 
 @pytest.mark.parametrize("arch", CHIPS)
 def test_a_kernel_that_spills_fails(arch: int) -> None:
-    """65536 floats over 128 threads are 512 registers of a thread that has 255."""
+    """65536 floats over 128 threads need 512 registers per thread; 255 are available."""
     spilling = compile_case(centre_case(constexprs={"BLOCK": 65536}), arch)
     assert spilling.spill_bytes > 0
     assert not spilling.passes
@@ -64,7 +64,7 @@ def test_a_kernel_that_spills_fails(arch: int) -> None:
 
 
 def test_rows_said_to_be_aligned_want_128_bit_loads() -> None:
-    """4096 floats over 128 threads are 8 loads of 4; with a width that may be odd, the mask cuts them to single ones."""
+    """4096 floats over 128 threads are 8 loads of 4 per thread; if the width may be odd, the mask splits them into single loads."""
     assert compile_case(centre_case(), 90).vector_loads == 8
     narrow = compile_case(centre_case(divisible=("X", "Y", "stride")), 90)
     assert narrow.vector_loads == 0
@@ -93,7 +93,7 @@ def test_a_kernel_that_prefetches_has_copies_that_nobody_waits_for() -> None:
 
 
 def test_occupancy_is_what_the_scarcest_resource_admits() -> None:
-    """Of 64 warps: 65536 registers hold 4 blocks of 4 warps at 128 a thread; 228 KiB hold 2 blocks of 100 KiB; 32 blocks of one warp."""
+    """Of 64 warps: 65536 registers hold 4 blocks of 4 warps at 128 per thread; 228 KiB hold 2 blocks of 100 KiB; 32 blocks of one warp."""
     assert report().occupancy == 1.0
     assert report(registers=128).occupancy == 16 / 64
     assert report(registers=121).occupancy == 16 / 64  # rounded up to 128

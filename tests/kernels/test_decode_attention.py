@@ -1,4 +1,4 @@
-"""decode_attention on CPU: its torch reference against float64, and its answers to bad input."""
+"""decode_attention on CPU: its torch reference against float64, and its errors for invalid input."""
 
 from __future__ import annotations
 

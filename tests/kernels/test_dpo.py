@@ -1,4 +1,4 @@
-"""dpo_norm and seq_logps by their torch references, as operators, and what they answer to bad input."""
+"""dpo_norm and seq_logps on CPU: their torch references, as operators, and their errors for invalid input."""
 
 from __future__ import annotations
 

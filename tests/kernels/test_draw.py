@@ -1,4 +1,4 @@
-"""Drawing tokens: the definition, the distribution, limits, and the same token however the vocabulary is cut."""
+"""Sampling: the definition, the distribution, top-k and top-p, and the same token for any sharding of the vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_no_rows() -> None:
 
 
 def test_tokens_come_as_often_as_they_are_likely() -> None:
-    """chi-square of 100,000 draws from 32 tokens: 31 degrees of freedom, so below 61 in all but one of a thousand correct programs."""
+    """chi-square of 100,000 samples from 32 tokens: with 31 degrees of freedom, a correct sampler exceeds 61 with probability 1/1000."""
     logits = torch.randn(32, generator=torch.Generator().manual_seed(1))
     draws = 100_000
     keys = torch.randint(-(2**31), 2**31, (draws, 2), generator=torch.Generator().manual_seed(2)).int()

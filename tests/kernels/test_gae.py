@@ -1,4 +1,4 @@
-"""gae by its torch reference, as an operator, what it answers to bad input; and the merge of its statistics."""
+"""gae on CPU: its torch reference, as an operator, its errors for invalid input, and merging its statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from triton_kernels import gae, merge_partials
 
 
 def test_merging_keeps_a_small_spread_around_a_large_mean() -> None:
-    """Sums of squares in float32 would give a variance of 0, or less, here."""
+    """With sums of squares in float32 the variance would be 0 or negative here."""
     values = 1e4 + 1e-2 * torch.randn(4, 250, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     partials = torch.stack([torch.full((4,), 250.0), values.mean(1), ((values - values.mean(1, keepdim=True)) ** 2).sum(1)])
     n, mean, m2 = merge_partials(partials)

@@ -1,4 +1,4 @@
-"""docs/kernels.md: its numbers are what the code does, and they are within what was aimed at."""
+"""docs/kernels.md matches the numbers computed from the code, and they meet their targets."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_no_change_made_it_worse() -> None:
 
 
 def test_the_weights_gradient_moves_once_where_one_chunk_is_all() -> None:
-    """8192 rows are a chunk of 405B's shard: written once in bfloat16. Over 8B's vocabulary they are two: written in fp32, added to,
-    and rounded."""
+    """8192 rows are one chunk for 405B's shard: the gradient is written once, in bfloat16. For 8B's vocabulary they are two chunks: it is
+    written in fp32, added to, and rounded."""
     for name, each in (("405b-tp8", 2), ("8b-tp1", 4 + 8 + 4 + 2)):
         shape = SHAPES[name]
         assert weight_gradient_bytes(shape) == shape.vocab // shape.tp * shape.hidden * each

@@ -1,4 +1,4 @@
-"""python -m benchmarks kernels: the page, the JSON file, and an exit status that a fault turns to 1."""
+"""python -m benchmarks kernels: the page, the JSON file, and exit status 1 if a kernel has a fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from triton_kernels import aot
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> aot.AotCase:
-    """The only case there is: SwiGLU's forward pass."""
+    """SwiGLU's forward kernel, as the only case."""
     found = next(case for case in aot.all_cases() if case.name == "swiglu forward bf16")
     monkeypatch.setattr(aot, "all_cases", lambda: [found])
     return found

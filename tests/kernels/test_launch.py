@@ -1,4 +1,4 @@
-"""How kernels are started: on the GPU of their tensors; and where there is no Triton, not at all."""
+"""Kernels are launched on the GPU of their tensors; without Triton they are never launched."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_references_need_no_triton() -> None:
 
 
 class Recorded:
-    """A kernel that writes down what happens to it."""
+    """A kernel that records its launches."""
 
     def __init__(self, events: list[Any]):
         self.events = events
@@ -43,7 +43,7 @@ class Recorded:
 
 
 class OnSecondGpu(torch.Tensor):
-    """A tensor that says so."""
+    """A tensor that reports a second GPU as its device."""
 
     def get_device(self) -> int:
         return 1
@@ -51,7 +51,7 @@ class OnSecondGpu(torch.Tensor):
 
 @pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])
 def test_a_kernel_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch, current: int, entered: list[int]) -> None:
-    """Whichever device is the current one, for a process may hold several GPUs. Entering the current one would only cost time."""
+    """Whichever device is current, because a process may use several GPUs. Entering the current device again would only cost time."""
     events: list[Any] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", lambda index: (events.append(index), nullcontext())[1])

@@ -1,4 +1,4 @@
-"""linear_logprob against float64, forward and backward, whole and over a vocabulary cut over ranks."""
+"""linear_logprob against float64, forward and backward, with the vocabulary on one rank and sharded."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_padding_of_the_vocabulary_has_no_probability_and_no_gradient() -> None:
 
 
 def test_logits_far_apart() -> None:
-    """A target 160 nats below the maximum: exp(logit - maximum) is 0 in fp32, its log-prob is not."""
+    """A target 160 nats below the maximum: exp(logit - maximum) is 0 in fp32, but its log-prob is finite."""
     weight = torch.tensor([[80.0], [-80.0], [0.0]])
     got, _, _ = linear_logprob(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
     assert got.tolist() == [0.0, -160.0, -80.0]
@@ -119,7 +119,7 @@ def test_bf16_keeps_logits_in_fp32() -> None:
 
 
 def test_bf16_logits() -> None:
-    """Half the memory, a hundredth of a nat."""
+    """Half the memory, with an error of a hundredth of a nat."""
     hidden, weight, target = problem(33, 500)
     hidden, weight = hidden.bfloat16() * 0.3, weight.bfloat16()
     logprob, _, _ = reference(hidden, weight, target, torch.ones(33))
@@ -129,7 +129,7 @@ def test_bf16_logits() -> None:
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([7, 2, 11])])
 def test_entropy_temperature_and_lse(rows: Tensor | None) -> None:
-    """All three outputs, with their gradients, are those of logprob on the whole logits."""
+    """All three outputs and their gradients equal those of logprob on the full logits."""
     inputs = problem(12, 300)
     upstream = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
     wanted = torch.arange(12) if rows is None else rows
@@ -155,7 +155,7 @@ def test_entropy_temperature_and_lse(rows: Tensor | None) -> None:
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
 def test_weight_gradient_of_microbatches_in_fp32(mode: Mode) -> None:
-    """Two microbatches in packed_forward at once, as pipelines have them: their sum is in the caller's accumulator, none in the weight."""
+    """Two microbatches in flight, as in a pipeline: their gradients are summed in the caller's accumulator, and weight.grad stays None."""
     hidden, weight, target = problem(20, 300)
     _, _, expected = reference(hidden, weight.bfloat16(), target, torch.ones(20))
     weight = weight.bfloat16().requires_grad_()
@@ -186,7 +186,7 @@ def test_frozen_parts() -> None:
 
 
 def test_nograd_and_what_is_kept() -> None:
-    """Logits live until backward only where they are saved."""
+    """Logits stay in memory until backward only with mode="save"."""
     hidden, weight, target = problem(6, 50)
     weight.requires_grad_()
     kept: dict[Mode, int] = {}
@@ -200,7 +200,7 @@ def test_nograd_and_what_is_kept() -> None:
 
 
 def test_saved_logits_serve_twice() -> None:
-    """Backward leaves them as they were, as autograd expects of what it saved."""
+    """Backward does not modify saved logits, as autograd requires."""
     hidden, weight, target = problem(6, 50)
     total = linear_logprob(hidden, weight.requires_grad_(), target, chunk=4)[0].sum()
     first, second = (torch.autograd.grad(total, weight, retain_graph=True)[0] for _ in range(2))
@@ -208,7 +208,7 @@ def test_saved_logits_serve_twice() -> None:
 
 
 def test_backward_holds_a_chunk_and_no_gradient_of_the_weight() -> None:
-    """Beside the caller's accumulator: the gradient of a chunk's logits, and what the reference makes of a chunk meanwhile."""
+    """Backward allocates, in addition to the caller's accumulator, the gradient of a chunk's logits and the reference's temporaries."""
     hidden, weight, target = problem(64, 1000, width=512)
     total, chunk = torch.zeros_like(weight), 8 * weight[:, 0].nbytes
     peaks = {}
@@ -257,7 +257,7 @@ def test_complaints(complaint: str, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_vocabulary_over_ranks(size: int) -> None:
-    """Cut over 2 and 4 ranks, the last shard with padding: the whole's numbers, the same bits on every rank."""
+    """Sharded over 2 and 4 ranks, the last shard with padding: the results of one rank, with the same bits on every rank."""
     hidden, weight, target = problem(21, 250)
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, torch.ones(21))
     found = ranks(size).run(jobs.sharded_logprob, hidden=hidden, weight=weight, target=target, valid=250, padded=256)
@@ -270,7 +270,7 @@ def test_vocabulary_over_ranks(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_policy_loss_over_ranks(size: int) -> None:
-    """Negative log-likelihood, whose gradient is made in forward: the whole's numbers."""
+    """Negative log-likelihood with its gradient computed in forward: the results of one rank."""
     hidden, weight, target = problem(21, 250)
     token_weight = torch.rand(21, generator=torch.Generator().manual_seed(1))
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, -token_weight)
@@ -284,7 +284,7 @@ def test_policy_loss_over_ranks(size: int) -> None:
 
 @pytest.mark.parametrize("chunk", [8, 64])
 def test_no_gradient_starts_from_what_memory_held(chunk: int) -> None:
-    """Of one chunk and of several, and of no rows: under deterministic algorithms, new memory is filled with NaN."""
+    """One chunk, several chunks and no rows: with deterministic algorithms, new memory is filled with NaN."""
     hidden, weight, target = problem(20, 300)
     torch.use_deterministic_algorithms(True)
     try:
@@ -304,7 +304,7 @@ def test_chunks_are_as_large_as_a_gibibyte_allows(vocab: int, rows: int) -> None
 
 
 def test_the_engine_accumulates_in_main_grad() -> None:
-    """Of a last stage, which has no embedding: a whole step holds less than one gradient of the output layer's size."""
+    """A last stage without an embedding: a whole step allocates less than one gradient of the output layer's size."""
     model = Model(init=ModelShape(layers=2, hidden=256, ffn=64, heads=4, kv_heads=4, head_dim=8, vocab=8192))
     first, last = ranks(2).run(jobs.output_layer, parallel=Parallel(pp=2, distributed_optimizer=False), model=model)
     assert first == ([], 0, 0)

@@ -1,6 +1,6 @@
-"""logprob against float64, forward and backward: whole, cut over ranks with equal bits, compiled, and on input that is wrong.
+"""logprob against float64, forward and backward: on one rank, sharded with equal bits, compiled, and with invalid input.
 
-These run the torch reference; tests/kernels/interpreted/test_logprob.py runs the kernels through the same checks.
+These run the torch reference; tests/kernels/interpreted/test_logprob.py runs the same checks on the kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def reference(logits: Tensor, target: Tensor, upstream: Tensor, inv_temp: float 
 
 
 def run(logits: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    """The same of logprob."""
+    """The same, from logprob."""
     logits = logits.detach().requires_grad_()
     logp, entropy, lse = logprob(logits, target, entropy=True, **how)
     assert entropy is not None
@@ -72,7 +72,7 @@ def check_against_float64(rows: int, vocab: int, inv_temp: float = 1.0) -> None:
 
 
 def check_extremes() -> None:
-    """-inf logits, logits of ±80, a target that is certain, one that is impossible, a masked one of finfo.min, rows of one size."""
+    """-inf logits, logits of ±80, a target with probability 1, one with probability 0, a masked one of finfo.min, rows of equal logits."""
     inf = torch.inf
     logits = torch.zeros(6, 40)
     logits[0, ::2] = -inf
@@ -91,7 +91,7 @@ def check_extremes() -> None:
 
 
 def check_padding(inv_temp: float = 0.7) -> None:
-    """Columns from vocab_valid on change nothing, whatever is in them, and get no gradient."""
+    """Columns from vocab_valid on do not affect results, whatever their values, and get no gradient."""
     logits, target, upstream = problem(5, 1000)
     padded = torch.cat([logits, torch.full((5, 24), 1e4)], 1)
     expected, expected_grad = reference(logits, target, upstream, inv_temp)
@@ -102,7 +102,7 @@ def check_padding(inv_temp: float = 0.7) -> None:
 
 
 def check_strides() -> None:
-    """Rows at odd distances, one row repeated, and a slice that starts anywhere."""
+    """Odd row strides, one row repeated (stride 0), and a slice with an unaligned start."""
     logits, target, upstream = problem(4, 1000)
     expected = run(logits, target, upstream)
     for width in (1001, 1003):
@@ -115,9 +115,9 @@ def check_strides() -> None:
 
 
 def check_far_rows() -> None:
-    """Two rows 2^31 + 2 elements apart: the second is read where it lies."""
+    """Two rows 2^31 + 2 elements apart: the second is read from the right address."""
     try:
-        memory = torch.empty(2**31 + 1002, dtype=torch.bfloat16)  # never touched but for two rows
+        memory = torch.empty(2**31 + 1002, dtype=torch.bfloat16)  # only two rows are ever written
     except RuntimeError:
         pytest.skip("this machine promises no 4 GiB")
     rows = memory.as_strided((2, 1000), (2**31 + 2, 1))
@@ -141,7 +141,7 @@ def check_low_precision(dtype: torch.dtype) -> None:
 
 
 def check_alone_and_together() -> None:
-    """A row's bits do not depend on the rows around it, and not on the run."""
+    """A row's bits do not depend on other rows, and are the same in every run."""
     logits, target, upstream = problem(9, 4104)
     together, grad = run(logits, target, upstream)
     again, _ = run(logits, target, upstream)
@@ -153,7 +153,7 @@ def check_alone_and_together() -> None:
 
 
 def check_worlds(vocab: int, sizes: tuple[int, ...]) -> None:
-    """Segments of 1, 2, 4 and 8 ranks are the same bits, in the same order."""
+    """The segments of 1, 2, 4 and 8 ranks have the same bits, in the same order."""
     logits, target, _ = problem(3, vocab)
     whole = segment_parts(logits, target, Shard.of(vocab, "", 0, None), 0.7, True)
     for size in sizes:
@@ -166,7 +166,7 @@ def check_worlds(vocab: int, sizes: tuple[int, ...]) -> None:
 
 
 def check_other_worlds(size: int) -> None:
-    """Where ranks do not divide 8 the segments are others, as right."""
+    """If ranks do not divide 8, segments differ but results are correct."""
     logits, target, upstream = problem(3, 1008)
     width = 1008 // size
     shards = [Shard(rank * width, width, 0, 1008, size, "") for rank in range(size)]
@@ -177,7 +177,7 @@ def check_other_worlds(size: int) -> None:
 
 
 def check_nothing() -> None:
-    """No rows; and rows in which nothing is possible."""
+    """No rows, and rows in which all logits are -inf."""
     found, grad = run(*problem(0, 50))
     assert found.shape == (3, 0)
     assert grad.shape == (0, 50)
@@ -232,7 +232,7 @@ def test_nothing() -> None:
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_ranks(size: int) -> None:
-    """Forward: the bits of one rank. Backward: each rank its columns of the whole gradient."""
+    """Forward: the bits of one rank. Backward: each rank gets its columns of the full gradient."""
     logits, target, upstream = problem(7, 1016)
     target = target % 1003
     alone, grad = run(logits, target, upstream, inv_temp=0.7, vocab_valid=1003)
@@ -244,7 +244,7 @@ def test_ranks(size: int) -> None:
 
 @pytest.mark.parametrize(("vocab", "ahead"), [(128256, 3), (32016, 1), (32008, 1), (32001, 1)])
 def test_columns_are_fetched_alike_for_every_number_of_ranks(vocab: int, ahead: int) -> None:
-    """And not ahead where segments do not begin on 16 bytes, though rows do: an eighth of 32016 is 4002."""
+    """And without prefetching if segments are not 16-byte aligned, even if rows are: an eighth of 32016 is 4002."""
     found = {_stages(vocab // ranks, *divmod(vocab // ranks, 8 // ranks)) for ranks in (1, 2, 4, 8) if vocab % ranks == 0}
     assert found == {ahead}
 
@@ -278,7 +278,7 @@ def loss(hidden: Tensor, weight: Tensor, target: Tensor, **how: Any) -> Tensor:
 
 @pytest.mark.parametrize("how", [{}, {"mode": "recompute"}, {"rows": torch.tensor([2, 4])}, {"weight_grad": torch.zeros(100, 8)}], ids=str)
 def test_compiled(how: dict[str, Any]) -> None:
-    """One graph, the same numbers."""
+    """One graph, the same results."""
     draw = torch.Generator().manual_seed(0)
     arguments = torch.randn(5, 8, generator=draw), torch.randn(100, 8, generator=draw)
     found = []
@@ -316,7 +316,7 @@ def test_complaint_of_a_rank() -> None:
 
 @pytest.mark.parametrize("case", {case.kernel: case for case in aot_cases()}.values(), ids=lambda case: case.name)
 def test_rows_are_found_with_64_bits(case: AotCase) -> None:
-    """In the compiler's first form of a kernel, the number of the row is widened before anything is done with it."""
+    """In Triton's first IR of a kernel, the row index is extended to 64 bits before it is used."""
     source = ASTSource(case.kernel, case.signature, case.constexprs)
     form = str(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"])
     row = re.search(r"(%\w+) = tt.get_program_id x", form)

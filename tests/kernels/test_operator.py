@@ -1,4 +1,4 @@
-"""How kernels are called: as functions where nobody listens, through torch's dispatcher where a tracer or a mode does."""
+"""Kernels are called directly, or through torch's dispatcher if a tracer or a dispatch mode is active."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from triton_kernels.swiglu import _forward
 
 
 class Listening(TorchDispatchMode):
-    """Keeps the names of the operators of this project that are called."""
+    """Records the names of this project's operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Subclass(Tensor):
 
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The calls of swiglu that go through the dispatcher."""
+    """The calls of swiglu through the dispatcher."""
     calls: list[Any] = []
     overload = _forward.overload
     monkeypatch.setattr(_forward, "overload", lambda *inputs: (calls.append(inputs), overload(*inputs))[1])
@@ -59,7 +59,7 @@ def test_a_mode_sees_forward_and_backward() -> None:
 
 
 def test_without_grad_mode_nothing_requires_grad(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no autograd.Function is paid for."""
+    """And no autograd.Function is used."""
     monkeypatch.setattr(_forward, "differentiable", lambda *_: pytest.fail("asked for a gradient"))
     with torch.no_grad():
         assert not swiglu(torch.randn(3, 4, requires_grad=True)).requires_grad
@@ -80,7 +80,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_derivative_is_refused(name: str) -> None:
-    """None of the backward passes can be differentiated, and a gradient that is silently 0 would be wrong."""
+    """No backward pass is differentiable, and a silent gradient of 0 would be wrong."""
     x = torch.randn(3, 8, requires_grad=True)
     (first,) = torch.autograd.grad(CALLS[name](x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=f"trivet::{name}_backward has no derivative; detach its inputs"):
@@ -88,7 +88,7 @@ def test_a_second_derivative_is_refused(name: str) -> None:
 
 
 def test_the_second_derivative_of_a_linear_operation() -> None:
-    """rope's backward is rope itself."""
+    """rope's backward is rope, and so differentiable."""
     x = torch.randn(3, 2, 8, requires_grad=True)
     (first,) = torch.autograd.grad(rope(x, *angles(4)).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)

@@ -1,4 +1,4 @@
-"""linear_policy_loss against the same loss written out over linear_logprob, and its complaints."""
+"""linear_policy_loss against the same loss computed from linear_logprob, and its errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from tests.kernels.test_linear_logprob import check_close, problem
 from triton_kernels import linear_logprob, linear_policy_loss
 
-SETTINGS = (0.2, 0.2, "k3", 0.0, "", 0, None, 1.0, True, 4, torch.float32)  # of the operation, from clip_low to logits_dtype
+SETTINGS = (0.2, 0.2, "k3", 0.0, "", 0, None, 1.0, True, 4, torch.float32)  # arguments of the operator, from clip_low to logits_dtype
 
 
 def tokens(logp: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Weights, some 0; old log-probs on all sides of the clips, one absurdly far; advantages of both signs."""
+    """Weights, some 0; old log-probs below, within and above the clip range, one extremely far; advantages of both signs."""
     draw = torch.Generator().manual_seed(seed)
     count = len(logp)
     weight = torch.rand(count, generator=draw) * (torch.rand(count, generator=draw) < 0.7)
@@ -47,7 +47,7 @@ def written_out(
 
 
 def check_loss(loss: str = "ppo", kl: str = "", **how: Any) -> None:
-    """Value, log-probs, entropy and gradients, scaled by what comes from above. `loss`: nll, ppo or first, where the ratio is 1."""
+    """Value, log-probs, entropy and gradients, scaled by the upstream gradient. `loss`: nll, ppo, or first, with a ratio of 1."""
     found = []
     for fused in (True, False):
         hidden, weight, target = problem(33, 300)
@@ -103,7 +103,7 @@ def test_only_the_wanted_rows() -> None:
 
 
 def test_tokens_of_weight_0_do_not_count() -> None:
-    """Not even impossible ones."""
+    """Not even tokens of probability 0."""
     hidden, weight, target = torch.ones(2, 1, requires_grad=True), torch.tensor([[1.0], [-torch.inf]]), torch.tensor([0, 1])
     total, logp, _ = linear_policy_loss(hidden, weight, target, torch.tensor([1.0, 0.0]))
     assert total.item() == 0.0
@@ -111,7 +111,7 @@ def test_tokens_of_weight_0_do_not_count() -> None:
 
 
 def test_weight_gradient_into_the_accumulator() -> None:
-    """Over two microbatches, added in the forward pass; autograd gets none, and without a gradient nothing is added."""
+    """Two microbatches are added in forward; autograd gets no gradient, and without requires_grad nothing is added."""
     hidden, weight, target = problem(20, 300)
     hidden.requires_grad_()
     weight.requires_grad_()

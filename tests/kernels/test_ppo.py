@@ -1,4 +1,4 @@
-"""ppo_loss by its torch reference, as an operator, its weights, and what it answers to bad input."""
+"""ppo_loss on CPU: its torch reference, as an operator, its weights, and its errors for invalid input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from triton_kernels import ppo_loss, value_loss
 
 
 def test_a_way_of_averaging_is_a_weight() -> None:
-    """Token mean, sequence mean and a constant, of a batch and of the same batch in two microbatches."""
+    """Token mean, sequence mean and a constant denominator, for one batch and for the same batch in two microbatches."""
     ends = torch.tensor([0, 3, 13, 20])
     inputs = problem(20)
     mask = inputs.pop("weight") != 0

@@ -1,4 +1,4 @@
-"""rmsnorm on CPU: its torch reference against float64, as an operator, under torch.compile, and its answers to bad input."""
+"""rmsnorm on CPU: its torch reference against float64, as an operator, under torch.compile, and its errors for invalid input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_against_float64(rows: int, width: int, dtype: torch.dtype, fused: bool)
 
 
 def test_fused_bits_are_those_of_the_two_steps_apart() -> None:
-    """In bfloat16 too, where x + residual is rounded before it is normed."""
+    """In bfloat16 too, where x + residual is rounded before the norm."""
     x, residual, weight = drawn(9, 64, dtype=torch.bfloat16), drawn(9, 64, seed=1, dtype=torch.bfloat16), drawn(64, seed=2)
     normed, total = rmsnorm(x, weight, EPS, residual)
     assert torch.equal(total, x + residual)
@@ -26,7 +26,7 @@ def test_fused_bits_are_those_of_the_two_steps_apart() -> None:
 
 
 def test_an_output_that_goes_nowhere_costs_and_changes_nothing() -> None:
-    """No gradient is made up for it."""
+    """No gradient of zeros is allocated for it."""
     x, weight, residual = (drawn(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(((5, 16), (16,), (5, 16))))
     normed, total = rmsnorm(x, weight, EPS, residual)
     alone = torch.autograd.grad(normed.sum(), (x, residual, weight), retain_graph=True)
@@ -35,7 +35,7 @@ def test_an_output_that_goes_nowhere_costs_and_changes_nothing() -> None:
     assert torch.equal(*torch.autograd.grad(total.sum(), (x, residual), retain_graph=True))
     with Meter(torch.device("cpu"), {}) as meter:
         normed.backward(torch.ones(5, 16))
-    assert meter.taken().kernels == 3 + 1  # the operation's, and a copy: x and residual each keep a gradient
+    assert meter.taken().kernels == 3 + 1  # the operator's, and a copy: x and residual each have their own gradient
 
 
 def test_any_leading_dimensions() -> None:

@@ -1,4 +1,4 @@
-"""rope on CPU: its torch reference against float64, as an operator, under torch.compile, and its answers to bad input."""
+"""rope on CPU: its torch reference against float64, as an operator, under torch.compile, and its errors for invalid input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_product_against_float64(tokens: int, groups: int, queries: int, size:
 
 
 def test_what_comes_of_a_product_is_not_part_of_it() -> None:
-    """Attention keeps the three until its backward pass; none must keep the product."""
+    """Attention saves query, key and value for backward; none of them may keep the projection output alive."""
     qkv = drawn(5, 2, 6, 8)
     three = rope_qkv(qkv, *angles(5, 8))
     assert all(x.untyped_storage().nbytes() == x.nbytes and x.is_contiguous() for x in three)
@@ -35,7 +35,7 @@ def test_the_negative_angle_turns_back() -> None:
 
 
 def test_a_score_depends_on_the_distance_alone() -> None:
-    """<turned by m, turned by n> is a function of m - n: what makes the embedding a relative one."""
+    """<x rotated by m, y rotated by n> depends only on m - n, which makes the embedding relative."""
     query, key = drawn(1, 1, 32), drawn(1, 1, 32, seed=1)
     turns = torch.arange(8)[:, None] * 10000 ** -(torch.arange(0, 32, 2) / 32)
     turned = [rope(x.expand(8, 1, 32), turns.cos(), turns.sin())[:, 0] for x in (query, key)]

@@ -1,4 +1,4 @@
-"""swiglu on CPU: its torch reference against float64, as an operator, under torch.compile, and its answers to bad input."""
+"""swiglu on CPU: its torch reference against float64, as an operator, under torch.compile, and its errors for invalid input."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Kernels in Triton's interpreter. These tests need a process of their own: TRITON_INTERPRET=1 pytest tests/kernels/interpreted."""
+"""Tests of kernels in Triton's interpreter. They need their own process: TRITON_INTERPRET=1 pytest tests/kernels/interpreted."""

@@ -1,4 +1,4 @@
-"""These tests are of the kernels: in the interpreter where TRITON_INTERPRET=1, else on the GPU where there is one (make gpu)."""
+"""Runs these tests on kernels: in the interpreter if TRITON_INTERPRET=1, else on a GPU if there is one (make gpu)."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ ON_GPU = torch.cuda.is_available() and not INTERPRETED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In a process that imported triton for compilation these tests would silently test the torch references."""
+    """Skip the tests in a process that imported triton for compilation, where they would silently test the torch references."""
     for item in (item for item in items if item.path.parent == Path(__file__).parent):
         if not INTERPRETED and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1 from the start of the process: make test"))

@@ -32,7 +32,7 @@ def test_half_precision() -> None:
 
 
 def test_scores_of_any_size() -> None:
-    """Relative to the maximum nothing overflows: of two keys, one far ahead, its value is what comes out."""
+    """Scores are relative to the maximum, so nothing overflows: if one of two scores is much larger, the output is its value."""
     query, keys, values, lengths = problem([300], 1, 1, 16, 300)
     keys[0, 0, 7] = query[0, 0] * 1e4
     torch.testing.assert_close(decode_attention(query, keys, values, lengths)[0, 0], values[0, 0, 7])
@@ -43,7 +43,7 @@ def test_a_row_does_not_know_its_batch() -> None:
 
 
 def test_slots_beyond_2_31_elements(tmp_path: Path) -> None:
-    """Slot 3 begins 3 * 2^30 elements in: its offset does not fit 32 bits. The file is sparse."""
+    """Slot 3 starts at element 3 * 2^30: its offset does not fit in 32 bits. The file is sparse."""
     query, keys, values, lengths = problem([5, 9, 3, 8], 2, 2, 16, 9, torch.float16)
     stored = torch.from_file(str(tmp_path / "slots"), shared=True, size=3 * 2**30 + keys[0].numel(), dtype=keys.dtype)
     far = stored.as_strided(keys.shape, (2**30, *keys.stride()[1:]))

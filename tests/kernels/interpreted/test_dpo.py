@@ -1,4 +1,4 @@
-"""The promises of dpo_norm and seq_logps, kept by the kernels."""
+"""The kernels of dpo_norm and seq_logps, with the checks of tests/support."""
 
 from __future__ import annotations
 

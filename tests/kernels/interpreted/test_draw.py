@@ -1,4 +1,4 @@
-"""The kernel that draws tokens, against its definition."""
+"""The sampling kernel against its definition."""
 
 from __future__ import annotations
 

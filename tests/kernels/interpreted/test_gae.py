@@ -1,4 +1,4 @@
-"""The promises of gae, kept by the kernels."""
+"""The kernels of gae, with the checks of tests/support."""
 
 from __future__ import annotations
 

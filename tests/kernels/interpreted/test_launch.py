@@ -1,4 +1,4 @@
-"""A loss is one launch: forward, and where it is not made in forward, one more backward."""
+"""A loss takes one launch forward, and one backward unless its gradient is computed in forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from triton_kernels import dpo_norm, gae, ppo_loss, seq_logps, value_loss
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were launched."""
+    """Names of the launched kernels."""
     names: list[str] = []
     for kind in (InterpretedFunction, JITFunction):  # the latter on a GPU
         monkeypatch.setattr(kind, "run", _noting(names, kind.run))
@@ -32,7 +32,7 @@ def _noting(names: list[str], started: Any) -> Any:
 
 
 def test_ppo(launched: list[str]) -> None:
-    """Gradients and all statistics of several blocks, and of none; backward scales."""
+    """Gradients and all statistics of several blocks, and of no tokens, in one launch; backward only scales."""
     for tokens in (2500, 0):
         inputs = check_ppo.problem(tokens)
         ppo_loss(**inputs | {"logp": inputs["logp"].requires_grad_()}, **check_ppo.SETTINGS)[0].backward()

@@ -1,4 +1,4 @@
-"""The kernels of logprob and linear_logprob, interpreted, through the checks of tests/kernels/test_logprob.py."""
+"""The kernels of logprob and linear_logprob in the interpreter, with the checks of tests/kernels/test_logprob.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from triton_kernels.linear_logprob import Mode
 from triton_kernels.logprob import write_stats
 from triton_kernels.shard import Shard
 
-# The maximum of nothing is the lowest float, and its distance to a logit is allowed to be -inf.
+# The maximum of an empty segment is the lowest float, and its difference to a logit may be -inf.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered", "ignore:divide by zero")
 
 
@@ -65,7 +65,7 @@ def test_nothing() -> None:
 
 
 def test_unknown_targets_are_nan_where_nobody_looks() -> None:
-    """On a device, whose values nobody looks at before the launch."""
+    """On a device targets are not checked before the launch; their log-prob is NaN."""
     logits, _, _ = checks.problem(3, 100)
     target = torch.tensor([5, -100, 97])
     shard = Shard(0, 100, 0, 97, 1, "")
@@ -78,7 +78,7 @@ def test_unknown_targets_are_nan_where_nobody_looks() -> None:
 @pytest.mark.parametrize("mode", ["save", "recompute"])
 @pytest.mark.parametrize("chunk", [5, 32])
 def test_linear(mode: Mode, chunk: int) -> None:
-    """Chunks of every kind: whole, the last padded, one padded."""
+    """Whole chunks, a padded last chunk, a single padded chunk."""
     hidden, weight, target = linear.problem(17, 1000)
     upstream = torch.randn(17, generator=torch.Generator().manual_seed(1))
     linear.check_gradients(hidden, weight, target, upstream, mode=mode, chunk=chunk)
@@ -94,7 +94,7 @@ def test_linear_in_low_precision() -> None:
 
 
 def test_linear_row_alone_and_in_a_batch() -> None:
-    """The product is always one of `chunk` rows, so a row's bits are its own."""
+    """Every product has `chunk` rows, so a row's bits do not depend on other rows."""
     hidden, weight, target = linear.problem(17, 1000)
     together, _, _ = linear_logprob(hidden, weight, target, chunk=8)
     for part in (slice(0, 1), slice(5, 8), slice(16, 17)):

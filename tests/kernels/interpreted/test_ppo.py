@@ -1,4 +1,4 @@
-"""The promises of ppo_loss and value_loss, kept by the kernels."""
+"""The kernels of ppo_loss and value_loss, with the checks of tests/support."""
 
 from __future__ import annotations
 

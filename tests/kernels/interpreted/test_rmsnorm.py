@@ -30,8 +30,8 @@ def test_rows_that_registers_do_not_hold(rows: int, width: int, fused: bool) -> 
 
 
 def test_wide_rows_of_any_width_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tiles of 64 columns, of which the last is cut; more rows than programs; and in bfloat16."""
-    file = import_module("triton_kernels.rmsnorm")  # the package's attribute of this name is the function
+    """Tiles of 64 columns with a partial last tile; more rows than programs; bfloat16."""
+    file = import_module("triton_kernels.rmsnorm")  # the package attribute of this name is the function, not the module
     monkeypatch.setattr(file, "WIDEST", 128)
     monkeypatch.setattr(file, "TILE", 64)
     monkeypatch.setattr(file, "PARTS", 4)
@@ -41,7 +41,7 @@ def test_wide_rows_of_any_width_and_number(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_more_rows_than_programs() -> None:
-    """300 rows over 150 programs: each sums two rows of the weight's gradient; 257 leave the last program one."""
+    """300 rows over 150 programs: each sums two rows of the weight's gradient; with 257 rows the last program has one."""
     check_rmsnorm(300, 8, torch.float32, fused=False)
     check_rmsnorm(257, 8, torch.float32, fused=False)
 

@@ -22,7 +22,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_heads_of_a_packed_projection_need_no_copy() -> None:
-    """Queries as they lie in the fused projection: a token's stride is that of queries, keys and values together."""
+    """Queries as a view of the fused projection: the token stride covers queries, keys and values."""
     fused = drawn(7, 6, 16)
     cos, sin = angles(7, 16)
     got = passes(lambda fused: rope(fused[:, 1:5], cos, sin), [fused])
@@ -51,14 +51,14 @@ def test_a_product_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_values_are_copied_bit_for_bit() -> None:
-    """Also where a number beside them is infinite, which 0 times would make NaN."""
+    """Also if a neighbouring element is infinite: a multiplication by 0 would give NaN."""
     qkv = drawn(3, 2, 4, 8)
     qkv[1, :, -1, 2] = float("inf")
     assert torch.equal(rope_qkv(qkv, *angles(3, 8))[2], qkv[:, :, -1])
 
 
 def test_gradients_of_any_strides() -> None:
-    """As attention leaves them, heads first."""
+    """Heads-first gradients, as attention returns them."""
     cos, sin = angles(5, 8)
     three = [drawn(heads, 5, 8, seed=heads).transpose(0, 1) for heads in (6, 2, 2)]
     got, expected = (torch.ops.trivet.rope_qkv_backward(*grads, cos, sin) for grads in (three, [x.contiguous() for x in three]))

@@ -22,7 +22,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_gates_far_from_zero() -> None:
-    """exp(1000) is infinite; silu(1000) is 1000 and silu(-1000) is 0, with slopes 1 and 0."""
+    """exp(1000) is infinite; silu(1000) is 1000 and silu(-1000) is 0, with derivatives 1 and 0."""
     value, grad = passes(swiglu, [torch.tensor([[1000.0, -1000.0, 0.0, 2.0, 2.0, 2.0]])])
     assert value.tolist() == [[2000.0, 0.0, 0.0]]
     assert grad.isfinite().all()
