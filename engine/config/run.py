@@ -45,10 +45,11 @@ class Optim:
 
 @dataclass(frozen=True)
 class Logging:
-    """Where numbers go besides the terminal and metrics.jsonl."""
+    """Where metrics go besides the terminal and metrics.jsonl."""
 
     tensorboard: bool = True
     wandb_project: str = ""  # set it to log to Weights & Biases
+    every: float = 10.0  # seconds between the steps that are printed; the first and the last always are. 0: print every step
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -101,6 +102,13 @@ class PackedAttention(torch.nn.Module):
         if packed_forward.kv_write is not None:
             return packed_forward.kv_write.attend(self.layer, query, key, value, packed_forward, self.attend).flatten(1)[:, None]
         return self.attend(query, key, value, packed_forward).flatten(1)[:, None]
+
+
+def backend_name(on_gpu: bool) -> str:
+    """Which implementation `attend_for` chooses, for logs."""
+    if not on_gpu:
+        return "torch, one sequence at a time"
+    return "flash-attn" if find_spec("flash_attn") else "torch varlen"
 
 
 def attend_for(on_gpu: bool) -> Attend:

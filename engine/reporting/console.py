@@ -1,4 +1,4 @@
-"""What a run says of itself: one line a step, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""The output of a run: printed lines, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeE
 
 from engine.config import Run, to_dict
 
-RECENT = 20  # steps whose median time the ETA rests on: neither a slow first step nor one hiccup bends it
+RECENT = 20  # steps whose median time gives the ETA: neither a slow first step nor one slow step changes it
+PRINTED = 5  # metrics of a printed step line; all are in metrics.jsonl
+# Which are printed if there are more, in this order of preference.
+HEADLINE = ("loss", "reward", "solve_rate", "accuracy", "margin", "kl", "length", "grad_norm", "lr")
 
 Tracker = Callable[[dict[str, float], int], None]  # (metrics, step)
 
 
 class Report:
-    """Tells of a run from step `start` on, to the terminal and into the folder `out`. Only the writer rank prints or touches a file.
+    """Reports a run from step `start` on, to the terminal and into the folder `out`. Only the writer rank prints or writes files.
 
     `step` counts from 0: a step's record is of update number `step`, an evaluation's of the weights before that update, so that repeating
     everything from `start` on repeats every record an earlier attempt left there. Those are dropped on entry: the file tells one story.
@@ -39,6 +42,7 @@ class Report:
         self._bar: Progress | None = None
         self._trackers: list[Tracker] = []
         self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._printed = -math.inf  # when a step was last printed
 
     def __enter__(self) -> Self:
         """Open files and trackers. Raises ValueError if logging.wandb_project is set and wandb is not installed."""
@@ -60,9 +64,10 @@ class Report:
         self._open.close()
 
     def step(self, step: int, steps: int, metrics: dict[str, float], *, tokens: int, seconds: float, memory_gb: float) -> None:
-        """Tell of update `step` of `steps`: `tokens` of all devices in `seconds`, with a peak of `memory_gb` on this one.
+        """Report update `step` of `steps`: `tokens` of all devices in `seconds`, with a peak of `memory_gb` on this one.
 
-        Metrics with a slash in their names, such as rewards/chosen, are details: recorded, but not printed.
+        Everything is recorded. A line is printed every `logging.every` seconds, with at most PRINTED metrics; those with a slash in their
+        names, such as rewards/chosen, are not printed.
         """
         if not self._is_writer:
             return
@@ -70,21 +75,25 @@ class Report:
         rate = tokens / seconds
         cost = {"tokens": tokens, "seconds": seconds, "tokens_per_second": rate, "tokens_per_second_per_device": rate / self._devices}
         self._record("step", step, metrics, cost | {"memory_gb": memory_gb})
+        if self._bar:
+            self._bar.update(self._task, total=steps, completed=step + 1)
+        now = time.monotonic()
+        if now - self._printed < self._run.logging.every and step + 1 < steps:
+            return
+        self._printed = now
         left = timedelta(seconds=round((steps - step - 1) * statistics.median(self._seconds)))
         columns = [
             f"step {step + 1:>{len(str(steps))}}/{steps}",
-            *(f"{_label(name)} {_number(value):<9}" for name, value in metrics.items() if "/" not in name),
+            *(f"{_label(name)} {_number(value):<9}" for name, value in _headline(metrics).items()),
             f"{rate:>9,.0f} tok/s",
             f"{seconds:>7.2f} s",
             f"{memory_gb:>6.1f} GB",
             f"eta {left}",
         ]
         self._print("  ".join(columns))
-        if self._bar:
-            self._bar.update(self._task, total=steps, completed=step + 1)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Tell what held-out data says of the weights after `step` updates."""
+        """Report metrics on held-out data, of the weights after `step` updates."""
         if not self._is_writer:
             return
         self._record("evaluation", step, metrics, {})
@@ -92,7 +101,7 @@ class Report:
         self._print("  ".join([f"after step {step}", *columns]))
 
     def note(self, text: str) -> None:
-        """Tell one line that is no measurement, such as "resumed from step 20"."""
+        """Print one line that is no measurement, such as "resumed from step 20"."""
         if self._is_writer:
             self._print(text)
 
@@ -168,6 +177,15 @@ def _wandb(run: Run, out: Path, stack: ExitStack) -> Tracker:
     logger = wandb.init(project=project, name=out.name, dir=str(out), config=to_dict(run))
     stack.callback(logger.finish)
     return lambda metrics, step: logger.log(metrics, step=step)
+
+
+def _headline(metrics: dict[str, float]) -> dict[str, float]:
+    """At most PRINTED of the metrics, in their own order."""
+    plain = [name for name in metrics if "/" not in name]
+    if len(plain) > PRINTED:
+        chosen = sorted(plain, key=lambda name: HEADLINE.index(name) if name in HEADLINE else len(HEADLINE))[:PRINTED]
+        plain = [name for name in plain if name in chosen]
+    return {name: metrics[name] for name in plain}
 
 
 def _label(name: str) -> str:

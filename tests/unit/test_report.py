@@ -21,8 +21,10 @@ LINE = re.compile(
 )
 
 
-def report_to(out: Path, *, start: int = 0, is_writer: bool = True, tensorboard: bool = False, wandb_project: str = "") -> Report:
-    run = Run(Model(path="somewhere"), None, Optim(lr=1e-5), logging=Logging(tensorboard, wandb_project))
+def report_to(
+    out: Path, *, start: int = 0, is_writer: bool = True, tensorboard: bool = False, wandb_project: str = "", every: float = 0.0
+) -> Report:
+    run = Run(Model(path="somewhere"), None, Optim(lr=1e-5), logging=Logging(tensorboard, wandb_project, every=every))
     return Report(run, out, is_writer=is_writer, devices=4, start=start)
 
 
@@ -64,6 +66,21 @@ def test_other_metrics_follow_in_the_order_given(tmp_path: Path, capsys: pytest.
     assert re.match(r"step 1/5  loss 1\.0000 +reward 0\.2500 +kl 1\.000e-04 +10 tok/s", step)
     assert evaluation == "after step 1  held-out loss 1.2340  held-out accuracy 0.5000"
     assert note == "resumed from step 20"
+
+
+def test_lines_are_printed_now_and_then_and_the_last_always(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with report_to(tmp_path, every=3600.0) as report:
+        tell(report, *range(50), of=50)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/50", "50/50"]
+    assert len(read_metrics(tmp_path)) == 50
+
+
+def test_a_line_has_at_most_five_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    names = ("reward", "solve_rate", "length", "agreement", "kl", "entropy", "loss", "grad_norm", "lr")
+    with report_to(tmp_path) as report:
+        report.step(0, 1, dict.fromkeys(names, 1.0), tokens=10, seconds=1.0, memory_gb=0.0)
+    line = capsys.readouterr().out
+    assert [name for name in names if name.replace("_", "-") in line] == ["reward", "solve_rate", "length", "kl", "loss"]
 
 
 def test_eta_is_the_median_of_recent_steps_times_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
