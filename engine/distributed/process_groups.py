@@ -1,7 +1,8 @@
 """Process groups between the two worlds of a launch: training ranks and generation ranks.
 
-After World.split, torch.distributed only knows the ranks of this process's world. Groups that cross both worlds are created here from the
-store of the whole launch."""
+After World.split, torch.distributed only knows the ranks of this process's world. Groups that cross both worlds are created here from
+the store of the whole launch.
+"""
 
 from __future__ import annotations
 

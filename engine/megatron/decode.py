@@ -103,7 +103,7 @@ class KVCache:
         self.layers = {
             layer: (like.new_zeros(slots, heads, positions, size), like.new_zeros(slots, heads, positions, size)) for layer in layers
         }
-        self.slots, self.positions, self.first = slots, positions, prefix.positions if prefix else 0
+        self.slots, self.positions, self.first_position = slots, positions, prefix.positions if prefix else 0
         self.prefix_kv: dict[int, PrefixKV] = {layer: (pair[0][0], pair[1][0]) for layer, pair in prefix.layers.items()} if prefix else {}
 
     def move(self, source: int, target: int, positions: int) -> None:
@@ -211,7 +211,7 @@ def prefill_step(
     positions_T = torch.tensor(batch.positions + list(range(extra)), device=device)
     lengths = [*batch.prompts, extra] if extra else batch.prompts
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-    cos, sin = rope_angles(positions_T + cache.first, rope_frequencies(model).to(device))
+    cos, sin = rope_angles(positions_T + cache.first_position, rope_frequencies(model).to(device))
     keys_R2 = torch.from_numpy(batch.keys_R2).to(device)
     longest = max(lengths, default=0)
     packed_forward = PackedForward(
@@ -292,7 +292,7 @@ class DecodeRunner:
     def _compute(self, rows: int, stage: int) -> Tensor:
         tokens_n, positions_n, keys_n = self.inputs[: 3 * rows].view(3, rows)
         kv_write = KVWrite(self.cache, self.sampling, positions_n, keys_n.view(torch.int32).view(rows, 2), self.max_context)
-        cos, sin = rope_angles(positions_n + self.cache.first, self.frequencies)
+        cos, sin = rope_angles(positions_n + self.cache.first_position, self.frequencies)
         packed_forward = PackedForward(qkv_format="thd", cos_TK=cos, sin_TK=sin, rows_M=kv_write.rows_n, kv_write=kv_write)
         return self.chunks[stage](tokens_n[None], None, None, packed_seq_params=packed_forward)
 

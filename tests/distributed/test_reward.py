@@ -259,7 +259,7 @@ def test_a_fresh_head_is_told_of_in_one_line(tmp_path: Path) -> None:
     code, told, complained = engine("run", make_recipe(tmp_path, f"Model({str(base)!r}, head='scalar', tokenizer='bytes')"), "steps=1")
     assert code == 0, complained
     told_of = f"{base} is a language model: its scalar head is initialized from N(0, 1 / sqrt(65))"
-    assert [line for line in told.splitlines() if "drawn" in line] == [told_of]
+    assert [line for line in told.splitlines() if "scalar head" in line] == [told_of]
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["pad_token_id"], len(config["id2label"]), config["tie_word_embeddings"]) == (256, 1, False)
 
