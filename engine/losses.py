@@ -140,15 +140,15 @@ def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **options:
     """`ppo_clip` for responses of the current weights: the ratio is 1, and its gradient is that of REINFORCE.
 
     output_2T: log-probs and entropies. old_logprob_T: the sampler's log-probs. Metrics in addition to those of ppo_clip, as means over
-    response tokens: entropy, and sampler_gap = |log-prob of the sampler - logprob_T|. sampler_gap_max is its maximum.
+    response tokens: entropy, and logprob_diff = |log-prob of the sampler - logprob_T|. logprob_diff_max is its maximum.
     """
     assert packed.old_logprob_T is not None
     logprob_T, entropy_T = output_2T.unbind()
     loss = ppo_clip(logprob_T, replace(packed, old_logprob_T=logprob_T.detach()), average=average, **options)
     gap_T = ((logprob_T.detach() - packed.old_logprob_T) * packed.mask_T).abs()
     tokens = int(packed.counts().sum())
-    metrics = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "sampler_gap": (gap_T.sum(), tokens)}
-    return replace(loss, metrics=loss.metrics | metrics, maxima={"sampler_gap_max": gap_T.max()})
+    metrics = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "logprob_diff": (gap_T.sum(), tokens)}
+    return replace(loss, metrics=loss.metrics | metrics, maxima={"logprob_diff_max": gap_T.max()})
 
 
 def ppo_terms(packed: Packed, *, average: Average, on_policy: bool = False, kl_coef: float, **options: Any) -> TokenTerms:

@@ -51,7 +51,7 @@ RLVR = Kind(
     title="Rewarded for right answers, on held-out problems",
     drawn=("solve_rate", "solve_rate_greedy"),
     told=("solve_rate", "solve_rate_greedy", "length", "length_greedy"),
-    on_the_way=("solve_rate", "agreeing", "no_stop", "length", "entropy", "sampler_gap_max", "clip_fraction", "seconds"),
+    on_the_way=("solve_rate", "zero_std_frac", "no_stop", "length", "entropy", "logprob_diff_max", "clip_fraction", "seconds"),
     note="solve_rate is at the sampling temperature, ± binomial standard errors; a change's is that of two independent shares, though the"
     " same problems are asked before and after. Numbers of training steps are means over all responses drawn.",
 )

@@ -287,11 +287,11 @@ def _layers(world: World, model: ModelShape, tokens: int) -> tuple[Work, float]:
     """What `model` does with one microbatch of one sequence, forward and backward, and the seconds it takes."""
     sample = Sample(np.zeros(tokens + 1, np.int32), np.ones(tokens, np.uint8))
     with closing(Policy(Model(init=model), Optim(lr=1e-5), Parallel(), world)) as policy:
-        passage = SingleStage(policy, 0, batch([sample], tokens)[0])
+        single = SingleStage(policy, 0, batch([sample], tokens)[0])
 
         def both() -> None:
-            passage.forward()
-            passage.backward()
+            single.forward()
+            single.backward()
 
         taken = seconds(world, both)
         with Meter(world.device, {}) as meter:

@@ -114,18 +114,18 @@ def _stage(policy: Policy, chunk: int, packed: Packed, token_loss: bool) -> Stag
 
 
 def _inferred(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, int]:
-    passage = SingleStage(policy, chunk, packed)
+    single = SingleStage(policy, chunk, packed)
     with meter_of(policy) as meter:
-        passage.infer()
+        single.infer()
     return meter.taken(), meter.peak
 
 
-def _learned(policy: Policy, passage: SingleStage) -> tuple[Work, Work, int, int]:
+def _learned(policy: Policy, single: SingleStage) -> tuple[Work, Work, int, int]:
     """(forward, backward, held, peak) of a microbatch."""
     with meter_of(policy) as meter:
-        passage.forward()
-        forward, held = meter.taken(), meter.live - passage.shared
-        passage.backward()
+        single.forward()
+        forward, held = meter.taken(), meter.live - single.shared
+        single.backward()
     return forward, meter.taken(), held, max(held, meter.peak)
 
 

@@ -37,8 +37,8 @@ def _commit() -> str:
     """The commit of a source checkout, else the installed version."""
     command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        described = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return described.stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         try:
             return version("trivet")

@@ -56,7 +56,7 @@ def _blocks(samples: Iterable[Sample], tokens: int) -> Iterator[list[Sample]]:
 
 
 def cached_logprobs(
-    folder: Path, policy: Policy, corpora: Sequence[Corpus], budget: int, say: Callable[[str], None] = lambda _: None
+    folder: Path, policy: Policy, corpora: Sequence[Corpus], budget: int, report: Callable[[str], None] = lambda _: None
 ) -> list[np.ndarray]:
     """The log-probs under `policy`, as it started, of every predicted token of each corpus: float32 [sum of L], memory-mapped.
 
@@ -75,7 +75,7 @@ def cached_logprobs(
             done += len(block)
             if kept:
                 kept.append(values, done)
-            say(f"reference log-probs of {done} of {count} sequences")
+            report(f"reference log-probs of {done} of {count} sequences")
     values = policy.world.rank0_first(lambda: mapped(folder / "logprobs.bin", np.float32, ends[-1]))
     return [values[start:end] for start, end in pairwise(ends)]
 

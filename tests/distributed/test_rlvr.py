@@ -150,10 +150,10 @@ def test_the_first_update_starts_from_ratio_one() -> None:
     found = one_rank(epochs=1, minibatches=1)[0]
     assert abs(found["learned"]["approx_kl"]) <= 1e-9
     assert found["learned"]["clip_fraction"] == 0.0
-    assert found["said"]["sampler_gap_max"] <= 1e-5
+    assert found["said"]["logprob_diff_max"] <= 1e-5
     assert found["said"]["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert found["said"]["entropy"] == pytest.approx(found["said"]["surprise"], rel=0.1)
-    assert found["said"]["entropy"] != found["said"]["surprise"]
+    assert found["said"]["entropy"] == pytest.approx(found["said"]["neg_logprob"], rel=0.1)
+    assert found["said"]["entropy"] != found["said"]["neg_logprob"]
 
 
 ONCE = {"advantage": "group", "critic": None, "samples_per_prompt": 4, "prompts_per_step": 4, "epochs": 1, "minibatches": 1}
@@ -163,7 +163,7 @@ def test_a_single_update_reads_its_own_logprobs() -> None:
     """The same two steps as when log-probs are computed before: what is said, and by whom, differs."""
     found = one_rank(**ONCE)
     wanted = ranks(1).run(jobs_rlvr.read_first, folder=FOLDER, **ONCE)[0]
-    read = ("entropy", "sampler_gap", "sampler_gap_max")
+    read = ("entropy", "logprob_diff", "logprob_diff_max")
     for got, theirs in zip(found, wanted, strict=True):
         assert not set(read) & set(got["said"])
         theirs["learned"] |= {name: theirs["said"][name] for name in read}
@@ -225,7 +225,7 @@ def test_groups_need_no_critic() -> None:
     found = one_rank(**how)
     assert found[0]["samples"][0]["value"] is None
     assert any(any(s["advantage"]) for s in found[0]["samples"])
-    assert found[0]["said"]["agreeing"] > 0
+    assert found[0]["said"]["zero_std_frac"] > 0
     check_same(2, Parallel(pp=2), found, **how)
 
 
@@ -300,7 +300,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path:
         ({"correct_reward": float("nan")}, "algorithm.correct_reward=nan must be finite"),
         ({"no_stop_reward": float("-inf")}, "algorithm.no_stop_reward=-inf must be finite"),
         ({"kl_coef": float("nan")}, "algorithm.kl_coef=nan"),
-        ({"skip_zero_std_groups": True}, "skip_zero_std_groups needs"),
+        ({"skip_zero_std_groups": True}, "skip_zero_std_groups=True needs"),
     ],
     ids=str,
 )

@@ -45,7 +45,7 @@ def test_where_nothing_is_correct_groups_learn_nothing_and_are_counted(how: dict
     check_learns(found)
     for step in found:
         assert step["said"]["solve_rate"] == step["said"]["reward"] == 0
-        assert step["said"]["agreeing"] == 1
+        assert step["said"]["zero_std_frac"] == 1
         assert (step["learned"]["grad_norm"] == 0) == bool(how)
         assert any(any(sample["advantage"]) for sample in step["samples"]) == (not how)
 

@@ -42,4 +42,4 @@ def test_clip_and_critic_had_work_to_do(told: list[dict[str, float]]) -> None:
 
 
 def test_the_sampler_is_the_trainer(told: list[dict[str, float]]) -> None:
-    assert max(record["sampler_gap_max"] for record in told) < 1e-4
+    assert max(record["logprob_diff_max"] for record in told) < 1e-4

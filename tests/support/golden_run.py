@@ -31,7 +31,12 @@ FILE = ROOT / "tests/golden/runs.json"
 TINY = [f"tiny_{name}" for name in ("sft", "reward", "dpo", "rlvr")]
 CHAIN = [f"chain_{name}" for name in ("sft", "reward", "dpo", "rlvr")]
 UNTOLD = re.compile(r"^(time|seconds.*|.*per_second.*|.*memory.*|.*_s|mfu)$")  # of a machine, not of a run
-RENAMED: dict[str, str] = {}  # metrics of the file -> what they are called now
+RENAMED = {  # metrics of the file -> their names now
+    "surprise": "neg_logprob",
+    "agreeing": "zero_std_frac",
+    "sampler_gap": "logprob_diff",
+    "sampler_gap_max": "logprob_diff_max",
+}
 
 Record = dict[str, Any]
 

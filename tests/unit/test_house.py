@@ -149,6 +149,29 @@ def test_rooms_are_small(path: Path) -> None:
             assert length <= 60 or f"{by_name(path)}:{node.name}" in LONG_FUNCTIONS, f"{path}:{node.lineno}: {node.name} has {length} lines"
 
 
+# Names of earlier versions. The field's words are used instead: docs/architecture.md and CHANGELOG.md.
+GONE = {
+    *("Line", "Apart", "Ask", "Asked", "Demands", "Drawn", "Parting", "Slotting", "Flight", "Landing", "Wave", "Ring", "Passage"),
+    *("seat", "imagined", "parted", "speaks", "agree", "tell", "say", "described", "settle", "bridge", "scene", "telling", "passage"),
+    *("jail", "walls", "guest", "shadow", "surprise", "agreeing", "sampler_gap", "max_weight", "cache_gb"),
+}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("engine", "recipes")], ids=by_name)
+def test_names_are_the_fields(path: Path) -> None:
+    assert not GONE & set(path.relative_to(ROOT).with_suffix("").parts)
+    for node in ast.walk(tree_of(path)):
+        names = {getattr(node, field, None) for field in ("name", "id", "attr", "arg") if isinstance(getattr(node, field, None), str)}
+        assert not GONE & names, f"{path}:{getattr(node, 'lineno', 0)}: {names & GONE}"
+
+
+def test_class_names_are_unique() -> None:
+    """One name, one meaning."""
+    sources = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("engine", "triton_kernels")]
+    names = [node.name for path in sources for node in tree_of(path).body if isinstance(node, ast.ClassDef)]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_the_dry_run_knows_no_algorithm() -> None:
     """It asks an algorithm for its workload, whichever it is."""
     for path in sorted((ROOT / "engine/dryrun").glob("*.py")):

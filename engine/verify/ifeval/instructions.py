@@ -18,7 +18,7 @@ ALLOWED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.
 FENCES = ("```json", "```Json", "```JSON", "```")
 
 
-class Kind(NamedTuple):
+class ArgumentType(NamedTuple):
     """The type of an argument: a description for errors, and a check."""
 
     what: str
@@ -29,20 +29,22 @@ class Instruction(NamedTuple):
     """`followed(response, **arguments)` checks a response. All arguments are required."""
 
     followed: Callable[..., bool]
-    arguments: Mapping[str, Kind] = {}
+    arguments: Mapping[str, ArgumentType] = {}
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-COUNT = Kind("a whole number, 0 or more", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-PLACE = Kind("a whole number, 1 or more", lambda value: COUNT.holds(value) and value >= 1)
-RELATION = Kind(f"one of {', '.join(map(repr, RELATIONS))}", lambda value: value in RELATIONS)
-TEXT = Kind("a string that is not blank", _is_text)
-TEXTS = Kind("a list of strings that are not blank", lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value)))
-LETTER = Kind("one character", lambda value: isinstance(value, str) and len(value) == 1)
-LANGUAGE = Kind("a language code that langdetect knows, such as 'en'", lambda value: value in languages())
+COUNT = ArgumentType("a whole number, 0 or more", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+PLACE = ArgumentType("a whole number, 1 or more", lambda value: COUNT.holds(value) and value >= 1)
+RELATION = ArgumentType(f"one of {', '.join(map(repr, RELATIONS))}", lambda value: value in RELATIONS)
+TEXT = ArgumentType("a string that is not blank", _is_text)
+TEXTS = ArgumentType(
+    "a list of strings that are not blank", lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value))
+)
+LETTER = ArgumentType("one character", lambda value: isinstance(value, str) and len(value) == 1)
+LANGUAGE = ArgumentType("a language code that langdetect knows, such as 'en'", lambda value: value in languages())
 
 
 def _related(count: int, relation: str, bound: int) -> bool:
