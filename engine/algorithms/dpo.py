@@ -6,7 +6,7 @@ No reference model is kept in memory: the policy computes its log-probs once, be
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -61,17 +61,7 @@ class DPO:
 
     def workload(self) -> Workload:
         """The computation of one step, for the dry run."""
-        return Workload(
-            lengths="preference",
-            sequences=2 * self.batch_size,
-            max_length=self.max_length,
-            samples=self.batch_size,
-            token_loss=self.token_loss,
-            sequences_per_sample=2,
-            token_values=1,
-            reference="cached",
-            passes=self.epochs,
-        )
+        return replace(Workload.of_pairs(self.batch_size, self.max_length, self.epochs), token_values=1, reference="cached")
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenize the pairs and compute the reference's log-probs, unless cached.

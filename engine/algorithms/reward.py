@@ -48,15 +48,7 @@ class Reward:
 
     def workload(self) -> Workload:
         """The computation of one step, for the dry run."""
-        return Workload(
-            lengths="preference",
-            sequences=2 * self.batch_size,
-            max_length=self.max_length,
-            samples=self.batch_size,
-            token_loss=self.token_loss,
-            sequences_per_sample=2,
-            passes=self.epochs,
-        )
+        return Workload.of_pairs(self.batch_size, self.max_length, self.epochs)
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenize sources that are not cached yet. Raises ValueError if data cannot be read or exceeds a limit."""

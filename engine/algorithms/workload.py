@@ -38,3 +38,8 @@ class Workload:
     critic: tuple[Model, Optim] | None = None
     policy_logprobs: bool = False  # a forward pass of the policy before the updates
     reference: Literal["none", "cached", "resident", "offloaded"] = "none"  # cached: log-probs are computed once, before the first step
+
+    @staticmethod
+    def of_pairs(pairs: int, max_length: int, passes: float) -> Workload:
+        """A step on preference pairs, whose halves share a microbatch."""
+        return Workload("preference", 2 * pairs, max_length, pairs, token_loss=False, sequences_per_sample=2, passes=passes)
