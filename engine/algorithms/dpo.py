@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from engine.algorithms.workload import Workload
 from engine.config import Run
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DPO:
     """Settings of direct preference optimization."""
-
-    token_loss: ClassVar[bool] = False  # True would mean a sum over tokens, with the gradient from the output layer
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; their loss, accuracy and margin are reported

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from engine.algorithms.workload import Workload
 from engine.config import Run
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Reward:
     """Settings of reward model training."""
-
-    token_loss: ClassVar[bool] = False
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; their accuracy is reported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from engine.algorithms.workload import Workload
 from engine.config import Run
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SFT:
     """Settings of supervised fine-tuning on conversations."""
-
-    token_loss: ClassVar[bool] = True  # the loss is a sum over tokens, and the output layer computes its gradient
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; their loss is reported
@@ -45,7 +43,7 @@ class SFT:
 
     def workload(self) -> Workload:
         """The computation of one step, for the dry run."""
-        return Workload("conversation", self.batch_size, self.max_length, self.batch_size, self.token_loss, passes=self.epochs)
+        return Workload("conversation", self.batch_size, self.max_length, self.batch_size, token_loss=True, passes=self.epochs)
 
     def start(self, policy: Policy, run: Run) -> Supervised:
         """Tokenize sources that are not cached yet. Raises ValueError if data cannot be read or exceeds a limit."""

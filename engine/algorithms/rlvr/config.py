@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from engine.algorithms.workload import Generation, Workload
 from engine.config import Model, Optim, Run
@@ -33,8 +33,6 @@ class Critic:
 @dataclass(frozen=True)
 class RLVR:
     """Settings of RLVR. One step generates `samples_per_prompt` responses to each of `prompts_per_step` prompts, over all ranks."""
-
-    token_loss: ClassVar[bool] = True
 
     sources: tuple[Source, ...]
     held_out: tuple[Source, ...] = ()  # never trained on; their solve rate is reported
@@ -157,7 +155,7 @@ class RLVR:
             sequences=self._responses,
             max_length=self.max_prompt_tokens + self.max_response_tokens - 1,
             samples=self.prompts_per_step,
-            token_loss=self.token_loss,
+            token_loss=True,
             token_values=5,  # advantage, old and reference log-prob, value, return
             epochs=self.epochs,
             minibatches=self.minibatches,
