@@ -38,7 +38,9 @@ class DryRunOptions:
     @property
     def world(self) -> int:
         """The number of GPUs."""
-        return self.gpus or self.run.gpus or self.run.parallel.model_ranks
+        if self.gpus is not None:
+            return self.gpus
+        return self.run.gpus or self.run.parallel.model_ranks
 
     @property
     def given_lengths(self) -> Sequence[tuple[int, int]]:
@@ -57,7 +59,7 @@ class DryRunOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a Python file that defines run = Run(...), such as recipes/tulu3_405b_rlvr.py")
-    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: as in the torchrun line of the recipe's docstring)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: Run.gpus of the recipe)")
     parser.add_argument(
         "--device", default="h100", metavar="NAME", help="h100, h200, b200, or a .toml that --calibrate wrote (default: h100)"
     )
