@@ -74,6 +74,15 @@ def responses_of(folder: Path) -> str:
     return hashlib.sha256(json.dumps([[line["id"], line["response"], line["reward"]] for line in lines]).encode()).hexdigest()
 
 
+def to_json(runs: dict[str, Record]) -> str:
+    """With one line for each line of metrics, for readable diffs."""
+    parts = []
+    for name, run in runs.items():
+        lines = ",\n".join(json.dumps(line) for line in run["metrics"])
+        parts.append(f'{json.dumps(name)}: {{"responses": {json.dumps(run["responses"])}, "metrics": [\n{lines}\n]}}')
+    return f'{{"machine": {json.dumps(machine())},\n"runs": {{\n' + ",\n".join(parts) + "\n}}\n"
+
+
 def machine() -> Record:
     """What bits depend on."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
@@ -122,7 +131,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = record(Path(folder), demo=arguments.demo)
     if arguments.write:
-        arguments.write.write_text(json.dumps({"machine": machine(), "runs": found}, indent=0) + "\n", encoding="utf-8")
+        arguments.write.write_text(to_json(found), encoding="utf-8")
         return 0
     kept = json.loads(arguments.file.read_text(encoding="utf-8"))
     exact = kept["machine"] == machine()
