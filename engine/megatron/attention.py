@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -105,27 +104,35 @@ class PackedAttention(torch.nn.Module):
 
 
 def backend_name(on_gpu: bool) -> str:
-    """Which implementation `attend_for` chooses, for logs."""
+    """The implementation that `attend_for` returns."""
     if not on_gpu:
         return "torch, one sequence at a time"
-    return "flash-attn" if find_spec("flash_attn") else "torch varlen"
+    return "flash-attn" if _flash_attn_varlen() else "torch varlen"
 
 
 def attend_for(on_gpu: bool) -> Attend:
     """On GPUs flash-attn's varlen kernel if installed, else torch's; otherwise torch's CPU kernel, one sequence at a time."""
     if not on_gpu:
         return attend_by_sequence
-    try:
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-    except ImportError:
+    flash_attn_varlen = _flash_attn_varlen()
+    if flash_attn_varlen is None:
         return _varlen()
 
     def attend_flash(query: Tensor, key: Tensor, value: Tensor, packed_forward: PackedForward) -> Tensor:
         cu, longest = packed_forward.cu_seqlens_q, packed_forward.max_seqlen_q
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True, deterministic=deterministic)
+        return flash_attn_varlen(query, key, value, cu, cu, longest, longest, causal=True, deterministic=deterministic)
 
     return attend_flash
+
+
+def _flash_attn_varlen() -> Callable[..., Tensor] | None:
+    """flash-attn's kernel; None if it is not installed, or was built for another torch and cannot be imported."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
 
 
 def _varlen() -> Attend:

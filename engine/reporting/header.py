@@ -20,10 +20,14 @@ def header(run: Run, policy: Policy, start: int, steps: int) -> list[str]:
     kernels = "Triton" if world.on_gpu else "torch references (no GPU)"
     return [
         f"trivet {_commit()}: {type(run.algorithm).__name__} of {name}, {_count(model.parameters)} parameters, {dtype}",
-        f"tp{parallel.tp} pp{parallel.pp}{virtual} dp{policy.grid.dp} on {world.size} ranks, recompute={parallel.recompute}",
+        f"tp{parallel.tp} pp{parallel.pp}{virtual} dp{policy.grid.dp} on {_plural(world.size, 'rank')}, recompute={parallel.recompute}",
         f"attention: {backend_name(world.on_gpu)}; kernels: {kernels}",
         f"steps {start} to {steps}, {run.tokens_per_microbatch} tokens per microbatch; output: {run.out}",
     ]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _count(parameters: int) -> str:
@@ -35,8 +39,11 @@ def _count(parameters: int) -> str:
 
 def _commit() -> str:
     """The commit of a source checkout, else the installed version."""
-    command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty", "--exclude=*"]
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
+        if not (root / ".git").exists():  # git would find a repository around an installed package
+            raise OSError
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from engine.config import Logging, Model, Optim, Run
+from engine.algorithms.sft import SFT
+from engine.config import Logging, Model, ModelShape, Optim, Parallel, Run
+from engine.data.rows import Source
+from engine.reporting import header as run_header
 from engine.reporting.console import Report, read_metrics
 
 LINE = re.compile(
@@ -237,3 +242,30 @@ def test_wandb_that_is_not_installed_is_one_clear_line(tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match=r"^logging\.wandb_project='trivet' needs the package wandb; pip install wandb"):
         report_to(tmp_path, wandb_project="trivet").__enter__()
     assert story(tmp_path) == [("step", 0)]  # nothing was dropped before the error
+
+
+def test_the_header_says_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelShape(layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, vocab=256)
+    world = SimpleNamespace(size=8, on_gpu=False)
+    policy: Any = SimpleNamespace(model=model, world=world, dtype=torch.float32, grid=SimpleNamespace(dp=2))
+    run = Run(Model(path="some/model"), SFT((Source("rows.jsonl"),)), Optim(lr=1e-5), Parallel(tp=2, pp=2, vpp=3), out="runs/x", gpus=8)
+    monkeypatch.setattr(run_header, "_commit", lambda: "abc1234")
+    assert run_header.header(run, policy, 20, 100) == [
+        f"trivet abc1234: SFT of some/model, {model.parameters / 1000:.1f}K parameters, float32",
+        "tp2 pp2 vpp3 dp2 on 8 ranks, recompute=none",
+        "attention: torch, one sequence at a time; kernels: torch references (no GPU)",
+        f"steps 20 to 100, {run.tokens_per_microbatch} tokens per microbatch; output: runs/x",
+    ]
+
+
+def test_the_version_of_an_installed_package_is_not_the_commit_of_a_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "first"]):
+        subprocess.run([*around, *words], check=True)
+    monkeypatch.setattr(run_header, "__file__", str(tmp_path / "site-packages/engine/reporting/header.py"))
+    monkeypatch.setattr(run_header, "version", lambda name: f"{name} 1.2")
+    assert run_header._commit() == "trivet 1.2"
+    monkeypatch.setattr(run_header, "__file__", str(tmp_path / "engine/reporting/header.py"))
+    assert re.fullmatch(r"[0-9a-f]{7,}", run_header._commit())
