@@ -48,6 +48,8 @@ def start() -> None:
     """Run the command line of this process and exit: the entry point of `trivet` and of `python -m engine`."""
     code = main()
     if code and "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)  # other ranks may wait for this one, and a normal exit would wait for them
     sys.exit(code)
 
