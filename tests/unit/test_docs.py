@@ -65,6 +65,13 @@ def test_examples_parse(page: Path) -> None:
             override(load_recipe(str(ROOT / recipe)), arguments.overrides)
 
 
+def test_examples_are_found() -> None:
+    """Without this, a change of the pages' format would leave nothing to parse above."""
+    counts = {page.name: len(examples(page)) for page in PAGES}
+    assert counts["README.md"] >= 3
+    assert counts["usage.md"] >= 6
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     known = {target for group in targets for target in group.split()}
