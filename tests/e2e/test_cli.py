@@ -55,7 +55,7 @@ run = Run(
     algorithm=SFT(sources=(Source({str(tmp_path / "data.jsonl")!r}),), held_out=(Source({str(tmp_path / "held_out.jsonl")!r}),),
                   batch_size=8, max_length=256),
     optim=Optim(lr=1e-3), tokens_per_microbatch=1024, steps=3, save_every=2, out={str(tmp_path / "out")!r},
-    logging=Logging(tensorboard=False),
+    logging=Logging(tensorboard=False, every=0),
 )
 """)
     return path
