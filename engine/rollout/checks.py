@@ -31,7 +31,7 @@ def batch_size_warnings(launch: Launch, rollout: RolloutConfig, responses: int) 
     most = max(unit, -(-responses // replicas))
     even = max(1, min(slots, most) // unit) * unit
     if slots > most:
-        yield f"algorithm.rollout.max_num_seqs={slots} is more than the {most} responses that a replica draws; use {even}"
+        yield f"algorithm.rollout.max_num_seqs={slots} is more than the {most} responses that a replica generates; use {even}"
     elif slots % unit:
         yield (
             f"algorithm.rollout.max_num_seqs={slots} makes {max(1, slots // pp)} for each of parallel.pp={pp} stages, padded to a multiple "

@@ -8,6 +8,9 @@ from typing import get_args
 
 from engine.config.choices import CudaGraphs
 
+# Where each engine is defined; imported when `rollout.engine` names it.
+ENGINES = {"sampler": "engine.rollout.sampler:SamplerEngine"}
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -23,7 +26,7 @@ class RolloutConfig:
     # CUDA graphs for decoding; not with prefix_caching. auto: on GPUs, if the first graph's results equal eager execution. on: fail
     # if they do not (on CPU, "on" only pads rows as graphs do).
     cuda_graphs: CudaGraphs = "auto"
-    engine: str = "sampler"  # a name of ENGINES in engine/rollout/engine.py
+    engine: str = "sampler"  # a name of ENGINES
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1 or self.kv_cache_gb <= 0 or self.max_prefill_tokens < 1:
@@ -40,6 +43,8 @@ class RolloutConfig:
             raise ValueError(f"rollout.max_staleness={self.max_staleness} must be 0 (on-policy) or 1 (generate one step ahead)")
         if self.cuda_graphs not in get_args(CudaGraphs):
             raise ValueError(f"rollout.cuda_graphs={self.cuda_graphs!r} must be one of {', '.join(get_args(CudaGraphs))}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"rollout.engine={self.engine!r} must be one of {', '.join(ENGINES)}")
         if self.max_staleness and not self.generator_gpus:
             raise ValueError(
                 "rollout.max_staleness=1 needs dedicated generator ranks, but rollout.generator_gpus=0; "
@@ -47,8 +52,11 @@ class RolloutConfig:
             )
 
     def max_cached_seqs(self, slot_bytes: int, positions: int, groups: int, beside: int = 0) -> int:
-        """How many sequences of `positions` tokens, of `slot_bytes` each on this rank, the cache holds beside so many other bytes. Raises
-        ValueError when that is less than one for each of `groups` pipeline stages."""
+        """How many sequences of `positions` tokens the KV cache of this rank can hold, at `slot_bytes` bytes each.
+
+        `beside` bytes of the cache are in use for something else. Raises ValueError if fewer than `groups` sequences fit: each pipeline
+        stage works on a group of its own.
+        """
         held = max(0, int(self.kv_cache_gb * 2**30) - beside) // max(1, slot_bytes)
         if held < groups:
             need = math.ceil(1000 * (groups * slot_bytes + beside) / 2**30) / 1000

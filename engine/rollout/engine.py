@@ -1,6 +1,6 @@
 """The interface of rollout engines, and what goes in and comes out of one.
 
-To add an engine, write its class in a file of this folder and name it in ENGINES.
+To add an engine, write its class in a file of this folder and name it in ENGINES of config.py.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from engine.rollout.config import RolloutConfig
+from engine.rollout.config import ENGINES, RolloutConfig
 from engine.types import Prompt
 
 if TYPE_CHECKING:
     from engine.megatron.policy import Policy
     from engine.rollout.stopping import StopStrings
 
-# Where each engine is defined; imported when `rollout.engine` names it.
-ENGINES = {"sampler": "engine.rollout.sampler:SamplerEngine"}
-
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are drawn. temperature 0 takes the likeliest token; a response ends with a stop token, or the last token of a stop
-    string, which it contains."""
+    """How to sample responses. temperature=0 is greedy decoding.
+
+    A response ends with a stop token or with the last token of a stop string, and includes it.
+    """
 
     max_tokens: int
     stop: tuple[int, ...]
@@ -47,33 +46,33 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Response:
-    """What followed a prompt."""
+    """The generated continuation of a prompt."""
 
-    tokens: np.ndarray  # int32 [n], what stopped it at the end where `stopped`
-    logprobs: np.ndarray  # float32 [n], of the tempered distribution the token was drawn from (at temperature 0: of temperature 1's)
+    tokens: np.ndarray  # int32 [n]; if `stopped`, the last one is the stop token
+    logprobs: np.ndarray  # float32 [n], at the sampling temperature (at temperature 0: at temperature 1)
     stopped: bool
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to draw: all that responses depend on but the weights."""
+    """What to generate: together with the weights, it determines the responses."""
 
     prompts: Sequence[Prompt]
     sampling: SamplingParams
-    samples_per_prompt: int  # of each prompt
+    samples_per_prompt: int
     seed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Responses to each prompt of an Ask, and how they came about."""
+    """The responses to each prompt of a request."""
 
     responses: list[list[Response]]
-    version: int  # the optimizer step whose weights drew them
+    version: int  # the optimizer step whose weights generated them
     metrics: dict[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """As the contents of an npz file."""
+        """The contents of an npz file that `read` understands."""
         flat = list(chain(*self.responses))
         arrays: dict[str, Any] = {
             "tokens": np.concatenate([r.tokens for r in flat]),
@@ -91,13 +90,13 @@ class GenerationResult:
 
     @staticmethod
     def read(path: Path) -> GenerationResult:
-        """What to_bytes wrote."""
+        """Read a file that `to_bytes` wrote."""
         with np.load(path) as file:
             ends = file["lengths"].cumsum()[:-1]
             tokens, logprobs = np.split(file["tokens"], ends), np.split(file["logprobs"], ends)
             flat = [Response(t, p, bool(s)) for t, p, s in zip(tokens, logprobs, file["stopped"], strict=True)]
-            samples, said = int(file["samples"]), dict(zip(file["names"].tolist(), file["values"].tolist(), strict=True))
-            return GenerationResult([flat[i : i + samples] for i in range(0, len(flat), samples)], int(file["version"]), said)
+            samples, metrics = int(file["samples"]), dict(zip(file["names"].tolist(), file["values"].tolist(), strict=True))
+            return GenerationResult([flat[i : i + samples] for i in range(0, len(flat), samples)], int(file["version"]), metrics)
 
 
 class RolloutEngine(Protocol):
@@ -105,8 +104,8 @@ class RolloutEngine(Protocol):
 
     def generate(self, step: int, request: GenerationRequest, next_request: GenerationRequest | None, checkpoint: Path) -> GenerationResult:
         """The responses of `step`. An engine that works ahead starts on `next_request` before it returns; None: there is no next step.
-        `checkpoint` is the folder that the run resumed from, with what `extra_state` gave. Raises ValueError for a request that cannot be
-        fulfilled."""
+        `checkpoint` is the folder that the run resumed from; it holds the files of `extra_state`. Raises ValueError for a request that
+        cannot be fulfilled."""
         ...
 
     def respond(self, request: GenerationRequest) -> list[list[Response]]:
