@@ -46,8 +46,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def hf_weights(chunks: list[PackedModel], model: ModelShape, dtype: torch.dtype, grid: Grid) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor on the host) of every Hugging Face tensor, on the first rank of each replica; nothing on its other ranks.
 
-    Tensor-parallel shards are gathered, and pipeline stages send their tensors to the first stage, one bucket at a time: no rank ever
-    holds more than about BUCKET_BYTES of full tensors. All ranks of a replica must exhaust the iterator.
+    Tensor-parallel shards are gathered, and pipeline stages send their tensors to the first stage, one bucket at a time: a rank
+    holds at most about BUCKET_BYTES of full tensors, or one tensor if that is larger. All ranks of a replica must exhaust the iterator.
     """
     for stage in range(grid.pp):
         own = hf_buckets(chunks, model, dtype, grid, BUCKET_BYTES) if grid.pp_rank == stage else iter(())

@@ -21,26 +21,26 @@ def rollout_metrics(rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> d
                       RLVR.single_update these and the entropy are metrics of the update instead
     zero_std_frac     share of prompts whose samples all have the same score: no signal for advantage="group"
     """
-    drawn = [s.old_logprob[s.mask > 0] for s in samples if s.old_logprob is not None]
+    logprobs = [s.old_logprob[s.mask > 0] for s in samples if s.old_logprob is not None]
     scores: dict[int, set[float]] = {}
     for rollout, sample in zip(rollouts, samples, strict=True):
         scores.setdefault(rollout.prompt.id, set()).add(sample.reward or 0.0)
-    found = {
+    metrics = {
         "reward": np.mean([s.reward or 0.0 for s in samples]),
         "solve_rate": np.mean([r.verdict.correct and r.response.stopped for r in rollouts]),
         "length": np.mean([len(r.response.tokens) for r in rollouts]),
         "no_stop": np.mean([not r.response.stopped for r in rollouts]),
-        "neg_logprob": -np.concatenate(drawn).mean(),
-        "zero_std_frac": np.mean([len(found) == 1 for found in scores.values()]),
+        "neg_logprob": -np.concatenate(logprobs).mean(),
+        "zero_std_frac": np.mean([len(values) == 1 for values in scores.values()]),
     }
     if samples[0].entropy is not None:
-        gap = np.abs(np.concatenate(drawn) - np.concatenate([r.response.logprobs for r in rollouts]))
+        gap = np.abs(np.concatenate(logprobs) - np.concatenate([r.response.logprobs for r in rollouts]))
         entropy = np.concatenate([s.entropy[s.mask > 0] for s in samples])  # type: ignore[index]
-        found |= {"entropy": entropy.mean(), "logprob_diff": gap.mean(), "logprob_diff_max": gap.max()}
+        metrics |= {"entropy": entropy.mean(), "logprob_diff": gap.mean(), "logprob_diff_max": gap.max()}
     if samples[0].ref_logprob is not None:
         pairs = [(s.old_logprob[s.mask > 0], s.ref_logprob[s.mask > 0]) for s in samples]  # type: ignore[index]
-        found["kl"] = np.mean([kl_estimate(old, ref, "k1").sum() for old, ref in pairs])
-        found["kl3"] = np.concatenate([kl_estimate(old, ref, "k3") for old, ref in pairs]).mean()
+        metrics["kl"] = np.mean([kl_estimate(old, ref, "k1").sum() for old, ref in pairs])
+        metrics["kl3"] = np.concatenate([kl_estimate(old, ref, "k3") for old, ref in pairs]).mean()
     if samples[0].value is not None:
-        found["explained_variance"] = explained_variance(samples)
-    return {name: float(value) for name, value in found.items()}
+        metrics["explained_variance"] = explained_variance(samples)
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Continuous batching: which sequence holds which slot, and what is computed next. A function of requests and drawn tokens alone."""
+"""Continuous batching: which sequence has which slot, and what is computed next. A function of the requests and sampled tokens alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.megatron.decode import DecodeBatch
 
 @dataclass(eq=False)
 class Request:
-    """One sequence to be continued, and what has come of it."""
+    """One sequence to generate, and its tokens so far."""
 
     prompt: list[int]
     max_tokens: int  # tokens to draw at most

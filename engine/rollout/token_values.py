@@ -28,6 +28,6 @@ def token_values(policy: Policy, samples: Sequence[Sample], budget: int, read: C
     for i in range(len(samples)):
         if not np.isfinite(whole[i]).all():
             place = tuple(np.argwhere(~np.isfinite(whole[i]))[0])
-            said = f"the model says {whole[i][place]} at token {place[-1]} of sample {i}"
-            raise FloatingPointError(f"{said}; lower its learning rate and resume")
+            problem = f"the model returned {whole[i][place]} at token {place[-1]} of sample {i}"
+            raise FloatingPointError(f"{problem}; lower its learning rate and resume")
     return [whole[i] for i in range(len(samples))]

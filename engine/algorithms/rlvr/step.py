@@ -1,8 +1,8 @@
 """Reinforcement learning with verifiable rewards: PPO against 10 or 0 (arXiv 2411.15124, section 6).
 
-A step draws responses from the policy, has them verified, recomputes their log-probs with the trainer, takes those of the reference and
-the critic's values, and turns all that into advantages. K epochs of clipped updates of policy and critic follow. Where there is but one
-update, it computes the log-probs itself.
+A step generates responses with the policy and verifies them. It recomputes their log-probs with the trainer and computes the reference's
+log-probs, the critic's values and the advantages. K epochs of clipped updates of policy and critic follow. With a single update per step,
+the update itself computes the log-probs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from engine.verify.pool import Pool
 
 @dataclass(frozen=True)
 class RLVRTrainer:
-    """RLVR under way."""
+    """A started RLVR run; see `Algorithm` in engine/train.py."""
 
     config: RLVR
     run: Run
@@ -60,7 +60,7 @@ class RLVRTrainer:
     resources: ExitStack
 
     def close(self) -> None:
-        """Let go of critic, reference and verifiers."""
+        """Release the critic, the reference and the verifiers."""
         self.resources.close()
 
     @property
@@ -79,20 +79,20 @@ class RLVRTrainer:
         return learners
 
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]:
-        """The responses of `step`, ready to be learned from, and what there is to say of them; equal on every rank."""
+        """The samples of `step`, ready for training, and their metrics; equal on every rank."""
         clock = PhaseTimer()
-        ask = self._request_for(step)
-        drawn = self._generate(step, ask)
+        request = self._request_for(step)
+        result = self._generate(step, request)
         clock.lap("generate")
-        rollouts, dropped = verify_responses(ask.prompts, drawn.responses, self.tokenizer, self.pool, self.policy.world)
+        rollouts, dropped = verify_responses(request.prompts, result.responses, self.tokenizer, self.pool, self.policy.world)
         self._log_samples(step, rollouts)
         clock.lap("verify")
-        samples = self._with_logprobs([self._sample(rollout, drawn.version) for rollout in rollouts])
+        samples = self._with_logprobs([self._sample(rollout, result.version) for rollout in rollouts])
         clock.lap("read")
         learnable, stale = self._importance_weighted(step, self._advantages(samples, rollouts), rollouts)
-        found = rollout_metrics(rollouts, learnable) | {"dropped": float(dropped)} | stale | clock.laps | drawn.metrics
+        metrics = rollout_metrics(rollouts, learnable) | {"dropped": float(dropped)} | stale | clock.laps | result.metrics
         tokens = sum(len(rollout.response.tokens) for rollout in rollouts)
-        return learnable, found | {"generated_tokens_per_second": tokens / found["seconds_generate"]}
+        return learnable, metrics | {"generated_tokens_per_second": tokens / metrics["seconds_generate"]}
 
     def _request_for(self, step: int) -> GenerationRequest:
         c = self.config
@@ -134,8 +134,8 @@ class RLVRTrainer:
             return token_values(policy, samples, budget, partial(policy.logprobs, temperature=temperature, masked=True, entropy=entropy))
 
         if not self.config.single_update:
-            found = logprobs(self.policy, entropy=True)
-            samples = [replace(s, old_logprob=x, entropy=h) for s, (x, h) in zip(samples, found, strict=True)]
+            computed = logprobs(self.policy, entropy=True)
+            samples = [replace(s, old_logprob=x, entropy=h) for s, (x, h) in zip(samples, computed, strict=True)]
         if self.reference is not None:
             with self.reference.activated() as speaker:
                 samples = [replace(s, ref_logprob=x) for s, x in zip(samples, logprobs(speaker), strict=True)]
@@ -161,23 +161,24 @@ class RLVRTrainer:
         )
 
     def _importance_weighted(self, step: int, samples: list[Sample], rollouts: list[Rollout]) -> tuple[list[Sample], dict[str, float]]:
-        """With advantages that make up for weights that drew the samples a step ago, and what there is to say of it:
+        """The samples with advantages corrected for generation by older weights, and metrics:
 
-        staleness             mean over responses of the steps between the weights that drew them and those that learn from them
-        importance, .._max    of the tokens' truncated importance weights; truncated: the share that was cut to rollout.importance_cap
+        staleness             mean over responses of the optimizer steps between the weights that generated them and the current ones
+        importance            mean of the tokens' truncated importance weights, and importance_max
+        truncated             share of tokens whose weight was truncated to rollout.importance_cap
         """
         rollout = self.config.rollout
         if not rollout.max_staleness:
             return samples, {}
         samples, weights = off_policy(samples, [r.response.logprobs for r in rollouts], rollout.importance_cap)
         truncated, staleness = np.mean(weights == rollout.importance_cap), np.mean([step - sample.version for sample in samples])
-        said = {"staleness": staleness, "importance": weights.mean(), "importance_max": weights.max(), "truncated": truncated}
-        return samples, {name: float(value) for name, value in said.items()}
+        metrics = {"staleness": staleness, "importance": weights.mean(), "importance_max": weights.max(), "truncated": truncated}
+        return samples, {name: float(value) for name, value in metrics.items()}
 
     def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts.
 
-        With skip_zero_std_groups, those that have an advantage, while there are enough of them for every part.
+        With skip_zero_std_groups, only samples with an advantage, if there are enough of them for every part.
         """
         taught = [sample for sample in samples if np.any(sample.advantage)] if self.config.skip_zero_std_groups else samples
         samples = taught if len(taught) >= self.config.minibatches else samples
@@ -188,17 +189,17 @@ class RLVRTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """The share of held-out tasks that are solved, at the sampling temperature and greedily, with its standard error."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, temperature in (("", self.config.temperature), ("_greedy", 0.0)) if self.tasks else ():
             responses = self.engine.respond(self._request(self.tasks, temperature, 1, 0))
             rollouts, _ = verify_responses(self.tasks, responses, self.tokenizer, self.pool, self.policy.world)
             solved = float(np.mean([self._score(rollout) == self.config.correct_reward for rollout in rollouts]))
-            found |= {f"solve_rate{name}": solved, f"solve_rate_se{name}": math.sqrt(solved * (1 - solved) / len(rollouts))}
-            found[f"length{name}"] = float(np.mean([len(rollout.response.tokens) for rollout in rollouts]))
-        return found
+            metrics |= {f"solve_rate{name}": solved, f"solve_rate_se{name}": math.sqrt(solved * (1 - solved) / len(rollouts))}
+            metrics[f"length{name}"] = float(np.mean([len(rollout.response.tokens) for rollout in rollouts]))
+        return metrics
 
     def _log_samples(self, step: int, rollouts: list[Rollout]) -> None:
-        """Write what was said and how it was judged, one line a response."""
+        """Write each response with its verdict, one line each."""
         if self.policy.world.rank == 0:
             path = Path(self.run.out) / "samples" / f"step-{step:08d}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
