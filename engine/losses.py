@@ -58,10 +58,10 @@ def dpo(
     total = loss_P.sum()
     means = {
         "loss": loss_P,
-        "accuracy": reward.accuracy,
-        "margin": reward.margin,
-        "rewards/chosen": reward.chosen,
-        "rewards/rejected": reward.rejected,
+        "reward/accuracy": reward.accuracy,
+        "reward/margin": reward.margin,
+        "reward/chosen": reward.chosen,
+        "reward/rejected": reward.rejected,
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }
@@ -84,10 +84,10 @@ def reward_bt(value_T: Tensor, packed: Packed) -> Loss:
     loss_P = -F.logsigmoid(margin_P)
     means = {
         "loss": loss_P,
-        "accuracy": margin_P > 0,
-        "margin": margin_P,
-        "rewards/chosen": reward_P2[:, 0],
-        "rewards/rejected": reward_P2[:, 1],
+        "reward/accuracy": margin_P > 0,
+        "reward/margin": margin_P,
+        "reward/chosen": reward_P2[:, 0],
+        "reward/rejected": reward_P2[:, 1],
     }
     return _of_pairs(loss_P.sum(), means, length_P2)
 
@@ -96,8 +96,8 @@ def _of_pairs(total: Tensor, means: dict[str, Tensor], length_P2: Tensor) -> Los
     """A Loss that reports `means` (each [P]) and both lengths as means over pairs, and length_bias as a correlation."""
     means = means | {"length/chosen": length_P2[:, 0], "length/rejected": length_P2[:, 1]}
     sums: dict[str, tuple[Tensor | float, int]] = {name: (value_P.detach().double().sum(), len(value_P)) for name, value_P in means.items()}
-    bias = Moments.of(means["margin"].detach(), length_P2[:, 0] - length_P2[:, 1])
-    return Loss(total, len(length_P2), sums, {"length_bias": bias})
+    bias = Moments.of(means["reward/margin"].detach(), length_P2[:, 0] - length_P2[:, 1])
+    return Loss(total, len(length_P2), sums, {"reward/length_bias": bias})
 
 
 def _pairs(packed: Packed) -> Tensor:
@@ -140,15 +140,15 @@ def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **options:
     """`ppo_clip` for responses of the current weights: the ratio is 1, and its gradient is that of REINFORCE.
 
     output_2T: log-probs and entropies. old_logprob_T: the sampler's log-probs. Metrics in addition to those of ppo_clip, as means over
-    response tokens: entropy, and logprob_diff = |log-prob of the sampler - logprob_T|. logprob_diff_max is its maximum.
+    response tokens: entropy, and rollout/logprob_diff = |log-prob of the sampler - logprob_T|; rollout/logprob_diff_max is its maximum.
     """
     assert packed.old_logprob_T is not None
     logprob_T, entropy_T = output_2T.unbind()
     loss = ppo_clip(logprob_T, replace(packed, old_logprob_T=logprob_T.detach()), average=average, **options)
     gap_T = ((logprob_T.detach() - packed.old_logprob_T) * packed.mask_T).abs()
     tokens = int(packed.counts().sum())
-    metrics = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "logprob_diff": (gap_T.sum(), tokens)}
-    return replace(loss, metrics=loss.metrics | metrics, maxima={"logprob_diff_max": gap_T.max()})
+    metrics = {"entropy": ((entropy_T * packed.mask_T).sum(), tokens), "rollout/logprob_diff": (gap_T.sum(), tokens)}
+    return replace(loss, metrics=loss.metrics | metrics, maxima={"rollout/logprob_diff_max": gap_T.max()})
 
 
 def ppo_terms(packed: Packed, *, average: Average, on_policy: bool = False, kl_coef: float, **options: Any) -> TokenTerms:

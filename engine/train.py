@@ -1,15 +1,15 @@
-"""The loop, the only one."""
+"""The training loop, the same for all algorithms."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from engine.batching.build import batch
@@ -17,16 +17,18 @@ from engine.batching.ragged import Arena
 from engine.config import Run, to_dict
 from engine.config.checks import problems
 from engine.data.prepare import tokenizer_of
+from engine.distributed.timer import PhaseTimer
 from engine.distributed.world import World
+from engine.dryrun.hardware import Hardware
 from engine.megatron.policy import Learner, Policy, locate_weights
 from engine.models.families import head_to_hf, to_hf
-from engine.reporting.console import Report
+from engine.reporting.console import Chips, Report, StepCost
 from engine.reporting.header import header
 from engine.types import Sample
 
 
 class Algorithm(Protocol):
-    """What the loop knows of an algorithm that has started."""
+    """A started algorithm, as the loop uses it."""
 
     @property
     def steps(self) -> int: ...
@@ -36,6 +38,8 @@ class Algorithm(Protocol):
     def notes(self) -> list[str]: ...
     @property
     def learners(self) -> Sequence[Learner]: ...  # the run's policy first
+    @property
+    def headline(self) -> Sequence[str]: ...  # metrics of the printed step line, in order
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]: ...
     def minibatches(self, step: int, samples: list[Sample]) -> Iterable[list[Sample]]: ...
     def evaluate(self) -> dict[str, float]: ...
@@ -45,21 +49,21 @@ class Algorithm(Protocol):
 
 @runtime_checkable
 class DisaggregatedAlgorithm(Protocol):
-    """The config of an algorithm that keeps ranks for itself, beside those that train."""
+    """The config of an algorithm with ranks that do not train, such as dedicated generators."""
 
     def trainers(self, run: Run, world_size: int) -> int:
-        """How many of so many ranks train. Raises ValueError when it cannot be done."""
+        """The number of training ranks of a launch of `world_size` ranks. Raises ValueError if it cannot be split so."""
         ...
 
     def split_world(self, run: Run, world: World) -> World | None:
-        """The world of the ranks that train; None on the others, which serve those until they are done."""
+        """The world of the training ranks. On the others, serves those until they are done and returns None."""
         ...
 
 
 def train(run: Run, world: World) -> None:
-    """Run `run` to its end, from its newest checkpoint where there is one.
+    """Run `run` to its end, from its latest checkpoint if there is one.
 
-    Raises ValueError before anything is written when a setting, the data or the model does not fit, or when `run.out` holds another run.
+    Raises ValueError before anything is written if a setting, the data or the model does not fit, or if `run.out` holds another run.
     """
     check_folder(Path(run.out), run)
     parting = run.algorithm if isinstance(run.algorithm, DisaggregatedAlgorithm) else None
@@ -77,7 +81,9 @@ def _train(run: Run, world: World, devices: int) -> None:
         start, steps = load(algorithm.learners, out), run.steps or algorithm.steps
         arena = Arena(pinned=world.on_gpu)
         world.rank0_first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
-        with Report(run, out, is_writer=world.rank == 0, devices=devices, start=start) as report:
+        hardware, passes = Hardware.of_gpu(world.gpu_name), run.algorithm.workload().collect_passes
+        chips = Chips(devices, hardware.peak if hardware else None)
+        with Report(run, out, chips, algorithm.headline, is_writer=world.rank == 0, start=start) as report:
             for line in header(run, policy, start, steps) if world.rank == 0 else ():
                 report.note(line)
             for note in algorithm.notes:
@@ -87,40 +93,51 @@ def _train(run: Run, world: World, devices: int) -> None:
             for step in range(start, steps):
                 if is_due(step, run.eval_every) or step == 0:
                     evaluate(algorithm, report, step)
-                began = time.perf_counter()
-                samples, found = algorithm.collect(step)
-                metrics = found | learn(algorithm, step, steps, samples, run.tokens_per_microbatch, arena)
-                tokens, seconds = sum(s.length for s in samples), time.perf_counter() - began
-                report.step(step, steps, metrics, tokens=tokens, seconds=seconds, memory_gb=world.peak_memory_gb())
+                clock = PhaseTimer()
+                samples, metrics = algorithm.collect(step)
+                clock.lap("collect")
+                learned, flops = learn(algorithm, step, steps, samples, run.tokens_per_microbatch, arena)
+                clock.lap("update")
+                flops += sum(passes[learner.name] * forward_flops(learner, samples) for learner in algorithm.learners)
+                cost = StepCost(sum(sample.length for sample in samples), sum(clock.laps.values()), flops, world.peak_memory_gb())
+                report.step(step, steps, metrics | learned | clock.laps, cost)
                 if is_due(step + 1, run.save_every) or step + 1 == steps:
                     save(algorithm, out, step + 1, run.keep_last)
             evaluate(algorithm, report, steps)
 
 
 def check_launch(run: Run, world: World, trainers: int) -> None:
-    """Raise ValueError for what settings, shapes and the tokenizer show to be wrong on so many ranks, before a weight is read."""
+    """Raise ValueError, before a weight is read, for all that settings, shapes and the tokenizer show to be wrong on `trainers` ranks."""
     folder, _ = locate_weights(run.model, world)
     tokens = len(tokenizer_of(run.model, folder))
     if found := problems(run, lambda model: locate_weights(model, world)[1], trainers, on_gpu=world.on_gpu, tokens=tokens):
         raise ValueError("; also: ".join(found))
 
 
-def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], budget: int, arena: Arena) -> dict[str, float]:
-    """Every learner's updates on every minibatch; the mean over them of what each said."""
-    said: dict[str, list[float]] = {}
+def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], budget: int, arena: Arena) -> tuple[dict[str, float], float]:
+    """Update every learner on every minibatch; returns the means of the updates' metrics, and the floating-point operations of all."""
+    values: dict[str, list[float]] = {}
+    flops = 0.0
     for minibatch in algorithm.minibatches(step, samples):
-        for name, policy, loss, temperature, entropy in algorithm.learners:
+        for learner in algorithm.learners:
+            _, policy, loss, temperature, entropy = learner
             assert policy.optim is not None
             lr = policy.optim.lr_at(step, steps)
             packed = batch(minibatch, budget, **policy.batch_options, out=arena)
             metrics = policy.update(packed, loss, lr, temperature, entropy=entropy) | {"lr": lr}
-            for key, value in metrics.items():
-                said.setdefault(f"{name}/{key}" if name else key, []).append(value)
-    return {key: sum(values) / len(values) for key, values in said.items()}
+            flops += 3 * forward_flops(learner, minibatch)
+            for name, value in learner.grouped(metrics).items():
+                values.setdefault(name, []).append(value)
+    return {name: sum(many) / len(many) for name, many in values.items()}, flops
+
+
+def forward_flops(learner: Learner, samples: Sequence[Sample]) -> float:
+    """Floating-point operations of a forward pass over `samples`, without padding and recomputation."""
+    return learner.policy.model.forward_flops(np.array([sample.length for sample in samples]))
 
 
 def load(learners: Sequence[Learner], out: Path) -> int:
-    """Take up the newest whole checkpoint of the run's policy, and that of the same step of the others; returns the step."""
+    """Load the latest complete checkpoint of the run's policy, and those of the same step of the others; returns the step."""
     run, *others = learners
     start = run.policy.load_latest(out)
     for learner in others if start else ():
@@ -142,13 +159,13 @@ def is_due(step: int, every: int) -> bool:
 
 
 def evaluate(algorithm: Algorithm, report: Report, step: int) -> None:
-    """Report how the model does on held-out data, where there is any."""
-    if found := algorithm.evaluate():
-        report.evaluation(step, found)
+    """Report the metrics of held-out data, if there is any."""
+    if metrics := algorithm.evaluate():
+        report.evaluation(step, metrics)
 
 
 def check_folder(out: Path, run: Run) -> None:
-    """Raise ValueError when `out` holds another run than `run`, naming what differs."""
+    """Raise ValueError if `out` holds another run than `run`, naming the settings that differ."""
     try:
         there = json.loads((out / "run.json").read_text())["identity"]
     except FileNotFoundError:
@@ -163,7 +180,7 @@ def check_folder(out: Path, run: Run) -> None:
 
 
 def claim_folder(out: Path, run: Run, policy: Policy, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write down whose folder this is, and what belongs to the model besides its weights: config.json and the tokenizer."""
+    """Write run.json, which identifies the run, and the model's config.json and tokenizer."""
     if (out / "run.json").exists():
         return
     assets = out / "model"
@@ -173,5 +190,5 @@ def claim_folder(out: Path, run: Run, policy: Policy, tokenizer: PreTrainedToken
     if policy.model.head == "scalar":  # transformers scores the last token that is not padding
         config |= head_to_hf(policy.model) | {"pad_token_id": tokenizer.pad_token_id}
     (assets / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    # Last: with it the claim is complete.
+    # Last: a folder with run.json is complete.
     (out / "run.json").write_text(json.dumps({"identity": run.identity(), "run": to_dict(run)}, indent=1) + "\n")

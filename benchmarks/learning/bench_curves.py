@@ -39,19 +39,29 @@ class Kind:
     note: str = ""
 
 
+HEADLINE = ("reward/accuracy", "policy/loss", "reward/margin")
 PREFERENCES = Kind(
     stem="dpo",
     title="Preference runs, on held-out pairs",
-    drawn=("accuracy", "loss", "margin", "length_bias"),
-    told=("accuracy", "loss", "margin", "length_bias", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
+    drawn=(*HEADLINE, "reward/length_bias"),
+    told=(*HEADLINE, "reward/length_bias", "reward/chosen", "reward/rejected", "logps/chosen", "logps/rejected"),
     note="While the policy still is the reference (step 0), margins are rounding errors, and accuracy and length_bias are of those.",
 )
 RLVR = Kind(
     stem="rlvr",
     title="Rewarded for right answers, on held-out problems",
-    drawn=("solve_rate", "solve_rate_greedy"),
-    told=("solve_rate", "solve_rate_greedy", "length", "length_greedy"),
-    on_the_way=("solve_rate", "zero_std_frac", "no_stop", "length", "entropy", "logprob_diff_max", "clip_fraction", "seconds"),
+    drawn=("reward/solve_rate", "reward/solve_rate_greedy"),
+    told=("reward/solve_rate", "reward/solve_rate_greedy", "rollout/length", "rollout/length_greedy"),
+    on_the_way=(
+        "reward/solve_rate",
+        "reward/zero_std_frac",
+        "rollout/no_stop",
+        "rollout/length",
+        "policy/entropy",
+        "rollout/logprob_diff_max",
+        "policy/clip_fraction",
+        "time/step",
+    ),
     note="solve_rate is at the sampling temperature, ± binomial standard errors; a change's is that of two independent shares, though the"
     " same problems are asked before and after. Numbers of training steps are means over all responses drawn.",
 )
@@ -120,7 +130,7 @@ def _number(record: Record, name: str) -> str:
 
 def _error(record: Record, name: str) -> float | None:
     """The standard error of a solve rate, as RLVR calls it: of solve_rate_greedy it is solve_rate_se_greedy."""
-    return record.get(name.replace("solve_rate", "solve_rate_se")) if name.startswith("solve_rate") else None
+    return record.get(name.replace("solve_rate", "solve_rate_se")) if name.startswith("reward/solve_rate") else None
 
 
 def _risen(metric: str, first: Record, last: Record) -> str:

@@ -104,7 +104,12 @@ def lines(found: Found) -> list[str]:
 
 def draw(folder: Path) -> Path:
     """The curves of the last run's stages."""
-    drawn = {"sft": ("loss",), "reward": ("accuracy",), "dpo": ("accuracy",), "rlvr": ("solve_rate", "kl")}
+    drawn = {
+        "sft": ("policy/loss",),
+        "reward": ("reward/accuracy",),
+        "dpo": ("reward/accuracy",),
+        "rlvr": ("reward/solve_rate", "policy/kl"),
+    }
     figure, axes = pyplot.subplots(1, 5, figsize=(17, 3), layout="constrained")
     panels = [(stage, metric) for stage, metrics in drawn.items() for metric in metrics]
     for axis, (stage, metric) in zip(axes, panels, strict=True):

@@ -21,8 +21,8 @@ from benchmarks.kernels.kernels_baselines import why
 from benchmarks.support.tables import heading, table, versions
 from benchmarks.support.timing import Spread
 from engine.config import Model, ModelShape, Optim, Parallel
+from engine.dryrun.hardware import Hardware
 
-PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bfloat16 FLOP/s of the data sheets
 WARM_UP, FEWEST, MOST = 2, 3, 20  # steps
 ROWS, PROMPT, RESPONSE, ROUNDS = 64, 16, 128, 3  # responses at once, tokens, and how often they are drawn
 
@@ -96,7 +96,7 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
         "steps": len(times),
         "tokens_per_s": rate,
         "peak_gb": peak_gb,
-        "flops_per_s": flops(case.model, lengths) / min(times),
+        "flops_per_s": 3 * case.model.forward_flops(lengths) / min(times),
         "decode": drawn,
     }
 
@@ -123,18 +123,11 @@ def decode(policy: Any, rows: int = ROWS, response: int = RESPONSE) -> dict[str,
     return {name: found[1:] for name, found in rates.items()}
 
 
-def flops(model: ModelShape, lengths: np.ndarray) -> float:
-    """Of one step: 6 a parameter of a matrix and token, and 6 a layer, head dimension, token and token before it (PaLM, appendix B,
-    halved for a causal mask). The embedding is looked up, not multiplied."""
-    matrices = model.parameters - (0 if model.tied else model.hidden * model.vocab)
-    attention = 6 * model.layers * model.heads * model.head_dim * float((lengths.astype(float) ** 2).sum())
-    return 6.0 * matrices * float(lengths.sum()) + attention
-
-
 def page(rows: list[dict[str, Any]]) -> list[str]:
     """The measurements as Markdown."""
     made_by = versions()
-    peak = next((rate for chip, rate in PEAK.items() if chip in made_by.get("gpu", "")), None)
+    hardware = Hardware.of_gpu(made_by.get("gpu", ""))
+    peak = hardware.peak if hardware else None
     lines = heading("SFT steps of the engine on one GPU", made_by, "python -m benchmarks throughput")
     lines += [
         "Random weights, ragged packed sequences, bfloat16 with float32 master weights; a step ends with AdamW. Median (min..max).",

@@ -1,8 +1,8 @@
-"""Learning from a fixed set of samples: what SFT, the reward model and DPO share once they have started."""
+"""Training on a fixed set of samples: what SFT, the reward model and DPO share once they have started."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +14,8 @@ from engine.types import LossFunction, Sample
 
 @dataclass(frozen=True)
 class Supervised:
-    """An algorithm under way. `batches(step)` are the samples of a step, a function of (seed, step), the same on every rank."""
+    """A started run on fixed samples; see `Algorithm` in engine/train.py. `batches(step)` are the samples of a step: a function of
+    (seed, step), equal on every rank."""
 
     policy: Policy
     loss: LossFunction
@@ -28,10 +29,15 @@ class Supervised:
     @property
     def learners(self) -> list[Learner]:
         """The run's policy alone."""
-        return [Learner("", self.policy, self.loss)]
+        return [Learner("policy", self.policy, self.loss)]
+
+    @property
+    def headline(self) -> Sequence[str]:
+        """The metrics of the printed step line; those of pairs are missing in SFT."""
+        return "policy/loss", "reward/accuracy", "reward/margin", "policy/grad_norm", "policy/lr"
 
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]:
-        """The samples of `step`; there is nothing to say of them."""
+        """The samples of `step`, without metrics."""
         return self.batches(step), {}
 
     def minibatches(self, step: int, samples: list[Sample]) -> list[list[Sample]]:
@@ -39,14 +45,15 @@ class Supervised:
         return [samples]
 
     def evaluate(self) -> dict[str, float]:
-        """The loss function's metrics on held-out samples, where there are any."""
+        """The loss function's metrics on the held-out samples; none without held-out samples."""
         if not self.held_out:
             return {}
-        return self.policy.evaluate(batch(self.held_out, self.budget, **self.policy.batch_options), self.loss)
+        (learner,) = self.learners
+        return learner.grouped(self.policy.evaluate(batch(self.held_out, self.budget, **self.policy.batch_options), self.loss))
 
     def extra_state(self) -> dict[str, bytes]:
-        """All there is to go on with is in the weights."""
+        """Nothing: the checkpoint of the weights and the step are enough to resume."""
         return {}
 
     def close(self) -> None:
-        """It holds nothing but the policy, which is not its own."""
+        """Nothing to release: the policy belongs to the caller."""

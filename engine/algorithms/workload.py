@@ -39,6 +39,12 @@ class Workload:
     policy_logprobs: bool = False  # a forward pass of the policy before the updates
     reference: Literal["none", "cached", "resident", "offloaded"] = "none"  # cached: log-probs are computed once, before the first step
 
+    @property
+    def collect_passes(self) -> dict[str, int]:
+        """Forward passes over a step's sequences before its updates, by the name of the model; generating a sequence counts as one."""
+        inference = self.policy_logprobs + (self.reference in ("resident", "offloaded")) + (self.generation is not None)
+        return {"policy": inference, "critic": int(self.critic is not None)}
+
     @staticmethod
     def of_pairs(pairs: int, max_length: int, passes: float) -> Workload:
         """A step on preference pairs, whose halves share a microbatch."""

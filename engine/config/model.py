@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,25 @@ class ModelShape:
         return replace(self, head="scalar", tied=False)
 
     @property
+    def matrix_parameters(self) -> int:
+        """Parameters that every token is multiplied by: without the embedding, which is looked up, unless it is also the output layer."""
+        return self.parameters - (0 if self.tied else self.hidden * self.vocab)
+
+    def forward_flops(self, lengths_N: np.ndarray) -> float:
+        """Floating-point operations of a forward pass over sequences of `lengths_N` tokens; forward and backward are three times as many.
+
+        2 per token and matrix parameter, and 4 per head dimension and pair of positions of causal attention. Padding and recomputation
+        are not counted, nor are norms, softmax and activations (PaLM, arXiv 2204.02311, appendix B, but for the causal mask).
+        """
+        lengths_N = lengths_N.astype(float)
+        pairs = (lengths_N * (lengths_N + 1) / 2).sum()
+        return float(2.0 * self.matrix_parameters * lengths_N.sum() + 4.0 * self.layers * self.heads * self.head_dim * pairs)
+
+    @property
     def cost(self) -> tuple[int, int, int]:
         """(0, c1, c2) such that a sequence of L tokens costs c1 L + c2 L^2: multiply-adds of the matrices and of causal attention's two
         products, L^2 * heads * head_dim a layer, in units of the latter's."""
-        matrices = self.parameters - self.hidden * self.vocab * (0 if self.tied else 1)  # an embedding is looked up
-        return 0, max(1, matrices // (self.layers * self.heads * self.head_dim)), 1
+        return 0, max(1, self.matrix_parameters // (self.layers * self.heads * self.head_dim)), 1
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,11 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @property
+    def gpu_name(self) -> str:
+        """torch's name of this rank's GPU, such as "NVIDIA H100 80GB HBM3"; empty on CPU."""
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else ""
+
     def peak_memory_gb(self) -> float:
         """Peak memory of this rank so far, in GiB: allocated on its GPU, or resident on the host."""
         if self.on_gpu:

@@ -68,6 +68,12 @@ class Hardware:
         name = name_or_path if own else next(iter(found))
         return _read(Hardware, {"name": name} | found[name], f"{OWN.name if own else path}: {name}")
 
+    @staticmethod
+    def of_gpu(name: str) -> Hardware | None:
+        """The device of hardware.toml whose name occurs in torch's name of a GPU ("NVIDIA H100 80GB HBM3"), or None."""
+        own = next((device for device in _devices(OWN) if device in name.lower()), None)
+        return Hardware.load(own) if own else None
+
     def save(self, path: Path, notes: dict[str, str] | None = None) -> None:
         """Write it as a file that `load` reads; notes["gemm.wave"] becomes the comment behind that number."""
         lines, tables = [f"[{self.name}]"], []

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from engine.algorithms.workload import Generation
-from engine.config import ModelShape
 from engine.dryrun.clock import CostModel
 from engine.dryrun.decoding import generation_time
 from engine.dryrun.memory import seqs_per_group
@@ -41,21 +38,13 @@ def one_time_phases(simulation: Simulation, steps: int) -> list[Phase]:
     if simulation.workload.reference != "cached":
         return []
     passes = steps / max(1.0, simulation.workload.passes)
-    flops = forward_flops(simulation.policy.model, simulation.sequences.lengths_N)
+    flops = simulation.policy.model.forward_flops(simulation.sequences.lengths_N)
     return [Phase("reference log-probs", passes * simulation.policy.forward_seconds, passes * flops)]
-
-
-def forward_flops(model: ModelShape, lengths_N: np.ndarray) -> float:
-    """Two a matrix parameter and token, and four a head dimension and pair of positions of causal attention (the two products)."""
-    lengths = lengths_N.astype(float)
-    matrices = model.parameters - model.hidden * model.vocab * (not model.tied)
-    pairs = (lengths * (lengths + 1) / 2).sum()
-    return 2.0 * matrices * lengths.sum() + 4.0 * model.layers * model.heads * model.head_dim * pairs
 
 
 def _supervised(simulation: Simulation) -> Iterator[Phase]:
     policy = simulation.policy
-    yield Phase("forward and backward", policy.pipeline_seconds, 3 * forward_flops(policy.model, simulation.sequences.lengths_N))
+    yield Phase("forward and backward", policy.pipeline_seconds, 3 * policy.model.forward_flops(simulation.sequences.lengths_N))
     yield Phase("gradients' reduction", policy.update.reduction)
     yield Phase("optimizer", policy.update.optimizer)
 
@@ -80,7 +69,7 @@ def seconds_of(phases: Iterable[Phase]) -> float:
 
 def _learning(simulation: Simulation) -> Iterator[Phase]:
     lengths_N = simulation.sequences.lengths_N
-    whole = {trained.name: forward_flops(trained.model, lengths_N) for trained in simulation.models}
+    whole = {trained.name: trained.model.forward_flops(lengths_N) for trained in simulation.models}
     yield Phase("verification", len(lengths_N) / VERDICTS_PER_SECOND)
     workload = simulation.workload
     if workload.policy_logprobs:
@@ -101,8 +90,8 @@ def _generation(simulation: Simulation, generation: Generation) -> Iterator[Phas
     setting = generation.rollout.cuda_graphs
     graphs = setting == "on" or (setting == "auto" and simulation.hardware.width == 2)  # on GPUs
     drawn = generation_time(simulation.generation_clock, model, prompts, responses, seqs_per_group(simulation, generation), graphs=graphs)
-    asked = forward_flops(model, sequences.prompt_N)
-    drawing = ((drawn.prefill, asked), (drawn.decode, forward_flops(model, sequences.lengths_N) - asked))
+    asked = model.forward_flops(sequences.prompt_N)
+    drawing = ((drawn.prefill, asked), (drawn.decode, model.forward_flops(sequences.lengths_N) - asked))
     yield from (Phase(name, *costs) for name, costs in zip(GENERATION, drawing, strict=True))
 
 

@@ -346,13 +346,17 @@ class Policy:
 
 
 class Learner(NamedTuple):
-    """A policy and its loss. The run's own policy has no name; the files and metrics of others are under their names."""
+    """A policy that a run trains, and its loss. The run's own policy is called "policy"."""
 
     name: str
     policy: Policy
     loss: LossFunction
     temperature: float = 1.0  # of the log-probs
     entropy: bool = False  # whether the loss needs entropies too
+
+    def grouped(self, metrics: dict[str, float]) -> dict[str, float]:
+        """`metrics` under their groups: policy/loss for loss, if this learner is called policy. Names with a group keep theirs."""
+        return {key if "/" in key else f"{self.name}/{key}": value for key, value in metrics.items()}
 
 
 def locate_weights(model: Model, world: World) -> tuple[Path | None, ModelShape]:

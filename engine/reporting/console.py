@@ -1,8 +1,7 @@
-"""The output of a run: printed lines, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""The output of a run: printed lines, a progress bar, and metrics.jsonl."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -10,22 +9,51 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
-from engine.config import Run, to_dict
+from engine.config import Run
+from engine.reporting.trackers import Tracker, open_trackers
 
 RECENT = 20  # steps whose median time gives the ETA: neither a slow first step nor one slow step changes it
-PRINTED = 5  # metrics of a printed step line; all are in metrics.jsonl
-# Which are printed if there are more, in this order of preference.
-HEADLINE = ("loss", "reward", "solve_rate", "accuracy", "margin", "kl", "length", "grad_norm", "lr")
+EVALUATED = ("policy/", "reward/")  # groups of the metrics of a printed evaluation line; all metrics are in metrics.jsonl
 
-Tracker = Callable[[dict[str, float], int], None]  # (metrics, step)
+
+@dataclass(frozen=True)
+class Chips:
+    """The devices of a launch: their number, and the FLOP/s of one at its matrix peak, if known."""
+
+    count: int
+    peak: float | None = None
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step took: tokens without padding and the model's FLOPs, of all devices; seconds; and peak GiB of this device."""
+
+    tokens: int
+    seconds: float
+    flops: float
+    memory_gb: float
+
+    def metrics(self, chips: Chips) -> dict[str, float]:
+        """As recorded. mfu: the model's FLOP/s over the whole step, as a share of the peak; absent if the peak is unknown."""
+        rate, flops = self.tokens / self.seconds, self.flops / self.seconds / chips.count
+        return {
+            "tokens": self.tokens,
+            "memory_gb": self.memory_gb,
+            "time/step": self.seconds,
+            "time/tokens_per_second": rate,
+            "time/tokens_per_second_per_device": rate / chips.count,
+            "time/tflops_per_device": flops / 1e12,
+            **({"time/mfu": flops / chips.peak} if chips.peak else {}),
+        }
 
 
 class Report:
@@ -35,9 +63,9 @@ class Report:
     everything from `start` on repeats every record an earlier attempt left there. Those are dropped on entry: the file tells one story.
     """
 
-    def __init__(self, run: Run, out: Path, *, is_writer: bool, devices: int, start: int = 0) -> None:
+    def __init__(self, run: Run, out: Path, chips: Chips, headline: Sequence[str], *, is_writer: bool, start: int = 0) -> None:
         self._run, self._out, self._start = run, out, start
-        self._is_writer, self._devices = is_writer, devices
+        self._chips, self._headline, self._is_writer = chips, headline, is_writer
         self._open = ExitStack()
         self._bar: Progress | None = None
         self._trackers: list[Tracker] = []
@@ -49,10 +77,7 @@ class Report:
         if not self._is_writer:
             return self
         self._out.mkdir(parents=True, exist_ok=True)
-        if self._run.logging.wandb_project:
-            self._trackers.append(_wandb(self._run, self._out, self._open))
-        if self._run.logging.tensorboard:
-            self._trackers += _tensorboard(self._out, self._start, self._open)
+        self._trackers = open_trackers(self._run, self._out, self._start, self._open)
         _drop_records(self._out, self._start)
         self._file = self._open.enter_context((self._out / "metrics.jsonl").open("a", encoding="utf-8"))
         if sys.stdout.isatty():
@@ -63,18 +88,13 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def step(self, step: int, steps: int, metrics: dict[str, float], *, tokens: int, seconds: float, memory_gb: float) -> None:
-        """Report update `step` of `steps`: `tokens` of all devices in `seconds`, with a peak of `memory_gb` on this one.
-
-        Everything is recorded. A line is printed every `logging.every` seconds, with at most PRINTED metrics; those with a slash in their
-        names, such as rewards/chosen, are not printed.
-        """
+    def step(self, step: int, steps: int, metrics: dict[str, float], cost: StepCost) -> None:
+        """Report update `step` of `steps`: record everything, and print a line with the headline every `logging.every` seconds."""
         if not self._is_writer:
             return
-        self._seconds.append(seconds)
-        rate = tokens / seconds
-        cost = {"tokens": tokens, "seconds": seconds, "tokens_per_second": rate, "tokens_per_second_per_device": rate / self._devices}
-        self._record("step", step, metrics, cost | {"memory_gb": memory_gb})
+        self._seconds.append(cost.seconds)
+        costs = cost.metrics(self._chips)
+        self._record("step", step, metrics, costs)
         if self._bar:
             self._bar.update(self._task, total=steps, completed=step + 1)
         now = time.monotonic()
@@ -84,10 +104,11 @@ class Report:
         left = timedelta(seconds=round((steps - step - 1) * statistics.median(self._seconds)))
         columns = [
             f"step {step + 1:>{len(str(steps))}}/{steps}",
-            *(f"{_label(name)} {_number(value):<9}" for name, value in _headline(metrics).items()),
-            f"{rate:>9,.0f} tok/s",
-            f"{seconds:>7.2f} s",
-            f"{memory_gb:>6.1f} GB",
+            *(f"{_label(name)} {_number(metrics[name]):<9}" for name in self._headline if name in metrics),
+            f"{costs['time/tokens_per_second_per_device']:>9,.0f} tok/s/device",
+            f"mfu {costs['time/mfu']:>6.1%}" if "time/mfu" in costs else f"{costs['time/tflops_per_device']:>6.3g} TFLOP/s/device",
+            f"{cost.seconds:>7.2f} s",
+            f"{cost.memory_gb:>6.1f} GB",
             f"eta {left}",
         ]
         self._print("  ".join(columns))
@@ -97,7 +118,7 @@ class Report:
         if not self._is_writer:
             return
         self._record("evaluation", step, metrics, {})
-        columns = (f"held-out {_label(name)} {_number(value)}" for name, value in metrics.items() if "/" not in name)
+        columns = (f"held-out {_label(name)} {_number(value)}" for name, value in metrics.items() if name.startswith(EVALUATED))
         self._print("  ".join([f"after step {step}", *columns]))
 
     def note(self, text: str) -> None:
@@ -152,44 +173,9 @@ def _drop_records(out: Path, start: int) -> None:
     fresh.replace(path)
 
 
-def _tensorboard(out: Path, start: int, stack: ExitStack) -> list[Tracker]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("tensorboard is not installed; metrics go to metrics.jsonl alone", flush=True)
-        return []
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=start)
-    stack.callback(writer.close)
-
-    def track(metrics: dict[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-
-    return [track]
-
-
-def _wandb(run: Run, out: Path, stack: ExitStack) -> Tracker:
-    project = run.logging.wandb_project
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise ValueError(f"logging.wandb_project={project!r} needs the package wandb; pip install wandb, or set it to ''") from None
-    logger = wandb.init(project=project, name=out.name, dir=str(out), config=to_dict(run))
-    stack.callback(logger.finish)
-    return lambda metrics, step: logger.log(metrics, step=step)
-
-
-def _headline(metrics: dict[str, float]) -> dict[str, float]:
-    """At most PRINTED of the metrics, in their own order."""
-    plain = [name for name in metrics if "/" not in name]
-    if len(plain) > PRINTED:
-        chosen = sorted(plain, key=lambda name: HEADLINE.index(name) if name in HEADLINE else len(HEADLINE))[:PRINTED]
-        plain = [name for name in plain if name in chosen]
-    return {name: metrics[name] for name in plain}
-
-
 def _label(name: str) -> str:
-    return name.replace("_", "-")
+    """policy/grad_norm -> grad_norm; metrics of other groups keep the group: critic/loss."""
+    return name.removeprefix("policy/")
 
 
 def _number(value: float) -> str:

@@ -107,8 +107,10 @@ def test_dpo(size: int, parallel: Parallel, cut: dict[str, int]) -> None:
     for found in ranks(size).run(jobs.dpo_steps, parallel=parallel, model=UNTIED, **cut):
         for got, expected in zip(found, dpo_on_one_rank(), strict=True):
             # A correlation near 0 is a difference of sums over few pairs, which keeps fewer digits than they have.
-            assert got.pop("length_bias") == pytest.approx(expected["length_bias"], abs=1e-5)
-            assert got == pytest.approx({name: value for name, value in expected.items() if name != "length_bias"}, rel=1e-5, abs=1e-6)
+            assert got.pop("reward/length_bias") == pytest.approx(expected["reward/length_bias"], abs=1e-5)
+            assert got == pytest.approx(
+                {name: value for name, value in expected.items() if name != "reward/length_bias"}, rel=1e-5, abs=1e-6
+            )
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2, vpp=2))], ids=str)

@@ -36,11 +36,11 @@ def by_the_book(
         total = total + loss
         rows.append([float(x) for x in (loss, margin > 0, margin, *reward, *logp, *length)])
     table = np.array(rows)
-    names = ("loss", "accuracy", "margin", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    names = ("loss", "reward/accuracy", "reward/margin", "reward/chosen", "reward/rejected", "logps/chosen", "logps/rejected")
     means: dict[str, float] = dict(zip((*names, "length/chosen", "length/rejected"), table.mean(0), strict=True))
     if nll_weight:
         means["nll"] = float(-(table[:, 5] / table[:, 7]).mean())
-    return total, means | {"length_bias": float(np.corrcoef(table[:, 2], table[:, 7] - table[:, 8])[0, 1])}
+    return total, means | {"reward/length_bias": float(np.corrcoef(table[:, 2], table[:, 7] - table[:, 8])[0, 1])}
 
 
 def cut(halves: list[Sample], packed: Packed, values_T: Tensor, values: list[Tensor]) -> None:

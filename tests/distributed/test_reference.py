@@ -17,6 +17,7 @@ from engine.config import Parallel
 from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import pairs, write
 from tests.support import jobs
+from tests.support.golden_run import MACHINE_METRICS
 from tests.support.pool import ranks
 
 ONE = Parallel()
@@ -77,8 +78,7 @@ def complaint(*words: object) -> str:
 def story(out: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl tells, without times."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    costs = ("time", "seconds", "memory_gb", "tokens_per_second", "tokens_per_second_per_device")
-    return [{name: value for name, value in record.items() if name not in costs} for record in records]
+    return [{name: value for name, value in record.items() if not MACHINE_METRICS.match(name)} for record in records]
 
 
 def forget_last_step(out: Path) -> None:
@@ -94,16 +94,16 @@ def test_a_run_learns_tells_and_resumes(recipe: Path, tmp_path: Path) -> None:
     told = story(out)
     evaluations, steps = ([record for record in told if record["kind"] == kind] for kind in ("evaluation", "step"))
     assert [record["step"] for record in evaluations] == [0, 4]
-    assert evaluations[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is the reference
-    assert steps[-1]["loss"] < 0.65
-    assert steps[-1]["accuracy"] > 0.8
+    assert evaluations[0]["policy/loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is the reference
+    assert steps[-1]["policy/loss"] < 0.65
+    assert steps[-1]["reward/accuracy"] > 0.8
     for record in (*evaluations, *steps):
-        assert record["margin"] == pytest.approx(record["rewards/chosen"] - record["rewards/rejected"], abs=1e-5)
-        assert -1 <= record["length_bias"] <= 1
-        assert record.keys() >= {"accuracy", "logps/chosen", "logps/rejected", "length/chosen", "length/rejected"}
+        assert record["reward/margin"] == pytest.approx(record["reward/chosen"] - record["reward/rejected"], abs=1e-5)
+        assert -1 <= record["reward/length_bias"] <= 1
+        assert record.keys() >= {"reward/accuracy", "logps/chosen", "logps/rejected", "length/chosen", "length/rejected"}
     assert "train.jsonl: 12 rows, 0 truncated, 0 dropped;" in said
-    assert "held-out accuracy" in said
-    assert "rewards/chosen" not in said  # details are for the file
+    assert "held-out reward/accuracy" in said
+    assert "logps/chosen" not in said  # details are for the file
 
     reference = (out / "reference" / "logprobs.bin").read_bytes()
     forget_last_step(out)

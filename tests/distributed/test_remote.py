@@ -45,34 +45,34 @@ def test_two_that_train_and_two_that_draw_are_one_after_the_other(parallel: Para
     for found in (first, second):
         check_steps(found, sequential())
         for got, wanted in zip(found, sequential(), strict=True):
-            for name in ("staleness", "importance", "importance_max", "truncated"):
+            for name in ("rollout/staleness", "rollout/importance", "rollout/importance_max", "rollout/truncated"):
                 assert got["said"][name] == pytest.approx(wanted["said"][name], rel=1e-5)
-            assert (got["said"]["weights_bytes"] > 0) == (got is not found[-1])  # nothing is drawn after the last step
+            assert (got["said"]["rollout/weights_bytes"] > 0) == (got is not found[-1])  # nothing is drawn after the last step
 
 
 def test_it_exercises_what_it_must() -> None:
     """Weights that differ from one, some of them cut: without these the test above would prove little."""
     said = [step["said"] for step in sequential()]
-    assert [s["staleness"] for s in said] == [0.0, 1.0, 1.0]
-    assert said[0]["importance_max"] == pytest.approx(1.0, abs=1e-4)
-    assert said[2]["importance"] != pytest.approx(1.0, abs=1e-4)
-    assert said[2]["importance_max"] == 1.02
-    assert 0 < said[2]["truncated"] < 1
+    assert [s["rollout/staleness"] for s in said] == [0.0, 1.0, 1.0]
+    assert said[0]["rollout/importance_max"] == pytest.approx(1.0, abs=1e-4)
+    assert said[2]["rollout/importance"] != pytest.approx(1.0, abs=1e-4)
+    assert said[2]["rollout/importance_max"] == 1.02
+    assert 0 < said[2]["rollout/truncated"] < 1
 
 
 def test_without_lag_it_is_the_run_that_does_it_all_on_one_rank() -> None:
     near = ranks(4).run(jobs_remote.steps, folder=FOLDER, parallel=Parallel(), rollout=replace(AHEAD, max_staleness=0))[0]
     check_steps(near, one_rank())
-    assert all("weights_bytes" in step["said"] and "importance" not in step["said"] for step in near)
+    assert all("rollout/weights_bytes" in step["said"] and "rollout/importance" not in step["said"] for step in near)
 
 
 def test_the_next_step_is_drawn_while_one_is_learned(tmp_path: Path) -> None:
     """Each step waits to be learned for the responses to the next: a run that drew them afterwards would wait for ever."""
     ranks(3).run(jobs_remote.learned_after_the_next_is_drawn, folder=tmp_path, rollout=replace(AHEAD, generator_gpus=1))
     rows = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "step"]
-    assert [r["staleness"] for r in rows] == [0.0, 1.0, 1.0]
+    assert [r["rollout/staleness"] for r in rows] == [0.0, 1.0, 1.0]
     for row in rows:
-        assert row["seconds_hidden"] == pytest.approx(max(0.0, row["seconds_generate"] - row["seconds_wait"]))
+        assert row["time/hidden"] == pytest.approx(max(0.0, row["time/generate"] - row["time/wait"]))
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(pp=2)], ids=str)
@@ -87,7 +87,7 @@ def test_resumed_is_bitwise_uninterrupted(parallel: Parallel, tmp_path: Path) ->
         shutil.rmtree(tmp_path / "run" / lost)
     ranks(4).run(jobs_remote.whole_run, **how)
     assert told(tmp_path) == whole
-    assert [step["staleness"] for step in whole] == [0.0, 1.0, 1.0]
+    assert [step["rollout/staleness"] for step in whole] == [0.0, 1.0, 1.0]
     ranks(4).run(jobs_remote.whole_run, **how)  # nothing is left to do, and all come back
     assert told(tmp_path) == whole
 
@@ -105,9 +105,9 @@ def test_drawn_survives_being_written(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     sizes = [[3, 1], [1, 7], [2, 2]]
     responses = [[Response(draw.integers(0, 9, n, np.int32), draw.random(n, np.float32), n % 2 == 0) for n in pair] for pair in sizes]
-    (tmp_path / "prefetched.npz").write_bytes(GenerationResult(responses, 4, {"seconds_generate": 0.1}).to_bytes())
+    (tmp_path / "prefetched.npz").write_bytes(GenerationResult(responses, 4, {"time/generate": 0.1}).to_bytes())
     read = GenerationResult.read(tmp_path / "prefetched.npz")
-    assert (read.version, read.metrics) == (4, {"seconds_generate": 0.1})
+    assert (read.version, read.metrics) == (4, {"time/generate": 0.1})
     for group, wanted in zip(read.responses, responses, strict=True):
         for mine, theirs in zip(group, wanted, strict=True):
             assert (mine.tokens.dtype, mine.logprobs.dtype, mine.stopped) == (np.int32, np.float32, theirs.stopped)

@@ -58,9 +58,9 @@ def test_loss_and_gradient_are_those_of_the_definition() -> None:
     torch.testing.assert_close(value_T.grad.double(), gradient, rtol=1e-6, atol=1e-7)
     means = {name: float(parts[0]) / parts[1] for name, parts in loss.metrics.items() if len(parts) == 2}
     assert means["loss"] == pytest.approx(total / 8, rel=1e-6)
-    assert means["margin"] == pytest.approx(np.mean(margins), rel=1e-6)
-    assert means["margin"] == pytest.approx(means["rewards/chosen"] - means["rewards/rejected"], rel=1e-6)
-    assert means["accuracy"] == np.mean([margin > 0 for margin in margins])
+    assert means["reward/margin"] == pytest.approx(np.mean(margins), rel=1e-6)
+    assert means["reward/margin"] == pytest.approx(means["reward/chosen"] - means["reward/rejected"], rel=1e-6)
+    assert means["reward/accuracy"] == np.mean([margin > 0 for margin in margins])
     assert means["length/chosen"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[::2]])
     assert means["length/rejected"] == np.mean([sample.mask.sum() for sample in grouped(jobs.pairs_with_reference(0))[1::2]])
 
@@ -216,7 +216,7 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
     """Rows of three kinds are scored in order, on two other layouts, as transformers scores them in one padded batch."""
     code, told, complained = engine("run", recipe)
     assert code == 0, complained
-    assert "held-out accuracy" in told
+    assert "held-out reward/accuracy" in told
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     (problem,) = problems(1, 5)

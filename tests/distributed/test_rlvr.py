@@ -148,12 +148,12 @@ def check_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 def test_the_first_update_starts_from_ratio_one() -> None:
     found = one_rank(epochs=1, minibatches=1)[0]
-    assert abs(found["learned"]["approx_kl"]) <= 1e-9
-    assert found["learned"]["clip_fraction"] == 0.0
-    assert found["said"]["logprob_diff_max"] <= 1e-5
-    assert found["said"]["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert found["said"]["entropy"] == pytest.approx(found["said"]["neg_logprob"], rel=0.1)
-    assert found["said"]["entropy"] != found["said"]["neg_logprob"]
+    assert abs(found["learned"]["policy/approx_kl"]) <= 1e-9
+    assert found["learned"]["policy/clip_fraction"] == 0.0
+    assert found["said"]["rollout/logprob_diff_max"] <= 1e-5
+    assert found["said"]["policy/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert found["said"]["policy/entropy"] == pytest.approx(found["said"]["policy/neg_logprob"], rel=0.1)
+    assert found["said"]["policy/entropy"] != found["said"]["policy/neg_logprob"]
 
 
 ONCE = {"advantage": "group", "critic": None, "samples_per_prompt": 4, "prompts_per_step": 4, "epochs": 1, "minibatches": 1}
@@ -163,11 +163,11 @@ def test_a_single_update_reads_its_own_logprobs() -> None:
     """The same two steps as when log-probs are computed before: what is said, and by whom, differs."""
     found = one_rank(**ONCE)
     wanted = ranks(1).run(jobs_rlvr.read_first, folder=FOLDER, **ONCE)[0]
-    read = ("entropy", "logprob_diff", "logprob_diff_max")
+    read = ("policy/entropy", "rollout/logprob_diff", "rollout/logprob_diff_max")
     for got, theirs in zip(found, wanted, strict=True):
         assert not set(read) & set(got["said"])
         theirs["learned"] |= {name: theirs["said"][name] for name in read}
-    assert found[1]["said"]["kl3"] > 1e-6  # the first update moved the policy
+    assert found[1]["said"]["policy/kl3"] > 1e-6  # the first update moved the policy
     check_steps(found, wanted)
 
 
@@ -190,8 +190,8 @@ def test_it_exercises_what_it_must() -> None:
     """All three scores, a clip that decides, samples that differ: without these the grid below would prove little."""
     found = one_rank()
     assert {s["reward"] for step in found for s in step["samples"]} == {10.0, 0.0, -10.0}
-    assert max(step["learned"]["clip_fraction"] for step in found) > 0.02
-    assert found[1]["said"]["kl"] != 0.0
+    assert max(step["learned"]["policy/clip_fraction"] for step in found) > 0.02
+    assert found[1]["said"]["policy/kl"] != 0.0
 
 
 LAYOUTS = [
@@ -225,7 +225,7 @@ def test_groups_need_no_critic() -> None:
     found = one_rank(**how)
     assert found[0]["samples"][0]["value"] is None
     assert any(any(s["advantage"]) for s in found[0]["samples"])
-    assert found[0]["said"]["zero_std_frac"] > 0
+    assert found[0]["said"]["reward/zero_std_frac"] > 0
     check_same(2, Parallel(pp=2), found, **how)
 
 
@@ -237,7 +237,7 @@ def test_groups_that_agree_may_be_left_out() -> None:
     trained = [sum(sample["mask"]) for sample in whole["samples"]]
     taught = [count for count, sample in zip(trained, whole["samples"], strict=True) if any(sample["advantage"])]
     assert 0 < sum(taught) < sum(trained)
-    gradient, wanted = part["learned"]["grad_norm"] * sum(taught), whole["learned"]["grad_norm"] * sum(trained)
+    gradient, wanted = part["learned"]["policy/grad_norm"] * sum(taught), whole["learned"]["policy/grad_norm"] * sum(trained)
     assert gradient == pytest.approx(wanted, rel=1e-5)
 
 

@@ -33,7 +33,7 @@ def test_responses_of_one_token(how: dict[str, Any], size: int, tmp_path: Path) 
     found = ranks(size).run(jobs_rlvr.steps, folder=tmp_path, parallel=Parallel(), max_response_tokens=1, **how)[0]
     check_learns(found)
     assert {sum(sample["mask"]) for step in found for sample in step["samples"]} == {1}
-    assert all(step["said"]["length"] == 1 and step["learned"]["grad_norm"] > 0 for step in found)
+    assert all(step["said"]["rollout/length"] == 1 and step["learned"]["policy/grad_norm"] > 0 for step in found)
 
 
 @pytest.mark.parametrize("how", [{}, GROUPS], ids=["critic", "group"])
@@ -44,9 +44,9 @@ def test_where_nothing_is_correct_groups_learn_nothing_and_are_counted(how: dict
     found = ranks(1).run(jobs_rlvr.steps, folder=tmp_path, parallel=Parallel(), **same, **how)[0]
     check_learns(found)
     for step in found:
-        assert step["said"]["solve_rate"] == step["said"]["reward"] == 0
-        assert step["said"]["zero_std_frac"] == 1
-        assert (step["learned"]["grad_norm"] == 0) == bool(how)
+        assert step["said"]["reward/solve_rate"] == step["said"]["reward/mean"] == 0
+        assert step["said"]["reward/zero_std_frac"] == 1
+        assert (step["learned"]["policy/grad_norm"] == 0) == bool(how)
         assert any(any(sample["advantage"]) for sample in step["samples"]) == (not how)
 
 
@@ -79,7 +79,7 @@ def test_a_verdict_that_is_none_is_dropped_and_counted(tmp_path: Path) -> None:
     """Seven of eight are learned from, in as many of eight minibatches."""
     found = judged_by_mood(tmp_path, lost=1, of=8, minibatches=8)
     check_learns(found)
-    assert found[0]["said"]["dropped"] == 1
+    assert found[0]["said"]["rollout/dropped"] == 1
     assert len(found[0]["samples"]) == 7
     assert {sample["reward"] for sample in found[0]["samples"]} <= {10.0, 0.0, -10.0}
 

@@ -96,6 +96,20 @@ def test_gpus_are_those_of_the_recipes_torchrun_line(path: Path) -> None:
     assert load_recipe(str(path)).gpus == expected
 
 
+@pytest.mark.parametrize("settings", [
+    [], ["algorithm.kl_coef=0"], ["algorithm.epochs=1", "algorithm.minibatches=1"],
+    ["algorithm.advantage=group", "algorithm.critic=none", "algorithm.samples_per_prompt=2"],
+], ids=" ".join)  # fmt: skip
+def test_the_flops_of_a_step_are_those_that_a_run_reports(settings: list[str]) -> None:
+    """The loop adds the workload's inference passes to three forward passes per epoch; the dry run adds its phases."""
+    predicted = foretold(override(rlvr(), settings), 4)
+    workload, lengths_N = predicted.simulation.workload, predicted.simulation.sequences.lengths_N
+    models = predicted.simulation.models
+    passes = [workload.collect_passes[trained.name] + 3 * workload.epochs for trained in models]
+    expected = sum(count * trained.model.forward_flops(lengths_N) for count, trained in zip(passes, models, strict=True))
+    assert sum(phase.flops for phase in predicted.phases) == pytest.approx(expected, rel=1e-12)
+
+
 def test_lengths_are_drawn_as_stated_or_from_what_is_given(tmp_path: Path) -> None:
     drawn = lengths.LogNormal(400, 0.6).draw(100_000, 10**6, np.random.default_rng(0))
     assert drawn.mean() == pytest.approx(400, rel=0.02)

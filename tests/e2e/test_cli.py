@@ -64,7 +64,7 @@ run = Run(
 def story(folder: Path) -> list[list[Any]]:
     """What metrics.jsonl tells, without times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [[record.get(name) for name in ("kind", "step", "loss", "grad_norm", "lr")] for record in records]
+    return [[record.get(name) for name in ("kind", "step", "policy/loss", "policy/grad_norm", "policy/lr")] for record in records]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_and_tells_one_story(recipe: Path, tmp_path: Path)
     whole, resumed = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path / "whole", out)
     )
-    numbers = ("kind", "step", "loss", "grad_norm", "lr")
+    numbers = ("kind", "step", "policy/loss", "policy/grad_norm", "policy/lr")
     assert [{k: r.get(k) for k in numbers} for r in resumed] == [{k: r.get(k) for k in numbers} for r in whole]
 
 

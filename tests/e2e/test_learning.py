@@ -27,19 +27,19 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
 
 def test_what_is_rewarded_becomes_common(told: list[dict[str, float]]) -> None:
     """At 64 responses a step the standard error of a rate is at most 0.0625: five steps together, 0.028."""
-    first, last = (np.mean([record["solve_rate"] for record in part]) for part in (told[:1], told[-5:]))
+    first, last = (np.mean([record["reward/solve_rate"] for record in part]) for part in (told[:1], told[-5:]))
     assert last - first > 0.5
 
 
 def test_responses_learn_to_stop(told: list[dict[str, float]]) -> None:
-    assert told[0]["no_stop"] > 0.5
-    assert told[-1]["no_stop"] < 0.1
+    assert told[0]["rollout/no_stop"] > 0.5
+    assert told[-1]["rollout/no_stop"] < 0.1
 
 
 def test_clip_and_critic_had_work_to_do(told: list[dict[str, float]]) -> None:
-    assert max(record["clip_fraction"] for record in told) > 0.05
+    assert max(record["policy/clip_fraction"] for record in told) > 0.05
     assert told[-1]["critic/loss"] < told[0]["critic/loss"]
 
 
 def test_the_sampler_is_the_trainer(told: list[dict[str, float]]) -> None:
-    assert max(record["logprob_diff_max"] for record in told) < 1e-4
+    assert max(record["rollout/logprob_diff_max"] for record in told) < 1e-4

@@ -56,7 +56,7 @@ class Sequential:
         return result
 
     def _result(self, request: GenerationRequest, version: int) -> GenerationResult:
-        return GenerationResult(self.respond(request), version, {"seconds_generate": 1.0, "weights_bytes": 0.0})
+        return GenerationResult(self.respond(request), version, {"time/generate": 1.0, "rollout/weights_bytes": 0.0})
 
     def respond(self, request: GenerationRequest) -> list[list[Response]]:
         return respond(self.policy, self.rollout, request)

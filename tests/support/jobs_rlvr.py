@@ -19,6 +19,7 @@ from engine.distributed.world import World
 from engine.rollout.config import RolloutConfig
 from engine.types import Sample
 from engine.verify import VERIFIERS, Unjudged
+from tests.support.golden_run import MACHINE_METRICS
 
 SHAPE = ModelShape(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=128)
 SMALLER = ModelShape(layers=4, hidden=32, ffn=64, heads=4, kv_heads=4, vocab=260, max_length=128, head="scalar")
@@ -112,8 +113,8 @@ def learned(algorithm: Any, settings: Run) -> list[dict[str, Any]]:
     found = []
     for step in range(settings.steps):
         samples, said = algorithm.collect(step)
-        metrics = learn(algorithm, step, 10, samples, settings.tokens_per_microbatch, Arena())
-        said = {name: value for name, value in said.items() if "second" not in name}
+        metrics, _ = learn(algorithm, step, 10, samples, settings.tokens_per_microbatch, Arena())
+        said = {name: value for name, value in said.items() if not MACHINE_METRICS.match(name)}
         found.append({"samples": plain(samples), "said": said, "learned": metrics})
     return found
 

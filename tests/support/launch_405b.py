@@ -77,7 +77,7 @@ def check_same(found: list[dict[str, float]], wanted: list[dict[str, float]]) ->
     assert len(found) == len(wanted) == 2
     for got, expected in zip(found, wanted, strict=True):
         assert got.keys() == expected.keys()
-        assert {"loss", "grad_norm", "critic/loss", "kl", "reward", "length"} <= got.keys(), sorted(got)
+        assert {"policy/loss", "policy/grad_norm", "critic/loss", "policy/kl", "reward/mean", "rollout/length"} <= got.keys(), sorted(got)
         for name, value in got.items():
             assert math.isfinite(value), name
             assert math.isclose(value, expected[name], rel_tol=1e-4, abs_tol=1e-5), (name, value, expected[name])

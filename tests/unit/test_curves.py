@@ -15,9 +15,9 @@ RECORD = dict.fromkeys(bench_curves.PREFERENCES.told, 0.5)
 
 def run_folder(folder: Path, lr: float) -> Path:
     folder.mkdir()
-    records = [{"kind": kind, "step": step, "time": 60.0 * step, **RECORD, "accuracy": 0.5 + step / 10} for kind, step in
+    records = [{"kind": kind, "step": step, "time": 60.0 * step, **RECORD, "reward/accuracy": 0.5 + step / 10} for kind, step in
                (("evaluation", 0), ("step", 0), ("evaluation", 2))]  # fmt: skip
-    records[0]["length_bias"] = None  # what was not finite
+    records[0]["reward/length_bias"] = None  # what was not finite
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = {"optim": {"lr": lr}, "algorithm": {"is": "DPO", "normalize": lr < 1e-3, "sources": []}}
     (folder / "run.json").write_text(json.dumps({"run": run}))
@@ -40,11 +40,11 @@ def test_rlvr_runs_are_told_with_their_errors(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(bench_curves, "RESULTS", tmp_path / "results")
     folder = tmp_path / "rewarded"
     folder.mkdir()
-    tasks = {"solve_rate_greedy": 0.5, "solve_rate_se_greedy": 0.05, "length": 9.0, "length_greedy": 9.0}
+    tasks = {"reward/solve_rate_greedy": 0.5, "reward/solve_rate_se_greedy": 0.05, "rollout/length": 9.0, "rollout/length_greedy": 9.0}
     records = [
-        {"kind": "evaluation", "step": 0, "time": 0.0, "solve_rate": 0.1, "solve_rate_se": 0.03, **tasks},
-        *({"kind": "step", "step": step, "time": 30.0 * step, "solve_rate": step / 10, "seconds": 30.0} for step in range(4)),
-        {"kind": "evaluation", "step": 4, "time": 120.0, "solve_rate": 0.5, "solve_rate_se": 0.04, **tasks},
+        {"kind": "evaluation", "step": 0, "time": 0.0, "reward/solve_rate": 0.1, "reward/solve_rate_se": 0.03, **tasks},
+        *({"kind": "step", "step": step, "time": 30.0 * step, "reward/solve_rate": step / 10, "time/step": 30.0} for step in range(4)),
+        {"kind": "evaluation", "step": 4, "time": 120.0, "reward/solve_rate": 0.5, "reward/solve_rate_se": 0.04, **tasks},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "run.json").write_text(json.dumps({"run": {"optim": {"lr": 1e-5}, "algorithm": {"is": "RLVR"}}}))
@@ -52,8 +52,8 @@ def test_rlvr_runs_are_told_with_their_errors(tmp_path: Path, monkeypatch: pytes
     (page,) = (tmp_path / "results").glob("rlvr_curves_*.md")
     text = page.read_text()
     assert "| 4 | 0.5000 ± 0.0400 | 0.5000 ± 0.0500 |" in text
-    assert "solve_rate: 0.100 -> 0.500, a change of +0.400 ± 0.050, 8.0 standard errors." in text
-    assert "| training steps up to | solve_rate |" in text
+    assert "reward/solve_rate: 0.100 -> 0.500, a change of +0.400 ± 0.050, 8.0 standard errors." in text
+    assert "| training steps up to | reward/solve_rate |" in text
     assert "| 4 | 0.1500 | - |" in text
     assert page.with_suffix(".png").stat().st_size > 10_000
 

@@ -200,7 +200,7 @@ def test_accuracy_tells_float32_logits_from_bfloat16_ones(monkeypatch: pytest.Mo
 def test_flops_of_a_step() -> None:
     model = ModelShape(layers=2, hidden=8, ffn=16, heads=2, kv_heads=2, vocab=10)
     matrices = 2 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8) + 8 * 10 + 8
-    assert bench_throughput.flops(model, torch.tensor([3, 5]).numpy()) == 6 * matrices * 8 + 6 * 2 * 8 * (9 + 25)
+    assert 3 * model.forward_flops(torch.tensor([3, 5]).numpy()) == 6 * matrices * 8 + 12 * 2 * 8 * (6 + 15)
 
 
 def test_decoding_is_told_or_why_it_was_not() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from engine.data.mixture import Mixture
 from engine.data.prepare import open_chat
 from engine.data.tasks import Tasks, read_tasks
 from engine.data.template import ChatTemplate
+from engine.distributed.timer import PhaseTimer
 from engine.losses import ppo, value_clip
 from engine.megatron.policy import Learner, Policy
 from engine.rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams, start_engine
@@ -65,11 +65,11 @@ class RLVRTrainer:
 
     @property
     def learners(self) -> list[Learner]:
-        """The policy, and the critic where there is one."""
+        """The policy, and the critic if there is one."""
         c = self.config
         kl_coef = c.kl_coef if c.advantage == "group" else 0.0
         how = {"average": c.loss_average, "clip_low": c.clip_low, "clip_high": c.clip_high, "kl": c.kl_estimator, "kl_coef": kl_coef}
-        learners = [Learner("", self.policy, ppo(c.single_update, **how), c.temperature, entropy=c.single_update)]
+        learners = [Learner("policy", self.policy, ppo(c.single_update, **how), c.temperature, entropy=c.single_update)]
         if self.critic is not None and c.critic is not None:
             learners.append(
                 Learner(
@@ -77,6 +77,11 @@ class RLVRTrainer:
                 )
             )
         return learners
+
+    @property
+    def headline(self) -> Sequence[str]:
+        """The metrics of the printed step line."""
+        return "reward/mean", "reward/solve_rate", "rollout/length", "policy/kl", "policy/grad_norm"
 
     def collect(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         """The samples of `step`, ready for training, and their metrics; equal on every rank."""
@@ -88,11 +93,11 @@ class RLVRTrainer:
         self._log_samples(step, rollouts)
         clock.lap("verify")
         samples = self._with_logprobs([self._sample(rollout, result.version) for rollout in rollouts])
-        clock.lap("read")
+        clock.lap("logprobs")
         learnable, stale = self._importance_weighted(step, self._advantages(samples, rollouts), rollouts)
-        metrics = rollout_metrics(rollouts, learnable) | {"dropped": float(dropped)} | stale | clock.laps | result.metrics
+        metrics = rollout_metrics(rollouts, learnable) | {"rollout/dropped": float(dropped)} | stale | clock.laps | result.metrics
         tokens = sum(len(rollout.response.tokens) for rollout in rollouts)
-        return learnable, metrics | {"generated_tokens_per_second": tokens / metrics["seconds_generate"]}
+        return learnable, metrics | {"rollout/tokens_per_second": tokens / metrics["time/generate"]}
 
     def _request_for(self, step: int) -> GenerationRequest:
         c = self.config
@@ -163,9 +168,9 @@ class RLVRTrainer:
     def _importance_weighted(self, step: int, samples: list[Sample], rollouts: list[Rollout]) -> tuple[list[Sample], dict[str, float]]:
         """The samples with advantages corrected for generation by older weights, and metrics:
 
-        staleness             mean over responses of the optimizer steps between the weights that generated them and the current ones
-        importance            mean of the tokens' truncated importance weights, and importance_max
-        truncated             share of tokens whose weight was truncated to rollout.importance_cap
+        rollout/staleness     mean over responses of the optimizer steps between the weights that generated them and the current ones
+        rollout/importance    mean of the tokens' truncated importance weights, and rollout/importance_max
+        rollout/truncated     share of tokens whose weight was truncated to rollout.importance_cap
         """
         rollout = self.config.rollout
         if not rollout.max_staleness:
@@ -173,7 +178,7 @@ class RLVRTrainer:
         samples, weights = off_policy(samples, [r.response.logprobs for r in rollouts], rollout.importance_cap)
         truncated, staleness = np.mean(weights == rollout.importance_cap), np.mean([step - sample.version for sample in samples])
         metrics = {"staleness": staleness, "importance": weights.mean(), "importance_max": weights.max(), "truncated": truncated}
-        return samples, {name: float(value) for name, value in metrics.items()}
+        return samples, {f"rollout/{name}": float(value) for name, value in metrics.items()}
 
     def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts.
@@ -194,8 +199,8 @@ class RLVRTrainer:
             responses = self.engine.respond(self._request(self.tasks, temperature, 1, 0))
             rollouts, _ = verify_responses(self.tasks, responses, self.tokenizer, self.pool, self.policy.world)
             solved = float(np.mean([self._score(rollout) == self.config.correct_reward for rollout in rollouts]))
-            metrics |= {f"solve_rate{name}": solved, f"solve_rate_se{name}": math.sqrt(solved * (1 - solved) / len(rollouts))}
-            metrics[f"length{name}"] = float(np.mean([len(rollout.response.tokens) for rollout in rollouts]))
+            metrics |= {f"reward/solve_rate{name}": solved, f"reward/solve_rate_se{name}": math.sqrt(solved * (1 - solved) / len(rollouts))}
+            metrics[f"rollout/length{name}"] = float(np.mean([len(rollout.response.tokens) for rollout in rollouts]))
         return metrics
 
     def _log_samples(self, step: int, rollouts: list[Rollout]) -> None:
@@ -211,20 +216,6 @@ class RLVRTrainer:
         asked = {"id": prompt.id, "prompt": self.tokenizer.decode(prompt.tokens.tolist()), "response": rollout.text}
         judged = {"truth": prompt.truth, "correct": verdict.correct, "reason": verdict.reason, "reward": self._score(rollout)}
         return asked | judged | {"finish_reason": "stop" if response.stopped else "length", "tokens": len(response.tokens)}
-
-
-class PhaseTimer:
-    """Seconds of each phase of a step, on this rank."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self.since = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """What has passed since the last lap was `name`."""
-        now = time.perf_counter()
-        self.laps[f"seconds_{name}"] = now - self.since
-        self.since = now
 
 
 def start(config: RLVR, policy: Policy, run: Run) -> RLVRTrainer:
