@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from engine.batching.build import batch
 from engine.batching.ragged import Arena
 from engine.config import Run, to_dict
 from engine.config.checks import problems
 from engine.data.prepare import tokenizer_of
+from engine.data.template import ChatTemplate
 from engine.distributed.timer import PhaseTimer
 from engine.distributed.world import World
 from engine.dryrun.hardware import Hardware
 from engine.megatron.policy import Learner, Policy, locate_weights
-from engine.models.families import head_to_hf, to_hf
+from engine.models.assets import write_assets
 from engine.reporting.console import Chips, Report, StepCost
 from engine.reporting.header import header
 from engine.types import Sample
@@ -33,7 +33,9 @@ class Algorithm(Protocol):
     @property
     def steps(self) -> int: ...
     @property
-    def tokenizer(self) -> PreTrainedTokenizerFast: ...
+    def chat(self) -> ChatTemplate: ...
+    @property
+    def stop(self) -> tuple[int, ...]: ...  # ids that end a response of the trained model
     @property
     def notes(self) -> list[str]: ...
     @property
@@ -80,7 +82,7 @@ def _train(run: Run, world: World, devices: int) -> None:
         algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
         start, steps = load(algorithm.learners, out), run.steps or algorithm.steps
         arena = Arena(pinned=world.on_gpu)
-        world.rank0_first(lambda: claim_folder(out, run, policy, algorithm.tokenizer))
+        world.rank0_first(lambda: claim_folder(out, run, policy, algorithm))
         hardware, passes = Hardware.of_gpu(world.gpu_name), run.algorithm.workload().collect_passes
         chips = Chips(devices, hardware.peak if hardware else None)
         with Report(run, out, chips, algorithm.headline, is_writer=world.rank == 0, start=start) as report:
@@ -179,16 +181,11 @@ def check_folder(out: Path, run: Run) -> None:
         )
 
 
-def claim_folder(out: Path, run: Run, policy: Policy, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write run.json, which identifies the run, and the model's config.json and tokenizer."""
+def claim_folder(out: Path, run: Run, policy: Policy, algorithm: Algorithm) -> None:
+    """Write run.json, which identifies the run, and all of an exported model but its weights."""
     if (out / "run.json").exists():
         return
-    assets = out / "model"
-    shutil.rmtree(assets, ignore_errors=True)
-    tokenizer.save_pretrained(assets)
-    config = to_hf(policy.model) if policy.folder is None else json.loads((policy.folder / "config.json").read_text())
-    if policy.model.head == "scalar":  # transformers scores the last token that is not padding
-        config |= head_to_hf(policy.model) | {"pad_token_id": tokenizer.pad_token_id}
-    (assets / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shutil.rmtree(out / "model", ignore_errors=True)
+    write_assets(out / "model", policy.model, policy.folder, algorithm.chat, algorithm.stop)
     # Last: a folder with run.json is complete.
     (out / "run.json").write_text(json.dumps({"identity": run.identity(), "run": to_dict(run)}, indent=1) + "\n")

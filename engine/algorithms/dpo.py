@@ -71,6 +71,7 @@ class DPO:
         from engine.data.mixture import Mixture
         from engine.data.pairs import Pairs, grouped, prepare_pairs
         from engine.data.prepare import open_chat, prepare_all
+        from engine.data.stops import known_stops
         from engine.rollout.scoring import cached_logprobs
 
         chat = open_chat(run.model, policy.folder, self.chat_template)
@@ -90,8 +91,9 @@ class DPO:
             budget=run.tokens_per_microbatch,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=grouped([pairs[i] for pairs in held_out for i in range(len(pairs))]),
-            tokenizer=chat.tokenizer,
-            notes=[pairs.counts.note(source.path) for source, pairs in zip(sources, prepared, strict=True)],
+            chat=chat,
+            stop=known_stops(chat, policy.folder),
+            notes=[*chat.warnings, *(pairs.counts.note(source.path) for source, pairs in zip(sources, prepared, strict=True))],
             loss=partial(
                 losses.dpo,
                 beta=self.beta,

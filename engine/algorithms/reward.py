@@ -65,6 +65,7 @@ class Reward:
         trained, held_out = pairs[: len(self.sources)], pairs[len(self.sources) :]
         mixture = Mixture(trained, [source.weight for source in self.sources], run.seed)
         head = [f"{policy.folder} is a language model: its scalar head is initialized from N(0, 1 / sqrt({policy.model.hidden + 1}))"]
+        _set_pad_token(chat.tokenizer)
         return Supervised(
             policy=policy,
             loss=reward_bt,
@@ -72,13 +73,14 @@ class Reward:
             budget=run.tokens_per_microbatch,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=grouped([source_pairs[i] for source_pairs in held_out for i in range(len(source_pairs))]),
-            tokenizer=_with_pad_token(chat.tokenizer),
-            notes=head * policy.has_fresh_head + [one.counts.note(source.path) for source, one in zip(sources, pairs, strict=True)],
+            chat=chat,
+            stop=(),
+            notes=[*head * policy.has_fresh_head, *(one.counts.note(source.path) for source, one in zip(sources, pairs, strict=True))],
         )
 
 
-def _with_pad_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Set a pad_token other than eos: transformers scores the last token that is not padding."""
+def _set_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make pad_token differ from eos_token: transformers scores the last token that is not padding."""
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = [token for token in (tokenizer.unk_token, tokenizer.bos_token) if token not in (None, tokenizer.eos_token)]
         if not others:
@@ -86,4 +88,3 @@ def _with_pad_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFa
                 f"pad_token={tokenizer.pad_token!r} of the tokenizer must differ from eos_token for a reward model; set another pad_token"
             )
         tokenizer.pad_token = others[0]
-    return tokenizer

@@ -51,6 +51,7 @@ class SFT:
         from engine.data.corpus import prepare
         from engine.data.mixture import Mixture
         from engine.data.prepare import open_chat, prepare_all
+        from engine.data.stops import known_stops
         from engine.losses import SFT_LOSS
 
         chat = open_chat(run.model, policy.folder, self.chat_template)
@@ -69,6 +70,7 @@ class SFT:
             budget=run.tokens_per_microbatch,
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=[corpus[i] for corpus in held_out for i in range(len(corpus))],
-            tokenizer=chat.tokenizer,
-            notes=[corpus.counts.note(source.path) for source, corpus in zip(sources, corpora, strict=True)],
+            chat=chat,
+            stop=known_stops(chat, policy.folder),
+            notes=[*chat.warnings, *(corpus.counts.note(source.path) for source, corpus in zip(sources, corpora, strict=True))],
         )

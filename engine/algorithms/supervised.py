@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerFast
-
 from engine.batching.build import batch
+from engine.data.template import ChatTemplate
 from engine.megatron.policy import Learner, Policy
 from engine.types import LossFunction, Sample
 
@@ -23,7 +22,8 @@ class Supervised:
     steps: int
     held_out: list[Sample]
     budget: int  # tokens of a microbatch
-    tokenizer: PreTrainedTokenizerFast
+    chat: ChatTemplate
+    stop: tuple[int, ...]
     notes: list[str]
 
     @property

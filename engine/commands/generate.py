@@ -38,7 +38,7 @@ class GenerateConfig:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # sample from the k most likely tokens; 0: from all
     top_p: float = 1.0  # sample from the most likely tokens of this total probability; 1: from all
-    stop: tuple[str, ...] = ()  # tokens that end a response, in addition to the tokenizer's eos
+    stop: tuple[str, ...] = ()  # tokens that end a response, in addition to those of engine/data/stops.py
     seed: int = 0
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
 
@@ -122,11 +122,11 @@ class Generator:
     """A loaded model that generates responses to rows."""
 
     def __init__(self, generating: GenerateConfig, world: World):
+        from engine.data.stops import stop_tokens
         from engine.data.template import ChatTemplate
         from engine.data.tokenizer import load_tokenizer
         from engine.megatron.policy import Policy
         from engine.rollout.engine import SamplingParams
-        from engine.rollout.sampler import stop_tokens
 
         self.generating = generating
         self.policy = Policy(generating.model, None, generating.parallel, world)
@@ -134,7 +134,7 @@ class Generator:
             self.policy.expect_head("lm")
             self.tokenizer = load_tokenizer(generating.model.tokenizer or str(self.policy.folder))
             self.chat = ChatTemplate(self.tokenizer, generating.chat_template or None)
-            stop = stop_tokens(self.tokenizer, generating.stop)
+            stop = stop_tokens(self.chat, self.policy.folder, generating.stop)
             self.sampling = SamplingParams(generating.max_tokens, stop, generating.temperature, generating.top_k, generating.top_p)
         except ValueError:
             self.close()

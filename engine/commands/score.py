@@ -96,7 +96,7 @@ class _Encoder:
         return ChatTemplate(tokenizer, self.scoring.chat_template or None)
 
     def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        from engine.data.template import given, read_whole
+        from engine.data.messages import given, read_whole
 
         ids = "tokens" in row
         encoded = given(row["tokens"], row.get("mask"), self.policy.model.vocab) if ids else self.chat.encode_row(row)

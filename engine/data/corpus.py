@@ -24,7 +24,7 @@ from engine.types import Sample
 Sequences = list[tuple[np.ndarray, np.ndarray]]  # of one row, each (tokens int32 [L + 1], mask uint8 [L])
 
 COMPLAINTS = 10  # error messages about bad rows that are stored
-_FORMAT = 2  # version of the files below; part of the cache key
+_FORMAT = 3  # version of the files below; part of the cache key
 _FILES = {"tokens": np.int32, "trained": np.uint8, "offsets": np.int64}
 
 
@@ -176,7 +176,7 @@ def _write(work: Path, rows: Iterator[tuple[Sequences, str, str]], path: str) ->
         tokens_file, trained_file, offsets_file = (stack.enter_context((work / f"{name}.bin").open("wb")) for name in _FILES)
         offsets_file.write(np.int64(0).tobytes())
         for sequences, fate, complaint in rows:
-            count.update(rows=1, truncated=fate == "truncated", dropped=fate == "dropped", bad=fate == "bad")
+            count.update(rows=1, **{name: int(fate == name) for name in ("truncated", "dropped", "bad")})
             if complaint and len(complaints) < COMPLAINTS:
                 complaints.append(complaint)
             if fate in ("dropped", "bad"):

@@ -11,8 +11,9 @@ import numpy as np
 
 from engine.config.choices import BadRows, TooLong
 from engine.data.corpus import Corpus, Counts, Reader, Sequences, prepare
+from engine.data.messages import TURN_KEYS, read_whole
 from engine.data.rows import Source
-from engine.data.template import ChatTemplate, read_whole
+from engine.data.template import ChatTemplate
 from engine.types import Sample
 
 Pair = tuple[Sample, Sample]  # (chosen, rejected)
@@ -102,7 +103,7 @@ def encode_pair(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
         before = _before(row)
         halves = [[*before, *half] for half in halves]
     shared = _shared(*halves)
-    return _distinct([chat.encode(half, given=shared) for half in halves])
+    return _distinct([chat.encode(half, given=shared, tools=row.get("tools")) for half in halves])
 
 
 def _plain(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
@@ -151,7 +152,7 @@ def _shared(chosen: list[Mapping[str, Any]], rejected: list[Mapping[str, Any]]) 
     """Number of messages that both conversations share at the beginning."""
     same = 0
     for ours, theirs in zip(chosen, rejected, strict=False):
-        if any(ours.get(name) != theirs.get(name) for name in ("role", "content")):
+        if any(ours.get(name) != theirs.get(name) for name in TURN_KEYS):
             break
         same += 1
     if same == len(chosen) == len(rejected):

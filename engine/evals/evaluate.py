@@ -64,7 +64,7 @@ def _answers(settings: EvalConfig, exam: Exam, policy: Policy, tokenizer: PreTra
     if exam.decoding is None:
         logprobs = choose(policy, exam.prompts, exam.choices, settings.tokens_per_microbatch)
         return [_chosen(exam.suite, *pair) for pair in zip(exam.items, logprobs, strict=False)]
-    responses = respond(policy, tokenizer, exam.prompts, exam.decoding, settings.rollout, settings.seed)
+    responses = respond(policy, tokenizer, exam.prompts, exam.decoding, settings.rollout, settings.seed, exam.stop)
     return judged(exam, responses) if policy.world.rank == 0 else []
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.config import Model, Parallel
 from engine.data.rows import Source
+from engine.data.stops import stop_tokens
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
@@ -60,6 +61,7 @@ class Exam:
     items: list[Item]
     prompts: list[np.ndarray]  # int32 [L] each
     choices: list[list[np.ndarray]]
+    stop: tuple[int, ...]  # ids that end a response
     decode: Callable[[np.ndarray], str]
 
     def prompt_text(self, number: int) -> str:
@@ -83,7 +85,8 @@ def prepare(
     settings.parallel.check(read_shape(folder), world.size)
     template = ChatTemplate(load_tokenizer(settings.model.tokenizer or str(folder)), settings.chat_template or None)
     use_chat = bool(template.text) if chat is None else chat
-    return folder, [_exam(settings, each, _source(each, data), limit, template, use_chat) for each in suites]
+    stop = stop_tokens(template, folder)
+    return folder, [_exam(settings, each, _source(each, data), limit, template, use_chat, stop) for each in suites]
 
 
 def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
@@ -91,7 +94,9 @@ def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
     return suite_.source if path == suite_.source.path else replace(suite_.source, path=path, name="")
 
 
-def _exam(settings: EvalConfig, suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool) -> Exam:
+def _exam(
+    settings: EvalConfig, suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool, stop: tuple[int, ...]
+) -> Exam:
     decoding = settings.decoding(suite_)
     verifiers = [UNSAFE_CODE if settings.unsafe_code and name == "code" else verifier(name) for name in suite_.verifiers]
     where, items = [], []
@@ -108,4 +113,4 @@ def _exam(settings: EvalConfig, suite_: Suite, source: Source, limit: int, templ
     prompts = [template.prompt(item.messages()) if chat else template.plain(item.text()) for item in items]
     separator = "" if chat else " "
     choices = [[template.plain(separator + choice, continued=True) for choice in item.choices] for item in items]
-    return Exam(suite_, decoding, verifiers, source, chat, where, items, prompts, choices, template.tokenizer.decode)  # type: ignore[arg-type]
+    return Exam(suite_, decoding, verifiers, source, chat, where, items, prompts, choices, stop, template.tokenizer.decode)  # type: ignore[arg-type]

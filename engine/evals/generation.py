@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,14 +12,14 @@ from transformers import PreTrainedTokenizerFast
 from engine.megatron.policy import Policy
 from engine.rollout.config import RolloutConfig
 from engine.rollout.engine import SamplingParams
-from engine.rollout.sampler import generate, stop_tokens
+from engine.rollout.sampler import generate
 from engine.rollout.stopping import StopStrings
 from engine.types import Prompt
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Decoding settings. A response ends at a stop string, at eos, or after `max_tokens`."""
+    """Decoding settings. A response ends at a stop string, at a stop token, or after `max_tokens`."""
 
     max_tokens: int
     n: int = 1  # responses per prompt
@@ -52,29 +50,20 @@ def respond(
     decoding: Decoding,
     rollout: RolloutConfig,
     seed: int,
+    stop: tuple[int, ...],
 ) -> list[list[EvalResponse]]:
-    """`n` responses to each prompt, int32 [L], in order, on every rank.
+    """`n` responses to each prompt, int32 [L], in order, on every rank. `stop`: the ids that end a response.
 
     Sampling depends only on (seed, index of the prompt, sample, position). Raises ValueError if a prompt plus `max_tokens` exceeds the
     model's context.
     """
-    ends, until = end_tokens(policy.folder, tokenizer), StopStrings(tokenizer, decoding.stop)
-    sampling = SamplingParams(decoding.max_tokens, ends, decoding.temperature, top_p=decoding.top_p, until=until)
+    until = StopStrings(tokenizer, decoding.stop)
+    sampling = SamplingParams(decoding.max_tokens, stop, decoding.temperature, top_p=decoding.top_p, until=until)
     numbered = [Prompt(tokens, id=index) for index, tokens in enumerate(prompts)]
     groups = generate(policy, numbered, sampling, rollout, samples=decoding.n, seed=(seed,))
 
     def finished(tokens: list[int], stopped: bool) -> EvalResponse:
-        content = tokens[:-1] if tokens[-1] in ends else tokens
+        content = tokens[:-1] if tokens[-1] in stop else tokens
         return EvalResponse(until.before(content), len(content), "stop" if stopped else "length")
 
     return [[finished(response.tokens.tolist(), response.stopped) for response in group] for group in groups]
-
-
-def end_tokens(folder: Path | None, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The ids that end a response: eos_token_id in the model folder's configs, and the tokenizer's eos."""
-    named: list[int] = []
-    for path in [folder / name for name in ("generation_config.json", "config.json")] if folder else []:
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        named += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    own = () if named and tokenizer.eos_token_id is None else stop_tokens(tokenizer, ())
-    return tuple(dict.fromkeys([*named, *own]))

@@ -19,19 +19,6 @@ from engine.rollout.scheduler import Request, Scheduler, rng_stream
 from engine.types import Prompt
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerFast, more: Sequence[str]) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's eos, and `more` tokens by name. Raises ValueError for a name that is no token."""
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # type: ignore[list-item]
-    for token in more:
-        found = tokenizer.convert_tokens_to_ids(token)
-        if not isinstance(found, int) or found == tokenizer.unk_token_id:
-            raise ValueError(f"stop={token!r} is no token of the tokenizer; name single tokens, such as <|im_end|>")
-        ids.append(found)
-    if not ids:
-        raise ValueError("the tokenizer has no eos token; name the tokens that end a response in stop")
-    return tuple(ids)
-
-
 def generate(
     policy: Policy,
     prompts: Sequence[Prompt],

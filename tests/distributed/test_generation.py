@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import Parallel
 from engine.data.tokenizer import load_tokenizer
-from engine.evals.generation import Decoding, EvalResponse, end_tokens
+from engine.evals.generation import Decoding, EvalResponse
 from engine.rollout.sampler import common_prefix
 from engine.rollout.stopping import StopStrings
 from engine.types import Prompt
@@ -122,14 +121,6 @@ def test_what_prompts_share_is_cut_off_before_the_last_token_of_any() -> None:
     assert shared([1, 2], [1, 2]) == [1]
     assert shared([1], [2, 3]) == []
     assert shared([1, 2]) == shared() == []
-
-
-def test_what_a_folder_says_ends_a_response_does(folder: Path, tmp_path: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(folder))
-    assert set(end_tokens(folder, tokenizer)) == {END, tokenizer.eos_token_id}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert end_tokens(tmp_path, tokenizer) == (3, 5, tokenizer.eos_token_id)
 
 
 def test_what_cannot_be_asked(folder: Path) -> None:

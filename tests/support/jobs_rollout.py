@@ -175,6 +175,8 @@ def written(
     seed: int = 0,
 ) -> list[list[tuple[Any, ...]]]:
     """What an evaluation hears from the model in `folder`."""
+    from engine.data.stops import stop_tokens
+    from engine.data.template import ChatTemplate
     from engine.evals.generation import Decoding, respond
     from engine.megatron.policy import Policy
     from engine.rollout.config import RolloutConfig
@@ -182,7 +184,8 @@ def written(
     how = RolloutConfig(**{"kv_cache_gb": 1.0, "prefix_caching": True} | (rollout or {}))
     asked = [np.array(prompt, np.int32) for prompt in prompts]
     with closing(Policy(Model(str(folder)), None, parallel, world)) as policy:
-        found = respond(policy, load_tokenizer(str(folder)), asked, Decoding(**decoding), how, seed)
+        tokenizer = load_tokenizer(str(folder))
+        found = respond(policy, tokenizer, asked, Decoding(**decoding), how, seed, stop_tokens(ChatTemplate(tokenizer), folder))
     return [[tuple(response) for response in group] for group in found]
 
 

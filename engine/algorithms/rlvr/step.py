@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from engine.advantages import by_critic, by_group, off_policy
 from engine.algorithms.rlvr.config import RLVR
 from engine.config import Run, step_folder
 from engine.data.mixture import Mixture
 from engine.data.prepare import open_chat
+from engine.data.stops import stop_tokens
 from engine.data.tasks import Tasks, read_tasks
 from engine.data.template import ChatTemplate
 from engine.distributed.timer import PhaseTimer
@@ -32,7 +32,6 @@ from engine.megatron.policy import Learner, Policy
 from engine.rollout.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams, start_engine
 from engine.rollout.metrics import rollout_metrics
 from engine.rollout.reference import Offloaded, Reference, Resident
-from engine.rollout.sampler import stop_tokens
 from engine.rollout.token_values import token_values
 from engine.rollout.verification import Rollout, verify_responses
 from engine.types import Prompt, Sample
@@ -53,7 +52,7 @@ class RLVRTrainer:
     pool: Pool
     mixture: Mixture[Prompt]
     tasks: list[Prompt]  # held out
-    tokenizer: PreTrainedTokenizerFast
+    chat: ChatTemplate
     stop: tuple[int, ...]
     steps: int
     notes: list[str]
@@ -89,7 +88,7 @@ class RLVRTrainer:
         request = self._request_for(step)
         result = self._generate(step, request)
         clock.lap("generate")
-        rollouts, dropped = verify_responses(request.prompts, result.responses, self.tokenizer, self.pool, self.policy.world)
+        rollouts, dropped = verify_responses(request.prompts, result.responses, self.chat.tokenizer, self.pool, self.policy.world)
         self._log_samples(step, rollouts)
         clock.lap("verify")
         samples = self._with_logprobs([self._sample(rollout, result.version) for rollout in rollouts])
@@ -197,7 +196,7 @@ class RLVRTrainer:
         metrics: dict[str, float] = {}
         for name, temperature in (("", self.config.temperature), ("_greedy", 0.0)) if self.tasks else ():
             responses = self.engine.respond(self._request(self.tasks, temperature, 1, 0))
-            rollouts, _ = verify_responses(self.tasks, responses, self.tokenizer, self.pool, self.policy.world)
+            rollouts, _ = verify_responses(self.tasks, responses, self.chat.tokenizer, self.pool, self.policy.world)
             solved = float(np.mean([self._score(rollout) == self.config.correct_reward for rollout in rollouts]))
             metrics |= {f"reward/solve_rate{name}": solved, f"reward/solve_rate_se{name}": math.sqrt(solved * (1 - solved) / len(rollouts))}
             metrics[f"rollout/length{name}"] = float(np.mean([len(rollout.response.tokens) for rollout in rollouts]))
@@ -213,7 +212,7 @@ class RLVRTrainer:
 
     def _sample_record(self, rollout: Rollout) -> dict[str, Any]:
         prompt, response, verdict = rollout.prompt, rollout.response, rollout.verdict
-        asked = {"id": prompt.id, "prompt": self.tokenizer.decode(prompt.tokens.tolist()), "response": rollout.text}
+        asked = {"id": prompt.id, "prompt": self.chat.tokenizer.decode(prompt.tokens.tolist()), "response": rollout.text}
         judged = {"truth": prompt.truth, "correct": verdict.correct, "reason": verdict.reason, "reward": self._score(rollout)}
         return asked | judged | {"finish_reason": "stop" if response.stopped else "length", "tokens": len(response.tokens)}
 
@@ -235,10 +234,10 @@ def start(config: RLVR, policy: Policy, run: Run) -> RLVRTrainer:
         pool=resources.enter_context(Pool()),
         mixture=mixture,
         tasks=[prompt for task in held_out for prompt in task.prompts],
-        tokenizer=chat.tokenizer,
-        stop=stop_tokens(chat.tokenizer, config.stop),
+        chat=chat,
+        stop=stop_tokens(chat, policy.folder, config.stop),
         steps=math.ceil(len(mixture) / config.prompts_per_step),
-        notes=[task.note for task in tasks],
+        notes=[*chat.warnings, *(task.note for task in tasks)],
         resources=resources,
     )
 
