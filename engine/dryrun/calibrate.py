@@ -280,7 +280,7 @@ def _wave_seconds(world: World, model: ModelShape) -> float:
 
 
 def fit_kernels(works: Sequence[Work], residuals: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
-    """Fit (seconds per byte, seconds per kernel), both at least 0, to `residuals` in seconds: least squares of errors relative to `times`."""
+    """Fit (seconds per byte, seconds per kernel), both at least 0, to `residuals` in seconds: least squares, weighted by 1 / `times`."""
     columns = np.array([[work.traffic, work.kernels] for work in works]) / np.array(times)[:, None]
     target = np.array(residuals) / np.array(times)
     both = np.linalg.lstsq(columns, target, rcond=None)[0]

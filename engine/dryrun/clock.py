@@ -101,9 +101,9 @@ class CostModel:
         return moved / (hardware.bandwidth * hardware.streaming)
 
     def overlapped(self, each: Overlapped) -> float:
-        """Seconds of a product that is split into one block per rank; all but one block are transferred while another is multiplied. PyTorch
-        alternates blocks between two streams, so the next block fills the last wave of this one: one wave is lost, as in an unsplit product.
-        Barriers cost a collective's latency and two steps per block."""
+        """Seconds of a product split into one block per rank; all but one block are transferred while another is multiplied. PyTorch
+        alternates blocks between two streams, so the next block fills the last wave of this one: one wave is lost, as in an unsplit
+        product. Barriers cost a collective's latency and two steps per block."""
         ranks, _ = self._axis("tp")
         steps, bandwidth, latency = self._ring("tp")
         block = max(self.product(each.matmul) / ranks, self._moved(each.matmul._replace(m=each.matmul.m // ranks)))
@@ -176,7 +176,7 @@ class CostModel:
     def _gather(self, stage: Stage, forward: float) -> float:
         """Seconds that a stage's first forward waits for the all-gather of its parameters (distributed optimizer).
 
-        The first stage waits for one bucket, and the others overlap with its forward. megatron-core uses a single bucket on all other stages.
+        The first stage waits for one bucket; its other buckets overlap with the forward. megatron-core uses one bucket on all other stages.
         """
         if not self.parallel.distributed_optimizer or self.dp == 1:
             return 0.0

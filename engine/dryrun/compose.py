@@ -1,5 +1,5 @@
-"""Compose the stages of any layout from four simulated stages. All layers are equal, so the memory and cost of a stage is a constant, plus a
-multiple of one layer's, plus that of the embedding or the head."""
+"""Compose the stages of any layout from four simulated stages. All layers are equal, so the memory and cost of a stage is a constant, plus
+a multiple of one layer's, plus that of the embedding or the head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Samples(NamedTuple):
 
 
 def composer(rehearse: StageBuilder) -> StageBuilder:
-    """Return a faster function with the interface of `rehearse`, which simulates only four small stages per combination of tp, recomputation
+    """Return a faster function with the interface of `rehearse`. It simulates only four small stages per combination of tp, recomputation
     and microbatch."""
 
     @cache

@@ -323,7 +323,7 @@ def test_what_does_not_fit_has_an_exit_code_and_what_is_wrong_has_one_line(tmp_p
         ([path, "parallel.tp=3"], "parallel.tp=3 must divide"),
         ([path, "--gpus", "6"], "6 ranks"),
         ([path, "--gpus", "0"], "gpus=0 must be at least 1"),
-        ([path, "--device", "h300"], "device='h300' is not known; use"),
+        ([path, "--device", "h300"], "device='h300' is unknown; use"),
         ([path, "--json", str(tmp_path / "no" / "f.json")], "its folder does not exist"),
         ([path, "tokens_per_microbatch=100"], "algorithm.max_length=512"),
         ([str(tmp_path / "nothing.py")], "is not a file; see recipes/"),

@@ -71,7 +71,7 @@ def test_a_file_that_is_no_device_is_refused(tmp_path: Path, text: str | None, m
     [
         ("watts = 700", 'watts = "many"', "h100.watts='many' must be a number"),
         ("fill = 128", "fill = -1", "h100.gemm.fill=-1 must be a number, at least 0"),
-        ("fill = 128", "fil = 128", "h100.gemm.fil is not known; it must have ceiling, wave, fill"),
+        ("fill = 128", "fil = 128", "h100.gemm.fil is unknown; the fields are ceiling, wave, fill"),
     ],
 )
 def test_a_wrong_number_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -83,5 +83,5 @@ def test_a_wrong_number_is_named(tmp_path: Path, old: str, new: str, message: st
 
 
 def test_an_unknown_device_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"device='h10' is not known; use a100, b200, h100, h200, or a .toml"):
+    with pytest.raises(ValueError, match=r"device='h10' is unknown; use a100, b200, h100, h200, or a .toml"):
         Hardware.load("h10")
