@@ -116,7 +116,7 @@ def _candidates(run: Run, gpus: int, hardware: Hardware) -> Iterator[list[str]]:
     for grid in _grids(model, run.parallel, trainers, hardware):
         stages = f"parallel.stages={list(grid.stages)}"
         ends = [f"parallel.count_{name}={str(on).lower()}" for name, on in (("embedding", grid.count_embedding), ("loss", grid.count_loss))]
-        # Settings are applied one by one, and vpp > 1 needs pp > 1: raise pp before vpp, lower vpp before pp.
+        # vpp > 1 needs pp > 1, so pp is listed before vpp > 1 and after vpp = 1.
         depth = [f"parallel.pp={grid.pp}", f"parallel.vpp={grid.vpp}"]
         layout = [*(depth if grid.vpp > 1 else depth[::-1]), f"parallel.tp={grid.tp}", *ends, stages]
         for budget in _budgets(run, trainers):

@@ -209,7 +209,7 @@ def test_ragged_refuses_buffers_that_do_not_fit() -> None:
         (tokens, offsets, mask[:2]),
         (tokens.astype(np.int64), offsets, mask),
     ):
-        with pytest.raises(ValueError, match=r"offsets must be|pass contiguous"):
+        with pytest.raises(ValueError, match=r"offsets=.* must be|pass contiguous"):
             Ragged(*wrong)
     with pytest.raises(ValueError, match=r"sequence 0 has length -1"):
         plan(Ragged(tokens, np.array([0, 0, 5]), mask).lengths, 1, 8)
@@ -303,7 +303,7 @@ def test_the_extension_refuses_what_would_overrun_memory() -> None:
         ({"order": np.array([1], np.int32)}, "order has an unknown sequence id"),
         ({"lengths": np.array([-1])}, "order has an unknown sequence id"),
         ({"offsets": np.array([0, 2])}, "order, offsets and totals have inconsistent sizes"),
-        ({"tokens_out": np.zeros(3, np.int32)}, "tokens_out must have 2 entries"),
+        ({"tokens_out": np.zeros(3, np.int32)}, "tokens_out must have 4 entries"),
         ({"fields": [(zeros[:2], True, zeros)]}, "a field has 2 entries"),
         ({"fields": [(zeros[:0], False, zeros)]}, "a field has too few entries"),
     ]:
