@@ -144,7 +144,7 @@ def _check_choices(cost: tuple[int, int, int], sync: str, on_oversize: str) -> N
         raise ValueError(f"cost={cost} must be three integers from 0 to 2**62 - 1: per microbatch, per token, per squared length")
     for name, value, allowed in (("sync", sync, ("microbatch", "step")), ("on_oversize", on_oversize, ("error", "alone", "drop"))):
         if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not known; use {' or '.join(map(repr, allowed))}")
+            raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, allowed))}")
 
 
 def _integers(name: str, values: ArrayLike, count: int | None = None) -> np.ndarray:

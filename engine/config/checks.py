@@ -281,7 +281,7 @@ def _activation_memory(launch: Launch) -> str:
     if saved <= MAX_ACTIVATION_BYTES:
         return ""
     return (
-        f"parallel.recompute=none with tokens_per_microbatch={run.tokens_per_microbatch} keeps about {saved / 1e9:.0f} GB of activations on "
-        "each GPU of the first stage; parallel.recompute=selective keeps less than half of that, but takes about a quarter longer; "
+        f"parallel.recompute=none with tokens_per_microbatch={run.tokens_per_microbatch} keeps about {saved / 1e9:.0f} GB of activations "
+        "on each GPU of the first stage; parallel.recompute=selective keeps less than half of that, but takes about a quarter longer; "
         "parallel.recompute=swiglu keeps a fifth less at nearly the same speed"
     )

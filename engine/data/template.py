@@ -1,4 +1,4 @@
-"""Tokenizes conversations: chat template and loss mask. Message content is never encoded as control tokens."""
+"""Tokenize conversations with a chat template and a loss mask. Message content is never encoded as control tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 class ChatTemplate:
-    """A tokenizer with a chat template: turns conversations into tokens and loss masks.
+    """A tokenizer with a chat template, which converts conversations to tokens and loss masks.
 
     `template` is a name (tulu, chatml), Jinja source, or None for the tokenizer's own. Without any template, rows of prompt and response
     are still encoded, as plain text. Message content is always encoded as text; only the template produces control tokens.
@@ -183,7 +183,7 @@ class ChatTemplate:
         forged = self._never_text.keys() & set(encoding.ids)
         if forged:
             raise ValueError(
-                f"the tokenizer makes the control token {self._never_text[min(forged)]!r} out of plain text; use another tokenizer"
+                f"the tokenizer encodes plain text as the control token {self._never_text[min(forged)]!r}; use another tokenizer"
             )
         return encoding
 
@@ -205,10 +205,10 @@ class ChatTemplate:
     def _verify(self, probe: Messages) -> None:
         """Raise ValueError if tokenization changes when text is split at control tokens, or if there is no generation prompt."""
         for ours, turns, open_ended in ((self.encode(probe)[0], probe, False), (self.prompt(probe[:-1]), probe[:-1], True)):
-            whole = self.tokenizer.apply_chat_template(
+            expected = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], chat_template=self.text, add_generation_prompt=open_ended, return_dict=False
             )
-            if ours.tolist() != whole:
+            if ours.tolist() != expected:
                 raise ValueError(
                     f"{self.name}: the tokenizer encodes its text differently when cut at control tokens, so message content could not be "
                     "separated from them; use another template, or a tokenizer whose special tokens do not strip or join their neighbours"
@@ -219,7 +219,7 @@ class ChatTemplate:
 
 
 def _resolve(tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[str, str]:
-    """The template's name for errors, and its Jinja source ("" if there is none)."""
+    """(name of the template for errors, its Jinja source or "")."""
     if template is None:
         return "the tokenizer's chat template", tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if template in BUILT_IN:
@@ -272,7 +272,7 @@ def given(tokens: Any, mask: Any, vocab: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_whole(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sequence with one more token, so that its last token is part of the model's input; the prediction after it is masked."""
+    """Append one masked token, so that the last token of the sequence becomes part of the model's input."""
     return np.append(tokens, tokens[-1]), np.append(mask, np.uint8(0))
 
 

@@ -1,4 +1,4 @@
-"""Generates responses to a suite's questions with the engine's sampler."""
+"""Generate responses to a suite's questions with the engine's sampler."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def respond(
     rollout: RolloutConfig,
     seed: int,
 ) -> list[list[EvalResponse]]:
-    """`n` responses to each prompt, int32 [L], in order, on every rank.
+    """Generate decoding.n responses to each prompt, int32 [L]; returned in order, on every rank.
 
     Sampling depends only on (seed, index of the prompt, sample, position). Raises ValueError if a prompt plus `max_tokens` exceeds the
     model's context.

@@ -228,7 +228,7 @@ def test_choices_are_weighed_by_their_log_probabilities(model: Path, data: dict[
         (["--suite", "gsm9k"], "suite='gsm9k' is unknown; use one of gsm8k, math, ifeval"),
         (["--suite", "gsm8k", "--data", "gsm8k=no.jsonl"], "path='no.jsonl' does not exist"),
         (["--suite", "gsm8k", "--data", "no.jsonl"], "--data no.jsonl is not of the form SUITE=PATH"),
-        (["--suite", "gsm8k", "--data", "math=x.jsonl"], "--data names math, not among the suites gsm8k"),
+        (["--suite", "gsm8k", "--data", "math=x.jsonl"], "--data math: not in --suite gsm8k"),
         (["--suite", "gsm8k", "--limit", -1], "--limit -1 must not be negative"),
         (["--suite", "gsm8k", "samples=0"], "samples=0"),
         (["--suite", "gsm8k", "max_tokens=6000"], "over the model's context of 6144; shorten it or lower max_tokens"),

@@ -113,7 +113,7 @@ def test_bad_rows_dropped_are_counted_and_told(tmp_path: Path) -> None:
     assert "4 rows, 0 truncated, 0 dropped, 2 bad" in note
     assert "pairs.jsonl:2: chosen and rejected are equal" in note
     assert "pairs.jsonl:4: rejected is empty" in note
-    with pytest.raises(ValueError, match=r"none of 1 rows is usable; .*chosen and rejected are equal"):
+    with pytest.raises(ValueError, match=r"all 1 rows are bad; the first: .*chosen and rejected are equal"):
         prepared(tmp_path, [BROKEN[0][0]], bad_rows="drop")
 
 
