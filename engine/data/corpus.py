@@ -158,7 +158,7 @@ def _fitting(
             yield sequences, "kept", ""
         elif too_long == "error":
             prompt = int(mask.argmax()) + 1
-            long_prompt = f", the first {prompt} of them prompt" if prompt > max_length else ""
+            long_prompt = f", {prompt} of them in the prompt" if prompt > max_length else ""
             raise ValueError(
                 f"{where} has {len(mask)} tokens{long_prompt}, more than max_length={max_length}, with too_long=error; "
                 "set too_long=truncate or drop, or raise max_length"

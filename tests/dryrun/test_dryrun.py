@@ -84,7 +84,7 @@ def test_models_are_known_by_their_folder_or_their_name(tmp_path: Path) -> None:
     assert big.parameters == 405_853_388_800
     critic = model_shapes.shape_of(Model("allenai/Llama-3.1-Tulu-3-8B-RM"))
     assert (critic.head, critic.vocab, critic.layers) == ("scalar", 128264, 32)
-    assert "126 layers of 16384" in model_shapes.guess_note(Model("meta-llama/Llama-3.1-405B"))
+    assert "126 layers of hidden size 16384" in model_shapes.guess_note(Model("meta-llama/Llama-3.1-405B"))
     with pytest.raises(ValueError, match=r"model.path='runs/mine' is not on this machine.*; give a folder with config.json"):
         model_shapes.shape_of(Model("runs/mine"))
 
@@ -111,7 +111,7 @@ def test_lengths_are_drawn_as_stated_or_from_what_is_given(tmp_path: Path) -> No
     file.write_text('{"prompt": 100, "response": 28}\n')
     assert set(lengths.sample_lengths(sft().algorithm.workload(), given=lengths.read(str(file))).lengths_N) == {128}
     file.write_text('{"prompt": 100, "response": 28}\n{"prompt": "x"}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: a row is"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: a row must be"):
         lengths.read(str(file))
 
 
@@ -321,7 +321,7 @@ def test_what_does_not_fit_has_an_exit_code_and_what_is_wrong_has_one_line(tmp_p
     assert "it does not fit: stage 0 needs" in capsys.readouterr().out
     for words, complaint in (
         ([path, "parallel.tp=3"], "parallel.tp=3 must divide"),
-        ([path, "--gpus", "6"], "6 ranks"),
+        ([path, "--gpus", "6"], "world size of 6"),
         ([path, "--gpus", "0"], "gpus=0 must be at least 1"),
         ([path, "--device", "h300"], "device='h300' is unknown; use"),
         ([path, "--json", str(tmp_path / "no" / "f.json")], "its folder does not exist"),

@@ -52,9 +52,9 @@ def test_the_file_travels_with_the_distribution() -> None:
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("", "holds none"),
-        ("[a]\n[b]\n", "holds a, b"),
-        ("[a", "is not TOML"),
+        ("", "it has none"),
+        ("[a]\n[b]\n", "it has a, b"),
+        ("[a", "is not valid TOML"),
         ("[a]\npeak = 1.0\n", "a.across is missing"),
     ],
 )

@@ -88,7 +88,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "q"}, "this one has no chosen and no rejected"),
     ({"chosen": "a", "rejected": "b"}, "needs prompt or messages"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt must be text or a list of messages, not 3"),
-    ({"prompt": "q", "chosen": [Q, GOOD], "rejected": [BAD]}, "write both in the same way"),
+    ({"prompt": "q", "chosen": [Q, GOOD], "rejected": [BAD]}, "use the same format for both"),
     ({"chosen": [Q, GOOD], "rejected": [turn("user", "other"), BAD]}, "differ at message 0, where chosen has role='user'"),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD, Q, BAD]}, "chosen is the beginning of the other conversation"),
     ({"chosen": [Q], "rejected": [Q, BAD]}, "chosen must end in an assistant's message"),
@@ -121,9 +121,9 @@ def test_too_long_is_an_error_unless_told_otherwise(tmp_path: Path) -> None:
     long_answer = {"prompt": "q", "chosen": "a" * 70, "rejected": "b"}
     long_prompt = {"prompt": "q" * 90, "chosen": "a", "rejected": "b"}
     same_when_cut = {"prompt": "q", "chosen": "a" * 70, "rejected": "a" * 71}
-    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, over max_length=60"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, more than max_length=60"):
         prepared(tmp_path, [long_answer], max_length=60)
-    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, the first \d+ of them prompt, over max_length=60"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, \d+ of them in the prompt, more than max_length=60"):
         prepared(tmp_path, [long_prompt], max_length=60)
     rows = [SHAPES[0], long_answer, long_prompt, same_when_cut]
     cut = prepared(tmp_path, rows, max_length=60, too_long="truncate")
