@@ -235,8 +235,8 @@ def _uneven(launch: Launch, requirements: Requirements) -> str:
         return ""
     even = -(-update.value // dp) * dp
     return (
-        f"{update.setting} is not a multiple of the {dp} replicas: they get equal numbers of tokens, not of sequences; "
-        f"use {update.suggest(even)} for equal numbers of sequences"
+        f"{update.setting} gives {update.value} samples per optimizer step, not a multiple of the {dp} replicas, which therefore get equal "
+        f"numbers of tokens, not of samples; use {update.suggest(even)} for equal numbers of samples"
     )
 
 

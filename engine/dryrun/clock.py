@@ -29,7 +29,7 @@ class Parts(NamedTuple):
     traffic: float
     launches: float
     waits: float  # blocking collectives
-    beside: float  # collectives that overlap with computation
+    concurrent: float  # collectives that overlap with computation
     dispatch: float  # host time to launch all kernels
     seconds: float  # total
 
@@ -79,10 +79,10 @@ class CostModel:
         launches, dispatch = work.kernels * hardware.launch, work.kernels * hardware.dispatch if host is None else host
         waits = sum(times * self.collective(c) for c, times in work.collectives.items() if c.waits)
         waits += sum(times * (together - product) for times, product, together in overlapped)
-        beside = sum(times * self.collective(c) for c, times in work.collectives.items() if not c.waits)
+        concurrent = sum(times * self.collective(c) for c, times in work.collectives.items() if not c.waits)
         computed = products + attention + traffic + launches
-        device = computed + waits + max(0.0, beside - hardware.overlap * computed)
-        return Parts(products, attention, traffic, launches, waits, beside, dispatch, max(device, dispatch))
+        device = computed + waits + max(0.0, concurrent - hardware.overlap * computed)
+        return Parts(products, attention, traffic, launches, waits, concurrent, dispatch, max(device, dispatch))
 
     def product(self, matmul: Matmul) -> float:
         """Seconds of one matrix product, without its launch; the formula is in hardware.toml. Output that is accumulated into is read and

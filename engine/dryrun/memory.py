@@ -83,11 +83,14 @@ def _moments(simulation: Simulation, pp: int) -> Iterator[tuple[str, dict[str, i
     if generation is not None and (simulation.generator is None or generation.evaluates):
         yield "generation", _generation(simulation, generation, pp)
     if simulation.generator is not None:
-        yield "handing weights", _weight_sync(simulation, pp)
+        yield "weight sync", _weight_sync(simulation, pp)
     for trained in simulation.models:
         if simulation.workload.token_values:  # computes log-probs or values before the update
-            read = max(stage.inference_peak for stage in trained.ranks[pp])
-            yield f"reading, {trained.name}", {"activations": read, "batch": _batch(simulation, trained, trained.forward_pass.tokens, pp)}
+            activations = max(stage.inference_peak for stage in trained.ranks[pp])
+            yield (
+                f"inference, {trained.name}",
+                {"activations": activations, "batch": _batch(simulation, trained, trained.forward_pass.tokens, pp)},
+            )
         held, peak = ([getattr(stage, what) for stage in trained.ranks[pp]] for what in ("held", "peak"))
         most = trained.update.timeline.most_held(pp, held, peak)
         yield f"update, {trained.name}", {"activations": int(most), "batch": _batch(simulation, trained, trained.update_batch.tokens, pp)}
@@ -97,7 +100,7 @@ def _generator_moments(simulation: Simulation, pp: int) -> Iterator[tuple[str, d
     """Phases of ranks that only generate. The KV cache is allocated for each step and freed after it."""
     assert simulation.workload.generation is not None
     yield "generation", _generation(simulation, simulation.workload.generation, pp)
-    yield "handing weights", _weight_sync(simulation, pp)
+    yield "weight sync", _weight_sync(simulation, pp)
 
 
 def _weight_sync(simulation: Simulation, pp: int) -> dict[str, int]:

@@ -57,7 +57,7 @@ def forward_flops(model: ModelShape, lengths_N: np.ndarray) -> float:
 def _supervised(simulation: Simulation) -> Iterator[Phase]:
     policy = simulation.policy
     yield Phase("forward and backward", policy.pipeline_seconds, 3 * forward_flops(policy.model, simulation.sequences.lengths_N))
-    yield Phase("gradients' reduction", policy.update.reduction)
+    yield Phase("gradient reduction", policy.update.reduction)
     yield Phase("optimizer", policy.update.optimizer)
 
 
@@ -68,7 +68,7 @@ def _with_generation(simulation: Simulation, generation: Generation) -> Iterator
         return
     ahead = generation.rollout.max_staleness > 0
     yield from (phase._replace(concurrent=ahead) for phase in generating)
-    yield Phase("handing weights", _weight_sync(simulation, simulation.generator))
+    yield Phase("weight sync", _weight_sync(simulation, simulation.generator))
     if ahead:
         yield Phase("waiting for responses", max(0.0, seconds_of(generating) - seconds_of(learning)))
     yield from learning

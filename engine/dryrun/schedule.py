@@ -144,8 +144,8 @@ def simulate(
 
 
 def _gather_start(ops: list[TimedOp], rank: int, chunk: int, pp: int) -> float:
-    """Time at which a rank starts to gather the weights of `chunk`, as in megatron-core: at the start for the first two chunks, later ones
-    when the last pipeline rank starts its first microbatch of the chunk before, that is, the same number of operations into the chunk."""
+    """Time at which a rank starts to gather the weights of `chunk`, as in megatron-core: 0 for the first two chunks; for a later chunk,
+    `rank` operations before the first microbatch of the chunk before, which is at about the same time on all ranks."""
     return 0.0 if chunk < 2 else ops[(chunk - 1) * pp - rank].start
 
 

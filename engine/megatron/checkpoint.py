@@ -186,11 +186,11 @@ def _point_to(out: Path, final: Path) -> None:
 
 
 def _prune(out: Path, keep_last: int) -> None:
-    for old in found(out)[keep_last:]:
+    for old in checkpoint_folders(out)[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def found(out: Path) -> list[Path]:
+def checkpoint_folders(out: Path) -> list[Path]:
     """Checkpoint folders under `out`, newest first. They may be incomplete; see damage_of."""
     folders = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
     return sorted(folders, reverse=True)
@@ -202,7 +202,7 @@ def load_latest(state: State, model: ModelShape, out: Path, world: World, step: 
     Reports damaged checkpoints on stderr. Raises ValueError if all are damaged, if the newest complete one is of another model, or if that
     of `step` is missing.
     """
-    folders = [found(out) if world.rank == 0 else []]
+    folders = [checkpoint_folders(out) if world.rank == 0 else []]
     if world.rank == 0 and step is not None:
         folders = [[folder for folder in folders[0] if folder == step_folder(out, step)]]
     dist.broadcast_object_list(folders, src=0)

@@ -1,5 +1,6 @@
-"""megatron's tensor-parallel linear layers, with overlapped communication (`parallel.tp_comm_overlap`) and with SwiGLU recomputed in
-backward (`parallel.recompute=swiglu`).
+"""megatron's tensor-parallel linear layers, extended by overlapped communication and by recomputation of SwiGLU in backward.
+
+The settings are `parallel.tp_comm_overlap` and `parallel.recompute=swiglu`.
 
 Only communication that megatron does not overlap is changed. In the backward of a column-parallel layer, megatron already overlaps the
 all-gather of the input with the input's gradient, and the reduce-scatter of that with the weight's gradient.

@@ -166,7 +166,7 @@ def check_sums(found: Forecast) -> dict[str, Any]:
 def test_a_forecast_of_sft_adds_up() -> None:
     found = forecast(sft(tp=2, pp=3), 12, H100)
     told = check_sums(found)
-    assert list(told["phases"]) == ["forward and backward", "gradients' reduction", "optimizer"]
+    assert list(told["phases"]) == ["forward and backward", "gradient reduction", "optimizer"]
     assert found.steps == 2 * 7500 // 64 + 1
     hours = 12 * found.steps * found.step_seconds / 3600
     assert told["recipe"] == pytest.approx({"steps": found.steps, "gpu_hours": hours, "energy_kwh": 0.7 * hours})
@@ -184,7 +184,7 @@ def test_a_forecast_of_rlvr_has_every_phase_and_everything_that_takes_memory() -
     ]  # fmt: skip
     stage = told["stages"][0]
     assert stage["bytes"]["reference"] == stage["bytes"]["weights"]
-    assert stage["moments"].keys() == {"generation", "reading, policy", "reading, critic", "update, policy", "update, critic"}
+    assert stage["moments"].keys() == {"generation", "inference, policy", "inference, critic", "update, policy", "update, critic"}
     offloaded = foretold(override(run, ["algorithm.reference=offloaded"]), 8)
     assert "reference" not in offloaded.stages[0].parts
     assert as_json(offloaded)["phases"]["log-probs, reference"] > told["phases"]["log-probs, reference"]
@@ -212,11 +212,11 @@ def test_ranks_that_only_generate_are_a_launch_beside_the_one_that_learns(epochs
     for told in (between, ahead):
         assert told["generating"]["dp"] == 1
         for name, seconds in told["phases"].items():
-            if name not in ("handing weights", "waiting for responses"):
+            if name not in ("weight sync", "waiting for responses"):
                 assert seconds == pytest.approx((drawing if name in GENERATION else learning)[name])
     drawn = sum(drawing[name] for name in GENERATION)
     learned = sum(learning.values()) - sum(learning[name] for name in GENERATION)
-    handed = ahead["phases"]["handing weights"]
+    handed = ahead["phases"]["weight sync"]
     assert (learned > drawn) == (epochs == 400)
     assert between["beside"] == []
     assert between["step_seconds"] == pytest.approx(drawn + handed + learned)
@@ -233,7 +233,7 @@ def test_ranks_that_only_generate_hold_weights_and_a_cache() -> None:
             both.parts[name] for name in ("gradients", "optimizer", "reference", "critic")
         )
         assert "generation" not in near.moments
-        assert near.moments["handing weights"] <= near.moments["update, policy"] + near.parts["weights"]
+        assert near.moments["weight sync"] <= near.moments["update, policy"] + near.parts["weights"]
     assert "generation" in foretold(override(run, ['algorithm.held_out=["allenai/RLVR-GSM"]']), 12).stages[0].moments
     with pytest.raises(ValueError, match=r"rollout.generator_gpus=3 must be a multiple of .* = 4.*use 4"):
         foretold(override(run, ["algorithm.rollout.generator_gpus=3"]), 12)

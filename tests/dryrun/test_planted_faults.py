@@ -208,7 +208,7 @@ WARNED = [
         "405b_sft",
         ["parallel.pp=16", "algorithm.batch_size=257"],
         {},
-        "is not a multiple of the 2 replicas",
+        "gives 257 samples per optimizer step, not a multiple of the 2 replicas",
         "algorithm.batch_size=258",
     ),
     (
