@@ -86,11 +86,9 @@ def _moments(simulation: Simulation, pp: int) -> Iterator[tuple[str, dict[str, i
         yield "weight sync", _weight_sync(simulation, pp)
     for trained in simulation.models:
         if simulation.workload.token_values:  # computes log-probs or values before the update
-            activations = max(stage.inference_peak for stage in trained.ranks[pp])
-            yield (
-                f"inference, {trained.name}",
-                {"activations": activations, "batch": _batch(simulation, trained, trained.forward_pass.tokens, pp)},
-            )
+            largest = max(stage.inference_peak for stage in trained.ranks[pp])
+            batch = _batch(simulation, trained, trained.forward_pass.tokens, pp)
+            yield f"inference, {trained.name}", {"activations": largest, "batch": batch}
         held, peak = ([getattr(stage, what) for stage in trained.ranks[pp]] for what in ("held", "peak"))
         most = trained.update.timeline.most_held(pp, held, peak)
         yield f"update, {trained.name}", {"activations": int(most), "batch": _batch(simulation, trained, trained.update_batch.tokens, pp)}
