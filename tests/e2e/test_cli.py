@@ -144,7 +144,7 @@ def test_score_takes_rows_of_ids_in_order(recipe: Path, tmp_path: Path) -> None:
         ('{"text": "hi"}', "data.jsonl:41: a row needs messages, or prompt and response, or tokens; this one has text"),
         (
             json.dumps({"prompt": "x" * 300, "response": "y"}),
-            "over max_length=256, with too_long=error; set too_long=truncate or drop",
+            "more than max_length=256, with too_long=error; set too_long=truncate or drop",
         ),
     ],
 )
@@ -179,7 +179,7 @@ def test_an_empty_file(recipe: Path, tmp_path: Path) -> None:
         ("algorithm.max_lenght=9", "nearest: algorithm.max_length"),
         ("steps=many", "steps=many cannot be parsed; use int"),
         ("tokens_per_microbatch=100", "algorithm.max_length=256 exceeds tokens_per_microbatch=100"),
-        ("algorithm.max_length=1000", "algorithm.max_length=1000 is over"),
+        ("algorithm.max_length=1000", "algorithm.max_length=1000 exceeds"),
         ("model.path=smollm2-135m-instruct", "model: give either path"),
         ("model.tokenizer=nowhere", "tokenizer='nowhere' is neither 'bytes', 'words' nor a folder"),
     ],
