@@ -10,7 +10,7 @@
 namespace trivet {
 namespace {
 
-// The source that positions are copied from. Copying is faster than counting: the table stays in cache.
+// Positions are copied from this table. Copying is faster than counting, because the table stays in cache.
 std::vector<int32_t> count_from_0(int64_t count) {
     std::vector<int32_t> numbers(count);
     std::iota(numbers.begin(), numbers.end(), 0);
@@ -35,7 +35,7 @@ void walk(const Share& share, int64_t microbatch, Visit visit) {
     pad_to(share.totals[microbatch]);
 }
 
-// Prefetches the start of a row. Sequences are scattered in memory, so the hardware prefetcher only works from then on.
+// Prefetches the start of a row. Sequences are scattered in memory; the hardware prefetcher covers the rest of a row, not its start.
 void prefetch(const void* row, int64_t bytes) {
     constexpr int64_t LINE = 64, HEAD = 16 * LINE;
     for (int64_t at = 0; at < std::min(bytes, HEAD); at += LINE) __builtin_prefetch(static_cast<const char*>(row) + at);

@@ -34,7 +34,7 @@ Array<T> to_numpy(std::vector<T>&& values) {
 }
 
 const int64_t* data_or_null(const Numbers& numbers, py::ssize_t count) {
-    if (numbers && numbers->size() != count) throw std::invalid_argument("lengths, group_ids, step_ids and trained must have one size");
+    if (numbers && numbers->size() != count) throw std::invalid_argument("lengths, group_ids, step_ids and trained must have the same size");
     return numbers ? numbers->data() : nullptr;
 }
 
@@ -108,8 +108,8 @@ std::vector<const T*> row_pointers(const char* name, const Rows<T>& rows, const 
         const int64_t start = arrays != nullptr ? 0 : starts[id] + id * extra;
         const bool fits = arrays != nullptr ? array.size() == expected : start >= 0 && start <= array.size() - expected;
         if (!fits) {
-            throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.size()) + " entries, too few or too many for the " +
-                                        std::to_string(expected) + " of sequence " + std::to_string(id));
+            throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.size()) + " entries; sequence " + std::to_string(id) +
+                                        " requires " + std::to_string(expected));
         }
         pointers[place] = array.data() + start;
     }
@@ -118,7 +118,7 @@ std::vector<const T*> row_pointers(const char* name, const Rows<T>& rows, const 
 
 template <typename T>
 T* output(const char* name, Array<T>& array, int64_t size) {
-    if (array.size() != size) throw std::invalid_argument(std::string(name) + " has not the size of the share");
+    if (array.size() != size) throw std::invalid_argument(std::string(name) + " must have " + std::to_string(size) + " entries");
     return array.mutable_data();
 }
 
@@ -143,16 +143,18 @@ trivet::Values values_of(Field& field, const trivet::Share& share, const int64_t
 trivet::Share share_of(const Array<int32_t>& order, const Array<int64_t>& offsets, const Array<int64_t>& lengths, const Array<int64_t>& totals,
                        int64_t seq_multiple) {
     const trivet::Share share{order.data(), offsets.data(), lengths.data(), totals.data(), totals.size(), seq_multiple};
-    if (offsets.size() != totals.size() + 1 || share.sequences() != order.size()) throw std::invalid_argument("order, offsets and totals differ");
+    if (offsets.size() != totals.size() + 1 || share.sequences() != order.size()) throw std::invalid_argument("order, offsets and totals have inconsistent sizes");
     for (int64_t j = 0; j < share.microbatches; ++j) {
         int64_t tokens = 0;
         if (offsets.at(j) > offsets.at(j + 1) || offsets.at(0) != 0) throw std::invalid_argument("offsets must ascend from 0");
         for (int64_t place = offsets.at(j); place < offsets.at(j + 1); ++place) {
             const int32_t id = order.at(place);
-            if (id < 0 || id >= lengths.size() || lengths.at(id) < 0) throw std::invalid_argument("order names no sequence");
+            if (id < 0 || id >= lengths.size() || lengths.at(id) < 0) throw std::invalid_argument("order has an unknown sequence id");
             tokens += trivet::round_up(lengths.at(id), seq_multiple);
         }
-        if (tokens > totals.at(j)) throw std::invalid_argument("totals has " + std::to_string(totals.at(j)) + " for " + std::to_string(tokens));
+        if (tokens > totals.at(j)) {
+            throw std::invalid_argument("totals has " + std::to_string(totals.at(j)) + " for a microbatch of " + std::to_string(tokens) + " tokens");
+        }
     }
     return share;
 }
@@ -189,7 +191,7 @@ struct ReadInt {
         const long value = PyLong_AsLongAndOverflow(item, &overflow);
         if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
         if (overflow != 0 || value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
-            throw std::invalid_argument("a token id is beyond int32");
+            throw std::invalid_argument("a token id is outside int32");
         }
         return static_cast<int32_t>(value);
     }

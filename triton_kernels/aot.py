@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of kernels without a GPU: registers, spills, shared memory, load widths, matrix instructions.
+"""Compile kernels ahead of time, without a GPU, and check registers, spills, shared memory, load widths and matrix instructions.
 
 Each kernel file lists its shipped configurations in `aot_cases()`. Each is compiled to the cubin that a launch on that architecture would
 load, with the specialization (arguments divisible by 16) that a launch would infer, and checked for faults.
@@ -143,7 +143,7 @@ def _check(case: AotCase, arch: int) -> None:
     if interpreted():
         raise ValueError("TRITON_INTERPRET=1 is set: kernels run in the interpreter and cannot be compiled; unset it")
     if arch not in CHIPS:
-        raise ValueError(f"arch={arch} is not known; use one of {', '.join(map(str, CHIPS))}")
+        raise ValueError(f"arch={arch} is unknown; use one of {', '.join(map(str, CHIPS))}")
     names = set(case.kernel.arg_names)
     named = case.signature.keys() | case.constexprs.keys()
     if names != named or not names.issuperset(case.divisible):

@@ -55,9 +55,11 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None
             f"query has shape {list(query.shape)} and keys {list(keys.shape)}; use [n, heads, size] and [slots, heads, positions, size] "
             "with at least n slots, and heads that divide the query's"
         )
-    ours, theirs = ((tensor.dtype, tensor.shape[-1]) for tensor in (query, keys))
-    if ours != theirs:
-        raise ValueError(f"query is {ours[0]} with heads of {ours[1]}, keys are {theirs[0]} with heads of {theirs[1]}; make them equal")
+    query_type, keys_type = ((tensor.dtype, tensor.shape[-1]) for tensor in (query, keys))
+    if query_type != keys_type:
+        raise ValueError(
+            f"query is {query_type[0]} with head size {query_type[1]}, keys {keys_type[0]} with head size {keys_type[1]}; make them equal"
+        )
     check_like("values", values, "keys", keys)
     check_shape("lengths", lengths, (query.shape[0],), "one for each row")
     if lengths.dtype not in (torch.int32, torch.int64):
@@ -164,9 +166,9 @@ def _by_triton(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> 
 
 def _tile(group: int, size: int, width: int) -> dict[str, int]:
     """The constexprs of _spans_kernel for `group` query heads of size `size` and `width` bytes per element."""
-    whole = max(LEAST, power_of_2(size))
-    block = max(LEAST, min(128, TILE // (whole * width)))
-    return {"GROUP": group, "SIZE": size, "SPAN": SPAN, "BLOCK": block, "ROWS": max(LEAST, power_of_2(group)), "WIDTH": whole}
+    padded = max(LEAST, power_of_2(size))
+    block = max(LEAST, min(128, TILE // (padded * width)))
+    return {"GROUP": group, "SIZE": size, "SPAN": SPAN, "BLOCK": block, "ROWS": max(LEAST, power_of_2(group)), "WIDTH": padded}
 
 
 def _merged(tile: dict[str, int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Samples a token from each row of logits with the Gumbel-max trick, over a vocabulary that may be sharded over ranks.
+"""Sample a token from each row of logits with the Gumbel-max trick, over a vocabulary that may be sharded over ranks.
 
 argmax_v  x_v / T - log E_v    with E_v ~ Exp(1)    is a sample of softmax(x / T) (Gumbel-max; Yellott 1977). E_v is a pure function of the
 row's key and the token's id in the WHOLE vocabulary, so the sampled token does not depend on the number of ranks or the rest of the batch.
@@ -37,7 +37,7 @@ def draw(
     vocab_start: int = 0,
     vocab_valid: int | None = None,
 ) -> Tensor:
-    """One token id for each row, int64 [R], equal on every rank of the group.
+    """Sample one token id per row, int64 [R], equal on every rank of the group.
 
     logits_RV    [R, V], float, columns contiguous: this rank's ids vocab_start ... vocab_start + V (see logprob)
     keys_R2      [R, 2], int32: the random keys of a row; equal keys give equal noise

@@ -1,4 +1,4 @@
-"""Selects and launches implementations: the Triton kernel on GPUs and in Triton's interpreter, the torch reference otherwise.
+"""Select and launch implementations: the Triton kernel on GPUs and in Triton's interpreter, the torch reference otherwise.
 
 The only file that imports Triton for the kernels. Without Triton (macOS), kernels are plain functions that are never called.
 """

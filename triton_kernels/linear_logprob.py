@@ -68,7 +68,7 @@ def linear_logprob(
     this check would synchronize, that row's logp is NaN.
     """
     if mode not in get_args(Mode):
-        raise ValueError(f"mode={mode!r} is not known; use save, recompute or nograd")
+        raise ValueError(f"mode={mode!r} is unknown; use save, recompute or nograd")
     chunk = chunk_rows(len(weight_VD)) if chunk is None else chunk
     check_linear(hidden_ND, weight_VD, target_N, inv_temp, chunk, logits_dtype, weight_grad)
     if mode == "nograd":

@@ -162,8 +162,8 @@ def _ppo(
     blocks = max(1, parts(len(weight), BLOCK))  # one for no tokens, to write sums of 0
     given = (weight.contiguous(), *(None if tensor is None else tensor.contiguous() for tensor in inputs))
     grads = (None if tensor is None else grad for tensor, grad in zip((logp, value), grads, strict=True))
-    wanted = (*grads, weight.new_empty(len(stats), blocks), loss, stats, counter(weight))
-    launch(_kernel, (blocks,), *given, *wanted, len(weight), blocks, *settings, KL=kl, CUT=CUT, BLOCK=BLOCK, READ=READ)
+    outputs = (*grads, weight.new_empty(len(stats), blocks), loss, stats, counter(weight))
+    launch(_kernel, (blocks,), *given, *outputs, len(weight), blocks, *settings, KL=kl, CUT=CUT, BLOCK=BLOCK, READ=READ)
     return results
 
 

@@ -85,6 +85,6 @@ class Shard:
         """All-gather each rank's `parts` [segments, ...]: all segments of the vocabulary, in order."""
         if self.ranks == 1:
             return parts
-        whole = parts.new_empty((self.ranks * len(parts), *parts.shape[1:]))
-        dist.all_gather_into_tensor(whole, parts, group=_resolve_process_group(self.group))  # type: ignore[arg-type]
-        return whole
+        gathered = parts.new_empty((self.ranks * len(parts), *parts.shape[1:]))
+        dist.all_gather_into_tensor(gathered, parts, group=_resolve_process_group(self.group))  # type: ignore[arg-type]
+        return gathered

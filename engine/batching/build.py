@@ -1,4 +1,4 @@
-"""Microbatches as tensors: the step of one rank, built from a plan in one pass (csrc/collate.cpp)."""
+"""Build the microbatches of one rank as tensors, from a plan and in one pass over the data (csrc/collate.cpp)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from engine.batching.plan import Plan, plan
 from engine.batching.ragged import OPTIONAL_FIELDS, Arena, Ragged
 from engine.types import Packed, Sample, Step
 
-TOKENS_PER_THREAD = 2**19  # below that, starting a thread costs more than it saves
+TOKENS_PER_THREAD = 2**19  # with fewer tokens per thread, starting a thread costs more than it saves
 
 
 def build(plan: Plan, rank: int, ragged: Ragged | Sequence[Sample], out: Arena | None = None, threads: int = 0) -> Step:
-    """The microbatches of one rank as host tensors, in the order of the plan, in one pass; reads nothing of another rank's sequences.
+    """Build the microbatches of `rank` as host tensors, in the order of the plan. The sequences of other ranks are not read.
 
-    Padding is a masked sequence of its own with index -1: behind each sequence where plan.seq_multiple asks for it, and at the end up to
-    T. An empty microbatch is padding only. The optional fields are those of `ragged`; of Samples, those that no sample of the rank lacks.
+    Padding forms masked sequences of its own, with index -1: after each sequence, up to a multiple of plan.seq_multiple, and at the end, up
+    to T tokens. An empty microbatch is padding only. Optional fields are those of a Ragged; of Samples, those that all of the rank's have.
 
-    out: memory to build into, which invalidates what was built there before; None: new memory.
-    threads: at most so many; 0: as many as pay, of those that torch may use. What is built does not depend on it.
+    ragged: all planned sequences, in the order in which they were planned.
+    out: buffers to write into, which invalidates the step built there before; None: allocate.
+    threads: maximum number of threads; 0: choose by size, up to torch.get_num_threads(). The result does not depend on it.
 
-    Raises ValueError for a rank outside the plan, for sequences that are not those planned, and for a field of the wrong length or type.
+    Raises ValueError for a rank outside the plan, for sequences other than the planned ones, and for a field of the wrong length or type.
     """
     if not 0 <= rank < plan.ranks:
         raise ValueError(f"rank={rank} is not in a plan for {plan.ranks} ranks; use 0 to {plan.ranks - 1}")
@@ -69,7 +70,7 @@ def batch(
     cost: tuple[int, int, int] = (0, 1, 0),
     out: Arena | None = None,
 ) -> Step:
-    """Plans all `samples` by their lengths and groups and builds the step of one rank; see `plan` and `build`."""
+    """Plan all `samples` by their lengths and groups and build the step of one rank; see `plan` and `build`."""
     planned = plan(
         [sample.length for sample in samples],
         ranks,
@@ -78,15 +79,15 @@ def batch(
         total_multiple=total_multiple,
         microbatch_multiple=microbatch_multiple,
         group_ids=[sample.group for sample in samples],
-        sync="step",  # replicas meet when gradients are reduced
+        sync="step",  # replicas synchronize once per step, in the gradient reduction
     )
     return build(planned, rank, samples, out)
 
 
 def scatter(values_per_microbatch: Sequence[torch.Tensor], step: Step, count: int) -> list[torch.Tensor | None]:
-    """Cuts per-token values, [..., T] for each microbatch of `step`, back into one [..., L] view for each of the batch's `count` samples.
+    """Split per-token values, [..., T] for each microbatch of `step`, into one [..., L] view for each of the batch's `count` samples.
 
-    A sample of another rank gets None. Raises ValueError if the values do not match the step.
+    The entry of a sample of another rank is None. Raises ValueError if the shapes do not match the step.
     """
     if len(values_per_microbatch) != len(step):
         raise ValueError(f"values_per_microbatch has {len(values_per_microbatch)} entries for {len(step)} microbatches; give one for each")
@@ -94,7 +95,7 @@ def scatter(values_per_microbatch: Sequence[torch.Tensor], step: Step, count: in
     for j, (values_T, packed) in enumerate(zip(values_per_microbatch, step, strict=True)):
         if values_T.shape[-1:] != packed.tokens_T.shape:
             expected = tuple(packed.tokens_T.shape)
-            raise ValueError(f"values_per_microbatch[{j}] has shape {tuple(values_T.shape)}; its microbatch wants {expected}")
+            raise ValueError(f"values_per_microbatch[{j}] has shape {tuple(values_T.shape)}; its microbatch has shape {expected}")
         bounds = packed.cu_seqlens.tolist()
         for index, start, end in zip(packed.index_S, bounds[:-1], bounds[1:], strict=True):
             if index >= 0:
@@ -103,47 +104,47 @@ def scatter(values_per_microbatch: Sequence[torch.Tensor], step: Step, count: in
 
 
 def _flat_source(plan: Plan, ragged: Ragged) -> dict[str, Any]:
-    """What _C.collate reads, from flat buffers; `fields` are name -> (values, whether each token has its own)."""
+    """Inputs of _C.collate from flat buffers. `fields` maps name -> (values, whether there is one value per token)."""
     if not np.array_equal(ragged.lengths, plan.lengths):
-        raise ValueError("ragged has other lengths than the plan; build from the sequences that were planned")
+        raise ValueError("ragged has other lengths than the plan; pass the sequences that were planned")
     per_token = {name: (values, True) for name, values in ragged.per_token.items()}
     per_sequence = {name: (values, False) for name, values in ragged.per_sequence.items()}
     return {"starts": ragged.starts, "tokens": ragged.tokens, "mask": ragged.mask, "fields": per_token | per_sequence}
 
 
 def _sample_source(plan: Plan, samples: Sequence[Sample], ids: list[int]) -> dict[str, Any]:
-    """The same from the samples `ids`, in this order."""
+    """Inputs of _C.collate from the samples with these ids, in this order."""
     if len(samples) != len(plan.lengths):
-        raise ValueError(f"samples has {len(samples)} entries, the plan {len(plan.lengths)}; build from the samples that were planned")
-    mine = {i: samples[i] for i in ids}
+        raise ValueError(f"samples has {len(samples)} entries, the plan {len(plan.lengths)}; pass the samples that were planned")
+    selected = {i: samples[i] for i in ids}
 
     def rows(name: str, dtype: DTypeLike, extra: int = 0) -> list[np.ndarray]:
-        return [_row(i, name, getattr(sample, name), dtype, int(plan.lengths[i]) + extra) for i, sample in mine.items()]
+        return [_row(i, name, getattr(sample, name), dtype, int(plan.lengths[i]) + extra) for i, sample in selected.items()]
 
-    shared = [name for name in OPTIONAL_FIELDS if all(getattr(sample, name) is not None for sample in mine.values())]
-    always = {"starts": None, "tokens": rows("tokens", np.int32, extra=1), "mask": rows("mask", np.uint8)}
-    return {**always, "fields": {name: (rows(name, np.float32), True) for name in shared}}
+    shared = [name for name in OPTIONAL_FIELDS if all(getattr(sample, name) is not None for sample in selected.values())]
+    required = {"starts": None, "tokens": rows("tokens", np.int32, extra=1), "mask": rows("mask", np.uint8)}
+    return {**required, "fields": {name: (rows(name, np.float32), True) for name in shared}}
 
 
 def _row(index: int, name: str, value: ArrayLike, dtype: DTypeLike, size: int) -> np.ndarray:
-    """One field of one sample, checked, as C++ reads it: contiguous, aligned and of the stated type; copied only if it is not."""
+    """Check one field of one sample and return it contiguous, aligned and of `dtype`, as C++ reads it; copied only if necessary."""
     array = np.asarray(value)
     if array.shape != (size,):
-        raise ValueError(f"sample {index}: {name} has shape {array.shape}, but by its planned length it must be ({size},)")
+        raise ValueError(f"sample {index}: {name} has shape {array.shape}; its planned length requires ({size},)")
     if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise ValueError(f"sample {index}: {name} is {array.dtype}; convert it to {np.dtype(dtype)}")
     return np.require(array, dtype, ["C", "A"])
 
 
 def _outputs(arena: Arena, size: int, fields: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Memory for what every step has, by the name that _C.collate knows, and for the optional fields."""
+    """Allocate (required outputs, by _C.collate's argument names; optional fields, by name), each [size]."""
     ids = {name: arena.take(name, torch.int32, size) for name in ("tokens_out", "targets_out", "positions_out")}
     values = {name: arena.take(name, torch.float32, size) for name in fields}
     return {**ids, "mask_out": arena.take("mask_out", torch.uint8, size)}, values
 
 
 def _views(flat: dict[str, torch.Tensor], totals: list[int], cu_seqlens: torch.Tensor, index: list[int], counts: list[int]) -> Step:
-    """`flat` cut into microbatches of `totals` tokens and `counts` segments."""
+    """Split the flat tensors into microbatches; microbatch j has totals[j] tokens and counts[j] segments. No copy."""
     columns = zip(*(tensor.split(totals) for tensor in flat.values()), strict=True)
     bounds = cu_seqlens.split([count + 1 for count in counts])
     step, end = [], 0

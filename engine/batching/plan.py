@@ -1,7 +1,7 @@
-"""Which sequence goes into which microbatch of which rank; build.py makes the tensors of one rank from it.
+"""Assign sequences to microbatches and ranks. build.py builds the tensors of one rank from the plan.
 
-A plan depends on lengths alone, is computed in integers, and ties go to the lower index: so every data-parallel rank
-computes the same one from the same lengths and builds its own share without a word to the others. The work is done in C++ (csrc/).
+A plan is a pure function of the lengths: integer arithmetic, and ties go to the lower index. Every data-parallel rank computes the
+same plan and builds its own microbatches without communication. The algorithms are in C++ (csrc/).
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ MOST = 2**31 - 1  # cu_seqlens and sequence ids are int32
 
 @dataclass(frozen=True)
 class Stats:
-    """How good a plan is. `imbalance` slows a step down whose ranks wait for each other once, `lockstep` one whose ranks wait after every
-    microbatch; both are 1.0 at best, and in units of cost."""
+    """Quality of a plan. `imbalance` is the slowdown if ranks synchronize once per step, `lockstep` if they synchronize after every
+    microbatch. Both are ratios of costs; 1.0 is optimal."""
 
     fill: float  # tokens / (ranks * M * token_budget)
-    imbalance: float  # cost of the costliest rank / mean cost of a rank
-    lockstep: float  # sum over microbatches of the costliest rank's / mean cost of a rank
-    algorithms: tuple[str, ...]  # what won in each step: level, skewed, by_rank, tight (csrc/pack.h), or none without a sequence
-    dropped: int  # sequences that are in no microbatch
+    imbalance: float  # highest cost of a rank / mean cost of a rank
+    lockstep: float  # sum over microbatches of the highest cost on any rank / mean cost of a rank
+    algorithms: tuple[str, ...]  # algorithm chosen in each step: level, skewed, by_rank, tight (csrc/pack.h); none: no sequences
+    dropped: int  # sequences in no microbatch
 
 
 @dataclass(frozen=True, eq=False)
 class Denominators:
-    """What the loss of each step is divided by, summed over all ranks, so that no number depends on the plan: int64 [steps] each."""
+    """Loss denominators of each step, summed over all ranks, so that the loss does not depend on the plan. int64 [steps] each."""
 
     tokens: np.ndarray  # trained tokens
     sequences: np.ndarray  # sequences with a trained token
-    groups: np.ndarray  # groups with a trained token; a sequence on its own is one
+    groups: np.ndarray  # groups with a trained token; a sequence without a group counts as one
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which sequence goes into which microbatch. Every rank has equally many; in each step a rank's costliest is its first.
+    """Assignment of sequences to microbatches. All ranks have the same number; in each step, a rank's first has the highest cost.
 
-    A slot is rank * M + microbatch. Sequences keep the order of their ids within a microbatch, except that a group stays in one piece.
+    A slot is rank * M + microbatch. Within a microbatch sequences are ordered by id, except that the sequences of a group stay adjacent.
     """
 
     order: np.ndarray  # int32: sequence ids, each once; slot s holds order[offsets[s] : offsets[s + 1]]
     offsets: np.ndarray  # int64 [ranks * M + 1]
-    inverse: np.ndarray  # int32 [N]: place of each sequence in `order`, -1 where it was dropped
-    lengths: np.ndarray  # int64 [N], as planned for
+    inverse: np.ndarray  # int32 [N]: position of each sequence in `order`, -1 if it was dropped
+    lengths: np.ndarray  # int64 [N]
     ranks: int
-    microbatches: int  # M, of each rank, over all steps
+    microbatches: int  # M: microbatches per rank, over all steps
     seq_multiple: int  # each sequence is padded to a multiple of this
-    totals: np.ndarray  # int64 [ranks * M]: T, with all padding
-    cu_seqlens: np.ndarray  # int32, S + 1 a slot, slot s from offsets[s] + s on: where its sequences begin and end, padding left out
-    cu_seqlens_padded: np.ndarray  # the same with each sequence's padding, which lies behind it
+    totals: np.ndarray  # int64 [ranks * M]: T, padding included
+    cu_seqlens: np.ndarray  # int32: cumulative lengths without padding, S + 1 entries per slot; slot s starts at offsets[s] + s
+    cu_seqlens_padded: np.ndarray  # the same with the padding after each sequence
     step_ids: np.ndarray  # int64 [steps], ascending
     step_offsets: np.ndarray  # int64 [steps + 1]: step s is microbatches step_offsets[s] : step_offsets[s + 1] of every rank
     denominators: Denominators
-    oversize: np.ndarray  # int32: sequences that no microbatch can hold, by themselves or for their group
+    oversize: np.ndarray  # int32: ids of sequences that fit in no microbatch, alone or with their group
     stats: Stats
 
     def sequences(self, rank: int, microbatch: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class Plan:
         return self.order[self.offsets[slot] : self.offsets[slot + 1]]
 
     def total(self, rank: int, microbatch: int) -> int:
-        """T of one microbatch: its padded tokens rounded up to total_multiple, and never 0."""
+        """T of one microbatch: its padded tokens, rounded up to total_multiple; at least 1."""
         return int(self.totals[rank * self.microbatches + microbatch])
 
 
@@ -86,27 +86,27 @@ def plan(
     sync: Literal["microbatch", "step"] = "microbatch",
     on_oversize: Literal["error", "alone", "drop"] = "error",
 ) -> Plan:
-    """Packs N sequences into microbatches of at most `token_budget` tokens, equally many on each of `ranks` ranks, of nearly equal cost.
+    """Pack N sequences into microbatches of at most `token_budget` tokens and nearly equal cost, the same number on each of `ranks` ranks.
 
-    No sequence is cut, and none dropped unless on_oversize says so. With fewer sequences than microbatches the rest are empty.
+    No sequence is split, and none is dropped unless on_oversize="drop". Microbatches may be empty if there are few sequences.
 
     lengths: [N] tokens of each sequence, 0 allowed.       cost: (c0, c1, c2), a microbatch costs c0 + sum over sequences of c1 L + c2 L^2.
     seq_multiple, total_multiple: sequences and microbatches are padded to multiples of these; all padding counts towards token_budget.
     microbatch_multiple: M of each step is a multiple of it.
     group_ids: [N]; equal ids >= 0 share a microbatch, a negative id is alone.
     step_ids: [N]; each id is an optimizer step, planned by itself.       trained: [N] tokens with loss (None: all), for the denominators.
-    sync: whether ranks wait for each other after every microbatch (FSDP, experts) or once a step; that slowdown is minimised.
-    on_oversize: what becomes of a sequence or group beyond the budget: refused, put into a microbatch of its own, or dropped.
+    sync: whether ranks synchronize after every microbatch (FSDP, experts) or once per step; the plan minimizes the time of that case.
+    on_oversize: for a sequence or group above the budget: raise an error, put it into a microbatch of its own, or drop it.
 
-    Raises ValueError for a limit below 1, a negative length or cost, costs that add up to over 2**62, a group that spans steps, and with
-    on_oversize="error" for a sequence or group beyond the budget.
+    Raises ValueError for a limit below 1, a negative length or cost, a sum of costs above 2**62, a group that spans steps, and with
+    on_oversize="error" for a sequence or group above the budget.
     """
     _check_limits(ranks, token_budget, seq_multiple, total_multiple, microbatch_multiple)
     _check_choices(cost, sync, on_oversize)
     lengths_N = _integers("lengths", lengths)
     per_sequence = {"group_ids": group_ids, "step_ids": step_ids, "trained": trained}
     columns = {name: None if values is None else _integers(name, values, len(lengths_N)) for name, values in per_sequence.items()}
-    found = _C.plan(
+    result = _C.plan(
         lengths_N,
         **columns,
         ranks=ranks,
@@ -118,11 +118,11 @@ def plan(
         sync=sync,
         on_oversize=on_oversize,
     )
-    dropped = len(lengths_N) - len(found["order"])
-    rates = {name: found.pop(name) for name in ("fill", "imbalance", "lockstep")}
-    stats = Stats(**rates, algorithms=tuple(found.pop("algorithms")), dropped=dropped)
-    denominators = Denominators(**{name: found.pop(f"trained_{name}") for name in ("tokens", "sequences", "groups")})
-    return Plan(lengths=lengths_N, ranks=ranks, seq_multiple=seq_multiple, denominators=denominators, stats=stats, **found)
+    dropped = len(lengths_N) - len(result["order"])
+    rates = {name: result.pop(name) for name in ("fill", "imbalance", "lockstep")}
+    stats = Stats(**rates, algorithms=tuple(result.pop("algorithms")), dropped=dropped)
+    denominators = Denominators(**{name: result.pop(f"trained_{name}") for name in ("tokens", "sequences", "groups")})
+    return Plan(lengths=lengths_N, ranks=ranks, seq_multiple=seq_multiple, denominators=denominators, stats=stats, **result)
 
 
 def _check_limits(ranks: int, token_budget: int, seq_multiple: int, total_multiple: int, microbatch_multiple: int) -> None:
@@ -131,7 +131,7 @@ def _check_limits(ranks: int, token_budget: int, seq_multiple: int, total_multip
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if token_budget > MOST:
-        raise ValueError(f"token_budget={token_budget} exceeds int32 cu_seqlens; lower tokens_per_microbatch to {MOST}")
+        raise ValueError(f"token_budget={token_budget} exceeds int32 cu_seqlens; lower tokens_per_microbatch to at most {MOST}")
     if ranks * microbatch_multiple > MOST:
         raise ValueError(f"ranks={ranks} times microbatch_multiple={microbatch_multiple} is over {MOST}; lower one of them")
     for name, multiple in (("seq_multiple", seq_multiple), ("total_multiple", total_multiple)):
@@ -141,14 +141,14 @@ def _check_limits(ranks: int, token_budget: int, seq_multiple: int, total_multip
 
 def _check_choices(cost: tuple[int, int, int], sync: str, on_oversize: str) -> None:
     if len(cost) != 3 or not all(0 <= c < 2**62 and c == int(c) for c in cost):
-        raise ValueError(f"cost={cost} must be three integers from 0 to 2**62 - 1: of a microbatch, of a token, of a squared length")
+        raise ValueError(f"cost={cost} must be three integers from 0 to 2**62 - 1: per microbatch, per token, per squared length")
     for name, value, allowed in (("sync", sync, ("microbatch", "step")), ("on_oversize", on_oversize, ("error", "alone", "drop"))):
         if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not known; use {' or '.join(map(repr, allowed))}")
+            raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, allowed))}")
 
 
 def _integers(name: str, values: ArrayLike, count: int | None = None) -> np.ndarray:
-    """A copy as int64 [N], so that a plan does not change with what it was made from."""
+    """Check `values` and copy them to int64 [N], so that later changes to them do not affect the plan."""
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"{name} is {array.dtype} of shape {array.shape}; pass a one-dimensional sequence of integers")

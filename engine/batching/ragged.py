@@ -1,4 +1,4 @@
-"""What a step is built from and into: sequences of many lengths in flat buffers, and memory that is used again."""
+"""Ragged, sequences of different lengths in flat buffers, and Arena, reusable memory that steps are built into."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike, DTypeLike
 from engine import _C
 
 OPTIONAL_FIELDS = ("advantage", "old_logprob", "ref_logprob", "value", "returns")  # a Sample's [L], a Packed's <name>_T
-Rows = Sequence[ArrayLike]  # one list or array of numbers for each sequence
+Rows = Sequence[ArrayLike]  # one list or array of numbers per sequence
 
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """N sequences end to end, each field one buffer. Sequence i predicts L tokens, and is L + 1 ids from tokens[offsets[i]] on.
+    """N concatenated sequences, one buffer per field. Sequence i predicts L tokens and has L + 1 ids, tokens[offsets[i] : offsets[i + 1]].
 
     Raises ValueError for a field of the wrong type or size, and for one that Packed does not have.
     """
@@ -28,39 +28,39 @@ class Ragged:
     offsets: np.ndarray  # int64 [N + 1], into tokens
     mask: np.ndarray  # uint8 [sum of L]
     per_token: Mapping[str, np.ndarray] = field(default_factory=dict)  # name in OPTIONAL_FIELDS -> float32 [sum of L]
-    per_sequence: Mapping[str, np.ndarray] = field(default_factory=dict)  # the same -> float32 [N], spread over the sequence's tokens
+    per_sequence: Mapping[str, np.ndarray] = field(default_factory=dict)  # the same -> float32 [N], repeated for all tokens
 
     def __post_init__(self) -> None:
         _check("offsets", self.offsets, np.int64, None)
         count = len(self.offsets) - 1
         if count < 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            raise ValueError(f"offsets must be [N + 1], from 0 to the {len(self.tokens)} entries of tokens; they are {self.offsets}")
+            raise ValueError(f"offsets={self.offsets} must be [N + 1], from 0 to len(tokens)={len(self.tokens)}")
         _check("tokens", self.tokens, np.int32, None)
         _check("mask", self.mask, np.uint8, len(self.tokens) - count)
         for fields, size in ((self.per_token, len(self.mask)), (self.per_sequence, count)):
             for name, values in fields.items():
                 if name not in OPTIONAL_FIELDS or (name in self.per_token and name in self.per_sequence):
-                    raise ValueError(f"field {name!r} is unknown or given twice; use each of {', '.join(OPTIONAL_FIELDS)} once at most")
+                    raise ValueError(f"field {name!r} is unknown or given twice; use each of {', '.join(OPTIONAL_FIELDS)} at most once")
                 _check(name, values, np.float32, size)
 
     @staticmethod
     def of(
         tokens: Rows, mask: Rows, per_token: Mapping[str, Rows] | None = None, per_sequence: Mapping[str, ArrayLike] | None = None
     ) -> Ragged:
-        """The same from one list (or array) a sequence: tokens of L + 1 ids, mask and each field of `per_token` of L.
+        """Build from one list or array per sequence: `tokens` of L + 1 ids, `mask` and each field of `per_token` of L values.
 
-        Raises ValueError, naming field and sequence, for a row of the wrong length or an id beyond int32.
+        Raises ValueError, naming field and sequence, for a row of the wrong length or an id outside int32.
         """
         ids, offsets = _flatten("tokens", tokens, np.int32, _C.flatten_ints)
         bounds = offsets - np.arange(len(offsets))
 
         def flat(name: str, rows: Rows, dtype: DTypeLike, read: _Reader) -> np.ndarray:
-            values, found = _flatten(name, rows, dtype, read)
-            if len(found) != len(bounds):
-                raise ValueError(f"{name} has {len(found) - 1} rows for {len(bounds) - 1} sequences; give one for each")
-            if (wrong := np.flatnonzero(np.diff(found) != np.diff(bounds))).size:
+            values, starts = _flatten(name, rows, dtype, read)
+            if len(starts) != len(bounds):
+                raise ValueError(f"{name} has {len(starts) - 1} rows for {len(bounds) - 1} sequences; give one for each")
+            if (wrong := np.flatnonzero(np.diff(starts) != np.diff(bounds))).size:
                 i = int(wrong[0])
-                raise ValueError(f"sequence {i}: {name} has {np.diff(found)[i]} entries for {np.diff(bounds)[i]} predicted tokens")
+                raise ValueError(f"sequence {i}: {name} has {np.diff(starts)[i]} entries for {np.diff(bounds)[i]} predicted tokens")
             return values
 
         return Ragged(
@@ -73,19 +73,19 @@ class Ragged:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """L of each sequence, int64 [N]; -1 where it has not even one id, which no plan accepts."""
+        """L of each sequence, int64 [N]; -1 for a sequence without ids, which `plan` rejects."""
         return np.diff(self.offsets) - 1
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Where each sequence begins in a field of L a sequence, int64 [N]."""
+        """Offset of each sequence in a field with L values per sequence, int64 [N]."""
         return self.offsets[:-1] - np.arange(len(self.offsets) - 1)
 
 
 class Arena:
-    """Memory that steps are built into, one buffer a field, growing to the largest step. A step is gone when the next is built here.
+    """Reusable memory for steps, one buffer per field, which grows to the largest step. Building a step overwrites the one before.
 
-    pinned: page-locked, from which a GPU copies while the host goes on.
+    pinned: page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, pinned: bool = False):
@@ -93,7 +93,7 @@ class Arena:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, dtype: torch.dtype, size: int) -> torch.Tensor:
-        """[size], holding anything."""
+        """An uninitialized tensor [size]."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < size:
             buffer = self._buffers[name] = self._allocate(dtype, size + size // 8 + 1)
@@ -102,7 +102,7 @@ class Arena:
     def _allocate(self, dtype: torch.dtype, size: int) -> torch.Tensor:
         if self.pinned:
             return torch.empty(size, dtype=dtype, pin_memory=True)
-        # numpy asks the kernel for huge pages, torch does not.
+        # numpy requests huge pages, torch does not.
         return torch.from_numpy(np.empty(size * dtype.itemsize, np.uint8)).view(dtype)
 
 
@@ -110,7 +110,7 @@ _Reader = Callable[[list[Any]], tuple[np.ndarray, np.ndarray]]
 
 
 def _flatten(name: str, rows: Rows, dtype: DTypeLike, read: _Reader) -> tuple[np.ndarray, np.ndarray]:
-    """All rows end to end, and where each begins, int64 [N + 1]."""
+    """(all rows concatenated, offset of each row, int64 [N + 1])."""
     if all(isinstance(row, list) for row in rows):
         try:
             return read(list(rows))
@@ -127,5 +127,5 @@ def _flatten(name: str, rows: Rows, dtype: DTypeLike, read: _Reader) -> tuple[np
 def _check(name: str, values: np.ndarray, dtype: DTypeLike, size: int | None) -> None:
     fits = values.ndim == 1 and values.dtype == dtype and values.flags.c_contiguous and values.flags.aligned
     if not fits or size not in (None, len(values)):
-        wanted = "" if size is None else f" of {size} entries"
-        raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; pass contiguous {np.dtype(dtype)}{wanted}")
+        expected_size = "" if size is None else f" of {size} entries"
+        raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; pass contiguous {np.dtype(dtype)}{expected_size}")

@@ -37,7 +37,7 @@ class DryRunOptions:
 
     @property
     def world(self) -> int:
-        """The number of GPUs."""
+        """Number of GPUs: --gpus, else Run.gpus, else one replica."""
         if self.gpus is not None:
             return self.gpus
         return self.run.gpus or self.run.parallel.model_ranks
@@ -52,7 +52,7 @@ class DryRunOptions:
         """Raise ValueError if an output file cannot be written or plotted, before anything is computed."""
         for option, path in (("--json", self.json), ("--png", self.png)):
             if path and not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{option} {path}: its folder does not exist; make it first")
+                raise ValueError(f"{option} {path}: its folder does not exist; create it first")
         if self.png and find_spec("matplotlib") is None:
             raise ValueError(f"--png {self.png} needs the package matplotlib; pip install matplotlib, or leave it out")
 
@@ -61,15 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a Python file that defines run = Run(...), such as recipes/tulu3_405b_rlvr.py")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: Run.gpus of the recipe)")
     parser.add_argument(
-        "--device", default="h100", metavar="NAME", help="h100, h200, b200, or a .toml that --calibrate wrote (default: h100)"
+        "--device", default="h100", metavar="NAME", help="a100, h100, h200, b200, or a .toml file written by --calibrate (default: h100)"
     )
     parser.add_argument(
         "--lengths", metavar="F", help='a .jsonl file of representative sequence lengths: {"prompt": tokens, "response": tokens}'
     )
     parser.add_argument("--json", metavar="F", help="also write the results as JSON")
     parser.add_argument("--png", metavar="F", help="also plot the pipeline schedule of one optimizer step")
-    parser.add_argument("--search", action="store_true", help="find the fastest layouts that fit, instead of simulating the recipe's own")
-    parser.add_argument("--calibrate", metavar="OUT", help="measure this machine into a .toml for --device; needs no recipe")
+    parser.add_argument(
+        "--search", action="store_true", help="search for the fastest layouts that fit, instead of simulating the recipe's own"
+    )
+    parser.add_argument("--calibrate", metavar="OUT", help="measure this machine and write a .toml file for --device; takes no recipe")
     add_settings(parser, "parallel.vpp=2 parallel.recompute=full tokens_per_microbatch=8192")
     code = f"Exit code: 0 the run fits, 1 it cannot start, {DOES_NOT_FIT} it can start but does not fit."
     parser.epilog = examples(
@@ -83,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     if bool(arguments.recipe) == bool(arguments.calibrate):
-        raise ValueError(
-            "dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml, for --device afterwards"
-        )
+        raise ValueError("dryrun takes either a recipe, such as recipes/tulu3_405b_rlvr.py, or --calibrate OUT.toml")
     if arguments.calibrate:
         calibrate(Path(arguments.calibrate))
         return 0
@@ -109,12 +109,12 @@ def forecast(options: DryRunOptions) -> bool:
     from engine.dryrun import report
     from engine.dryrun.hardware import Hardware
 
-    found = forecasting.forecast(options.run, options.world, Hardware.load(options.device), given=options.given_lengths)
-    report.print_report(found, _console())
-    _write(options.json, report.as_json(found))
+    prediction = forecasting.forecast(options.run, options.world, Hardware.load(options.device), given=options.given_lengths)
+    report.print_report(prediction, _console())
+    _write(options.json, report.as_json(prediction))
     if options.png:
-        report.draw_pipeline(found, Path(options.png))
-    return found.fits
+        report.draw_pipeline(prediction, Path(options.png))
+    return prediction.fits
 
 
 def search(options: DryRunOptions) -> bool:
@@ -124,17 +124,17 @@ def search(options: DryRunOptions) -> bool:
     from engine.dryrun import search as searching
     from engine.dryrun.hardware import Hardware
 
-    found = searching.search(options.run, options.world, Hardware.load(options.device), given=options.given_lengths)
+    layouts = searching.search(options.run, options.world, Hardware.load(options.device), given=options.given_lengths)
     console = _console()
-    console.print(searching.table(found, options.run))
-    if not found:
-        console.print("no layout that was tried fits; more GPUs, or a device with more memory, would", style="bold red")
-    for place, layout in enumerate(found[:3], start=1):
-        console.print(f"{place}: {options.recipe} {' '.join(layout.settings)}", markup=False, highlight=False, soft_wrap=True)
-    _write(options.json, {"ranks": options.world, "device": options.device, "layouts": searching.as_json(found)})
-    if options.png and found and found[0].confirmed:
-        report.draw_pipeline(found[0].confirmed, Path(options.png))
-    return bool(found)
+    console.print(searching.table(layouts, options.run))
+    if not layouts:
+        console.print("none of the layouts tried fits; use more GPUs, or a device with more memory", style="bold red")
+    for rank, layout in enumerate(layouts[:3], start=1):
+        console.print(f"{rank}: {options.recipe} {' '.join(layout.settings)}", markup=False, highlight=False, soft_wrap=True)
+    _write(options.json, {"ranks": options.world, "device": options.device, "layouts": searching.as_json(layouts)})
+    if options.png and layouts and layouts[0].confirmed:
+        report.draw_pipeline(layouts[0].confirmed, Path(options.png))
+    return bool(layouts)
 
 
 def calibrate(path: Path) -> None:
@@ -143,10 +143,10 @@ def calibrate(path: Path) -> None:
     from engine.dryrun import calibrate as measuring
 
     with closing(World.start()) as world:
-        found = measuring.calibrate(world)
+        hardware = measuring.calibrate(world)
         if world.rank == 0:
-            measuring.save(found, path)
-            print(f"what {world.size} {'process' if world.size == 1 else 'processes'} measured -> {path}")
+            measuring.save(hardware, path)
+            print(f"measured on {world.size} {'process' if world.size == 1 else 'processes'} -> {path}")
 
 
 def _console() -> Console:

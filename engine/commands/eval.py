@@ -12,9 +12,13 @@ from engine.config import Model, override
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "python -m engine eval MODEL --suite gsm8k")
-    parser.add_argument("--suite", required=True, help="gsm8k,math,ifeval,humaneval,mmlu,popqa,nq_open: one or more, with commas")
+    parser.add_argument("--suite", required=True, help="one or more of gsm8k,math,ifeval,humaneval,mmlu,popqa,nq_open, separated by commas")
     parser.add_argument(
-        "--data", action="append", default=[], metavar="SUITE=PATH", help="a suite's rows: a .jsonl file, a folder, or a Hugging Face id"
+        "--data",
+        action="append",
+        default=[],
+        metavar="SUITE=PATH",
+        help="data of a suite: a .jsonl file, a folder, or a Hugging Face id (default: the suite's own)",
     )
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N items of each suite")
     parser.add_argument(
@@ -22,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="use the chat template, with few-shot examples as turns (default: if the model has a template)",
     )
-    parser.add_argument("--out", metavar="DIR", help="the folder for results.json, and for SUITE.jsonl with all responses and verdicts")
-    parser.add_argument("--unsafe-code", action="store_true", help="let humaneval run programs without isolation from this machine")
+    parser.add_argument("--out", metavar="DIR", help="the folder for results.json and SUITE.jsonl (all responses and verdicts)")
+    parser.add_argument("--unsafe-code", action="store_true", help="run humaneval's programs without a sandbox")
     add_settings(parser, "samples=20 temperature=0.8 max_tokens=512 seed=1 parallel.tp=2")
     parser.epilog = examples(
         "eval runs/mine/export --suite gsm8k,ifeval --out results/mine",
@@ -54,8 +58,8 @@ def main(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for options that cannot be used."""
     if malformed := [pair for pair in arguments.data if not all(pair.partition("="))]:
-        raise ValueError(f"--data {malformed[0]} is not of the form SUITE=PATH, such as gsm8k=test.jsonl")
+        raise ValueError(f"--data {malformed[0]} must be SUITE=PATH, such as gsm8k=test.jsonl")
     if arguments.limit < 0:
         raise ValueError(f"--limit {arguments.limit} must not be negative; 0 means all items")
     if arguments.out and (Path(arguments.out) / "results.json").exists():
-        raise ValueError(f"{arguments.out}/results.json is there already; choose another folder for --out, or remove it")
+        raise ValueError(f"{arguments.out}/results.json already exists; choose another folder for --out, or remove it")

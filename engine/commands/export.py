@@ -1,4 +1,4 @@
-"""python -m engine export: a run's latest valid checkpoint as a folder that transformers loads."""
+"""python -m engine export: write a run's latest valid checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The settings of `export`: how the model is sharded over processes meanwhile."""
+    """The settings of `export`: how to shard the model over processes during the export."""
 
     parallel: Parallel = field(default_factory=Parallel)
 
@@ -35,17 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    exporting = override(ExportConfig(), arguments.overrides)
+    config = override(ExportConfig(), arguments.overrides)
     _check(Path(arguments.run_dir), Path(arguments.out_dir))
     from engine.distributed.world import World
 
     with closing(World.start()) as world:
-        export(Path(arguments.run_dir), Path(arguments.out_dir), exporting, world)
+        export(Path(arguments.run_dir), Path(arguments.out_dir), config, world)
 
 
 def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) -> None:
-    """Write weights, config.json and tokenizer into `out_dir`, which appears when all files are complete. Weights keep the dtype that
-    config.json names.
+    """Write weights, config.json and tokenizer into `out_dir`, which is created when all files are complete. The dtype of the weights is
+    that in config.json.
 
     Raises ValueError if `run_dir` has no valid checkpoint, or if `out_dir` exists.
     """
@@ -61,7 +61,7 @@ def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) 
         if world.rank == 0:
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(step_folder(run_dir, step) / "model", work)
-        world.first_error(None)  # all wait for the folder
+        world.first_error(None)  # a barrier: all ranks wait for the folder
         policy.export(work, _dtype(work / "config.json") or policy.dtype)
         if world.rank == 0:
             os.replace(work, out_dir)
@@ -70,9 +70,9 @@ def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) 
 
 def _check(run_dir: Path, out_dir: Path) -> None:
     if out_dir.exists():
-        raise ValueError(f"{out_dir} is there already; choose another folder, or remove it")
+        raise ValueError(f"{out_dir} already exists; choose another folder, or remove it")
     if not (run_dir / "model").is_dir():
-        raise ValueError(f"{run_dir} is not the folder of a run (it has no model/)")
+        raise ValueError(f"{run_dir} is not the folder of a run (it has no model/); give the out= of a run")
 
 
 def _dtype(config: Path) -> torch.dtype | None:

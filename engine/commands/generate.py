@@ -1,4 +1,4 @@
-"""python -m engine generate: responses of a model to one question, or to every prompt of a file."""
+"""python -m engine generate: generate responses to one question, or to every prompt of a file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from engine.rollout.engine import Response
     from engine.types import Prompt
 
-BLOCK = 1024  # prompts that are processed together, and held in memory
-OPTIONS = ("n", "temperature", "top-p", "top-k", "max-tokens", "seed")  # settings that can also be written as options
+BLOCK = 1024  # prompts that are processed at a time and held in memory
+OPTIONS = ("n", "temperature", "top-p", "top-k", "max-tokens", "seed")  # settings that can also be given as options, such as --n 4
 USAGE = 'python -m engine generate MODEL "What is 2 + 3?"'
 
 
@@ -33,11 +33,11 @@ class GenerateConfig:
     model: Model
     parallel: Parallel = field(default_factory=Parallel)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    n: int = 1  # responses to each prompt
-    max_tokens: int = 256
+    n: int = 1  # responses per prompt
+    max_tokens: int = 256  # of a response
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0  # sample from the most likely tokens of this total probability; 1: from all
+    top_k: int = 0  # sample from the k most likely tokens; 0: all
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability; 1: all
     stop: tuple[str, ...] = ()  # tokens that end a response, in addition to those of engine/data/stops.py
     seed: int = 0
     chat_template: str = ""  # "tulu", "chatml" or jinja text; "": the tokenizer's own
@@ -46,7 +46,7 @@ class GenerateConfig:
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1")
         if self.rollout.generator_gpus:
-            raise ValueError(f"rollout.generator_gpus={self.rollout.generator_gpus} is for training runs; leave it at 0")
+            raise ValueError(f"rollout.generator_gpus={self.rollout.generator_gpus} is for training runs; use 0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in OPTIONS:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     settings = """settings:
-  n=1              responses to each prompt
+  n=1              responses per prompt
   temperature=1.0  0: greedy decoding
-  top_p=1.0        sample from the most likely tokens that together reach this probability (1: all)
+  top_p=1.0        sample from the most likely tokens with this total probability (1: all)
   top_k=0          sample from the k most likely tokens (0: all)
   max_tokens=256   maximum number of tokens in a response
-  seed=0           the same seed gives the same responses, on any layout
+  seed=0           the same seed gives the same responses on any parallel layout
   parallel.tp=1    tensor parallelism; also parallel.pp, chat_template, stop, rollout.kv_cache_gb, ..."""
     parser.epilog = examples(
         'generate smollm2-135m-instruct "What is 2 + 3?" temperature=0',
@@ -94,24 +94,24 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def answer(generating: GenerateConfig, question: str, world: World) -> list[str]:
-    """The texts of the responses to one question."""
-    with closing(Generator(generating, world)) as answering:
-        return [answering.text(response) for _, response in answering([{"prompt": question}])]
+    """Return the texts of the responses to one question."""
+    with closing(Generator(generating, world)) as generator:
+        return [generator.text(response) for _, response in generator([{"prompt": question}])]
 
 
 def answer_all(generating: GenerateConfig, prompts: str, out: Path, world: World) -> int:
-    """Write {"tokens", "prompt_length", "logprobs", "finish_reason", "text"} for each response to each row of the .jsonl file `prompts`, in
-    order, and return how many; `out` appears when all are done.
+    """Generate responses to each row of the .jsonl file `prompts`, write them to `out` in order, and return their number.
 
-    Rows have `tokens` (ids of a prompt), `messages` or `prompt`. logprobs are natural logs, one for each token of the response.
-    Raises ValueError, naming the line, for a row that has none of these or whose prompt is too long.
+    Input rows have `tokens` (ids of a prompt), `messages` or `prompt`. Output rows are {"tokens", "prompt_length", "logprobs",
+    "finish_reason", "text"}; logprobs are natural logarithms, one per token of the response. `out` is created when all rows are complete.
+    Raises ValueError, naming the line, for a row with none of these fields or with a prompt that is too long.
     """
     count = 0
-    with closing(Generator(generating, world)) as answering, whole_file(out, world.rank == 0) as file:
+    with closing(Generator(generating, world)) as generator, whole_file(out, world.rank == 0) as file:
         rows = read_rows(Source(prompts))
         while block := list(islice(rows, BLOCK)):
-            where, asked = zip(*block, strict=True)
-            lines = [answering.line(*pair) for pair in answering(asked, where, count)]
+            where, batch = zip(*block, strict=True)
+            lines = [generator.line(*pair) for pair in generator(batch, where, count)]
             count += len(block)
             if file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -145,7 +145,11 @@ class Generator:
         self.policy.close()
 
     def __call__(self, rows: Sequence[dict[str, Any]], where: Sequence[str] = (), first: int = 0) -> Iterator[tuple[Prompt, Response]]:
-        """Each row's prompt with each of its responses, in order. Prompts are numbered from `first`, which affects sampling."""
+        """Yield (prompt, response) for each response to each row, in order.
+
+        where   location of each row, for error messages
+        first   id of the first prompt; ids seed the sampling
+        """
         from engine.rollout.sampler import generate
 
         prompts = [self._prompt(row, first + i, where[i] if where else "the question") for i, row in enumerate(rows)]
@@ -162,14 +166,15 @@ class Generator:
             room = self.policy.model.max_length - self.generating.max_tokens
             if len(tokens) > room:
                 raise ValueError(
-                    f"the prompt has {len(tokens)} tokens, and max_tokens leaves room for {room}; shorten it or lower max_tokens"
+                    f"the prompt has {len(tokens)} tokens, and max_tokens={self.generating.max_tokens} leaves room for {room}; "
+                    "shorten it or lower max_tokens"
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         return Prompt(tokens, id=number)
 
     def text(self, response: Response) -> str:
-        """The text of a response, without its stop token."""
+        """Decode a response, without its stop token."""
         from engine.rollout.sampler import text_of
 
         return text_of(response, self.tokenizer)

@@ -10,12 +10,12 @@ from engine.config import Run
 
 
 def load_recipe(path: str) -> Run:
-    """The `run` that a recipe defines. Raises ValueError if the file is missing, which names similar recipes, or defines no run."""
+    """Execute a recipe and return its `run`. Raises ValueError if the file is missing (the message names similar ones) or has no `run`."""
     if not Path(path).is_file():
         raise ValueError(f"recipe {path!r} is not a file; {_similar(Path(path))}")
     run = runpy.run_path(path).get("run")
     if not isinstance(run, Run):
-        raise ValueError(f"recipe {path!r} defines no run = Run(...)")
+        raise ValueError(f"recipe {path!r} does not define run = Run(...)")
     return run
 
 

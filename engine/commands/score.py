@@ -1,4 +1,4 @@
-"""python -m engine score: log-probabilities or rewards of given rows, in the same order."""
+"""python -m engine score: compute log-probabilities or rewards of given rows, in the same order."""
 
 from __future__ import annotations
 
@@ -59,22 +59,23 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def score(scoring: ScoreConfig, data: str, out: Path, world: World, *, reward: bool = False) -> int:
-    """Write {"tokens", "logprobs", "mask"} for every row of the .jsonl file `data`, and return how many; `out` appears when all are done.
+    """Score every row of the .jsonl file `data`, write the results to `out` in order, and return their number.
 
-    logprobs[t] is the natural-log probability of tokens[t + 1] given those before it; mask[t] whether training would count it.
-    With `reward`: {"reward", "tokens"}, a reward model's value after the row's last token.
-    Raises ValueError, naming the line, for a row that cannot be read or is longer than a microbatch, and for a model of the other kind.
+    Output rows are {"tokens", "logprobs", "mask"}: logprobs[t] is the natural logarithm of the probability of tokens[t + 1] given the
+    tokens before it, and mask[t] whether training would include it in the loss. With `reward` they are {"reward", "tokens"}: the output of
+    a reward model at the row's last token. `out` is created when all rows are complete.
+    Raises ValueError, naming the line, for a row that cannot be read or is longer than a microbatch, and for a model with the wrong head.
     """
     from engine.megatron.policy import Policy
     from engine.rollout.scoring import score_samples
 
     with closing(Policy(scoring.model, None, scoring.parallel, world)) as policy:
         policy.expect_head("scalar" if reward else "lm")
-        verb, line = (policy.values, _reward_line) if reward else (policy.logprobs, _line)
+        evaluate, line = (policy.values, _reward_line) if reward else (policy.logprobs, _line)
         rows = _samples(data, _Encoder(scoring, policy, reward), scoring.tokens_per_microbatch)
         count = 0
         with whole_file(out, world.rank == 0) as file:
-            for block, values in score_samples(policy, verb, rows, scoring.tokens_per_microbatch):
+            for block, values in score_samples(policy, evaluate, rows, scoring.tokens_per_microbatch):
                 count += len(block)
                 if file:
                     file.writelines(map(line, block, values))
@@ -112,7 +113,7 @@ def _samples(data: str, encode: _Encoder, budget: int) -> Iterator[Sample]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if len(mask) > budget:
-            raise ValueError(f"{where} has {len(mask)} tokens, over tokens_per_microbatch={budget}; raise it, or shorten the row")
+            raise ValueError(f"{where} has {len(mask)} tokens, more than tokens_per_microbatch={budget}; raise it, or shorten the row")
         yield Sample(tokens, mask)
 
 

@@ -12,7 +12,7 @@ from engine.verify import VERIFIERS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verifier", required=True, help=f"one of {', '.join(sorted(VERIFIERS))}")
     parser.add_argument("--workers", type=int, help="worker processes (default: one per core)")
-    parser.add_argument("--unsafe-code", action="store_true", help="let verifier=code run programs without isolation from this machine")
+    parser.add_argument("--unsafe-code", action="store_true", help="run the programs of --verifier code without a sandbox")
     parser.epilog = examples("verify --verifier math < responses.jsonl > verdicts.jsonl", torchrun=False)
 
 

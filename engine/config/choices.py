@@ -1,4 +1,4 @@
-"""The values that settings can take, where modules of several floors name them."""
+"""Literal types of settings that modules of several floors use."""
 
 from typing import Literal
 

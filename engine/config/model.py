@@ -1,4 +1,4 @@
-"""The shape of a model, and the weights that a run starts from."""
+"""The shape of a model, and the choice of initial weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's rotary scaling: wavelengths beyond `original_length / low` are stretched by `factor`, those below
-    `original_length / high` kept."""
+    """Llama 3.1's rotary scaling: wavelengths above `original_length / low` tokens are multiplied by `factor`, those below
+    `original_length / high` are unchanged, and those between are interpolated."""
 
     factor: float = 8.0
     low: float = 1.0
@@ -37,8 +37,8 @@ class ModelShape:
     norm_eps: float = 1e-5
     tied: bool = False
     max_length: int = 8192
-    head: Literal["lm", "scalar"] = "lm"  # scalar: one value a token instead of logits (reward models and critics)
-    family: str = "llama"  # the row of engine/models/families.py
+    head: Literal["lm", "scalar"] = "lm"  # scalar: one value per token instead of logits (reward models and critics)
+    family: str = "llama"  # a row of engine/models/families.py
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab"):
@@ -51,7 +51,9 @@ class ModelShape:
                 raise ValueError(f"model.hidden={self.hidden} must be a multiple of model.heads={self.heads}, or set model.head_dim")
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
         if self.tied and self.head == "scalar":
-            raise ValueError("model.tied=True ties the vocabulary's output layer, which model.head='scalar' has none of; set tied=False")
+            raise ValueError(
+                "model.tied=True shares the output layer's weight, but model.head='scalar' has no output layer; set tied=False"
+            )
 
     @property
     def parameters(self) -> int:
@@ -66,11 +68,11 @@ class ModelShape:
         return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
 
     def kv_cache_bytes(self, layers: int, tp: int, positions: int, itemsize: int) -> int:
-        """Of keys and values of `positions` tokens, on one of `tp` ranks that hold `layers` of the layers."""
+        """Bytes of the keys and values of `positions` tokens in `layers` layers, on one of `tp` ranks. `itemsize`: bytes of an element."""
         return 2 * layers * (self.kv_heads // tp) * positions * self.head_dim * itemsize
 
     def with_scalar_head(self) -> ModelShape:
-        """The same layers under a scalar head."""
+        """The same shape with a scalar head."""
         return replace(self, head="scalar", tied=False)
 
     @property
@@ -90,31 +92,31 @@ class ModelShape:
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """(0, c1, c2) such that a sequence of L tokens costs c1 L + c2 L^2: multiply-adds of the matrices and of causal attention's two
-        products, L^2 * heads * head_dim a layer, in units of the latter's."""
+        """(0, c1, c2) such that a sequence of L tokens costs c1 L + c2 L^2. c1 counts the multiply-adds of the weight matrices, and c2
+        those of the two products of causal attention, L^2 * heads * head_dim per layer; the unit is layers * heads * head_dim of them."""
         return 0, max(1, self.matrix_parameters // (self.layers * self.heads * self.head_dim)), 1
 
 
 @dataclass(frozen=True)
 class Model:
-    """Which weights to start from: `path` (a folder, a Hugging Face id, or smollm2-135m-instruct), or random ones of shape `init`."""
+    """Initial weights: those at `path` (a folder, a Hugging Face id, or smollm2-135m-instruct), or random weights of shape `init`."""
 
     path: str = ""
     init: ModelShape | None = None
-    tokenizer: str = ""  # default: the model's own; "bytes" is the built-in byte-level one
+    tokenizer: str = ""  # "": the model's own; "bytes": the built-in byte-level tokenizer
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
-    head: Literal["auto", "scalar"] = "auto"  # scalar: a language model's output layer gives way to a fresh scalar head; auto: its own
+    head: Literal["auto", "scalar"] = "auto"  # scalar: replace the output layer by a new scalar head; auto: keep the model's head
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.init):
-            raise ValueError("model: give either path (existing weights) or init (a Llama shape with random weights)")
+            raise ValueError("model: give either path (existing weights) or init (the shape of a model with random weights)")
 
     def with_head(self, own: ModelShape) -> ModelShape:
-        """`own`, the shape of the weights, under the head that is asked for."""
+        """`own`, the shape of the weights at `path`, with the head that this config selects."""
         return own.with_scalar_head() if self.head == "scalar" else own
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
-    """`vocab` rounded up so that each of `tp` shards keeps its rows 16-byte aligned, by the same padding for tp 1, 2, 4 and 8."""
+    """`vocab` rounded up so that each of `tp` shards is 16-byte aligned; the padding is the same for tp 1, 2, 4 and 8."""
     multiple = math.lcm(64, 8 * tp)
     return -(-vocab // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Frozen dataclasses with fields replaced by dotted name, as a command line writes them."""
+"""Override fields of frozen dataclasses by dotted name, from command-line settings."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, Literal
 
 
 def override(config: Any, assignments: list[str]) -> Any:
-    """`config` with dotted fields replaced, all at once: override(run, ["optim.lr=2e-6", "parallel.tp=2"]).
+    """Return `config` with dotted fields replaced, all at once: override(run, ["optim.lr=2e-6", "parallel.tp=2"]).
 
-    Values are read by the field's type; lists and tuples are written as JSON, and a dataclass in them as its first field or as an object
-    of its fields. Raises ValueError naming the nearest fields for an unknown one.
+    Values are parsed by the type of the field. Tuples are JSON lists; a dataclass in them is the value of its first field, or an object of
+    its fields. Raises ValueError for a value that cannot be parsed and for an unknown field; the message names similar fields.
     """
     changes: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(f"override {assignment!r} is not of the form name=value, such as optim.lr=2e-6")
+            raise ValueError(f"override {assignment!r} must be name=value, such as optim.lr=2e-6")
         *path, last = name.split(".")
-        place = changes
+        node = changes
         for part in path:
-            place = place.setdefault(part, {})
-            if isinstance(place, str):
-                raise ValueError(f"{assignment}: {part} is set to {place!r} beside it; set only one of the two")
-        place[last] = text
+            node = node.setdefault(part, {})
+            if isinstance(node, str):
+                raise ValueError(f"{assignment}: {part} is also set to {node!r}; set only one of the two")
+        node[last] = text
     return _replaced(config, changes, "")
 
 
@@ -36,27 +36,27 @@ def _replaced(config: Any, changes: dict[str, Any], prefix: str) -> Any:
     names, kinds = [f.name for f in fields(config)], typing.get_type_hints(type(config))
     values = {}
     for name, change in changes.items():
-        whole = prefix + name
+        full_name = prefix + name
         if name not in names:
-            near = [prefix + n for n in difflib.get_close_matches(name, names, n=3, cutoff=0.4)]
-            nearest = f"; nearest: {', '.join(near)}" if near else ""
-            raise ValueError(f"unknown setting {_first(whole, change)!r}{nearest}; all there are: {', '.join(names)}")
+            similar = [prefix + n for n in difflib.get_close_matches(name, names, n=3, cutoff=0.4)]
+            nearest = f"; nearest: {', '.join(similar)}" if similar else ""
+            raise ValueError(f"unknown setting {_first(full_name, change)!r}{nearest}; the settings are {', '.join(names)}")
         value = getattr(config, name)
         if not isinstance(change, dict):
-            values[name] = _parsed(change, kinds[name], whole)
+            values[name] = _parsed(change, kinds[name], full_name)
         elif dataclasses.is_dataclass(value):
-            values[name] = _replaced(value, change, whole + ".")
+            values[name] = _replaced(value, change, full_name + ".")
         else:
-            raise ValueError(f"{_first(whole, change)!r}: {name} is {value!r} and has no field {next(iter(change))!r}")
+            raise ValueError(f"{_first(full_name, change)!r}: {name} is {value!r} and has no field {next(iter(change))!r}")
     return replace(config, **values)
 
 
-def _first(whole: str, change: Any) -> str:
+def _first(full_name: str, change: Any) -> str:
     """The dotted name of the first setting in `change`."""
     while isinstance(change, dict):
         name, change = next(iter(change.items()))
-        whole += "." + name
-    return whole
+        full_name += "." + name
+    return full_name
 
 
 def _parsed(text: str, kind: Any, name: str) -> Any:
@@ -82,13 +82,13 @@ def _parsed(text: str, kind: Any, name: str) -> Any:
         if kind is str:
             return text
     except (ValueError, TypeError) as error:
-        wanted = f"a JSON list ({error})" if origin is tuple else str(error) if origin is Literal or kind is bool else kind.__name__
-        raise ValueError(f"{name}={text} cannot be read; it takes {wanted}") from None
+        expected = f"a JSON list ({error})" if origin is tuple else str(error) if origin is Literal or kind is bool else kind.__name__
+        raise ValueError(f"{name}={text} cannot be parsed; use {expected}") from None
     raise ValueError(f"{name} cannot be set from the command line; set it in the recipe")
 
 
 def _element(value: Any, kind: Any) -> Any:
-    """An element of a tuple: as it is, or the dataclass `kind` made of it."""
+    """An element of a tuple: unchanged, or converted to the dataclass `kind`."""
     make: Any = kind
     if not dataclasses.is_dataclass(kind):
         return value

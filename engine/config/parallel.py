@@ -1,4 +1,4 @@
-"""How a model is laid out over ranks: tensor, pipeline and data parallelism."""
+"""The parallel layout of a model: tensor, pipeline and data parallelism."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any, Literal
 
 from engine.config.model import ModelShape
 
-Recompute = Literal["none", "swiglu", "selective", "full"]  # in backward: nothing, SwiGLU's output, MLPs, layers; slower, and smaller
+# Recomputed in backward: nothing, the output of SwiGLU, the MLPs, entire layers. Each takes more time and less memory than the one before.
+Recompute = Literal["none", "swiglu", "selective", "full"]
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """The grid. Data parallelism is what is left of the world: dp = world size / (tp * pp)."""
+    """The grid of ranks. Data parallelism follows from the world size: dp = world size / (tp * pp)."""
 
     tp: int = 1
     pp: int = 1
-    vpp: int = 1  # virtual stages a pipeline rank holds (interleaved 1F1B)
-    count_embedding: bool = False  # the embedding takes a layer's slot when layers are dealt to stages
-    count_loss: bool = False  # and so does the output layer
-    stages: tuple[int, ...] = ()  # or deal by hand: layers of each of the pp * vpp stages, in order
+    vpp: int = 1  # virtual stages per pipeline rank (interleaved 1F1B)
+    count_embedding: bool = False  # count the embedding as one layer when layers are divided among stages
+    count_loss: bool = False  # count the output layer as one layer
+    stages: tuple[int, ...] = ()  # explicit number of layers of each of the pp * vpp stages, in order; (): even
     recompute: Recompute = "none"
     tp_comm_overlap: bool = False  # overlap tensor-parallel communication with matrix products; GPUs of one node only
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks
@@ -33,7 +34,7 @@ class Parallel:
             raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp of at least 2, or vpp=1")
 
     def check(self, model: ModelShape, world_size: int) -> None:
-        """Raise ValueError unless this grid can hold `model` on `world_size` ranks; the message names values that can."""
+        """Raise ValueError unless this grid fits `model` on `world_size` ranks; the message names values that do."""
         if fault := self._fault(model, world_size):
             raise ValueError(f"{fault}; use {self._way_out(model, world_size)}")
 
@@ -43,7 +44,7 @@ class Parallel:
         return self.tp * self.pp
 
     def with_even_stages(self) -> Parallel:
-        """The same grid for another model, whose layers are dealt evenly."""
+        """The same grid with layers divided evenly, for another model."""
         return replace(self, stages=(), count_embedding=False, count_loss=False)
 
     def layers_per_stage(self, model: ModelShape) -> list[int]:
@@ -55,46 +56,46 @@ class Parallel:
         return layers
 
     def most_layers(self, model: ModelShape) -> int:
-        """Layers of the pipeline rank that holds most."""
-        dealt = self.layers_per_stage(model)
-        return max(sum(dealt[rank :: self.pp]) for rank in range(self.pp))
+        """The largest number of layers on a pipeline rank."""
+        layers = self.layers_per_stage(model)
+        return max(sum(layers[rank :: self.pp]) for rank in range(self.pp))
 
     def _slots(self, model: ModelShape) -> int:
         return model.layers + self.count_embedding + self.count_loss
 
     def _fault(self, model: ModelShape, world_size: int) -> str:
-        """Why this grid cannot hold `model`; "" when it can."""
+        """Why this grid does not fit `model`; "" if it does."""
         ranks, count, slots = self.model_ranks, self.pp * self.vpp, self._slots(model)
         if model.heads % self.tp or model.kv_heads % self.tp or model.ffn % self.tp:
             sizes = f"model.heads={model.heads}, model.kv_heads={model.kv_heads} and model.ffn={model.ffn}"
             return f"parallel.tp={self.tp} must divide {sizes}"
         if self.stages and (len(self.stages) != count or sum(self.stages) != model.layers or min(self.stages) < 0):
             given = f"parallel.stages={list(self.stages)}"
-            return f"{given} must give the layers of pp x vpp = {count} stages, in sum model.layers={model.layers}"
+            return f"{given} must have pp x vpp = {count} entries that add up to model.layers={model.layers}"
         if not self.stages and slots % count:
             counted = " and ".join(["embedding"] * self.count_embedding + ["loss"] * self.count_loss)
             more = f" ({slots} slots with {counted} counted)" if counted else ""
             return f"parallel.pp={self.pp} x parallel.vpp={self.vpp} must divide model.layers={model.layers}{more}"
         if world_size % ranks:
-            return f"the world has {world_size} ranks, which parallel.tp={self.tp} x parallel.pp={self.pp} = {ranks} must divide"
+            return f"parallel.tp={self.tp} x parallel.pp={self.pp} = {ranks} must divide the world size of {world_size}"
         return ""
 
     def fits_model(self, model: ModelShape, world_size: int) -> bool:
-        """Whether this grid can hold `model` on `world_size` ranks."""
+        """Whether this grid fits `model` on `world_size` ranks. Memory is not checked."""
         return not self._fault(model, world_size)
 
     def alternatives(self, model: ModelShape, holds: Callable[[Parallel], bool]) -> list[str]:
-        """Values of tp, of pp and of vpp, the others left as they are, for which `holds`."""
+        """Settings of one of tp, pp and vpp, with the others unchanged, for which `holds` is True."""
         ways = []
         for name, most in (("tp", model.kv_heads), ("pp", model.layers + 2), ("vpp", model.layers + 2)):
             least = 2 if name == "pp" and self.vpp > 1 else 1
-            upper = 1 if name == "vpp" and self.pp == 1 else most  # virtual stages want a pipeline
+            upper = 1 if name == "vpp" and self.pp == 1 else most  # vpp > 1 needs pp > 1
             if good := [n for n in range(least, upper + 1) if holds(replace(self, **{name: n}))]:
                 ways.append(f"parallel.{name}={_one_of(good)}")
         return ways
 
     def _way_out(self, model: ModelShape, world_size: int) -> str:
-        """Values of one setting, the others left as they are, that do."""
+        """Settings for which the grid fits: changes of one setting if possible."""
 
         def fits(**change: Any) -> bool:
             return replace(self, **change).fits_model(model, world_size)
@@ -105,9 +106,9 @@ class Parallel:
         below = world_size - world_size % self.model_ranks
         if good := [n for n in (below, below + self.model_ranks) if n and self.fits_model(model, n)]:
             ways.append(f"{_one_of(good)} ranks")
-        by_hand = even_split(model.layers, self.pp * self.vpp)
-        if (len(by_hand) <= 16 or not ways) and fits(stages=tuple(by_hand)):
-            ways.append(f"parallel.stages={by_hand}")
+        even = even_split(model.layers, self.pp * self.vpp)
+        if (len(even) <= 16 or not ways) and fits(stages=tuple(even)):
+            ways.append(f"parallel.stages={even}")
         if not ways:
             grids = ((tp, pp) for tp in range(model.kv_heads, 0, -1) for pp in range(self.pp, 0, -1))
             tp, pp = next((tp, pp) for tp, pp in grids if fits(tp=tp, pp=pp, vpp=1, stages=()))
@@ -116,10 +117,11 @@ class Parallel:
 
 
 def even_split(layers: int, stages: int) -> list[int]:
-    """Layers dealt to stages as evenly as can be, the outer ones lighter: they have the embedding and the loss besides."""
-    share, left = divmod(layers, stages)
-    first = (stages - left) // 2
-    return [share + (first <= stage < first + left) for stage in range(stages)]
+    """Divide layers among stages as evenly as possible. The middle stages get the remainder, because the first also has the embedding and
+    the last the output layer."""
+    share, remainder = divmod(layers, stages)
+    first = (stages - remainder) // 2
+    return [share + (first <= stage < first + remainder) for stage in range(stages)]
 
 
 def _one_of(values: list[int]) -> str:

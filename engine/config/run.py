@@ -1,4 +1,4 @@
-"""A training run: what is trained, how it is optimized, and where its output goes."""
+"""The configuration of a training run: model, algorithm, optimizer, layout and output."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from engine.config.parallel import Parallel
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW. Norms and biases never decay. `warmup` is a share of all steps."""
+    """AdamW and the learning-rate schedule. Weight decay does not apply to norms and biases."""
 
     lr: float
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = 0.0  # warm-up steps / all steps
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -26,14 +26,16 @@ class Optim:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr <= 1:
-            raise ValueError(f"optim.lr={self.lr} must be from 0 to 1: AdamW moves a weight by about that much a step; use 1e-6, say")
+            raise ValueError(f"optim.lr={self.lr} must be from 0 to 1: AdamW changes a weight by about that per step; use 1e-6, say")
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} is a share of all steps, from 0 to below 1; use 0.03, say")
+            raise ValueError(
+                f"optim.warmup_ratio={self.warmup_ratio} must be at least 0 and below 1 (warm-up steps / all steps); use 0.03, say"
+            )
         if not self.max_grad_norm >= 0:
             raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must not be negative; use 1.0, or 0 for no clipping")
 
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of `step` (from 0) of `steps`: linear warm-up to `lr`, then the schedule down to 0."""
+        """Learning rate of `step` (counted from 0) of `steps`: linear warm-up to `lr`, then the schedule."""
         warmup = round(self.warmup_ratio * steps)
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -45,30 +47,30 @@ class Optim:
 
 @dataclass(frozen=True)
 class Logging:
-    """Where metrics go besides the terminal and metrics.jsonl."""
+    """Metric outputs in addition to metrics.jsonl, and how often steps are printed."""
 
     tensorboard: bool = True
-    wandb_project: str = ""  # set it to log to Weights & Biases
-    every: float = 10.0  # seconds between the steps that are printed; the first and the last always are. 0: print every step
+    wandb_project: str = ""  # Weights & Biases project; "": do not log there
+    every: float = 10.0  # seconds between printed steps; 0: print all. The first and the last step are always printed
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, whole. `algorithm` is a config from engine/algorithms; its `start(policy, run)` gives collect and loss."""
+    """A complete training run. `algorithm` is a config from engine/algorithms; its `start(policy, run)` returns the algorithm itself."""
 
     model: Model
     algorithm: Any
     optim: Optim
     parallel: Parallel = field(default_factory=Parallel)
     out: str = "runs/run"
-    steps: int = 0  # 0: as many as the algorithm's epochs take
+    steps: int = 0  # 0: from the algorithm's number of epochs
     tokens_per_microbatch: int = 4096
     seed: int = 0
-    save_every: int = 0  # 0: only at the end
-    keep_last: int = 2
-    eval_every: int = 0  # 0: only at the start and the end, where there is held-out data
-    gpus: int = 0  # ranks that the recipe is written for, which the dry run assumes; 0: one replica
-    deterministic: bool = False  # the same bits in every run on the same machine and layout, on GPUs too, at the cost of speed
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    keep_last: int = 2  # checkpoints to keep
+    eval_every: int = 0  # steps between evaluations on held-out data; 0: only at the start and the end
+    gpus: int = 0  # number of ranks the recipe is written for, the dry run's default; 0: one replica
+    deterministic: bool = False  # bitwise reproducible on the same hardware and layout, at the cost of speed
     logging: Logging = field(default_factory=Logging)
 
     def __post_init__(self) -> None:
@@ -81,12 +83,15 @@ class Run:
 
     @property
     def microbatch_tokens(self) -> int:
-        """How many real tokens a microbatch can hold: every rank of a tensor-parallel group holds equally many."""
+        """Token capacity of a microbatch: tokens_per_microbatch rounded down to a multiple of tp."""
         return self.tokens_per_microbatch // self.parallel.tp * self.parallel.tp
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: everything but where and how it is computed, saved and logged."""
-        elsewhere = {
+        """The settings that define the result of a run: all except those of layout, checkpoints, evaluation, output and logging.
+
+        Two runs with equal identities are the same run, so one can resume from the checkpoints of the other.
+        """
+        excluded = {
             "parallel",
             "tokens_per_microbatch",
             "out",
@@ -97,16 +102,16 @@ class Run:
             "deterministic",
             "logging",
         }
-        return {name: value for name, value in to_dict(self).items() if name not in elsewhere}
+        return {name: value for name, value in to_dict(self).items() if name not in excluded}
 
 
 def step_folder(out: Path, step: int) -> Path:
-    """Where a run's checkpoint of `step` is."""
+    """The folder of a run's checkpoint of `step`."""
     return out / f"step-{step:08d}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values; nested dataclasses carry their class name under "is"."""
+    """Convert a config to JSON values. Dataclasses become objects with their class name under "is"."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

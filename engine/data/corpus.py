@@ -1,4 +1,4 @@
-"""Tokenizes a source once and caches the result in memory-mapped files."""
+"""Tokenize a source once and cache the result in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from engine.types import Sample
 
 Sequences = list[tuple[np.ndarray, np.ndarray]]  # of one row, each (tokens int32 [L + 1], mask uint8 [L])
 
-COMPLAINTS = 10  # error messages about bad rows that are stored
+COMPLAINTS = 10  # number of error messages about bad rows that are stored
 _FORMAT = 3  # version of the files below; part of the cache key
 _FILES = {"tokens": np.int32, "trained": np.uint8, "offsets": np.int64}
 
@@ -44,13 +44,13 @@ class Counts:
     def note(self, path: str) -> str:
         """One line for the log."""
         bad = f", {self.bad} bad ({'; '.join(self.complaints)}{' ...' if self.bad > len(self.complaints) else ''})" if self.bad else ""
-        fates = f"{self.rows} rows, {self.truncated} truncated, {self.dropped} dropped{bad}"
-        return f"{path}: {fates}; {self.tokens:,} tokens, {self.trained:,} of them trained"
+        outcomes = f"{self.rows} rows, {self.truncated} truncated, {self.dropped} dropped{bad}"
+        return f"{path}: {outcomes}; {self.tokens:,} tokens, {self.trained:,} of them trained"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns a row into sequences: `encode(chat, row)` returns exactly `sequences` of them, or raises ValueError for a bad row."""
+    """Converts a row to sequences: `encode(chat, row)` returns exactly `sequences` of them, or raises ValueError for a bad row."""
 
     name: str  # part of the cache key
     sequences: int
@@ -158,9 +158,9 @@ def _fitting(
             yield sequences, "kept", ""
         elif too_long == "error":
             prompt = int(mask.argmax()) + 1
-            long_prompt = f", the first {prompt} of them prompt" if prompt > max_length else ""
+            long_prompt = f", {prompt} of them in the prompt" if prompt > max_length else ""
             raise ValueError(
-                f"{where} has {len(mask)} tokens{long_prompt}, over max_length={max_length}, with too_long=error; "
+                f"{where} has {len(mask)} tokens{long_prompt}, more than max_length={max_length}, with too_long=error; "
                 "set too_long=truncate or drop, or raise max_length"
             )
         else:
@@ -175,11 +175,11 @@ def _write(work: Path, rows: Iterator[tuple[Sequences, str, str]], path: str) ->
     with ExitStack() as stack:
         tokens_file, trained_file, offsets_file = (stack.enter_context((work / f"{name}.bin").open("wb")) for name in _FILES)
         offsets_file.write(np.int64(0).tobytes())
-        for sequences, fate, complaint in rows:
-            count.update(rows=1, **{name: int(fate == name) for name in ("truncated", "dropped", "bad")})
+        for sequences, outcome, complaint in rows:
+            count.update(rows=1, **{name: int(outcome == name) for name in ("truncated", "dropped", "bad")})
             if complaint and len(complaints) < COMPLAINTS:
                 complaints.append(complaint)
-            if fate in ("dropped", "bad"):
+            if outcome in ("dropped", "bad"):
                 continue
             count.update(kept=1)
             for tokens, mask in sequences:
@@ -190,7 +190,7 @@ def _write(work: Path, rows: Iterator[tuple[Sequences, str, str]], path: str) ->
                 count.update(tokens=len(mask), trained=int(mask.sum()))
     if not count["kept"]:
         if complaints:
-            raise ValueError(f"{path}: none of {count['rows']} rows is usable; {complaints[0]}")
+            raise ValueError(f"{path}: all {count['rows']} rows are bad; the first: {complaints[0]}")
         raise ValueError(f"{path}: all {count['rows']} rows are too long and were dropped; raise max_length")
     (work / "counts.json").write_text(json.dumps(asdict(Counts(**count, complaints=tuple(complaints)))))
 

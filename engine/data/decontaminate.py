@@ -1,4 +1,4 @@
-"""Finds training prompts that overlap with evaluations: Tülu 3's rule, computed exactly, in one pass over the training data.
+"""Find training prompts that overlap with evaluations: Tülu 3's rule, computed exactly, in one pass over the training data.
 
 The rule (arXiv 2411.15124, section 3.2): a token of a test instance matches a training prompt if an 8-gram that contains it also occurs in
 the prompt; a prompt hits an instance if more than 50 % of the instance's tokens match that prompt; a training set is contaminated if it
@@ -23,12 +23,7 @@ from typing import Any, Literal
 from engine.data.rows import Source, read_rows
 
 SEPARATORS = ' ,.?!:;()"-\n\\'
-FIELDS = (
-    "prompt",
-    "question",
-    "problem",
-    "instruction",
-)  # fields that may hold the prompt of a row without messages, in order of preference
+FIELDS = ("prompt", "question", "problem", "instruction")  # prompt fields of rows without messages, in order of preference
 
 Gram = tuple[str, ...]
 Removal = Literal["instances", "sets"]
@@ -89,12 +84,12 @@ class Finding:
 
 
 def words(text: str) -> list[str]:
-    """The tokens of `text`."""
+    """The tokens of `text`: lower-case words between SEPARATORS."""
     return _WORD.findall(text.lower())
 
 
 def grams(tokens: Sequence[str], n: int) -> Iterator[Gram]:
-    """Every n consecutive tokens, in order."""
+    """All n-grams of `tokens`, in order."""
     return zip(*(tokens[k:] for k in range(n)), strict=False)
 
 
@@ -161,7 +156,7 @@ class Search:
 
     def __init__(self, evaluations: Sequence[Source], rule: Rule, field_: str = ""):
         self.rule, self.evaluations = rule, evaluations
-        self.where: list[tuple[int, str]] = []  # of each instance: index of its evaluation, and its row there
+        self.where: list[tuple[int, str]] = []  # (index of the evaluation, location of the row) of each instance
         tokens = []
         for number, source in enumerate(evaluations):
             for where, row in read_rows(source):

@@ -1,4 +1,4 @@
-"""Mixes corpora into an endless sequence of samples: a pure function of (seed, index), so that resuming needs no state."""
+"""Mix corpora into an endless sequence of samples, a pure function of (seed, index), so that resuming needs no state."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Pairs:
         if over := int((both > budget).sum()):
             raise ValueError(
                 f"{path}: {over} of {len(self)} pairs do not fit a microbatch; chosen and rejected have up to {both.max()} tokens, "
-                f"over tokens_per_microbatch={budget}; raise it, or lower algorithm.max_length with too_long=truncate or drop"
+                f"more than tokens_per_microbatch={budget}; raise it, or lower algorithm.max_length with too_long=truncate or drop"
             )
 
 
@@ -83,10 +83,11 @@ def grouped(pairs: Sequence[Pair]) -> list[Sample]:
 def encode_pair(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
     """Tokens int32 [L + 1] and mask uint8 [L] of the chosen and of the rejected conversation of a row, in this order.
 
-    Either chosen and rejected are responses, as text or as messages that start with an assistant turn. Then `prompt` is the question
-    (text) or the preceding conversation, and `messages` is an alternative name for the latter. If a row has both, prompt (for example a
-    system turn) precedes messages. Or they are whole conversations with a common beginning, as in the Tülu mixtures. Then prompt and
-    messages are ignored. The mask is 1 for the assistant turns that the two do not share.
+    Two formats are accepted:
+    - chosen and rejected are responses: text, or messages that start with an assistant turn. `prompt` is the question (text) or the
+      preceding conversation; `messages` is another name for the latter. If a row has both, prompt (such as a system turn) comes first.
+    - chosen and rejected are full conversations with a common beginning, as in the Tülu mixtures. prompt and messages are ignored.
+    The mask is 1 for the assistant turns that the two do not share.
 
     Raises ValueError for any other format, an empty response, equal responses, and conversations that differ before an assistant turn.
     """
@@ -96,10 +97,10 @@ def encode_pair(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
     if not chat.text:
         return _plain(chat, row)
     halves = [_messages(row[name], name) for name in ("chosen", "rejected")]
-    whole = [half[0].get("role") != "assistant" for half in halves]
-    if whole[0] != whole[1]:
-        raise ValueError("one of chosen and rejected is a whole conversation, the other only a response; write both in the same way")
-    if not whole[0]:
+    conversations = [half[0].get("role") != "assistant" for half in halves]
+    if conversations[0] != conversations[1]:
+        raise ValueError("one of chosen and rejected is a full conversation, the other only a response; use the same format for both")
+    if not conversations[0]:
         before = _before(row)
         halves = [[*before, *half] for half in halves]
     shared = _shared(*halves)
@@ -133,7 +134,7 @@ def _answered(content: Any, name: str) -> None:
 
 
 def _before(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The conversation to which chosen and rejected are responses."""
+    """The messages before the responses chosen and rejected."""
     prompt, messages = row.get("prompt"), row.get("messages")
     if prompt is None and messages is None:
         raise ValueError("chosen and rejected are only responses, so the row also needs prompt or messages")
@@ -151,8 +152,8 @@ def _before(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _shared(chosen: list[Mapping[str, Any]], rejected: list[Mapping[str, Any]]) -> int:
     """Number of messages that both conversations share at the beginning."""
     same = 0
-    for ours, theirs in zip(chosen, rejected, strict=False):
-        if any(ours.get(name) != theirs.get(name) for name in TURN_KEYS):
+    for chosen_turn, rejected_turn in zip(chosen, rejected, strict=False):
+        if any(chosen_turn.get(name) != rejected_turn.get(name) for name in TURN_KEYS):
             break
         same += 1
     if same == len(chosen) == len(rejected):

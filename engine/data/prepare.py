@@ -1,4 +1,4 @@
-"""Opens the tokenizer of a run and tokenizes its sources."""
+"""Open the tokenizer of a run and tokenize its sources."""
 
 from __future__ import annotations
 

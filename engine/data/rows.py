@@ -1,4 +1,4 @@
-"""Streams the rows of a data source: a .jsonl file, a folder written by datasets.save_to_disk, or a Hugging Face dataset."""
+"""Stream the rows of a data source: a .jsonl file, a folder written by datasets.save_to_disk, or a Hugging Face dataset."""
 
 from __future__ import annotations
 

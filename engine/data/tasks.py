@@ -1,4 +1,4 @@
-"""Reads prompts with verifiable answers. Verifiers check every ground truth before the run starts."""
+"""Read prompts with verifiable answers. Verifiers check every ground truth before the run starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tasks:
 
 
 def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int, too_long: Literal["error", "drop"], first: int) -> Tasks:
-    """Rows {"messages" | "prompt", "truth" | "ground_truth" | "answer", "verifier"?} as Prompts, with ids from `first` on.
+    """Read rows {"messages" | "prompt", "truth" | "ground_truth" | "answer", "verifier"?} as Prompts, with ids from `first` on.
 
     `name` is the verifier of all rows; "" means that each row names its own, as `verifier` or, like Tülu 3's data, as `dataset`. A final
     assistant turn of `messages` is ignored. `max_length` limits the prompt's tokens. Raises ValueError, which names the line, for a row
@@ -53,10 +53,10 @@ def read_tasks(source: Source, chat: ChatTemplate, *, name: str, max_length: int
             dropped += 1
         else:
             raise ValueError(
-                f"{where}: the prompt has {len(prompt.tokens)} tokens, over max_prompt_tokens={max_length}; raise it, or set too_long=drop"
+                f"{where}: prompt of {len(prompt.tokens)} tokens, more than max_prompt_tokens={max_length}; raise it, or set too_long=drop"
             )
     if not prompts:
-        raise ValueError(f"{source.path}: all {dropped} prompts are over {max_length} tokens; raise max_prompt_tokens")
+        raise ValueError(f"{source.path}: all {dropped} prompts have more than {max_length} tokens; raise max_prompt_tokens")
     return Tasks(source.path, prompts, dropped)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizes conversations: chat template and loss mask. Message content is never encoded as control tokens."""
+"""Tokenize conversations with a chat template and a loss mask. Message content is never encoded as control tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Tokens = tuple[list[int], list[int]]  # ids, and the index in the text at which 
 
 
 class ChatTemplate:
-    """A tokenizer with a chat template: turns conversations into tokens and loss masks.
+    """A tokenizer with a chat template, which converts conversations to tokens and loss masks.
 
     `template` is a name (tulu, chatml), Jinja source, or None for the tokenizer's own. Without any template, rows of prompt and response
     are still encoded, as plain text. Message content is always encoded as text; only the template produces control tokens.
@@ -279,7 +279,7 @@ class ChatTemplate:
         ids, starts = encoding.ids[first:], [start - first for start, _ in encoding.offsets[first:]]
         if forged := self._never_text.keys() & set(ids):
             raise ValueError(
-                f"the tokenizer makes the control token {self._never_text[min(forged)]!r} out of plain text; use another tokenizer"
+                f"the tokenizer encodes plain text as the control token {self._never_text[min(forged)]!r}; use another tokenizer"
             )
         return ids, starts
 
@@ -345,7 +345,7 @@ class ChatTemplate:
 
 
 def _resolve(tokenizer: PreTrainedTokenizerFast, template: str | None) -> tuple[str, str]:
-    """The template's name for errors, and its Jinja source ("" if there is none)."""
+    """(name of the template for errors, its Jinja source or "")."""
     if template is None:
         return "the tokenizer's chat template", tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if template in BUILT_IN:

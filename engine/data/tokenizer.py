@@ -1,4 +1,4 @@
-"""Loads tokenizers: from a folder, or one of the built-in ones. Also a hash that identifies a tokenizer."""
+"""Load tokenizers from a folder or by built-in name, and compute a hash that identifies a tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generates arithmetic word problems with worked answers, which small models can learn and the gsm8k verifier can check."""
+"""Generate arithmetic word problems with worked answers, which small models can learn and the gsm8k verifier can check."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-TIMEOUT = timedelta(days=1)  # one side may wait for a whole step or evaluation of the other; a dead peer is noticed at once
+TIMEOUT = timedelta(days=1)  # one world may wait for a full step or evaluation of the other; a dead peer is detected at once
 
 
 class CrossGroup:

@@ -72,7 +72,7 @@ class World:
         dist.init_process_group("nccl" if self.on_gpu else "gloo", device_id=own, timeout=TIMEOUT, **rendezvous)
 
     def split(self, generators: int) -> World:
-        """Leave this world and join a part of it: its last `generators` ranks, or the others. All ranks must call it."""
+        """Split the world into its last `generators` ranks and the others; return this rank's new world. All ranks must call it."""
         assert 0 < generators < self.size
         store, trainers = dist.distributed_c10d._get_default_store(), self.size - generators
         is_generator = self.rank >= trainers
@@ -119,13 +119,13 @@ class World:
                 result = work()
             except Exception as error:
                 failure = error
-        box = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+        message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(message, src=0)
         if failure is not None:
             raise failure
-        if box[0] is not None:
-            raise ValueError(f"rank 0 failed: {box[0]}")
+        if message[0] is not None:
+            raise ValueError(f"rank 0 failed: {message[0]}")
         return result if self.rank == 0 else work()  # type: ignore[return-value]
 
     def first_error(self, problem: str | None) -> str | None:

@@ -1,1 +1,1 @@
-"""The dry run: every rank of a launch on shapes alone -> memory, time, balance and mistakes, before anything is paid for."""
+"""The dry run: predict the memory, time and load balance of a launch, and find its errors, from shapes alone and without a GPU."""

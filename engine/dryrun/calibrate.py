@@ -1,7 +1,7 @@
-"""Measure the machine that this runs on, all ranks at once, so that what they take from each other is in it.
+"""Measure this machine's speed for the dry run. All ranks measure at the same time, so contention between them is included.
 
-Products by shape, attention, memory, messages between ranks; and whole layers of this engine, forward and backward, whose time beyond
-their products and attention says what its other kernels and their launches cost here.
+Measured: matrix products by shape, attention, memory bandwidth, communication between ranks, and complete layers of this engine, forward
+and backward. A layer's time beyond its matrix products and attention gives the cost of all other kernels and of kernel launches.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from engine.megatron.single_stage import SingleStage
 from engine.types import Sample
 
 REPEATS = 7
-KNOWN = ("H100", "H200", "B200", "A100")  # whose data sheets hardware.toml has
+KNOWN = ("H100", "H200", "B200", "A100")  # devices in hardware.toml
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: small on CPUs, large enough on GPUs that a kernel takes longer than its launch."""
+    """Problem sizes to measure: small on CPUs; on GPUs large enough that a kernel takes longer than its launch."""
 
     products: tuple[Matmul, ...]
-    attention: tuple[int, int, int]  # heads, length, size
+    attention: tuple[int, int, int]  # heads, sequence length, head size
     copied: int  # bytes
-    messages: tuple[int, int]  # bytes
-    layers: tuple[tuple[ModelShape, int], ...]  # a model and a microbatch's tokens
+    messages: tuple[int, int]  # bytes of the short and of the long message
+    layers: tuple[tuple[ModelShape, int], ...]  # (model, tokens in the microbatch)
 
 
 def _llama(layers: int, hidden: int, heads: int) -> ModelShape:
@@ -69,37 +69,40 @@ ON_GPU = Sizes(
 
 
 def calibrate(world: World, sizes: Sizes | None = None) -> Hardware:
-    """The machine as `world` finds it, by measuring at `sizes` (default: what suits it). What cannot be measured here is as hardware.toml
-    says of the device, where it knows it: its peak rates and power; links between ranks, when there is one rank.
+    """Measure the machine of `world` and return it as Hardware.
 
-    All ranks must call it, without a policy open. Takes some seconds.
+    sizes   problem sizes; default: ON_GPU or ON_CPU
+
+    Numbers that cannot be measured come from hardware.toml if the device is listed there: peak FLOP/s, power, and with one rank the links.
+
+    Collective: all ranks must call it, and none may have a Policy open. Takes a few seconds.
     """
-    sizes, before = sizes or (ON_GPU if world.on_gpu else ON_CPU), _before(world)
+    sizes, known = sizes or (ON_GPU if world.on_gpu else ON_CPU), _before(world)
     with nullcontext() if world.on_gpu else use_onednn():
-        found = _products(world, sizes, before)
+        measured = _products(world, sizes, known)
         copied = _copying(world, sizes)
-        memory = {"streaming": copied / before.bandwidth} if world.on_gpu else {"bandwidth": copied}
-        found = replace(found, attention=_attention(world, sizes) / found.peak, **memory)
-    found = replace(found, inside=_link(world, sizes) or before.inside)
-    found = replace(found, across=before.across if world.on_gpu else found.inside, decode_layer=_decode_layer(world))
-    return _kernels(world, sizes, found)
+        memory = {"streaming": copied / known.bandwidth} if world.on_gpu else {"bandwidth": copied}
+        measured = replace(measured, attention=_attention(world, sizes) / measured.peak, **memory)
+    measured = replace(measured, inside=_link(world, sizes) or known.inside)
+    measured = replace(measured, across=known.across if world.on_gpu else measured.inside, decode_layer=_decode_layer(world))
+    return _kernels(world, sizes, measured)
 
 
 def save(hardware: Hardware, path: Path) -> None:
-    """Write it as a file that Hardware.load reads, saying which numbers were measured."""
+    """Write `hardware` as a file that Hardware.load reads; comments in it say which numbers were measured."""
     measured = {"attention", "bandwidth", "streaming", "launch", "dispatch", "decode_layer"} | {f"gemm.{f.name}" for f in fields(Gemm)}
     measured |= {f"inside.{f.name}" for f in fields(Link)}
     hardware.save(path, dict.fromkeys(measured, "measured") | {"overlap": "assumed", "watts": "not measured; 0: not known"})
 
 
 def _before(world: World) -> Hardware:
-    """What is known before anything is measured."""
+    """Hardware before any measurement: from hardware.toml on a GPU, placeholders on a CPU."""
     if world.on_gpu:
         device = torch.get_device_module(world.device)
         name = next((name for name in KNOWN if name in device.get_device_name()), KNOWN[0])
         known = Hardware.load(name.lower())
         return replace(known, name="measured", memory=float(device.get_device_properties(world.device).total_memory))
-    here = Link(1e9, 1e-4, 0.0, 1e-4)  # where a rank alone cannot tell
+    default = Link(1e9, 1e-4, 0.0, 1e-4)  # used if there is one rank, so links cannot be measured
     process, machine = psutil.Process().memory_info().rss, psutil.virtual_memory().total
     return Hardware(
         name="measured",
@@ -117,13 +120,13 @@ def _before(world: World) -> Hardware:
         node=world.size,
         watts=0.0,
         gemm=Gemm(1.0, 0.0, 0.0),
-        inside=here,
-        across=here,
+        inside=default,
+        across=default,
     )
 
 
 def seconds(world: World, work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Of `work`, the median of some, averaged over ranks that all do it at once."""
+    """Return the median time of `work` in seconds over `repeats` calls, averaged over ranks, which all run it at the same time."""
     device = torch.get_device_module(world.device)
     times = []
     for _ in range(2 + repeats):
@@ -143,7 +146,7 @@ def _averaged(world: World, value: float) -> float:
 
 
 def _many(work: Callable[[], Any], once: int) -> Callable[[], None]:
-    """`work` so often that it is told from the clock's own grain and a barrier's tail."""
+    """`work`, called `once` times, so that clock resolution and the end of the barrier do not distort the time."""
 
     def repeated() -> None:
         for _ in range(once):
@@ -153,7 +156,7 @@ def _many(work: Callable[[], Any], once: int) -> Callable[[], None]:
 
 
 def _products(world: World, sizes: Sizes, before: Hardware) -> Hardware:
-    """Peak (on CPUs: the best rate there was) and efficiency by shape."""
+    """Measure the efficiency of matrix products by shape, and on CPUs the peak, which is the best rate measured."""
     dtype = torch.bfloat16 if world.on_gpu else torch.float32
     rates = []
     for shape in sizes.products:
@@ -165,7 +168,7 @@ def _products(world: World, sizes: Sizes, before: Hardware) -> Hardware:
 
 
 def fit_gemm(shapes: Sequence[Matmul], efficiencies: Sequence[float]) -> Gemm:
-    """The ceiling, wave and fill of hardware.toml's formula that are least far from what was measured, by squares of logarithms."""
+    """Fit ceiling, wave and fill of hardware.toml's formula to measured shares of peak: least squares of logarithms, over a grid."""
     measured, best = np.log(efficiencies), (np.inf, Gemm(1.0, 0.0, 0.0))
     outputs, depths = np.array([s.m * s.n for s in shapes]), np.array([s.k for s in shapes])
     for wave in (0.0, *np.geomspace(1e2, 1e7, 41)):
@@ -179,7 +182,7 @@ def fit_gemm(shapes: Sequence[Matmul], efficiencies: Sequence[float]) -> Gemm:
 
 
 def _attention(world: World, sizes: Sizes) -> float:
-    """FLOP/s of causal attention, forward and backward: 4 and 10 a pair, head and number."""
+    """FLOP/s of causal attention, forward and backward. FLOPs per pair of positions, head and head dimension: 4 forward, 10 backward."""
     heads, length, size = sizes.attention
     dtype = torch.bfloat16 if world.on_gpu else torch.float32
     query, key, value = (torch.randn(1, heads, length, size, dtype=dtype, device=world.device, requires_grad=True) for _ in range(3))
@@ -191,14 +194,15 @@ def _attention(world: World, sizes: Sizes) -> float:
 
 
 def _copying(world: World, sizes: Sizes) -> float:
-    """Bytes/s read and written."""
+    """Bytes/s of a copy, bytes read and bytes written both counted."""
     source = torch.zeros(sizes.copied, dtype=torch.uint8, device=world.device)
     target = torch.empty_like(source)
     return 2 * sizes.copied / seconds(world, lambda: target.copy_(source))
 
 
 def _link(world: World, sizes: Sizes) -> Link | None:
-    """From gathers and scatters among all ranks and between two, of a short and of a long message; and from one rank to the next."""
+    """Measure collectives of a short and a long message among all ranks and between two, and a message to the next rank. None for one
+    rank."""
     if world.size == 1:
         return None
     short, long = sizes.messages
@@ -216,19 +220,19 @@ def _link(world: World, sizes: Sizes) -> Link | None:
 
 
 def _gathering(world: World, size: int, group: dist.ProcessGroup | None, ranks: int) -> float:
-    """Seconds of an all_gather or reduce_scatter of `size` bytes in whole, the mean of the two."""
-    whole = torch.zeros(size // 4 // ranks * ranks, device=world.device)
-    part = torch.zeros(len(whole) // ranks, device=world.device)
+    """Mean seconds of an all_gather and a reduce_scatter of `size` bytes (of the full tensor)."""
+    full = torch.zeros(size // 4 // ranks * ranks, device=world.device)
+    shard = torch.zeros(len(full) // ranks, device=world.device)
 
     def both() -> None:
-        dist.all_gather_into_tensor(whole, part, group=group)
-        dist.reduce_scatter_tensor(part, whole, group=group)
+        dist.all_gather_into_tensor(full, shard, group=group)
+        dist.reduce_scatter_tensor(shard, full, group=group)
 
     return seconds(world, both) / 2
 
 
 def _sending(world: World, size: int) -> float:
-    """Seconds until a message of `size` bytes has come to the next rank: round the ring, by the ranks it passes."""
+    """Seconds for a message of `size` bytes to reach the next rank: the time around the ring, divided by the number of ranks."""
     message = torch.zeros(size // 4, device=world.device)
 
     def around() -> None:
@@ -242,25 +246,29 @@ def _sending(world: World, size: int) -> float:
 
 
 def _kernels(world: World, sizes: Sizes, known: Hardware) -> Hardware:
-    """Seconds a byte and a launch of this engine's kernels, from layers of several sizes: on CPUs both at once. On GPUs the launch of
-    short kernels is the host's, and a byte is that of a copy."""
-    found = [_layers(world, model, tokens) for model, tokens in sizes.layers]
+    """Fit seconds per byte and per launch of this engine's kernels to the times of layers of several sizes.
+
+    On CPUs both are fitted together. On GPUs only `dispatch` is fitted, from kernels so short that the host limits them; the time per byte
+    is that of a copy.
+    """
+    timed = [_layers(world, model, tokens) for model, tokens in sizes.layers]
     if world.on_gpu:
-        return replace(known, dispatch=min(taken / work.kernels for work, taken in found))
+        return replace(known, dispatch=min(elapsed / work.kernels for work, elapsed in timed))
     clock = CostModel(replace(known, streaming=np.inf), Parallel(), 1)
-    rests = [taken - clock.seconds(work) for work, taken in found]
-    per_byte, launch = fit_kernels([work for work, _ in found], rests, [taken for _, taken in found])
+    residuals = [elapsed - clock.seconds(work) for work, elapsed in timed]
+    per_byte, launch = fit_kernels([work for work, _ in timed], residuals, [elapsed for _, elapsed in timed])
     return replace(known, launch=launch, streaming=1 / max(per_byte * known.bandwidth, 1e-3))
 
 
 def _decode_layer(world: World) -> float:
-    """Seconds of the host for a layer of a decoding wave, launched kernel by kernel: between models so small that a device waits for it."""
+    """Host seconds to launch one decoding layer kernel by kernel: the difference of two models so small that the device waits for the
+    host."""
     shallow, deep = (_wave_seconds(world, _llama(layers, 64, 8)) for layers in (2, 6))
     return max(0.0, deep - shallow) / 4
 
 
 def _wave_seconds(world: World, model: ModelShape) -> float:
-    """Of a wave of 8 rows, at the tenth position of each."""
+    """Seconds of one decoding step of 8 sequences, each at its tenth position."""
     rows = 8
     wave = DecodeBatch([1] * rows, [9] * rows, rows, 10, [], [], list(range(rows)), np.zeros((rows, 2), np.int32))
     with torch.no_grad(), closing(Policy(Model(init=model), None, Parallel(), world)) as policy:
@@ -271,20 +279,20 @@ def _wave_seconds(world: World, model: ModelShape) -> float:
         return seconds(world, _many(lambda: decoder.step(wave).forward(0), 4)) / 4
 
 
-def fit_kernels(works: Sequence[Work], rests: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
-    """Seconds a byte and a kernel, neither below 0, that explain `rests`, off by the least share of `times` (by squares)."""
+def fit_kernels(works: Sequence[Work], residuals: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
+    """Fit (seconds per byte, seconds per kernel), both at least 0, to `residuals` in seconds: least squares, weighted by 1 / `times`."""
     columns = np.array([[work.traffic, work.kernels] for work in works]) / np.array(times)[:, None]
-    wanted = np.array(rests) / np.array(times)
-    both = np.linalg.lstsq(columns, wanted, rcond=None)[0]
+    target = np.array(residuals) / np.array(times)
+    both = np.linalg.lstsq(columns, target, rcond=None)[0]
     if (both >= 0).all():
         return float(both[0]), float(both[1])
-    alone = [max(0.0, float(column @ wanted / (column @ column))) for column in columns.T]
-    errors = [np.square(columns[:, i] * alone[i] - wanted).sum() for i in (0, 1)]
+    alone = [max(0.0, float(column @ target / (column @ column))) for column in columns.T]
+    errors = [np.square(columns[:, i] * alone[i] - target).sum() for i in (0, 1)]
     return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
 
 
 def _layers(world: World, model: ModelShape, tokens: int) -> tuple[Work, float]:
-    """What `model` does with one microbatch of one sequence, forward and backward, and the seconds it takes."""
+    """The Work and the seconds of a forward and backward of `model` on one microbatch of one sequence."""
     sample = Sample(np.zeros(tokens + 1, np.int32), np.ones(tokens, np.uint8))
     with closing(Policy(Model(init=model), Optim(lr=1e-5), Parallel(), world)) as policy:
         single = SingleStage(policy, 0, batch([sample], tokens)[0])
@@ -293,7 +301,7 @@ def _layers(world: World, model: ModelShape, tokens: int) -> tuple[Work, float]:
             single.forward()
             single.backward()
 
-        taken = seconds(world, both)
+        elapsed = seconds(world, both)
         with Meter(world.device, {}) as meter:
             both()
-        return meter.taken(), taken
+        return meter.taken(), elapsed

@@ -1,4 +1,4 @@
-"""Seconds on a machine: of a rank's work, of a collective, of a pipeline, of an optimizer step."""
+"""Predict seconds on given hardware: of a rank's compute, a collective, a pipeline pass and an optimizer step."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from engine.megatron.optimizers import step_bytes
 
 Axis = Literal["tp", "pp", "dp"]
 
-# What a step says in a few bytes: how many tokens were counted (twice), the gradient's norm, metrics (twice, and to every stage).
+# Collectives of a few bytes per step: token count (two), gradient norm (one), metrics (two, and a broadcast to all stages).
 SMALL_COLLECTIVES = 6
-ACCUMULATED = 8  # bytes: an fp32 sum read and written
-BUCKET = 40_000_000  # parameters of a bucket of gradients: megatron-core's, or a million a replica where that is more
+ACCUMULATED = 8  # bytes per element: an fp32 sum is read and written
+BUCKET = 40_000_000  # megatron-core's default gradient bucket in parameters; at least a million per replica
 
 
 class Parts(NamedTuple):
-    """Where the seconds of a work go. They add up to `seconds` but for what is hidden."""
+    """Predicted seconds of a Work by cause. The causes add up to `seconds`, except for overlapped time."""
 
     products: float
     attention: float
     traffic: float
     launches: float
-    waits: float  # collectives that computation waits for
-    beside: float  # collectives that it does not
-    dispatch: float  # what the host needs to launch it all
-    seconds: float
+    waits: float  # blocking collectives
+    concurrent: float  # collectives that overlap with computation
+    dispatch: float  # host time to launch all kernels
+    seconds: float  # total
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step, in seconds: the pipeline, what of the gradients' reduction goes on behind it, the optimizer itself."""
+    """One optimizer step, in seconds: the pipeline, the part of the gradient reduction that is not overlapped with it, the optimizer."""
 
     timeline: Timeline
     reduction: float
@@ -49,8 +49,8 @@ class Update:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Tells the time of works on `hardware`, on a grid of `world_size` ranks: tensor parallel ranks side by side, then data parallel ones,
-    pipeline stages apart, as megatron-core places them."""
+    """Predicts the time of work on `hardware` and a grid of `world_size` ranks. Rank order is megatron-core's: consecutive ranks are tensor
+    parallel, then data parallel, then pipeline stages."""
 
     hardware: Hardware
     parallel: Parallel
@@ -61,12 +61,15 @@ class CostModel:
         return self.world_size // self.parallel.model_ranks
 
     def seconds(self, work: Work) -> float:
-        """Of one rank, the work's collectives included."""
+        """Seconds of `work` on one rank, its collectives included."""
         return self.parts(work).seconds
 
     def parts(self, work: Work, host: float | None = None) -> Parts:
-        """Computation, then what it waits for, then what of the collectives beside it was longer; or the host, where that is slower: `host`
-        seconds, by default a dispatch a kernel."""
+        """Predict `work` by cause. The total is the device's time (computation, blocking collectives, and the part of the other collectives
+        that computation does not hide), or the host's time if that is longer.
+
+        host    host seconds; default: hardware.dispatch per kernel
+        """
         hardware = self.hardware
         overlapped = [(times, self.product(each.matmul), self.overlapped(each)) for each, times in work.overlapped.items()]
         products = sum(times * self.product(matmul) for matmul, times in work.matmuls.items())
@@ -75,15 +78,15 @@ class CostModel:
         traffic = work.traffic / (hardware.bandwidth * hardware.streaming)
         launches, dispatch = work.kernels * hardware.launch, work.kernels * hardware.dispatch if host is None else host
         waits = sum(times * self.collective(c) for c, times in work.collectives.items() if c.waits)
-        waits += sum(times * (whole - product) for times, product, whole in overlapped)
-        beside = sum(times * self.collective(c) for c, times in work.collectives.items() if not c.waits)
+        waits += sum(times * (together - product) for times, product, together in overlapped)
+        concurrent = sum(times * self.collective(c) for c, times in work.collectives.items() if not c.waits)
         computed = products + attention + traffic + launches
-        device = computed + waits + max(0.0, beside - hardware.overlap * computed)
-        return Parts(products, attention, traffic, launches, waits, beside, dispatch, max(device, dispatch))
+        device = computed + waits + max(0.0, concurrent - hardware.overlap * computed)
+        return Parts(products, attention, traffic, launches, waits, concurrent, dispatch, max(device, dispatch))
 
     def product(self, matmul: Matmul) -> float:
-        """Of one matrix product by its shape; hardware.toml says the formula and why. Its launch is not in it. Sums that it adds to are
-        read and written while other tiles are multiplied: they cost time only where all its bytes take longer than its FLOPs."""
+        """Seconds of one matrix product, without its launch; the formula is in hardware.toml. Output that is accumulated into is read and
+        written while other tiles are multiplied, so it costs time only if the product is bound by memory."""
         hardware, (m, k, n, _) = self.hardware, matmul
         if not m * k * n:
             return 0.0
@@ -92,15 +95,15 @@ class CostModel:
         return max(shaped, self._moved(matmul))
 
     def _moved(self, matmul: Matmul) -> float:
-        """Of reading both matrices of a product and writing the third."""
+        """Seconds to read both inputs of a product and write its output."""
         hardware, (m, k, n, accumulates) = self.hardware, matmul
         moved = hardware.width * (m * k + k * n) + (ACCUMULATED if accumulates else hardware.width) * m * n
         return moved / (hardware.bandwidth * hardware.streaming)
 
     def overlapped(self, each: Overlapped) -> float:
-        """Of a product in one block per rank; all but one block are transferred while another is multiplied. PyTorch alternates blocks
-        between two streams, so the next block fills the last wave of this one: one wave is lost, as in a whole product. Barriers cost a
-        collective's latency and two steps per block."""
+        """Seconds of a product split into one block per rank; all but one block are transferred while another is multiplied. PyTorch
+        alternates blocks between two streams, so the next block fills the last wave of this one: one wave is lost, as in an unsplit
+        product. Barriers cost a collective's latency and two steps per block."""
         ranks, _ = self._axis("tp")
         steps, bandwidth, latency = self._ring("tp")
         block = max(self.product(each.matmul) / ranks, self._moved(each.matmul._replace(m=each.matmul.m // ranks)))
@@ -108,7 +111,7 @@ class CostModel:
         return latency + 2 * steps + block + (ranks - 1) * max(block, message)
 
     def collective(self, collective: Collective) -> float:
-        """Of a ring: every rank sends (n - 1) / n of the message, in n - 1 steps; twice as much and as many for an all_reduce."""
+        """Seconds of a ring collective: each of n ranks sends (n - 1) / n of the message in n - 1 steps; an all_reduce doubles both."""
         ranks, _ = self._axis(collective.axis)
         if ranks == 1:
             return 0.0
@@ -117,30 +120,34 @@ class CostModel:
         return latency + rounds * (steps + (ranks - 1) / ranks * collective.size / bandwidth)
 
     def weight_sync(self, size: float, listeners: int, apart: bool) -> float:
-        """Of `size` bytes that each rank of a replica tells as many `listeners` at its own place of theirs, which are in other nodes where
-        `apart`: over its own adapter, and through memory as it is made one piece and taken to pieces again."""
+        """Seconds to send `size` bytes from each rank of one replica to the rank with the same tp and pp position in each of `listeners`
+        replicas.
+
+        Each rank uses its own network adapter if the receivers are in other nodes (`apart`). Packing and unpacking the bucket reads and
+        writes memory twice.
+        """
         link = self.hardware.across if apart else self.hardware.inside
         copied = 4 * size / (self.hardware.bandwidth * self.hardware.streaming)
         return link.latency + listeners * link.step + size / link.bandwidth + copied
 
     def hop(self, size: float) -> float:
-        """Of `size` bytes from a pipeline stage to the next: over the network, unless all stages are in one node."""
+        """Seconds to send `size` bytes to the next pipeline stage: over the network, unless all stages are in one node."""
         ranks, stride = self._axis("pp")
         link = self.hardware.inside if ranks * stride <= self.hardware.node else self.hardware.across
         return link.message + size / link.bandwidth if ranks > 1 else 0.0
 
     def crosses_nodes(self, axis: Axis) -> bool:
-        """Whether ranks that talk along `axis` are in different nodes."""
+        """Whether the ranks of `axis` are in different nodes."""
         ranks, stride = self._axis(axis)
         return ranks > 1 and ranks * stride > self.hardware.node
 
     def _axis(self, axis: Axis) -> tuple[int, int]:
-        """How many ranks the axis has, and how far apart they are."""
+        """(number of ranks, stride between their global ranks)."""
         tp, pp = self.parallel.tp, self.parallel.pp
         return {"tp": (tp, 1), "dp": (self.dp, tp), "pp": (pp, tp * self.dp)}[axis]
 
     def _ring(self, axis: Axis) -> tuple[float, float, float]:
-        """(seconds of one round's steps, bytes/s of a rank, latency). Ranks of one node leave it by as many adapters as they are."""
+        """(seconds of one round's steps, bytes/s of a rank, latency in seconds). Each rank of a node sends through its own adapter."""
         ranks, stride = self._axis(axis)
         inside, across = self.hardware.inside, self.hardware.across
         if not self.crosses_nodes(axis):
@@ -151,12 +158,13 @@ class CostModel:
         return steps, min(inside.bandwidth, together * across.bandwidth), across.latency
 
     def forward(self, stages: Sequence[Stage], microbatches: int, message: float) -> Timeline:
-        """Every microbatch forward through the pipeline, nothing kept. `message`: bytes between stages."""
+        """Timeline of a forward pass of all microbatches without gradients. `message`: bytes sent between stages."""
         works = [[self.seconds(stage.inference) for stage in rank] for rank in by_rank(stages)]
         return simulate(works, works, microbatches, self.hop(message), forward_only=True)
 
     def update(self, stages: Sequence[Stage], microbatches: int, message: float) -> Update:
-        """One optimizer step of `microbatches` a replica. Raises ValueError for virtual stages and microbatches that do not come round."""
+        """One optimizer step of `microbatches` per replica. `message`: bytes sent between stages. Raises ValueError if virtual stages are
+        used and `microbatches` is not a multiple of pp."""
         ranks = by_rank(stages)
         forward = [[self.seconds(stage.forward) for stage in rank] for rank in ranks]
         backward = [[self.seconds(stage.backward) for stage in rank] for rank in ranks]
@@ -166,44 +174,46 @@ class CostModel:
         return Update(timeline, max(0.0, reduced - timeline.seconds), self._optimizer(ranks))
 
     def _gather(self, stage: Stage, forward: float) -> float:
-        """How long the first forward waits for a sharded optimizer's parameters once they are asked for: for one bucket on the very first
-        stage, whose others are hidden beside it as far as it goes; elsewhere megatron-core has but one bucket."""
+        """Seconds that a stage's first forward waits for the all-gather of its parameters (distributed optimizer).
+
+        The first stage waits for one bucket; its other buckets overlap with the forward. megatron-core uses one bucket on all other stages.
+        """
         if not self.parallel.distributed_optimizer or self.dp == 1:
             return 0.0
-        whole = self.collective(Collective("all_gather", "dp", stage.weights, True))
+        total = self.collective(Collective("all_gather", "dp", stage.weights, True))
         if (stage.pp, stage.chunk) != (0, 0) or stage.parameters <= self._bucket:
-            return whole
-        bucket = whole * self._bucket / stage.parameters
-        return bucket + max(0.0, whole - bucket - self.hardware.overlap * forward)
+            return total
+        bucket = total * self._bucket / stage.parameters
+        return bucket + max(0.0, total - bucket - self.hardware.overlap * forward)
 
     @property
     def _bucket(self) -> int:
         return max(BUCKET, 1_000_000 * self.dp)
 
     def _reduced(self, stages: Sequence[Stage], timeline: Timeline, microbatches: int) -> float:
-        """When a pipeline rank's gradients are summed over replicas: beside the very last backward on the first rank, behind each chunk's
-        last elsewhere, one chunk at a time."""
+        """Time at which the gradients of a pipeline rank are reduced over replicas. The reduction overlaps with the last backward on the
+        first rank; elsewhere it follows the last backward of each chunk, one chunk at a time."""
         rank, done = stages[0].pp, 0.0
         for (kind, microbatch, chunk), start, end in timeline.ranks[rank]:
             if kind != "backward" or microbatch != microbatches - 1:
                 continue
             kind = "reduce_scatter" if self.parallel.distributed_optimizer else "all_reduce"
-            left = self.collective(Collective(kind, "dp", stages[chunk].gradients, True))
+            remaining = self.collective(Collective(kind, "dp", stages[chunk].gradients, True))
             if rank == 0 and len(stages) == 1:
-                left = max(0.0, left - self.hardware.overlap * (end - start))
-            done = max(done, end) + left
+                remaining = max(0.0, remaining - self.hardware.overlap * (end - start))
+            done = max(done, end) + remaining
         return done
 
     def _optimizer(self, ranks: Sequence[Sequence[Stage]]) -> float:
-        """One optimizer step, bound by memory bandwidth (optimizers.step_bytes), and its small collectives."""
+        """Seconds of the optimizer, which is bound by memory bandwidth (optimizers.step_bytes), and of the step's small collectives."""
         shares = self.dp if self.parallel.distributed_optimizer else 1
         moved = [sum(step_bytes(s.gradients, s.optimizer, s.weights, shares) for s in rank) for rank in ranks]
-        told = max(self.collective(Collective("all_reduce", axis, 8, True)) for axis in ("tp", "pp", "dp"))
-        return max(moved) / (self.hardware.bandwidth * self.hardware.streaming) + SMALL_COLLECTIVES * told
+        small = max(self.collective(Collective("all_reduce", axis, 8, True)) for axis in ("tp", "pp", "dp"))
+        return max(moved) / (self.hardware.bandwidth * self.hardware.streaming) + SMALL_COLLECTIVES * small
 
 
 def by_rank(stages: Sequence[Stage]) -> list[list[Stage]]:
     """[pipeline rank][chunk]."""
     ranks = [sorted((s for s in stages if s.pp == rank), key=lambda s: s.chunk) for rank in range(1 + max(s.pp for s in stages))]
-    assert len({len(rank) for rank in ranks}) == 1, "every pipeline rank has as many virtual stages as the others"
+    assert len({len(rank) for rank in ranks}) == 1, "all pipeline ranks have the same number of virtual stages"
     return ranks

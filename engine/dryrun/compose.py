@@ -1,5 +1,5 @@
-"""Stages of any layout from four rehearsed ones. Layers are alike: what a stage holds and does is a sum over its layers, a constant, and
-what the embedding and the head add at the ends."""
+"""Compose the stages of any layout from four simulated stages. All layers are equal, so the memory and cost of a stage is a constant, plus
+a multiple of one layer's, plus that of the embedding or the head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKS = ("forward", "backward", "inference")
 
 
 class Samples(NamedTuple):
-    """A stage of a layer and the embedding, of one layer, of two, and of a layer and the head."""
+    """Four stages: the embedding and one layer, one layer, two layers, one layer and the head."""
 
     first: Stage
     one: Stage
@@ -27,11 +27,12 @@ class Samples(NamedTuple):
 
 
 def composer(rehearse: StageBuilder) -> StageBuilder:
-    """What answers as `rehearse` does, from four small stages for each tp, kind of recomputation and microbatch."""
+    """Return a faster function with the interface of `rehearse`. It simulates only four small stages per combination of tp, recomputation
+    and microbatch."""
 
     @cache
     def samples(model: ModelShape, parallel: Parallel, lengths: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> Samples:
-        """Of one replica: with more of them, only the optimizer differs."""
+        """Simulate one replica; with several, only the optimizer's memory differs."""
         small = replace(parallel, pp=4, vpp=1, count_embedding=False, count_loss=False, stages=(1, 1, 2, 1))
         return Samples(*rehearse(replace(model, layers=5), small, small.model_ranks, lengths, **dict(options)))
 
@@ -39,13 +40,13 @@ def composer(rehearse: StageBuilder) -> StageBuilder:
         model: ModelShape, parallel: Parallel, world_size: int, lengths: Sequence[int], *, optim: Optim | None, **options: Any
     ) -> list[Stage]:
         parallel.check(model, world_size)
-        if model.tied and parallel.pp == 1:  # one stage has both ends, and their weight but once
+        if model.tied and parallel.pp == 1:  # the embedding and the head share one weight on the same stage
             return rehearse(model, parallel, world_size, lengths, optim=optim, **options)
         grid = replace(parallel, pp=1, vpp=1, count_embedding=False, count_loss=False, stages=())
         known = samples(model, grid, tuple(lengths), (("optim", optim), *options.items()))
         shares = world_size // parallel.model_ranks if parallel.distributed_optimizer else 1
-        dealt = parallel.layers_per_stage(model)
-        stages = [_stage(known, layers, place, len(dealt)) for place, layers in enumerate(dealt)]
+        layers_per_stage = parallel.layers_per_stage(model)
+        stages = [_stage(known, layers, place, len(layers_per_stage)) for place, layers in enumerate(layers_per_stage)]
         placed = [
             replace(stage, pp=i % parallel.pp, chunk=i // parallel.pp, optimizer=stage.optimizer // shares)
             for i, stage in enumerate(stages)
@@ -57,22 +58,23 @@ def composer(rehearse: StageBuilder) -> StageBuilder:
 
 def _stage(known: Samples, layers: int, place: int, count: int) -> Stage:
     first, last = int(place == 0), int(place == count - 1)
-    # One layer is two - one; the constant is one - (two - one); the ends are first - one and last - one.
+    # One layer costs two - one; the constant is one - (two - one); the embedding costs first - one, the head last - one.
     shares = ((known.first, first), (known.one, 2 - layers - first - last), (known.two, layers - 1), (known.last, last))
     sums = {name: sum(share * getattr(stage, name) for stage, share in shares) for name in SUMS}
     works = {name: _mixed((getattr(stage, name), share) for stage, share in shares) for name in WORKS}
-    # Three moments: the backward of the last layer, when the head has let go; the head's own; and the embedding's, when all else has.
+    # The peak is at one of three moments: the backward of the last layer, after the head's activations are freed; the backward of the head;
+    # the backward of the embedding, after all else is freed.
     head = last * (known.last.held - known.one.held)
     moments = [sums["held"] - head + known.two.peak - known.two.held]
     moments += [sums["held"] + known.last.peak - known.last.held] if last else []
     moments += [known.first.peak] if first else []
-    there = [known.two, *([known.first] if first else []), *([known.last] if last else [])]
-    inferred = max(stage.inference_peak for stage in there)
+    present = [known.two, *([known.first] if first else []), *([known.last] if last else [])]
+    inferred = max(stage.inference_peak for stage in present)
     return replace(known.one, layers=layers, **sums, **works, peak=max(moments), inference_peak=inferred)
 
 
 def _mixed(shares: Iterable[tuple[Work, int]]) -> Work:
-    """The sum of works, each as often as it says."""
+    """Weighted sum of works. Weights may be negative; entries whose count is not positive are dropped."""
     pairs = list(shares)
 
     def total(of: Callable[[Work], float]) -> float:

@@ -1,4 +1,4 @@
-"""What one operation costs: from its name, what it was given and what came out."""
+"""The cost of one torch operation, from its name, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ COLLECTIVES: dict[str, Literal["all_gather", "reduce_scatter", "all_reduce", "br
     "broadcast_": "broadcast",
 }
 MOVES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh", "set_", "resize_"}
-LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # of their first argument, the shape alone
-OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
-PICKS = {"index", "index_select", "embedding", "gather"}  # of their first argument, no more than comes out
+LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # read only the shape of their first argument
+OVERWRITES = {"copy_", "fill_", "zero_"}  # write their first argument without reading it
+PICKS = {"index", "index_select", "embedding", "gather"}  # read as many elements of their first argument as they return
 
 
 class Cost(NamedTuple):
-    """`scratch`: bytes that an operation takes and gives back while it runs."""
+    """Work of an operation. `scratch`: bytes of temporary buffers, allocated and freed while it runs."""
 
     work: Work
     scratch: int = 0
@@ -43,15 +43,15 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """An operation as it was called, of which some tensor lies on the device."""
+    """One call of an operation with at least one tensor on the device."""
 
-    space: str  # "aten"
-    name: str  # "mm"
-    given: dict[str, Any]  # by the names of its schema
+    space: str  # namespace, such as "aten"
+    name: str  # such as "mm"
+    given: dict[str, Any]  # arguments, defaults included, by their names in the schema
     out: Any
     is_view: bool
-    multiplies: bool  # so torch says
-    axes: Mapping[str, Axis]  # of process groups, by name
+    multiplies: bool  # listed in torch's flop_registry
+    axes: Mapping[str, Axis]  # process group name -> axis
 
     @staticmethod
     def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, axes: Mapping[str, Axis]) -> Call:
@@ -64,15 +64,16 @@ class Call:
 
 
 def cost_of(call: Call) -> Cost:
-    """Of an operation of torch's own. Of another, what a kernel costs that reads its inputs once and writes its outputs once."""
+    """Return the cost of a torch operation. Any other operation counts as one kernel that reads its inputs once and writes its outputs
+    once."""
     if call.space == "c10d":
-        return Cost(_said(call))
+        return Cost(_communicated(call))
     if call.space == "symm_mem":
         return _overlapped(call)
     if call.space == "aten" and (factors := PRODUCTS.get(call.name.removesuffix("_"))):
         a, b = (call.given[name] for name in factors)
         return Cost(_multiplied(a, b, accumulates="add" in call.name and call.given["beta"] != 0))
-    assert not call.multiplies, f"{call.space}.{call.name} multiplies matrices, and nothing here says which"
+    assert not call.multiplies, f"{call.space}.{call.name} is a matrix product that PRODUCTS does not list"
     if call.is_view or call.name in MOVES_NOTHING:
         return Cost(Work())
     traffic = moved(call)
@@ -90,7 +91,7 @@ def moved(call: Call) -> int:
 
 
 def size_of(values: Any) -> int:
-    """Bytes of the tensors in `values`; of an expanded one, those that are there."""
+    """Bytes of the tensors in `values`. An expanded tensor counts with the bytes of its storage."""
     tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
     return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
 
@@ -101,15 +102,18 @@ def _multiplied(a: Tensor, b: Tensor, accumulates: bool) -> Work:
 
 
 def _overlapped(call: Call) -> Cost:
-    """Of PyTorch's products with symmetric memory (torch.ops.symm_mem); their buffers are scratch. Each block is a product and a copy
-    between barriers. Gathering copies this rank's block for the others to read; scattering reads and sums the blocks received."""
+    """Cost of PyTorch's fused products on symmetric memory (torch.ops.symm_mem); their buffers are scratch.
+
+    Each block is a product and a copy between barriers. The all-gather copies this rank's block into a buffer that other ranks read; the
+    reduce-scatter reads and sums the received blocks.
+    """
     gathers = call.name == "fused_all_gather_matmul"
     rows, matrix = call.given["A"], call.given["Bs"][0] if gathers else call.given["B"]
     ranks = dist.distributed_c10d._get_group_size_by_name(call.given["group_name"])
-    whole = Matmul(len(rows) * (ranks if gathers else 1), *matrix.shape)
-    size = rows.element_size() * whole.m * (whole.k if gathers else whole.n)
+    full = Matmul(len(rows) * (ranks if gathers else 1), *matrix.shape)
+    size = rows.element_size() * full.m * (full.k if gathers else full.n)
     block = size // ranks
-    work = Work(kernels=(2 if gathers else 4) * ranks, overlapped=Counter({Overlapped(whole, size): 1}))
+    work = Work(kernels=(2 if gathers else 4) * ranks, overlapped=Counter({Overlapped(full, size): 1}))
     if gathers:
         work.traffic = 2.0 * block
         return Cost(work, block + (0 if call.given["return_A"] else size))
@@ -117,11 +121,11 @@ def _overlapped(call: Call) -> Cost:
     return Cost(work, size + 2 * block)
 
 
-def _said(call: Call) -> Work:
-    """Sends and receives are left out: they are the schedule's."""
+def _communicated(call: Call) -> Work:
+    """The collective of a c10d call. Sends and receives are left out: schedule.py accounts for them."""
     if call.name not in COLLECTIVES:
         return Work()
     group = dist.ProcessGroup.unbox(call.given["process_group"]).group_name
-    size = max(size_of(value) for value in call.given.values())  # of what goes in and what comes out, the whole
+    size = max(size_of(value) for value in call.given.values())  # the larger of input and output is the full tensor
     collective = Collective(COLLECTIVES[call.name], call.axes[group], size, waits=not call.given["async_op"])
     return Work(collectives=Counter({collective: 1}))

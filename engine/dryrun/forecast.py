@@ -1,4 +1,4 @@
-"""From a recipe to a forecast: memory of every pipeline rank, seconds of every phase, and what would make it fit."""
+"""Forecast a launch: memory of each pipeline rank, seconds of each phase, and, if it does not fit, settings that do."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from engine.dryrun.workload import Simulation, StageBuilder
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a launch will be like."""
+    """Predicted memory and time of a launch."""
 
     simulation: Simulation
-    stages: list[RankMemory]  # that train
-    generating: list[RankMemory]  # that only generate
+    stages: list[RankMemory]  # pipeline ranks that train
+    generating: list[RankMemory]  # pipeline ranks that only generate
     phases: list[Phase]  # of one step
-    once: list[Phase]  # before the first
-    steps: int | None  # of the whole recipe; None where the size of its data is not known
-    way_out: str | None  # settings that make it fit; None where it fits, "" where none was found
+    once: list[Phase]  # one-time phases before the first step
+    steps: int | None  # of the full run; None if the size of its dataset is unknown
+    way_out: str | None  # settings that make it fit; None if it fits already, "" if none were found
     warnings: list[str]
     assumptions: list[str]
 
@@ -58,24 +58,24 @@ class Forecast:
 
     @property
     def mfu(self) -> float:
-        """Of the whole step: floating-point operations that the model's mathematics asks for, over what the devices could do."""
+        """Model FLOPs utilization of a step: FLOPs without padding and recomputation, divided by peak FLOPs of all devices in that time."""
         return sum(phase.flops for phase in self.phases) / (self.step_seconds * self.simulation.gpus * self.simulation.hardware.peak)
 
     @property
     def bubble(self) -> float:
-        """The share of an optimizer step of the policy in which a pipeline rank waits."""
+        """Pipeline bubble: the share of the policy's optimizer step in which ranks are idle, in [0, 1]."""
         return self.simulation.policy.update.timeline.bubble
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of the whole recipe."""
+        """Of the full run; None if the number of steps is unknown."""
         if self.steps is None:
             return None
         return self.simulation.gpus * (sum(phase.seconds for phase in self.once) + self.steps * self.step_seconds) / 3600
 
     @property
     def energy_kwh(self) -> float | None:
-        """Of the devices at full power, for the whole recipe; None where that power is not known."""
+        """Of the full run with all devices at full power; None if the power or the number of steps is unknown."""
         return self.gpu_hours * self.simulation.hardware.watts / 1000 if self.gpu_hours and self.simulation.hardware.watts else None
 
 
@@ -88,12 +88,13 @@ def forecast(
     rehearse: StageBuilder = rehearse_every_rank,
     seek: bool = True,
 ) -> Forecast:
-    """What `run` will be like on `gpus` of `hardware`.
+    """Forecast `run` on `gpus` devices of `hardware`.
 
-    given   tokens of (prompt, response) of sequences like those to come; none: drawn from lengths.py's distributions
-    seek    whether settings are sought that fit, where these do not
+    given     (prompt tokens, response tokens) of representative sequences; default: sampled from the distributions in lengths.py
+    rehearse  simulates the stages of a model
+    seek      whether to search for settings that fit if these do not
 
-    Raises ValueError where the run cannot start, with the field, its value and one that works.
+    Raises ValueError if the run cannot start; the message names the field, its value and a value that works.
     """
     simulation = Simulation.of(run, gpus, hardware, rehearse, given)
     ranks = memory_of_ranks(simulation)
@@ -114,7 +115,7 @@ def forecast(
 
 
 def _steps(run: Run) -> int | None:
-    """As the algorithm itself counts them."""
+    """Number of steps, computed as the algorithm does; None if the size of the dataset is unknown."""
     rows, workload = model_shapes.dataset_rows(run.algorithm.sources), run.algorithm.workload()
     return None if rows is None else math.ceil(workload.passes * rows / workload.samples)
 
@@ -122,17 +123,20 @@ def _steps(run: Run) -> int | None:
 def _assumptions(simulation: Simulation) -> list[str]:
     workload, hardware = simulation.workload, simulation.hardware
     models = [simulation.run.model, *([workload.critic[0]] if workload.critic else [])]
-    said = [line for model in models if (line := model_shapes.guess_note(model))]
-    said.append(f"lengths: {simulation.sequences.source}")
-    said.append(
-        f"{hardware.name}: {hardware.peak / 1e12:.3g} TFLOP/s, of which matrix products reach {hardware.gemm.ceiling:.0%}, attention "
-        f"{hardware.attention:.0%}; {hardware.allowance / 1e9:.2g} GB a device is not for tensors; see hardware.toml, or the file given"
+    assumptions = [line for model in models if (line := model_shapes.guess_note(model))]
+    assumptions.append(f"lengths: {simulation.sequences.source}")
+    assumptions.append(
+        f"{hardware.name}: {hardware.peak / 1e12:.3g} TFLOP/s, of which matrix products reach {hardware.gemm.ceiling:.0%} and attention "
+        f"{hardware.attention:.0%}; {hardware.allowance / 1e9:.2g} GB per device reserved for non-tensor memory; source: hardware.toml, or "
+        "the --device file"
     )
     if workload.generation is not None:
-        said.append(
-            f"verification: {VERDICTS_PER_SECOND:.0f} responses a second, as `math` on two cores; the rest of the host's cores stand by"
+        assumptions.append(
+            f"verification: {VERDICTS_PER_SECOND:.0f} responses/s, measured for `math` on two cores; further cores are not counted"
         )
     if workload.reference == "offloaded":
-        said.append(f"an offloaded reference moves at {HOST_BANDWIDTH / 1e9:g} GB/s a GPU")
-    said.append("not counted: reading data, building batches, evaluation, checkpoints, stragglers, failures; watts are the data sheet's")
-    return said
+        assumptions.append(f"an offloaded reference is copied at {HOST_BANDWIDTH / 1e9:g} GB/s per GPU")
+    assumptions.append(
+        "not counted: data loading, batch construction, evaluation, checkpoints, stragglers, failures; power is the data sheet's"
+    )
+    return assumptions

@@ -1,4 +1,4 @@
-"""What is assumed of a machine: hardware.toml, or what a calibration measured, as typed values."""
+"""Hardware parameters as typed values, read from hardware.toml or from the file that a calibration wrote."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ Table = TypeVar("Table")
 
 @dataclass(frozen=True)
 class Gemm:
-    """How fast matrix products are, by shape; hardware.toml says the formula."""
+    """Efficiency of matrix products by shape; the formula is in hardware.toml."""
 
-    ceiling: float  # share of peak that a product without end reaches
-    wave: float  # output elements that are lost to the last wave of tiles
-    fill: float  # depth that is lost to filling each tile's pipeline
+    ceiling: float  # share of peak that an infinitely large product reaches
+    wave: float  # output elements lost to the last, partly filled wave of tiles
+    fill: float  # elements of depth k lost to filling each tile's pipeline
 
 
 @dataclass(frozen=True)
 class Link:
-    """What collectives go over."""
+    """Communication between devices."""
 
-    bandwidth: float  # bytes/s that each rank sends while all do
-    latency: float  # seconds
-    step: float  # seconds that each rank after the first adds
-    message: float  # seconds until one of no length has come from a pipeline stage to the next
+    bandwidth: float  # bytes/s that each rank sends while all ranks send
+    latency: float  # seconds per collective
+    step: float  # seconds per ring step; n ranks take n - 1 steps
+    message: float  # seconds of an empty message from one pipeline stage to the next
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device, its node, and the network between nodes. Seconds, bytes, FLOPs; shares of what the data sheet says."""
+    """A device, its node, and the network between nodes, in seconds, bytes and FLOPs. Shares are relative to the data sheet's value."""
 
     name: str
     peak: float  # FLOP/s
-    width: int  # bytes of an element of the matrices
-    bandwidth: float  # bytes/s of the device's memory
-    streaming: float  # share of it
+    width: int  # bytes of a matrix element
+    bandwidth: float  # bytes/s of device memory
+    streaming: float  # share of `bandwidth` that kernels reach
     memory: float  # bytes
-    allowance: float  # bytes of it that are not for tensors
-    attention: float  # share of peak
-    launch: float  # seconds a kernel
-    dispatch: float  # seconds of the host a kernel, while the device computes the ones before
-    decode_layer: float  # seconds of the host for a layer of a decoding wave that is launched kernel by kernel
-    overlap: float  # share of computation that hides collectives
-    node: int  # devices that `inside` connects
-    watts: float
+    allowance: float  # bytes of `memory` not available for tensors
+    attention: float  # share of `peak` that attention kernels reach
+    launch: float  # device seconds per kernel
+    dispatch: float  # host seconds per kernel; overlaps with device work
+    decode_layer: float  # host seconds to launch one decoding layer kernel by kernel
+    overlap: float  # share of computation time that can hide collectives
+    node: int  # devices per node
+    watts: float  # per device; 0: unknown
     gemm: Gemm
-    inside: Link
-    across: Link
+    inside: Link  # within a node
+    across: Link  # between nodes
 
     @staticmethod
     def load(name_or_path: str) -> Hardware:
-        """A device of hardware.toml by name, or the one device of another such file by path.
+        """Load a device of hardware.toml by name, or the only device of another such file by path.
 
-        Raises ValueError for a name that is not known, and for a file that holds no device, several, or one with numbers missing.
+        Raises ValueError for an unknown name, and for a file that cannot be read, does not hold exactly one device or lacks a number.
         """
         path = Path(name_or_path)
-        own = path.suffix != ".toml"
-        found = _devices(OWN if own else path)
-        if own and name_or_path not in found:
-            raise ValueError(f"device={name_or_path!r} is not known; use {', '.join(sorted(found))}, or a .toml that --calibrate wrote")
-        if not own and len(found) != 1:
-            raise ValueError(f"device={name_or_path}: the file must hold one device's table; it holds {', '.join(found) or 'none'}")
-        name = name_or_path if own else next(iter(found))
-        return _read(Hardware, {"name": name} | found[name], f"{OWN.name if own else path}: {name}")
+        built_in = path.suffix != ".toml"
+        devices = _devices(OWN if built_in else path)
+        if built_in and name_or_path not in devices:
+            raise ValueError(f"device={name_or_path!r} is unknown; use {', '.join(sorted(devices))}, or a .toml from --calibrate")
+        if not built_in and len(devices) != 1:
+            raise ValueError(f"device={name_or_path}: the file must have the table of one device; it has {', '.join(devices) or 'none'}")
+        name = name_or_path if built_in else next(iter(devices))
+        return _read(Hardware, {"name": name} | devices[name], f"{OWN.name if built_in else path}: {name}")
 
     @staticmethod
     def of_gpu(name: str) -> Hardware | None:
@@ -75,7 +75,7 @@ class Hardware:
         return Hardware.load(own) if own else None
 
     def save(self, path: Path, notes: dict[str, str] | None = None) -> None:
-        """Write it as a file that `load` reads; notes["gemm.wave"] becomes the comment behind that number."""
+        """Write a file that `load` reads. `notes` maps a field, such as "gemm.wave", to the comment after its value."""
         lines, tables = [f"[{self.name}]"], []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -91,17 +91,17 @@ def _devices(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return {name: table for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items() if isinstance(table, dict)}
     except OSError as error:
-        raise ValueError(f"device={path} cannot be read ({error.strerror}); give a name, or a .toml file that --calibrate wrote") from None
+        raise ValueError(f"device={path} cannot be read ({error.strerror}); give a name, or a .toml file written by --calibrate") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"device={path} is not TOML: {error}") from None
+        raise ValueError(f"device={path} is not valid TOML: {error}") from None
 
 
 def _read(kind: type[Table], table: dict[str, Any], where: str) -> Table:
-    """A dataclass from a table that has exactly its fields, each a number above or at 0."""
+    """Build dataclass `kind` from a table with exactly its fields, each a number of at least 0."""
     hints = get_type_hints(kind)
     if odd := hints.keys() ^ table.keys():
         name = sorted(odd)[0]
-        raise ValueError(f"{where}.{name} is {'missing' if name in hints else 'not known'}; it must have {', '.join(hints)}")
+        raise ValueError(f"{where}.{name} is {'missing' if name in hints else 'unknown'}; the fields are {', '.join(hints)}")
     values: dict[str, Any] = {}
     for name, hint in hints.items():
         value = table[name]

@@ -1,7 +1,6 @@
-"""What our own kernels cost, where it is more than to read their inputs once and write their outputs once.
+"""Cost of this project's kernels that do more than read their inputs once and write their outputs once.
 
-A rehearsal never runs their bodies: what those multiply, say to other ranks and take for a while is written down here, as the kernel does
-it on a GPU.
+A simulation on meta tensors does not run their bodies, so their products, collectives and temporary buffers are listed here, as on a GPU.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from triton_kernels.rmsnorm import PARTS, WIDEST
 from triton_kernels.shard import SEGMENTS
 from triton_kernels.tiles import parts
 
-FLASH_BLOCK = 128  # rows that flash attention's backward pads each sequence by
+FLASH_BLOCK = 128  # flash attention's backward pads each sequence by this number of rows
 
 
 def causal_pairs(lengths: list[int]) -> int:
-    """Of a token and one that it may look at, in sequences of these lengths."""
+    """Number of (query, key) pairs under the causal mask, in sequences of these lengths."""
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
 def _attention(call: Call) -> Cost:
-    """Two products of a query's K numbers a pair and head."""
+    """Two products of depth K per pair and head."""
     _, heads, size = call.given["query"].shape
     return Cost(Work(attention=4.0 * heads * size * causal_pairs(call.given["lengths"]), kernels=1))
 
 
 def _attention_backward(call: Call) -> Cost:
-    """Five products, the scores made again. flash-attn 2's mha_varlen_bwd: a preparing and a finishing kernel, fp32 sums of the queries'
-    gradients, and keys' and values' gradients by query head, summed up afterwards."""
+    """Five products per pair and head, recomputed scores included. As in flash-attn 2's mha_varlen_bwd: one kernel before and one after,
+    fp32 gradients of the queries, and gradients of keys and values per query head, which are then summed."""
     query, key, lengths = call.given["query"], call.given["key"], call.given["lengths"]
     tokens, heads, size = query.shape
     grouped = heads != key.shape[1]
@@ -45,7 +44,7 @@ def _attention_backward(call: Call) -> Cost:
 
 
 def _rmsnorm_backward(call: Call) -> Cost:
-    """Each program leaves its part of the weight's gradient, and these are summed up. A wide row is read twice."""
+    """Each program writes a partial weight gradient, and another kernel sums them. Wide rows are read twice."""
     total = call.given["total"]
     rows, width = total.shape
     partial = parts(rows, max(1, parts(rows, PARTS))) * width * 4
@@ -61,15 +60,15 @@ def _logprob(call: Call) -> Cost:
 
 
 def _softmax(call: Call, rows: int, columns: int, itemsize: int) -> Cost:
-    """Rows of logits read once; the segments of all ranks gathered, and merged."""
+    """Logits are read once; the per-segment statistics of all ranks are gathered and merged."""
     group = call.given["group"]
-    whole = SEGMENTS * (4 if call.given["entropy"] else 3) * rows * 4
-    said = Counter({Collective("all_gather", call.axes[group], whole, waits=True): 1}) if group else Counter()
-    return Cost(Work(traffic=rows * columns * itemsize + 2 * whole, kernels=2, collectives=said), whole)
+    statistics = SEGMENTS * (4 if call.given["entropy"] else 3) * rows * 4
+    collectives = Counter({Collective("all_gather", call.axes[group], statistics, waits=True): 1}) if group else Counter()
+    return Cost(Work(traffic=rows * columns * itemsize + 2 * statistics, kernels=2, collectives=collectives), statistics)
 
 
 def _linear_logprob(call: Call) -> Cost:
-    """Products in blocks, the last one padded, and a softmax a chunk."""
+    """Products in blocks, the last one padded, and a softmax per chunk."""
     hidden, weight, chunk, keep = (call.given[name] for name in ("hidden", "weight", "chunk", "keep"))
     itemsize = call.given["logits_dtype"].itemsize
     work, scratch = _logits(hidden, weight, chunk, 0 if keep else itemsize)
@@ -81,7 +80,7 @@ def _linear_logprob(call: Call) -> Cost:
 
 
 def _linear_logprob_backward(call: Call) -> Cost:
-    """The logits again where they were not kept, their gradient a chunk, and the products it goes into."""
+    """Recompute the logits unless they were kept; then per chunk their gradient and the products with it."""
     hidden, weight, kept, chunk = (call.given[name] for name in ("hidden", "weight", "kept", "chunk"))
     itemsize = call.given["logits_dtype"].itemsize
     work, scratch = Cost(Work()) if kept is not None else _logits(hidden, weight, chunk, itemsize)
@@ -90,11 +89,11 @@ def _linear_logprob_backward(call: Call) -> Cost:
 
 
 def _linear_policy_loss(call: Call) -> Cost:
-    """Forward and backward of linear_logprob a chunk, and between them each token's slope."""
+    """Forward and backward of linear_logprob per chunk, and between them the derivative of the loss by each token's log-prob."""
     hidden, weight, chunk = (call.given[name] for name in ("hidden", "weight", "chunk"))
     itemsize, tokens = call.given["logits_dtype"].itemsize, len(hidden)
     work, scratch = _logits(hidden, weight, chunk, itemsize)
-    work += Work(traffic=12 * 4 * tokens, kernels=5)  # slopes made 0, totals added up, statistics copied out
+    work += Work(traffic=12 * 4 * tokens, kernels=5)  # derivatives zeroed, totals summed, statistics copied out
     slopes = 6 if call.given["advantage"] is None else 2
     softmax = 0
     for rows in _chunks(tokens, chunk):
@@ -113,14 +112,15 @@ def _logits(hidden: Tensor, weight: Tensor, chunk: int, itemsize: int) -> Cost:
     for _ in range(0, rows, block):
         work += _product(block, width, vocab)
     padding = block * width * hidden.element_size() if rows % block else 0
-    if padding:  # the rows of a last block that is not whole are copied to where there is room for one
+    if padding:  # the rows of an incomplete last block are copied to a buffer of a full block
         work += Work(traffic=2 * padding, kernels=1)
     buffer = parts(min(rows, chunk), block) * block
     return Cost(work, padding + buffer * vocab * itemsize)
 
 
 def _gradients(call: Call, spoiled: bool) -> Cost:
-    """The logits' gradient a chunk, in a buffer unless they may be spoiled and are of its type, and the products it goes into."""
+    """Per chunk the gradient of the logits and the products with it. The gradient overwrites the logits if `spoiled` (they may be
+    overwritten) and of the same dtype; otherwise it takes a buffer."""
     hidden, weight, chunk, dtype = (call.given[name] for name in ("hidden", "weight", "chunk", "logits_dtype"))
     needs_hidden, needs_weight = call.given["needs_hidden"], call.given["needs_weight"]
     (vocab, width), own = weight.shape, weight.element_size()
@@ -134,7 +134,7 @@ def _gradients(call: Call, spoiled: bool) -> Cost:
             accumulates = True
     if work.kernels and (not spoiled or dtype != weight.dtype):
         scratch += min(chunk, len(hidden)) * vocab * own
-    if needs_weight and call.given["weight_grad"] is None and len(hidden) > chunk:  # in fp32, and rounded at the end
+    if needs_weight and call.given["weight_grad"] is None and len(hidden) > chunk:  # accumulated in fp32 and cast at the end
         work += Work(traffic=weight.numel() * (4 + own), kernels=1)
         scratch += weight.numel() * 4
     return Cost(work, scratch)

@@ -1,4 +1,4 @@
-"""How long the sequences of one step are, where nobody has read the data: drawn from stated distributions, or from given lengths."""
+"""Sequence lengths of one step: sampled from the distributions below, or from given lengths. The data itself is not read."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 
 from engine.algorithms.workload import Generation, Workload
 
-BYTES_A_TOKEN = 4.3  # of English text in Llama 3's vocabulary, assumed where a dataset card counts bytes
+BYTES_A_TOKEN = 4.3  # English text in Llama 3's vocabulary; assumed where a dataset card gives bytes
 
 
 @dataclass(frozen=True)
 class LogNormal:
-    """A log-normal of tokens: its mean, and the standard deviation of its logarithm."""
+    """Log-normal distribution of token counts: its mean, and the standard deviation of its logarithm."""
 
     mean: float
     sigma: float
 
     def draw(self, count: int, most: int, generator: np.random.Generator) -> np.ndarray:
-        """int64 [count], from 1 to `most`; what is longer is cut off there."""
+        """Sample lengths, int64 [count], clipped to 1 ... `most`."""
         mu = math.log(self.mean) - self.sigma**2 / 2
         return np.clip(generator.lognormal(mu, self.sigma, count).round(), 1, most).astype(np.int64)
 
@@ -32,33 +32,34 @@ class LogNormal:
 
 
 CONVERSATION = LogNormal(700, 0.9)  # tulu-3-sft-mixture: 2,914 MB in 939,343 rows
-HALF = LogNormal(950, 0.7)  # of a pair: tulu-3-405b-preference-mixture, 3,319 MB in 360,924 rows, each with its prompt three times
-PROMPT = LogNormal(450, 0.5)  # 150 tokens of a MATH problem alone to 750 of GSM8K's with eight examples
-RESPONSE = LogNormal(400, 0.6)  # about what Tülu 3's responses to MATH are
+# One response of a preference pair: tulu-3-405b-preference-mixture, 3,319 MB in 360,924 rows, which store the prompt three times.
+HALF = LogNormal(950, 0.7)
+PROMPT = LogNormal(450, 0.5)  # between a MATH problem alone (150 tokens) and a GSM8K problem with eight examples (750)
+RESPONSE = LogNormal(400, 0.6)  # approximately Tülu 3's responses to MATH
 
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
     """The sequences of one step, over all ranks."""
 
-    lengths_N: np.ndarray  # int64, predicted tokens: one less than the sequence has
-    group_N: np.ndarray  # int64; equal for the halves of a pair, -1: alone
-    prompt_N: np.ndarray  # int64, of rollouts; else empty
-    source: str  # where the lengths come from
+    lengths_N: np.ndarray  # int64, predicted tokens: one less than the length of the sequence
+    group_N: np.ndarray  # int64; equal for the two sequences of a pair, -1: no group
+    prompt_N: np.ndarray  # int64, prompt tokens of rollouts; empty for other workloads
+    source: str  # description of where the lengths come from
 
     @property
     def response_N(self) -> np.ndarray:
-        """Tokens that are drawn after each prompt."""
+        """Sampled tokens of each response, int64 [N]."""
         return self.lengths_N + 1 - self.prompt_N
 
     @property
     def answered(self) -> float:
-        """The share of tokens that are learned from; 1 where it is not known."""
+        """Share of predicted tokens that are trained on; 1 if unknown."""
         return float(self.response_N.sum() / self.lengths_N.sum()) if len(self.prompt_N) else 1.0
 
 
 def sample_lengths(workload: Workload, seed: int = 0, given: Sequence[tuple[int, int]] = ()) -> Sequences:
-    """One step's sequences, from `given` pairs (tokens of prompt, of response) or else from this module's distributions."""
+    """Sequences of one step, from `given` (prompt tokens, response tokens), by default from this module's distributions."""
     generator = np.random.default_rng(seed)
     if workload.generation is not None:
         return _rollouts(workload.generation, workload.sequences, generator, given)
@@ -74,8 +75,8 @@ def _texts(count: int, spread: LogNormal, most: int, generator: np.random.Genera
     return Sequences(lengths, np.full(count, -1), np.empty(0, np.int64), f"{_source(given, spread)}, at most {most} tokens")
 
 
-def _rollouts(asked: Generation, count: int, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
-    samples, most = asked.samples_per_prompt, np.array([asked.max_prompt_tokens, asked.max_response_tokens])
+def _rollouts(generation: Generation, count: int, generator: np.random.Generator, given: Sequence[tuple[int, int]]) -> Sequences:
+    samples, most = generation.samples_per_prompt, np.array([generation.max_prompt_tokens, generation.max_response_tokens])
     if len(given):
         pairs = np.clip(_given(given, count, generator), 1, most)
         prompts, responses = np.repeat(pairs[::samples, 0], samples), pairs[:, 1]
@@ -91,18 +92,18 @@ def _source(given: Sequence[tuple[int, int]], spread: LogNormal) -> str:
 
 
 def _given(given: Sequence[tuple[int, int]], count: int, generator: np.random.Generator) -> np.ndarray:
-    """int64 [count, 2], in random order; each row once as long as they last."""
+    """int64 [count, 2] in random order; no row is used again before all have been used."""
     order = np.concatenate([generator.permutation(len(given)) for _ in range(-(-count // len(given)))])[:count]
     return np.array(given, dtype=np.int64)[order]
 
 
 def read(path: str) -> list[tuple[int, int]]:
-    """Rows of {"prompt": tokens, "response": tokens} of a .jsonl file. Raises ValueError, naming the line, for anything else."""
+    """Read a .jsonl file with rows {"prompt": tokens, "response": tokens}. Raises ValueError naming the line for any other row."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ValueError(f"--lengths {path}: {error.strerror}; give a .jsonl file") from None
-    found = []
+    pairs = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -110,11 +111,11 @@ def read(path: str) -> list[tuple[int, int]]:
         except (ValueError, TypeError, KeyError):
             pair = (-1, -1)
         if min(pair) < 0 or sum(pair) < 1:
-            raise ValueError(f'--lengths {path}:{number}: a row is {{"prompt": tokens, "response": tokens}}, such as {_EXAMPLE}')
-        found.append(pair)
-    if not found:
+            raise ValueError(f'--lengths {path}:{number}: a row must be {{"prompt": tokens, "response": tokens}}, such as {_EXAMPLE}')
+        pairs.append(pair)
+    if not pairs:
         raise ValueError(f"--lengths {path} has no rows; give {_EXAMPLE}")
-    return found
+    return pairs
 
 
 _EXAMPLE = '{"prompt": 450, "response": 400}'

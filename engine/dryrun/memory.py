@@ -1,4 +1,4 @@
-"""Bytes on the GPUs of each pipeline rank: what stays, and what each moment of a step adds."""
+"""Predict GPU memory of each pipeline rank: what is resident, and what each phase of a step adds."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from engine.dryrun.types import Stage
 from engine.dryrun.workload import Simulation, TrainedModel
 from engine.megatron.weight_sync import BUCKET_BYTES
 
-IDS = 3 * 8 + 1 + 8  # bytes of a token on the device: ids, targets and positions as int64, the mask, its place among the wanted rows
+IDS = 3 * 8 + 1 + 8  # bytes per token on the device: ids, targets and positions as int64, the mask, its index among trained tokens
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The GPUs of one pipeline rank. Bytes of one GPU, at the moment when it holds most."""
+    """Memory of one pipeline rank's GPUs, in bytes per GPU."""
 
     pp: int
     layers: int
     params: int
-    parts: dict[str, int]
-    moment: str
-    moments: dict[str, int]  # peak of each moment
+    parts: dict[str, int]  # bytes by kind at the peak
+    moment: str  # phase of a step with the highest peak
+    moments: dict[str, int]  # peak of each phase
     capacity: int
-    trains: bool = True  # False: it only generates
+    trains: bool = True  # False: the rank only generates
 
     @property
     def peak_bytes(self) -> int:
@@ -36,7 +36,7 @@ class RankMemory:
 
 
 def memory_of_ranks(simulation: Simulation) -> list[RankMemory]:
-    """Every pipeline rank's memory: of those that train, then of those that only generate."""
+    """Memory of each pipeline rank: first those that train, then those that only generate."""
     kinds = (True,) if simulation.generator is None else (True, False)
     return [_rank(simulation, pp, stages, trains) for trains in kinds for pp, stages in enumerate(simulation.policy.ranks)]
 
@@ -62,7 +62,8 @@ def _read_only(simulation: Simulation, pp: int) -> dict[str, int]:
 
 
 def _resident(simulation: Simulation, pp: int) -> dict[str, int]:
-    """What is there all the time. A reference that is offloaded takes the policy's place when it speaks: nothing."""
+    """Memory that is allocated in every phase. An offloaded reference adds nothing: it takes the place of the policy's weights while it
+    computes log-probs."""
     policy = simulation.policy.ranks[pp]
     parts = {
         "weights": sum(stage.weights for stage in policy),
@@ -82,40 +83,43 @@ def _moments(simulation: Simulation, pp: int) -> Iterator[tuple[str, dict[str, i
     if generation is not None and (simulation.generator is None or generation.evaluates):
         yield "generation", _generation(simulation, generation, pp)
     if simulation.generator is not None:
-        yield "handing weights", _weight_sync(simulation, pp)
+        yield "weight sync", _weight_sync(simulation, pp)
     for trained in simulation.models:
-        if simulation.workload.token_values:  # reads log-probs or values before it learns
-            read = max(stage.inference_peak for stage in trained.ranks[pp])
-            yield f"reading, {trained.name}", {"activations": read, "batch": _batch(simulation, trained, trained.forward_pass.tokens, pp)}
+        if simulation.workload.token_values:  # computes log-probs or values before the update
+            largest = max(stage.inference_peak for stage in trained.ranks[pp])
+            batch = _batch(simulation, trained, trained.forward_pass.tokens, pp)
+            yield f"inference, {trained.name}", {"activations": largest, "batch": batch}
         held, peak = ([getattr(stage, what) for stage in trained.ranks[pp]] for what in ("held", "peak"))
         most = trained.update.timeline.most_held(pp, held, peak)
         yield f"update, {trained.name}", {"activations": int(most), "batch": _batch(simulation, trained, trained.update_batch.tokens, pp)}
 
 
 def _generator_moments(simulation: Simulation, pp: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """Of ranks that only generate: the cache is made for each step's responses, and let go."""
+    """Phases of ranks that only generate. The KV cache is allocated for each step and freed after it."""
     assert simulation.workload.generation is not None
     yield "generation", _generation(simulation, simulation.workload.generation, pp)
-    yield "handing weights", _weight_sync(simulation, pp)
+    yield "weight sync", _weight_sync(simulation, pp)
 
 
 def _weight_sync(simulation: Simulation, pp: int) -> dict[str, int]:
-    """Weights travel some at a time, in one piece."""
+    """Weights are sent in buckets, each one contiguous buffer."""
     return {"batch": min(BUCKET_BYTES, sum(stage.weights for stage in simulation.policy.ranks[pp]))}
 
 
 def _batch(simulation: Simulation, trained: TrainedModel, tokens: int, pp: int) -> int:
-    """All microbatches of a pass lie on the device from its start, with the angles of their positions; what the last stage says of each
-    token is kept to its end."""
+    """Bytes of all microbatches of a pass. They are on the device from its start, with their rotary angles; the last stage also keeps one
+    fp32 output per token until the end."""
     angles = 4 * trained.model.head_dim
     columns = 4 * simulation.workload.token_values
-    said = 4 if pp == trained.parallel.pp - 1 else 0
-    return tokens * (IDS + columns + angles + said)
+    outputs = 4 if pp == trained.parallel.pp - 1 else 0
+    return tokens * (IDS + columns + angles + outputs)
 
 
 def seqs_per_group(simulation: Simulation, generation: Generation) -> int:
-    """Sequences under way at once on each replica, in each of its groups: rollout/sampler.py's rule, where the cache holds least. Raises
-    ValueError for a cache that does not hold one for each group."""
+    """Concurrent sequences per replica and pipeline group, by rollout/sampler.py's rule, on the rank whose cache holds the fewest.
+
+    Raises ValueError if a cache cannot hold one sequence per group.
+    """
     groups, positions = simulation.run.parallel.pp, generation.max_prompt_tokens + generation.max_response_tokens
     most = -(-len(simulation.sequences.lengths_N) // simulation.generation_clock.dp)
     bytes_of = max(_slot_bytes(simulation, pp, positions) for pp in range(groups))
@@ -128,9 +132,9 @@ def _slot_bytes(simulation: Simulation, pp: int, positions: int) -> int:
 
 
 def _generation(simulation: Simulation, generation: Generation, pp: int) -> dict[str, int]:
-    """The caches for the longest that may come, and a forward of a wave: a token of each slot of a group, and prompts."""
-    each, groups = seqs_per_group(simulation, generation), simulation.run.parallel.pp
-    wave = each + max(generation.rollout.max_prefill_tokens, int(simulation.sequences.prompt_N.max()))
-    read = max(stage.inference_peak for stage in simulation.policy.ranks[pp])
-    cache = groups * each * _slot_bytes(simulation, pp, generation.max_prompt_tokens + generation.max_response_tokens)
-    return {"cache": cache, "activations": read * wave // sum(simulation.policy.lengths)}
+    """Bytes of the KV caches for sequences of maximum length, and of one forward: a token of each sequence of a group, and prompts."""
+    seqs, groups = seqs_per_group(simulation, generation), simulation.run.parallel.pp
+    tokens = seqs + max(generation.rollout.max_prefill_tokens, int(simulation.sequences.prompt_N.max()))
+    activations = max(stage.inference_peak for stage in simulation.policy.ranks[pp])
+    cache = groups * seqs * _slot_bytes(simulation, pp, generation.max_prompt_tokens + generation.max_response_tokens)
+    return {"cache": cache, "activations": activations * tokens // sum(simulation.policy.lengths)}

@@ -1,4 +1,4 @@
-"""What is executed, turned into Work, and the memory it takes: on meta tensors as on real ones, forward, backward and recomputation."""
+"""Measure the Work and the memory of executed torch operations, on meta or real tensors: forward, backward and recomputation."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from engine.dryrun.types import Work
 
 
 class Meter(TorchDispatchMode):
-    """Open it, compute, and read it. It counts what lies on `device`; `axes` says along which axis of the grid a named process group lies.
+    """Context manager that counts the operations executed inside it with tensors on `device`.
 
-    Memory is that of the storages that were made while it was open: views are not counted twice, a storage that is resized is read anew,
-    and what was there before (weights, gradient buffers, optimizer) is left out.
+    axes    process group name -> axis of the grid
+
+    Memory is that of storages created inside the context: views are not counted twice, the current size of a resized storage counts, and
+    earlier allocations (weights, gradient buffers, optimizer) are left out.
     """
 
     def __init__(self, device: torch.device, axes: Mapping[str, Axis]):
         super().__init__()
         self.device, self.axes = device, axes
-        self.peak = 0  # bytes, at the worst moment so far
+        self.peak = 0  # bytes
         self._work = Work()
         self._made: dict[int, weakref.ref[UntypedStorage]] = {}
 
     @property
     def live(self) -> int:
-        """Bytes of what was made and is still there."""
+        """Bytes of storages that were created in this context and still exist."""
         total = 0
         for key, reference in list(self._made.items()):
             storage = reference()
@@ -43,7 +45,7 @@ class Meter(TorchDispatchMode):
         return total
 
     def taken(self) -> Work:
-        """What was done since this was last asked."""
+        """Return the Work since the last call of this method, and reset it."""
         work, self._work = self._work, Work()
         return work
 

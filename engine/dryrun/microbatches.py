@@ -1,4 +1,4 @@
-"""How a batch falls into microbatches: the plan that the run itself would make, and what of it the forecast needs."""
+"""Microbatches of a batch: the statistics that the forecast needs, from the plan that the run itself would make."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from engine.batching.plan import Plan, plan
 from engine.config import ModelShape, Parallel
 
-GRAIN = 16  # sizes of a full microbatch are rounded up to a budget's sixteenths, so that layouts that hardly differ are rehearsed once
+GRAIN = 16  # the size of a full microbatch is rounded up to 1/16 of the budget, so that nearly equal layouts are simulated once
 
 
 @dataclass(frozen=True)
 class MicrobatchPlan:
-    """One pass over a batch, of each data-parallel rank."""
+    """Statistics of one pass over a batch by all data-parallel ranks."""
 
-    microbatches: int
+    microbatches: int  # per rank
     most: int  # tokens of the largest microbatch, padding included
-    cost: float  # of the costliest rank's mean microbatch, in units of Llama.cost
-    tokens: int  # of one rank at most, padding included
-    fill: float
-    imbalance: float
+    cost: float  # mean cost of a microbatch on the rank with the highest cost, in the units of ModelShape.cost
+    tokens: int  # largest number of tokens of a rank, padding included
+    fill: float  # share of microbatch capacity that holds tokens
+    imbalance: float  # largest cost of a rank divided by the mean
 
     @staticmethod
     def of(lengths_N: np.ndarray, group_N: np.ndarray, model: ModelShape, parallel: Parallel, replicas: int, budget: int) -> MicrobatchPlan:
-        """By the planner of engine.batching.plan, asked as Policy.cut asks it. Raises ValueError for sequences beyond `budget`."""
+        """Plan with engine.batching.plan, as Policy.cut does. `budget`: tokens per microbatch. Raises ValueError for longer sequences."""
         interleaved = parallel.vpp > 1
         planned = plan(
             lengths_N,
@@ -39,7 +39,7 @@ class MicrobatchPlan:
             sync="step",
         )
         ranks = [[_segments(planned, rank, i) for i in range(planned.microbatches)] for rank in range(replicas)]
-        if interleaved:  # Policy pads all of a rank's microbatches to its longest
+        if interleaved:  # Policy pads all microbatches of a rank to the longest
             ranks = [[_padded(segments, max(map(sum, rank))) for segments in rank] for rank in ranks]
         return MicrobatchPlan(
             microbatches=planned.microbatches,
@@ -51,19 +51,19 @@ class MicrobatchPlan:
         )
 
     def full(self, lengths_N: np.ndarray, parallel: Parallel, budget: int) -> tuple[int, ...]:
-        """The sequences of a full microbatch, to be rehearsed: those of the batch in order, as far as they fit, padding last."""
+        """Sequence lengths of a full microbatch to simulate: sequences of the batch in order, as far as they fit, then padding."""
         grain = -(-budget // GRAIN // parallel.tp) * parallel.tp
-        total = left = min(-(-self.most // grain) * grain, budget // parallel.tp * parallel.tp)
-        taken = []
+        total = remaining = min(-(-self.most // grain) * grain, budget // parallel.tp * parallel.tp)
+        chosen = []
         for length in lengths_N.tolist():
-            if 0 < length <= left:
-                taken.append(length)
-                left -= length
-        return _padded(tuple(taken), total)
+            if 0 < length <= remaining:
+                chosen.append(length)
+                remaining -= length
+        return _padded(tuple(chosen), total)
 
 
 def attention_cost(lengths: Iterable[int], model: ModelShape) -> float:
-    """Of one microbatch, as the planner weighs it."""
+    """Cost of one microbatch by the planner's model (ModelShape.cost)."""
     _, per_token, per_square = model.cost
     return float(sum(per_token * length + per_square * length * length for length in lengths))
 

@@ -1,4 +1,4 @@
-"""What recipes name and a machine without network cannot look up: shapes of models, rows of data sets. Nothing is ever downloaded."""
+"""Shapes of models and row counts of datasets that recipes name. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LLAMA_31: dict[str, Any] = {
     "rope_scaling": RopeScaling(),
     "max_length": 131072,
 }
-# Their config.json, as read on the hub.
+# From config.json of each model on the hub.
 SHAPES = {
     "405b": ModelShape(layers=126, hidden=16384, ffn=53248, heads=128, **_LLAMA_31),
     "70b": ModelShape(layers=80, hidden=8192, ffn=28672, heads=64, **_LLAMA_31),
     "8b": ModelShape(layers=32, hidden=4096, ffn=14336, heads=32, **_LLAMA_31),
     SMOLLM2: ModelShape(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, rope_theta=100000.0, tied=True),
 }
-TULU_VOCAB = 128264  # eight tokens more than Llama 3.1's
+TULU_VOCAB = 128264  # Llama 3.1's 128,256 tokens and eight more
 
-# Rows of the train split: num_examples of their dataset cards.
+# Rows of the train split: num_examples on the dataset card.
 ROWS = {
     "allenai/tulu-3-sft-mixture": 939343,
     "allenai/llama-3.1-tulu-3-8b-preference-mixture": 271409,
@@ -40,17 +40,19 @@ ROWS = {
 
 
 def shape_of(model: Model) -> ModelShape:
-    """The shape of the weights that `model` names, as its folder's config.json says it, or the hub's where it lies on this machine; else
-    by what the name contains. Raises ValueError for a name that says nothing."""
+    """Shape of `model`: from config.json in its folder or in the hub's local cache, otherwise guessed from its name.
+
+    Raises ValueError if the name contains no known size.
+    """
     return model.init or _stored(model.path) or _by_name(model.path)
 
 
 def guess_note(model: Model) -> str:
-    """What `shape` assumes of `model`; "" where it knows."""
+    """A sentence on what `shape_of` guessed from the name of `model`; "" if it did not have to guess."""
     if model.init or _stored(model.path):
         return ""
-    found = _by_name(model.path)
-    return f"{model.path} is not on this machine; by its name it has {found.layers} layers of {found.hidden}, as the hub's config.json says"
+    shape = _by_name(model.path)
+    return f"{model.path} is not on this machine; its name suggests {shape.layers} layers of hidden size {shape.hidden}, as on the hub"
 
 
 def _stored(path: str) -> ModelShape | None:
@@ -69,14 +71,15 @@ def _by_name(path: str) -> ModelShape:
     size = next((size for size in SHAPES if size == name or size in name.split("-")), None)
     if size is None:
         raise ValueError(
-            f"model.path={path!r} is not on this machine, and its name tells no shape ({', '.join(SHAPES)}); give a folder with config.json"
+            f"model.path={path!r} is not on this machine, and its name contains no known size ({', '.join(SHAPES)}); "
+            "give a folder with config.json"
         )
-    found = replace(SHAPES[size], vocab=TULU_VOCAB) if "tulu-3" in name else SHAPES[size]
-    return found.with_scalar_head() if name.endswith("-rm") else found
+    shape = replace(SHAPES[size], vocab=TULU_VOCAB) if "tulu-3" in name else SHAPES[size]
+    return shape.with_scalar_head() if name.endswith("-rm") else shape
 
 
 def dataset_rows(sources: tuple[Source, ...]) -> int | None:
-    """Samples of one epoch over `sources`, weights applied; None where one is neither a file at hand nor known."""
+    """Samples in one epoch over `sources`, weights applied; None if a source is neither a local file nor listed in ROWS."""
     total = 0
     for source in sources:
         path = Path(source.path)

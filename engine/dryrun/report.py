@@ -115,8 +115,8 @@ def verdict(forecast: Forecast) -> str:
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:
-    """The report as JSON values, in bytes and seconds; `stages` are pipeline ranks. The step time is the sum of the `phases` not in
-    `beside`; phases in `beside` run concurrently, on generator GPUs."""
+    """The report as JSON values, in bytes and seconds; `stages` are pipeline ranks. Phases listed in `beside` run concurrently, on
+    generator GPUs; the step time is the sum of all other phases."""
     simulation = forecast.simulation
     return {
         "ranks": simulation.gpus,

@@ -1,7 +1,7 @@
-"""The order in which megatron-core's schedules run a pipeline's microbatches, and when each piece starts and ends.
+"""Simulate megatron-core's pipeline schedules: the order of operations on each rank, and when each starts and ends.
 
-One forward, one backward (1F1B; arXiv 2104.04473, section 2.2), its interleaved form with several virtual stages a rank (the same paper,
-section 2.3), and forward only. A rank does its pieces in order, each as soon as what it needs has come.
+The schedules are 1F1B (one forward, one backward; arXiv 2104.04473, section 2.2), interleaved 1F1B with several virtual stages per rank
+(section 2.3), and forward only. A rank executes its operations in order, each as soon as its input has arrived.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Kind = Literal["forward", "backward"]
 
 
 class PipelineOp(NamedTuple):
-    """One microbatch through one virtual stage (a chunk) of one pipeline rank, one way."""
+    """The forward or the backward of one microbatch in one virtual stage (chunk) of a pipeline rank."""
 
     kind: Kind
     microbatch: int
@@ -22,7 +22,7 @@ class PipelineOp(NamedTuple):
 
 
 class TimedOp(NamedTuple):
-    """A piece in time, in seconds from the start of the pipeline."""
+    """A pipeline operation with its start and end, in seconds from the start of the pipeline."""
 
     piece: PipelineOp
     start: float
@@ -31,44 +31,47 @@ class TimedOp(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every pipeline rank does when: `ranks[pp]` in order of time."""
+    """Timed operations of all pipeline ranks: ranks[pp], in order of time."""
 
     ranks: tuple[tuple[TimedOp, ...], ...]
 
     @property
     def seconds(self) -> float:
-        """Until the last rank is done."""
+        """Seconds until the last rank has finished."""
         return max(ops[-1].end for ops in self.ranks)
 
     @property
     def busy(self) -> tuple[float, ...]:
-        """Seconds that each rank computes."""
+        """Seconds of computation of each rank."""
         return tuple(sum(op.end - op.start for op in ops) for ops in self.ranks)
 
     @property
     def bubble(self) -> float:
-        """The share of all ranks' time in which they wait."""
+        """Share of the ranks' total time in which they are idle, in [0, 1]."""
         return 1 - sum(self.busy) / (len(self.ranks) * self.seconds)
 
     def most_held(self, rank: int, held: Sequence[float], peak: Sequence[float] | None = None) -> float:
-        """The most that `rank` holds at once, where a microbatch of chunk c leaves held[c] behind from its forward to its backward. With
-        peak[c], what a forward or a backward of chunk c needs while it runs, its own held[c] included, counts too."""
-        worst = now = 0.0
+        """Peak memory of `rank`, in the units of `held`.
+
+        held    held[c]: kept from the forward to the backward of a microbatch in chunk c
+        peak    peak[c]: used while a forward or backward of chunk c runs, its own held[c] included; default: held[c]
+        """
+        most = now = 0.0
         for (kind, _, chunk), _, _ in self.ranks[rank]:
             others = now if kind == "forward" else now - held[chunk]
-            worst = max(worst, others + held[chunk] if peak is None else others + peak[chunk])
+            most = max(most, others + held[chunk] if peak is None else others + peak[chunk])
             now = others + held[chunk] if kind == "forward" else others
-        return worst
+        return most
 
 
 def order(pp: int, vpp: int, microbatches: int, rank: int, *, forward_only: bool = False) -> list[PipelineOp]:
-    """What `rank` of `pp` does, in megatron-core's order: forwards to warm up, then one forward and one backward by turns, then the
-    backwards that are left.
+    """Return the operations of `rank` in megatron-core's order: warm-up forwards, then alternating forwards and backwards, then the
+    remaining backwards.
 
-    Raises ValueError for virtual stages and a number of microbatches that is no multiple of pp.
+    Raises ValueError if vpp > 1 and `microbatches` is not a multiple of pp.
     """
     check(pp, vpp, microbatches)
-    # Virtual stages take turns by groups of pp microbatches: the first of a group comes round just as the last has left.
+    # Virtual stages alternate in groups of pp microbatches: the first of a group arrives for the next chunk just as the last has left.
     group = pp if vpp > 1 else microbatches
     table = [
         (microbatch, chunk) for first in range(0, microbatches, group) for chunk in range(vpp) for microbatch in range(first, first + group)
@@ -83,7 +86,7 @@ def order(pp: int, vpp: int, microbatches: int, rank: int, *, forward_only: bool
 
 
 def check(pp: int, vpp: int, microbatches: int) -> None:
-    """Raise ValueError unless `microbatches` can be run on pp stages of vpp virtual ones."""
+    """Raise ValueError unless `microbatches` can run on pp pipeline ranks with vpp virtual stages each."""
     if microbatches < 1:
         raise ValueError(f"microbatches={microbatches} must be at least 1")
     if vpp > 1 and microbatches % pp:
@@ -102,18 +105,21 @@ def simulate(
     gather: Sequence[Sequence[float]] | None = None,
     forward_only: bool = False,
 ) -> Timeline:
-    """The timeline of a pipeline whose rank r takes forward[r][c] and backward[r][c] seconds for a microbatch of chunk c, and whose
-    messages between ranks take `hop` seconds, during which both compute. The first forward of a chunk waits until its weights have come:
-    gather[r][c] seconds from when they are asked for, one chunk at a time.
+    """Simulate a pipeline and return its timeline. All times are in seconds.
 
-    Where all pieces take equally long and hop is 0, the bubble is (pp - 1) / (vpp * microbatches + pp - 1). Raises ValueError as `order`.
+    forward, backward  [rank][chunk]: of one microbatch
+    hop                of a message between ranks; both ranks can compute meanwhile
+    gather             [rank][chunk]: of the all-gather of a chunk's weights, which its first forward waits for; one chunk at a time
+
+    If all operations take the same time and hop is 0, the bubble is (pp - 1) / (vpp * microbatches + pp - 1). Raises ValueError as `order`
+    does.
     """
     pp, vpp = len(forward), len(forward[0])
     seconds = [{"forward": forward[rank], "backward": backward[rank]} for rank in range(pp)]
     todo = [order(pp, vpp, microbatches, rank, forward_only=forward_only) for rank in range(pp)]
     ranks: list[list[TimedOp]] = [[] for _ in range(pp)]
     ended: dict[tuple[int, PipelineOp], float] = {}
-    come = [0.0] * pp  # when the weights that each rank asked for last are there
+    gathered = [0.0] * pp  # when the last all-gather of each rank has finished
     ready = list(range(pp))
     while ready:
         rank = ready.pop()
@@ -126,25 +132,25 @@ def simulate(
                     break
                 now = max(now, ended[need] + (hop if need[0] != rank else 0.0))
             if gather is not None and piece.kind == "forward" and piece.microbatch == 0:
-                come[rank] = max(come[rank], _asked(ops, rank, piece.chunk, pp)) + gather[rank][piece.chunk]
-                now = max(now, come[rank])
+                gathered[rank] = max(gathered[rank], _gather_start(ops, rank, piece.chunk, pp)) + gather[rank][piece.chunk]
+                now = max(now, gathered[rank])
             start, now = now, now + seconds[rank][piece.kind][piece.chunk]
             ended[rank, piece] = now
             ops.append(TimedOp(piece, start, now))
         if len(ops) > before:
             ready = [*{*ready, (rank + 1) % pp, (rank - 1) % pp} - {rank}]
-    assert all(len(ops) == len(pieces) for ops, pieces in zip(ranks, todo, strict=True)), "the schedule waits for itself"
+    assert all(len(ops) == len(pieces) for ops, pieces in zip(ranks, todo, strict=True)), "the schedule has a deadlock"
     return Timeline(tuple(tuple(ops) for ops in ranks))
 
 
-def _asked(ops: list[TimedOp], rank: int, chunk: int, pp: int) -> float:
-    """When a rank asks for the weights of `chunk`, as megatron-core does: of the first two at the start, of another when the pipeline's
-    last rank takes its first microbatch of the chunk before, which is that many microbatches earlier on the others."""
+def _gather_start(ops: list[TimedOp], rank: int, chunk: int, pp: int) -> float:
+    """Time at which a rank starts to gather the weights of `chunk`, as in megatron-core: 0 for the first two chunks; for a later chunk,
+    `rank` operations before the first microbatch of the chunk before, which is at about the same time on all ranks."""
     return 0.0 if chunk < 2 else ops[(chunk - 1) * pp - rank].start
 
 
 def _needs(rank: int, piece: PipelineOp, pp: int, vpp: int) -> tuple[int, PipelineOp] | None:
-    """Which piece of which rank must have ended before `piece` can start; None for what needs nobody."""
+    """(rank, operation) that must end before `piece` can start; None if there is none."""
     kind, microbatch, chunk = piece
     stage = chunk * pp + rank
     if kind == "backward" and stage == pp * vpp - 1:

@@ -1,4 +1,4 @@
-"""The fastest layouts of a recipe that fit: priced from parts, the best of them rehearsed whole."""
+"""Search the fastest layouts of a recipe that fit in memory: all are estimated from composed stages, the best are simulated in full."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from engine.dryrun.phases import phases, seconds_of
 from engine.dryrun.stages import simulate_stages as rehearse_every_rank
 from engine.dryrun.workload import Simulation, StageBuilder
 
-BUDGETS = 5  # sizes of a microbatch that are tried: powers of two and one and a half times such, from the least that holds the longest
-DEEPEST = 8  # virtual stages of a pipeline rank
-LOOKED_AT = 20  # layouts that fit, in order of the least time they can take, before the search ends
-ROOM = 0.9  # of a device's memory: what a layout may fill, for the allocator and NCCL are only guessed at
-RECOMPUTES = get_args(Recompute)  # each slower than the one before, and smaller
+BUDGETS = 5  # microbatch sizes tried: 2^n and 1.5 * 2^n tokens, starting with the smallest that holds the longest sequence
+DEEPEST = 8  # largest number of virtual stages per pipeline rank
+LOOKED_AT = 20  # the search ends after this number of layouts that fit, in order of their lower bound on time
+ROOM = 0.9  # share of device memory that a layout may use; the rest is margin for the allocator and NCCL, whose use is estimated
+RECOMPUTES = get_args(Recompute)  # in order of rising time and falling memory
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One answer."""
+    """A layout that fits, with its predicted time and memory."""
 
-    settings: list[str]  # what differs from the recipe, to be given behind it
-    seconds: float  # of a step, priced from parts
-    memory: int  # bytes, of the fullest GPU
-    confirmed: Forecast | None = None  # rehearsed whole
+    settings: list[str]  # command-line settings that differ from the recipe
+    seconds: float  # of a step, estimated from composed stages
+    memory: int  # bytes of the GPU with the highest peak, estimated from composed stages
+    confirmed: Forecast | None = None  # full simulation
 
     @property
     def step_seconds(self) -> float:
@@ -55,11 +55,14 @@ def search(
     rehearse: StageBuilder = rehearse_every_rank,
     confirm: int = 3,
 ) -> list[Layout]:
-    """Layouts of `run` that fill at most ROOM of each of `gpus` of `hardware`, the fastest first; the first `confirm` are rehearsed whole,
-    and are ahead of all others. Empty where none does.
+    """Find layouts of `run` that use at most ROOM of the memory of each of `gpus` devices, fastest first; empty if there are none.
 
-    Candidates are met in order of the least time that an optimizer step can take, those that are too large again with more recomputed;
-    LOOKED_AT that fit are timed with all their phases.
+    given     (prompt tokens, response tokens) of representative sequences; default: sampled from the distributions in lengths.py
+    rehearse  simulates the stages of a model
+    confirm   number of layouts to simulate in full; these come before all others
+
+    Candidates are visited in order of a lower bound on the time of their optimizer steps. One that does not fit is tried again with more
+    recomputation. The search ends after LOOKED_AT layouts that fit, whose phases are all estimated.
     """
     composed = composer(rehearse)
     waiting: list[tuple[float, int, list[str], Simulation]] = []
@@ -86,19 +89,19 @@ def search(
 def _confirmed(
     ranked: list[Layout], run: Run, gpus: int, hardware: Hardware, given: Any, rehearse: StageBuilder, count: int
 ) -> list[Layout]:
-    """The first `count` that still fit when they are rehearsed whole, then those that nobody rehearsed."""
-    whole: list[Layout] = []
-    left = list(ranked)
-    while left and len(whole) < count:
-        layout = left.pop(0)
-        found = forecast(override(run, layout.settings), gpus, hardware, given=given, rehearse=rehearse, seek=False)
-        if found.fullest.peak_bytes <= ROOM * hardware.memory:
-            whole.append(replace(layout, confirmed=found))
-    return sorted(whole, key=lambda layout: layout.step_seconds) + left
+    """Return the first `count` layouts that still fit in a full simulation, then the layouts that were not simulated."""
+    confirmed_layouts: list[Layout] = []
+    remaining = list(ranked)
+    while remaining and len(confirmed_layouts) < count:
+        layout = remaining.pop(0)
+        simulated = forecast(override(run, layout.settings), gpus, hardware, given=given, rehearse=rehearse, seek=False)
+        if simulated.fullest.peak_bytes <= ROOM * hardware.memory:
+            confirmed_layouts.append(replace(layout, confirmed=simulated))
+    return sorted(confirmed_layouts, key=lambda layout: layout.step_seconds) + remaining
 
 
 def _least(simulation: Simulation) -> float:
-    """Seconds that all optimizer steps of one step of the recipe take at least: the slowest rank's work, after it has come to it."""
+    """Lower bound in seconds on one optimizer step: the work of the slowest rank, plus the time until its first microbatch arrives."""
     policy = simulation.policy
     times = [sum(policy.clock.seconds(stage.forward) + policy.clock.seconds(stage.backward) for stage in rank) for rank in policy.ranks]
     before = (len(times) - 1) * min(times) / policy.parallel.vpp
@@ -106,21 +109,22 @@ def _least(simulation: Simulation) -> float:
 
 
 def _candidates(run: Run, gpus: int, hardware: Hardware) -> Iterator[list[str]]:
-    """Every layout without recomputation, which is the last of its settings."""
+    """Yield the settings of each layout, without recomputation; parallel.recompute is the last setting."""
     model = run.model.with_head(model_shapes.shape_of(run.model))
     generation = run.algorithm.workload().generation
     trainers = gpus - (generation.rollout.generator_gpus if generation else 0)
     for grid in _grids(model, run.parallel, trainers, hardware):
-        dealt = f"parallel.stages={list(grid.stages)}"
+        stages = f"parallel.stages={list(grid.stages)}"
         ends = [f"parallel.count_{name}={str(on).lower()}" for name, on in (("embedding", grid.count_embedding), ("loss", grid.count_loss))]
-        depth = [f"parallel.pp={grid.pp}", f"parallel.vpp={grid.vpp}"]  # virtual stages need a pipeline: they come after it and go before
-        layout = [*(depth if grid.vpp > 1 else depth[::-1]), f"parallel.tp={grid.tp}", *ends, dealt]
+        # vpp > 1 needs pp > 1, so pp is listed before vpp > 1 and after vpp = 1.
+        depth = [f"parallel.pp={grid.pp}", f"parallel.vpp={grid.vpp}"]
+        layout = [*(depth if grid.vpp > 1 else depth[::-1]), f"parallel.tp={grid.tp}", *ends, stages]
         for budget in _budgets(run, trainers):
             yield [*layout, f"tokens_per_microbatch={budget}", f"parallel.recompute={RECOMPUTES[0]}"]
 
 
 def _grids(model: ModelShape, parallel: Parallel, gpus: int, hardware: Hardware) -> Iterator[Parallel]:
-    """Those whose weights, gradients and optimizer alone would not be too much, each with the first way to deal layers that holds."""
+    """Yield grids whose weights, gradients and optimizer state fit in memory, each with the first valid split of layers over stages."""
     for tp in range(1, min(hardware.node, model.kv_heads) + 1):
         for pp in range(1, gpus // tp + 1):
             if gpus % (tp * pp) or hardware.node % tp:
@@ -129,14 +133,15 @@ def _grids(model: ModelShape, parallel: Parallel, gpus: int, hardware: Hardware)
             if model.parameters / (tp * pp) * (2 + 4 + 12 / shares) > hardware.memory:
                 continue
             for vpp in range(1, DEEPEST + 1 if pp > 1 else 2):
-                yield from _dealt(model, replace(parallel, tp=tp, pp=pp, vpp=vpp, stages=()), gpus)
+                yield from _with_layer_split(model, replace(parallel, tp=tp, pp=pp, vpp=vpp, stages=()), gpus)
 
 
-def _dealt(model: ModelShape, grid: Parallel, gpus: int) -> Iterator[Parallel]:
+def _with_layer_split(model: ModelShape, grid: Parallel, gpus: int) -> Iterator[Parallel]:
+    """Yield `grid` with the first of several splits of layers over stages that the model allows, if there is one."""
     plain = replace(grid, count_embedding=False, count_loss=False)
-    by_hand = replace(plain, stages=tuple(even_split(model.layers, grid.pp)) if grid.vpp == 1 else ())
-    ways = [grid, replace(grid, count_embedding=True, count_loss=True), plain, by_hand]
-    yield from [way for way in ways if way.fits_model(model, gpus)][:1]
+    explicit = replace(plain, stages=tuple(even_split(model.layers, grid.pp)) if grid.vpp == 1 else ())
+    splits = [grid, replace(grid, count_embedding=True, count_loss=True), plain, explicit]
+    yield from [split for split in splits if split.fits_model(model, gpus)][:1]
 
 
 def _budgets(run: Run, gpus: int) -> list[int]:
@@ -147,27 +152,27 @@ def _budgets(run: Run, gpus: int) -> list[int]:
 
 
 def _differing(run: Run, settings: list[str]) -> list[str]:
-    """Of `settings` those without which `run` would not become the same."""
-    whole, kept = override(run, settings), settings
+    """Return the `settings` that are needed: without one of them the resulting run would be different."""
+    target, needed = override(run, settings), settings
     for setting in settings:
-        rest = [other for other in kept if other != setting]
+        rest = [other for other in needed if other != setting]
         try:
-            kept = rest if override(run, rest) == whole else kept
-        except ValueError:  # it makes way for others
+            needed = rest if override(run, rest) == target else needed
+        except ValueError:  # the others are only valid together with this one
             continue
-    return kept
+    return needed
 
 
 def table(layouts: list[Layout], run: Run) -> Table:
-    """A row for each layout, the fastest first."""
-    shown = Table("", "s a step", "GB", "MFU", "tp", "pp", "vpp", "recompute", "tokens", title="the fastest layouts that fit")
-    for place, layout in enumerate(layouts, start=1):
-        asked = override(run, layout.settings)
-        p = asked.parallel
+    """Table with one row per layout, fastest first. "GB": peak memory per GPU; "tokens": tokens per microbatch."""
+    shown = Table("", "s/step", "GB", "MFU", "tp", "pp", "vpp", "recompute", "tokens", title="Fastest layouts that fit")
+    for rank, layout in enumerate(layouts, start=1):
+        candidate = override(run, layout.settings)
+        p = candidate.parallel
         mfu = f"{layout.confirmed.mfu:.1%}" if layout.confirmed else ""
         cells = [layout.step_seconds, layout.peak_bytes / 1e9]
-        grid = map(str, (p.tp, p.pp, p.vpp, p.recompute, asked.tokens_per_microbatch))
-        shown.add_row(f"{place}{'' if layout.confirmed else ' (from parts)'}", *(f"{cell:.1f}" for cell in cells), mfu, *grid)
+        grid = map(str, (p.tp, p.pp, p.vpp, p.recompute, candidate.tokens_per_microbatch))
+        shown.add_row(f"{rank}{'' if layout.confirmed else ' (estimated)'}", *(f"{cell:.1f}" for cell in cells), mfu, *grid)
     return shown
 
 

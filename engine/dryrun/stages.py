@@ -1,4 +1,4 @@
-"""Every rank of a launch, become in this one process on shapes alone: what its stages hold, and what they do with one microbatch."""
+"""Simulate every pipeline rank of a launch in this process, on meta tensors: memory and cost of its stages for one microbatch."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def simulate_stages(
     token_loss: bool = False,
     dtype: Precision = "bf16",
 ) -> list[Stage]:
-    """What a microbatch of sequences of `lengths` tokens (in sum a multiple of tp) costs in each virtual stage of each pipeline rank, in
-    order of both; on the first tensor and data parallel rank of each.
+    """Simulate one microbatch and return its stages, ordered by pipeline rank and chunk, for the first tensor and data parallel rank.
 
-    optim   None for a model that is only read: no gradients, no optimizer, nothing held; `forward` is `inference`, `backward` is nothing
-    rows    tokens whose log-probs are wanted; None: all
-    token_loss  whether the loss is a sum over tokens, of which the output layer makes the gradient in its forward pass
+    lengths     tokens of each sequence; the sum must be a multiple of tp
+    optim       None for a frozen model: no gradients, no optimizer, no held activations; `forward` equals `inference`, `backward` is empty
+    rows        number of tokens whose log-probs are needed; None: all
+    token_loss  whether the loss is a sum over tokens, for which the output layer computes gradients in its forward pass
 
-    Ranks that hold alike (as many layers in each stage, no embedding, no head) are rehearsed once. This process leaves the world that it
-    is in, and is in none afterwards. Raises ValueError when the grid cannot hold the model.
+    Ranks with equal stages (number of layers, no embedding, no head) are simulated once. This process leaves its process group and is in
+    none afterwards. Raises ValueError if the grid does not fit the model.
     """
     parallel.check(model, world_size)
     if sum(lengths) % parallel.tp:
@@ -59,29 +59,30 @@ def simulate_stages(
 
 @contextmanager
 def become(model: ModelShape, parallel: Parallel, world_size: int, pp: int, optim: Optim | None, dtype: Precision) -> Iterator[Policy]:
-    """The policy of pipeline rank `pp`'s first rank; the grid, the seat and the world are given back afterwards."""
+    """Yield the policy of the first rank of pipeline rank `pp`, on meta tensors. The grid and the fake process group are destroyed
+    afterwards."""
     world = World.fake(pp * (world_size // parallel.pp), world_size)
     with closing(world), closing(Policy(Model(init=model, dtype=dtype), optim, parallel, world)) as policy:
         yield policy
 
 
 class _Kind(NamedTuple):
-    """What tells one virtual stage from another."""
+    """Properties by which virtual stages differ."""
 
     first: bool
     last: bool
-    layers: int | None  # where they are dealt by hand; otherwise all stages between the ends have as many
+    layers: int | None  # with explicit parallel.stages; None: all stages between the ends have the same number
 
 
 def _kind(parallel: Parallel, pp: int) -> tuple[_Kind, ...]:
-    """Of each virtual stage of a pipeline rank."""
+    """The kinds of all virtual stages of a pipeline rank."""
     last = parallel.pp * parallel.vpp - 1
     places = range(pp, last + 1, parallel.pp)
     return tuple(_Kind(i == 0, i == last, parallel.stages[i] if parallel.stages else None) for i in places)
 
 
 def microbatch(lengths: Sequence[int], rows: int) -> Packed:
-    """Sequences of these lengths, their ids all 0, the first `rows` tokens trained on."""
+    """A Packed of sequences of these lengths, with token id 0 and a mask of 1 for the first `rows` tokens."""
     tokens_T = torch.zeros(sum(lengths), dtype=torch.int64)
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -121,7 +122,7 @@ def _inferred(policy: Policy, chunk: int, packed: Packed) -> tuple[Work, int]:
 
 
 def _learned(policy: Policy, single: SingleStage) -> tuple[Work, Work, int, int]:
-    """(forward, backward, held, peak) of a microbatch."""
+    """(forward, backward, held bytes, peak bytes) of a microbatch."""
     with meter_of(policy) as meter:
         single.forward()
         forward, held = meter.taken(), meter.live - single.shared
@@ -130,25 +131,25 @@ def _learned(policy: Policy, single: SingleStage) -> tuple[Work, Work, int, int]
 
 
 def meter_of(policy: Policy) -> Meter:
-    """A meter that knows the axes of this policy's grid."""
+    """A Meter with the process groups of this policy's grid."""
     grid = policy.grid
     axes: dict[str, Axis] = {grid.tp_group.group_name: "tp", grid.pp_group.group_name: "pp", grid.dp_group.group_name: "dp"}
     return Meter(policy.world.device, axes)
 
 
 def _lasting(policy: Policy, chunk: int) -> tuple[int, int, int]:
-    """Bytes of a stage's weights, gradients and optimizer: what is between two steps, read off the buffers. The optimizer of a rank is one
-    for all its stages, and its state is dealt as the gradients are."""
+    """Bytes of a stage's (weights, gradients, optimizer state) between two steps. A rank has one optimizer for all its stages; its state is
+    divided among them in proportion to their gradients."""
     of_chunks = [list(each.parameters()) for each in policy.chunks]
     weights = [_bytes(parameters) for parameters in of_chunks]
     if policy.optimizer is None:
         return weights[chunk], 0, 0
     gradients = [_bytes(p.main_grad for p in parameters) for parameters in of_chunks]  # type: ignore[attr-defined]
-    everything = _bytes([*optimizers.state_of(policy.optimizer), *(p for parameters in of_chunks for p in parameters)])
-    return weights[chunk], gradients[chunk], (everything - sum(weights)) * gradients[chunk] // sum(gradients)
+    total = _bytes([*optimizers.state_of(policy.optimizer), *(p for parameters in of_chunks for p in parameters)])
+    return weights[chunk], gradients[chunk], (total - sum(weights)) * gradients[chunk] // sum(gradients)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages that these lie in."""
+    """Bytes of the storages of `tensors`, each counted once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())

@@ -1,4 +1,4 @@
-"""What would make a launch fit: changes of settings, tried one after the other, the cheapest first."""
+"""Suggest settings that make a launch fit in memory: try changes one after the other, the cheapest first."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from engine.dryrun.compose import composer
 from engine.dryrun.memory import memory_of_ranks
 from engine.dryrun.workload import Simulation, StageBuilder
 
-TIMES = (1, 2, 4, 8)  # as many GPUs as were asked for, before there is said to be no way
+TIMES = (1, 2, 4, 8)  # multiples of the requested number of GPUs to try
 
 
 def settings_that_fit(simulation: Simulation, given: Sequence[tuple[int, int]], rehearse: StageBuilder) -> str:
-    """Settings under which every stage fits: what was composed from parts is rehearsed as a whole before it is said. "" for none."""
+    """Return settings under which all stages fit, as command-line text; "" if none were found. Candidates are checked with composed stages
+    first, then simulated in full."""
     composed = composer(rehearse)
     for gpus, settings in _candidates(simulation):
         if _fits(simulation, gpus, settings, given, composed) and _fits(simulation, gpus, settings, given, rehearse):
@@ -27,27 +28,27 @@ def _fits(simulation: Simulation, gpus: int, settings: list[str], given: Sequenc
     try:
         other = Simulation.of(override(simulation.run, settings), gpus, simulation.hardware, rehearse, given)
         return all(rank.fits for rank in memory_of_ranks(other))
-    except ValueError:  # such a run cannot start
+    except ValueError:  # these settings are invalid together
         return False
 
 
 def _candidates(simulation: Simulation) -> Iterator[tuple[int, list[str]]]:
-    """(GPUs, settings): each change alone, then one upon the other; then more stages, then more GPUs, alone and with all the rest."""
+    """Yield (GPUs, settings): each change alone, then accumulated; then more stages and more GPUs, each alone and with all changes."""
     changes = list(_changes(simulation))
-    together = list(accumulate(changes, lambda before, change: _merged(before, change)))
-    for settings in [*changes, *together]:
+    accumulated = list(accumulate(changes, lambda before, change: _merged(before, change)))
+    for settings in [*changes, *accumulated]:
         yield simulation.gpus, settings
-    everything = together[-1] if together else []
+    all_changes = accumulated[-1] if accumulated else []
     for times in TIMES:
         deeper = list(_deeper(simulation.run, times * simulation.gpus))
-        for extra in ([], everything):
+        for extra in ([], all_changes):
             for settings in ([], *deeper):
                 if times > 1 or settings:
                     yield times * simulation.gpus, _merged(extra, settings)
 
 
 def _merged(before: list[str], after: list[str]) -> list[str]:
-    """Both, a later value of the same setting in place of an earlier one."""
+    """Both lists; of a setting in both, the value in `after`."""
     return list({setting.partition("=")[0]: setting for setting in [*before, *after]}.values())
 
 
@@ -69,7 +70,7 @@ def _changes(simulation: Simulation) -> Iterator[list[str]]:
 
 
 def _deeper(run: Run, gpus: int) -> Iterator[list[str]]:
-    """More pipeline stages, layers dealt anew; virtual stages are given up."""
+    """Yield settings with more pipeline stages, even stages and no virtual stages."""
     for pp in range(run.parallel.pp + 1, gpus // run.parallel.tp + 1):
         if gpus % (run.parallel.tp * pp) == 0:
             for counted in ("true", "false"):

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 
 class Matmul(NamedTuple):
-    """[m, k] @ [k, n], 2 m k n FLOPs."""
+    """Matrix product [m, k] @ [k, n], 2 m k n FLOPs."""
 
     m: int
     k: int
@@ -29,20 +29,20 @@ class Overlapped(NamedTuple):
     """A product overlapped with the all-gather of its rows or the reduce-scatter of its sums over tensor-parallel ranks, in one block per
     rank; see megatron/overlap.py."""
 
-    matmul: Matmul  # of all blocks
-    size: int  # bytes of the whole message
+    matmul: Matmul  # shape of the unsplit product
+    size: int  # bytes of the full message
 
 
 @dataclass
 class Work:
-    """Compute and communication of one rank in one part of a step. Works can be added."""
+    """Compute and communication of one rank in one part of a step. Supports `+`."""
 
     matmuls: Counter[Matmul] = field(default_factory=Counter)
-    attention: float = 0.0  # FLOPs of attention kernels, causal: masked pairs are not counted
+    attention: float = 0.0  # FLOPs of causal attention; masked pairs are not counted
     traffic: float = 0.0  # bytes read and written by all other kernels
-    kernels: int = 0  # launched
+    kernels: int = 0  # kernel launches
     collectives: Counter[Collective] = field(default_factory=Counter)
-    overlapped: Counter[Overlapped] = field(default_factory=Counter)  # products that are not in `matmuls`
+    overlapped: Counter[Overlapped] = field(default_factory=Counter)  # not included in `matmuls`
 
     @property
     def flops(self) -> float:
@@ -63,7 +63,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """One virtual stage of a pipeline rank, of one microbatch. Bytes are of one GPU."""
+    """Memory and cost of one virtual stage of a pipeline rank for one microbatch, on one GPU."""
 
     pp: int  # pipeline rank
     chunk: int  # virtual stage of that rank
@@ -74,7 +74,7 @@ class Stage:
     optimizer: int  # master weights and moments, this replica's share
     forward: Work
     backward: Work  # recomputation included
-    inference: Work  # a forward that keeps nothing
-    held: int  # bytes kept from the forward to the backward of one microbatch
-    peak: int  # bytes above what is held by earlier microbatches, at the worst moment of forward and backward; at least `held`
-    inference_peak: int
+    inference: Work  # a forward without gradients
+    held: int  # bytes of activations kept from the forward to the backward of a microbatch
+    peak: int  # largest bytes during forward or backward, without what earlier microbatches hold; at least `held`
+    inference_peak: int  # largest bytes during inference

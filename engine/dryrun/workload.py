@@ -1,4 +1,4 @@
-"""A launch set up for its rehearsal: the models on their grid, how each one's batch is cut, and the stages of a full microbatch."""
+"""Set up the simulation of a launch: its models and their grids, microbatches, and the stages of a full microbatch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from engine.dryrun.microbatches import MicrobatchPlan, attention_cost
 from engine.dryrun.types import Stage
 from engine.rollout.checks import training_ranks
 
-StageBuilder = Callable[..., list[Stage]]  # stages.rehearse, or what composes the same from parts
+StageBuilder = Callable[..., list[Stage]]  # stages.simulate_stages, or compose.composer's function
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model that learns, rehearsed."""
+    """A trained model, simulated."""
 
     name: str
     model: ModelShape
     clock: CostModel
-    lengths: tuple[int, ...]  # of the microbatch that was rehearsed
+    lengths: tuple[int, ...]  # of the full microbatch that was simulated
     stages: list[Stage]
     update_batch: MicrobatchPlan  # one optimizer step
     forward_pass: MicrobatchPlan  # one pass over all sequences
@@ -43,12 +43,12 @@ class TrainedModel:
 
     @cached_property
     def update(self) -> Update:
-        """One optimizer step of full microbatches; see `share`."""
+        """One optimizer step of full microbatches; `scaled` converts its seconds to the actual microbatches."""
         return self.clock.update(self.stages, self.update_batch.microbatches, self._message)
 
     @property
     def pipeline_seconds(self) -> float:
-        """Of one optimizer step, as its microbatches really are."""
+        """Seconds of the pipeline in one optimizer step, of the actual microbatches."""
         return self.scaled(self.update.timeline.seconds)
 
     @property
@@ -57,12 +57,12 @@ class TrainedModel:
 
     @cached_property
     def forward_seconds(self) -> float:
-        """Of a forward over all sequences."""
+        """Seconds of a forward over all sequences."""
         forward = self.clock.forward(self.stages, self.forward_pass.microbatches, self._message)
         return forward.seconds * self._share(self.forward_pass)
 
     def scaled(self, seconds: float) -> float:
-        """Of an optimizer step's microbatches as they really are, what `seconds` are of full ones."""
+        """Convert `seconds` of full microbatches to the actual microbatches of an optimizer step."""
         return seconds * self._share(self.update_batch)
 
     @property
@@ -70,13 +70,13 @@ class TrainedModel:
         return sum(self.lengths) / self.parallel.tp * self.model.hidden * self.clock.hardware.width
 
     def _share(self, cut: MicrobatchPlan) -> float:
-        """A mean microbatch of the costliest rank, in units of the one that was rehearsed."""
+        """Mean cost of a microbatch on the rank with the highest cost, divided by that of the simulated microbatch."""
         return cut.cost / attention_cost(self.lengths, self.model)
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A run on `gpus` of `hardware`."""
+    """A run simulated on `gpus` devices of `hardware`."""
 
     run: Run
     workload: Workload
@@ -85,16 +85,16 @@ class Simulation:
     sequences: Sequences
     policy: TrainedModel
     critic: TrainedModel | None
-    generator: CostModel | None  # of ranks that only generate, on the policy's tp and pp; None: those that train generate too
+    generator: CostModel | None  # of ranks that only generate, with the policy's tp and pp; None: the training ranks generate
 
     @property
     def dp(self) -> int:
-        """That train."""
+        """Number of training replicas."""
         return self.policy.clock.dp
 
     @property
     def generation_clock(self) -> CostModel:
-        """Of the ranks that generate."""
+        """Cost model of the ranks that generate."""
         return self.generator or self.policy.clock
 
     @property
@@ -103,14 +103,14 @@ class Simulation:
 
     @staticmethod
     def of(run: Run, gpus: int, hardware: Hardware, rehearse: StageBuilder, given: Sequence[tuple[int, int]] = ()) -> Simulation:
-        """Rehearse `run`. Raises ValueError where it cannot start."""
+        """Simulate `run`. Raises ValueError if it cannot start; the message lists all problems."""
         if gpus < 1:
             raise ValueError(f"gpus={gpus} must be at least 1")
         workload: Workload = run.algorithm.workload()
         generators = workload.generation.rollout.generator_gpus if workload.generation else 0
         trainers = training_ranks(run.parallel, gpus, generators)
-        if found := problems(run, model_shapes.shape_of, trainers, on_gpu=hardware.width == 2):
-            raise ValueError("; also: ".join(found))
+        if messages := problems(run, model_shapes.shape_of, trainers, on_gpu=hardware.width == 2):
+            raise ValueError("; also: ".join(messages))
         sequences = sample_lengths(workload, run.seed, given)
 
         def trained(name: str, model: ModelShape, optim: Optim, parallel: Parallel) -> TrainedModel:
@@ -135,12 +135,12 @@ def _trained(
     count = len(sequences.lengths_N)
     workload: Workload = run.algorithm.workload()
     minibatches = workload.minibatches
-    reading = cut(count)
-    step = reading if minibatches == 1 else cut(-(-count // minibatches))
-    lengths = step.full(sequences.lengths_N, clock.parallel, run.tokens_per_microbatch)
-    wanted = round(sum(lengths) * sequences.answered)
-    single = Launch(run, clock.world_size, model_shapes.shape_of, on_gpu=clock.hardware.width == 2).itemsize == 4
+    forward_pass = cut(count)
+    update_batch = forward_pass if minibatches == 1 else cut(-(-count // minibatches))
+    lengths = update_batch.full(sequences.lengths_N, clock.parallel, run.tokens_per_microbatch)
+    trained_tokens = round(sum(lengths) * sequences.answered)
+    fp32 = Launch(run, clock.world_size, model_shapes.shape_of, on_gpu=clock.hardware.width == 2).itemsize == 4
     token_loss = workload.token_loss and model.head == "lm"
-    options = {"optim": optim, "rows": wanted, "token_loss": token_loss, "dtype": "fp32" if single else "bf16"}
+    options = {"optim": optim, "rows": trained_tokens, "token_loss": token_loss, "dtype": "fp32" if fp32 else "bf16"}
     stages = rehearse(model, clock.parallel, clock.world_size, lengths, **options)
-    return TrainedModel(name, model, clock, lengths, stages, step, reading)
+    return TrainedModel(name, model, clock, lengths, stages, update_batch, forward_pass)

@@ -12,7 +12,7 @@ from engine.types import Sample
 
 
 def choose(policy: Policy, prompts: Sequence[np.ndarray], choices: Sequence[Sequence[np.ndarray]], budget: int) -> list[list[float]]:
-    """For each prompt, int32 [L], the log-prob (natural logarithm) of each of its choices, int32 [C], as continuation.
+    """Compute the log-prob (natural logarithm) of each choice, int32 [C], as continuation of its prompt, int32 [L].
 
     Returns the result on rank 0 and an empty list on the other ranks. All ranks must call it. `budget`: tokens per microbatch.
     """

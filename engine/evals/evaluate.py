@@ -1,4 +1,4 @@
-"""Evaluates a model on suites: generates answers, judges them and computes metrics with standard errors."""
+"""Evaluate a model on suites: generate responses, verify them and compute metrics with standard errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Answer:
 
     responses: list[EvalResponse]
     verdicts: list[list[Verdict | Unjudged]]
-    scores: Scores | None  # None: could not be judged, and is excluded from the metrics
+    scores: Scores | None  # None: a verdict is missing, and the item is excluded from the metrics
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _answers(settings: EvalConfig, exam: Exam, policy: Policy, tokenizer: PreTra
 
 
 def judged(exam: Exam, responses: list[list[EvalResponse]]) -> list[Answer]:
-    """Answers with verdicts and scores from the responses to each item. Raises Unjudged if more than 1 % cannot be judged."""
+    """Verify the responses to each item and return answers with verdicts and scores. Raises Unjudged if more than 1 % cannot be judged."""
     cases = [
         [[Case(judge, *pair) for judge in exam.verifiers for pair in exam.suite.cases(item, response.text)] for response in each]
         for item, each in zip(exam.items, responses, strict=True)

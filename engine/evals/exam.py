@@ -1,4 +1,4 @@
-"""Prepares the questions of an evaluation: tokenizes prompts and checks ground truths before any weights are loaded."""
+"""Prepare the questions of an evaluation: tokenize prompts and check ground truths before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def prepare(
     """
     suites = [suite(name) for name in names]
     if unknown := data.keys() - set(names):
-        raise ValueError(f"--data names {', '.join(sorted(unknown))}, not among the suites {', '.join(names)}")
+        raise ValueError(f"--data {', '.join(sorted(unknown))}: not in --suite {','.join(names)}; add it there, or remove it here")
     folder = world.rank0_first(lambda: resolve(settings.model.path))
     settings.parallel.check(read_shape(folder), world.size)
     template = ChatTemplate(load_tokenizer(settings.model.tokenizer or str(folder)), settings.chat_template or None)
@@ -100,15 +100,15 @@ def _exam(
     decoding = settings.decoding(suite_)
     verifiers = [UNSAFE_CODE if settings.unsafe_code and name == "code" else verifier(name) for name in suite_.verifiers]
     where, items = [], []
-    for place, row in islice(suite_.rows(source), limit or None):
+    for location, row in islice(suite_.rows(source), limit or None):
         try:
             item = suite_.item(row, chat)
             for each in verifiers:
                 each.check(item.truth)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             cause = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{place} is not a row of suite {suite_.name}: {cause}; it has {', '.join(row)}") from None
-        where.append(place)
+            raise ValueError(f"{location} is not a row of suite {suite_.name}: {cause}; it has {', '.join(row)}") from None
+        where.append(location)
         items.append(item)
     prompts = [template.prompt(item.messages()) if chat else template.plain(item.text()) for item in items]
     separator = "" if chat else " "

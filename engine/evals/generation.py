@@ -1,4 +1,4 @@
-"""Generates responses to a suite's questions with the engine's sampler."""
+"""Generate responses to a suite's questions with the engine's sampler."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def respond(
     seed: int,
     stop: tuple[int, ...],
 ) -> list[list[EvalResponse]]:
-    """`n` responses to each prompt, int32 [L], in order, on every rank. `stop`: the ids that end a response.
+    """Generate decoding.n responses to each prompt, int32 [L]; returned in order, on every rank. `stop`: the ids that end a response.
 
     Sampling depends only on (seed, index of the prompt, sample, position). Raises ValueError if a prompt plus `max_tokens` exceeds the
     model's context.

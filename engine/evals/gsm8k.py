@@ -73,8 +73,8 @@ def item(row: Row, chat: bool) -> Item:
 
 
 def cases(item: Item, response: str) -> list[tuple[str, Any]]:
-    found = ANSWER.search(response)
-    return [(response, item.truth), (found[1] if found else "", item.truth)]
+    match = ANSWER.search(response)
+    return [(response, item.truth), (match[1] if match else "", item.truth)]
 
 
 def scores(verdicts: Sequence[Sequence[bool]]) -> Scores:

@@ -72,7 +72,7 @@ class Suite:
 
 
 def suite(name: str) -> Suite:
-    """The suite of that name. Raises ValueError, which lists all names, if there is none."""
+    """Return the suite called `name`. Raises ValueError, which lists all names, if there is none."""
     if name not in SUITES:
         raise ValueError(f"suite={name!r} is unknown; use one of {', '.join(SUITES)}")
     return resolve_name(SUITES[name])

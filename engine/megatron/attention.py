@@ -162,7 +162,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) ->
 
     Flash attention on GPUs saves the same tensors, so memory measured on meta tensors is that of a GPU.
     """
-    assert sum(lengths) == len(query), f"sequences of {lengths} tokens are not {len(query)}"
+    assert sum(lengths) == len(query), f"lengths={lengths} do not add up to {len(query)} tokens"
     out, lse_HT = _flash_outputs(query)
     for part in _spans(lengths):
         attended = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(part, query, key, value), 0.0, True)
@@ -183,8 +183,8 @@ def _attention_backward(
     for part in _spans(lengths):
         inputs = _heads_first(part, grad, query, key, value, out)
         part_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, lse_HT[None, :, part], 0.0, True)
-        for whole, part_grad in zip(grads, part_grads, strict=True):
-            whole[part] = part_grad[0].transpose(0, 1)
+        for full_grad, part_grad in zip(grads, part_grads, strict=True):
+            full_grad[part] = part_grad[0].transpose(0, 1)
     return grads
 
 

@@ -82,7 +82,7 @@ def _moved(module: str, path: str, parameters: tuple[str, ...], why: str) -> str
 
 
 class _Redirect(TorchFunctionMode):
-    """Replaces device="cuda" by `device`; Tensor.type() returns the GPU type names, by which megatron groups gradients."""
+    """Replaces device="cuda" by `device`. Tensor.type() returns the names of GPU types, by which megatron groups gradients."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -193,10 +193,10 @@ def make_grid(parallel: Parallel, world: World, seed: int = 0) -> Grid:
         )
         if world.on_gpu and parallel.pp > 1:
             make_host_groups(parallel.pp, world.size)
-    have = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
-    if have != (parallel.tp, parallel.pp):
+    existing = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
+    if existing != (parallel.tp, parallel.pp):
         raise ValueError(
-            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp} must equal this process's existing layout: tp={have[0]}, pp={have[1]}"
+            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp} must equal this process's layout: tp={existing[0]}, pp={existing[1]}"
         )
     pipeline: Any = state.get_pipeline_model_parallel_group()
     host_group = host_group_of(pipeline) if world.on_gpu and parallel.pp > 1 else pipeline

@@ -42,7 +42,7 @@ MANIFEST, SEAL, MODEL, TENSORS = "manifest.json", "manifest.sha256", "model", "t
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint stores for this rank: its stages and, if there is one, their optimizer."""
+    """State of this rank in a checkpoint: its stages and their optimizer, which may be None."""
 
     chunks: list[PackedModel]
     optimizer: Any
@@ -53,7 +53,7 @@ class State:
         return {"model": self.chunks[0]} if len(self.chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(self.chunks)}
 
     def sharded(self, *, loading: bool) -> dict[str, Any]:
-        """megatron's description of the part of each global tensor that this rank holds."""
+        """megatron's sharded state dict: the shard of each global tensor that this rank holds."""
         models = {name: chunk.sharded_state_dict(metadata=dict(optimizers.SHARDING)) for name, chunk in self.models.items()}
         if self.optimizer is None:
             return models
@@ -79,17 +79,24 @@ class _InProcess(TorchDistSaveShardedStrategy):
 
 
 def save(
-    state: State, model: ModelShape, out: Path, step: int, assets: Path | None, keep_last: int, world: World, beside: Mapping[str, bytes]
+    state: State,
+    model: ModelShape,
+    out: Path,
+    step: int,
+    assets: Path | None,
+    keep_last: int,
+    world: World,
+    extra_files: Mapping[str, bytes],
 ) -> None:
     """Write `out/step-N` and delete all but the newest `keep_last` checkpoints.
 
     assets: folder of small files (tokenizer, config.json) to copy into the checkpoint, so that it can be exported on its own.
-    beside: contents of further files, by name; those of rank 0 are used.
+    extra_files: name -> content of further files; those of rank 0 are used.
     Raises OSError on every rank if it cannot be written; older checkpoints stay untouched and no partial files are left.
     """
     final = step_folder(out, step)
     work = final.with_name(final.name + ".tmp")
-    problem = _attempt(lambda: _prepare(work, assets, beside), when=world.rank == 0)
+    problem = _attempt(lambda: _prepare(work, assets, extra_files), when=world.rank == 0)
     problem = world.first_error(problem) or world.first_error(_attempt(lambda: _write(state, work / TENSORS)))
     if problem is None:
         problem = world.first_error(_attempt(lambda: _seal(work, final, model, optimizers.kind(state.optimizer), step, world)))
@@ -121,12 +128,12 @@ def _cause(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _prepare(work: Path, assets: Path | None, beside: Mapping[str, bytes]) -> None:
+def _prepare(work: Path, assets: Path | None, extra_files: Mapping[str, bytes]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     (work / TENSORS).mkdir(parents=True)
     if assets is not None:
         shutil.copytree(assets, work / MODEL)
-    for name, content in beside.items():
+    for name, content in extra_files.items():
         (work / name).write_bytes(content)
 
 
@@ -137,19 +144,19 @@ def _write(state: State, folder: Path) -> None:
 def _seal(work: Path, final: Path, model: ModelShape, optimizer: str, step: int, world: World) -> None:
     """Hash every file (each rank a share), write the manifest, fsync everything and rename the folder."""
     files = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
-    mine = {name: _sha256(work / name) for name in files[world.rank :: world.size]}
-    everyone: list[dict[str, str] | None] = [None] * world.size
-    dist.all_gather_object(everyone, mine)
+    own_hashes = {name: _sha256(work / name) for name in files[world.rank :: world.size]}
+    all_hashes: list[dict[str, str] | None] = [None] * world.size
+    dist.all_gather_object(all_hashes, own_hashes)
     if world.rank != 0:
         return
-    hashes = {name: digest for part in everyone for name, digest in (part or {}).items()}
+    hashes = {name: digest for part in all_hashes for name, digest in (part or {}).items()}
     manifest = {"format": 1, "step": step, "model": to_hf(model), "optimizer": optimizer, "sha256": dict(sorted(hashes.items()))}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     (work / SEAL).write_text(_sha256(work / MANIFEST) + "\n")
     for path in work.rglob("*"):
         _sync(path)
     _sync(work)
-    if final.exists():  # it can only be damaged: a complete one would have been resumed from
+    if final.exists():  # it must be damaged: the run would have resumed from a complete one
         damaged = final.with_name(final.name + ".damaged")
         shutil.rmtree(damaged, ignore_errors=True)
         os.replace(final, damaged)
@@ -179,14 +186,14 @@ def _point_to(out: Path, final: Path) -> None:
 
 
 def _prune(out: Path, keep_last: int) -> None:
-    for old in found(out)[keep_last:]:
+    for old in checkpoint_folders(out)[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def found(out: Path) -> list[Path]:
-    """Checkpoint folders under `out`, newest first. Only their manifest shows whether they are complete."""
-    named = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
-    return sorted(named, reverse=True)
+def checkpoint_folders(out: Path) -> list[Path]:
+    """Checkpoint folders under `out`, newest first. They may be incomplete; see damage_of."""
+    folders = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
+    return sorted(folders, reverse=True)
 
 
 def load_latest(state: State, model: ModelShape, out: Path, world: World, step: int | None = None) -> int:
@@ -195,26 +202,28 @@ def load_latest(state: State, model: ModelShape, out: Path, world: World, step: 
     Reports damaged checkpoints on stderr. Raises ValueError if all are damaged, if the newest complete one is of another model, or if that
     of `step` is missing.
     """
-    box = [found(out) if world.rank == 0 else []]
+    folders = [checkpoint_folders(out) if world.rank == 0 else []]
     if world.rank == 0 and step is not None:
-        box = [[folder for folder in box[0] if folder == step_folder(out, step)]]
-    dist.broadcast_object_list(box, src=0)
-    for folder in box[0]:
+        folders = [[folder for folder in folders[0] if folder == step_folder(out, step)]]
+    dist.broadcast_object_list(folders, src=0)
+    for folder in folders[0]:
         if (damage := world.first_error(damage_of(folder, world.rank, world.size))) is None:
             return _load(state, model, folder)
         if world.rank == 0:
             print(f"WARNING: {folder} is damaged and is skipped: {damage}", file=sys.stderr, flush=True)
-    if step is not None and not box[0]:
+    if step is not None and not folders[0]:
         raise ValueError(
             f"{step_folder(out, step)} is missing; move the run's own {step_folder(out, step).name} away to resume from an earlier one"
         )
-    if box[0]:
-        raise ValueError(f"{out}: none of its {len(box[0])} checkpoints is complete; move them away to start over, or choose another out=")
+    if folders[0]:
+        raise ValueError(
+            f"{out}: none of its {len(folders[0])} checkpoints is complete; move them away to start over, or choose another out="
+        )
     return 0
 
 
 def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Why a checkpoint is damaged, by its manifest; None if every file is present and correct. Each rank verifies a share of the files."""
+    """Why a checkpoint is damaged; None if all files of its manifest are present and correct. Each rank verifies a share of the files."""
     try:
         if (folder / SEAL).read_bytes() != f"{_sha256(folder / MANIFEST)}\n".encode():
             return f"{MANIFEST} was changed after it was written (sha256 differs)"
@@ -233,9 +242,9 @@ def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
 def _load(state: State, model: ModelShape, folder: Path) -> int:
     manifest = json.loads((folder / MANIFEST).read_text())
     if differences := [
-        f"{k}={manifest['model'].get(k)!r} there, {v!r} here" for k, v in to_hf(model).items() if manifest["model"].get(k) != v
+        f"{k}={manifest['model'].get(k)!r}, expected {v!r}" for k, v in to_hf(model).items() if manifest["model"].get(k) != v
     ]:
-        raise ValueError(f"{folder} is a checkpoint of another model ({'; '.join(differences)}); choose another out=, or that model")
+        raise ValueError(f"{folder} is a checkpoint of another model ({'; '.join(differences)}); use that model or another out=")
     kind = optimizers.kind(state.optimizer)
     if kind not in ("", manifest["optimizer"]):
         raise ValueError(f"{folder} was saved with parallel.{manifest['optimizer']}; it cannot be resumed with {kind}")

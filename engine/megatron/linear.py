@@ -1,5 +1,6 @@
-"""megatron's tensor-parallel linear layers, with overlapped communication (`parallel.tp_comm_overlap`) and with SwiGLU recomputed in
-backward (`parallel.recompute=swiglu`).
+"""megatron's tensor-parallel linear layers, extended by overlapped communication and by recomputation of SwiGLU in backward.
+
+The settings are `parallel.tp_comm_overlap` and `parallel.recompute=swiglu`.
 
 Only communication that megatron does not overlap is changed. In the backward of a column-parallel layer, megatron already overlaps the
 all-gather of the input with the input's gradient, and the reduce-scatter of that with the weight's gradient.
@@ -87,15 +88,15 @@ class _Column(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weight = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[1]
-        whole, gathering = rows.new_empty(len(grad), rows.shape[1]), None
+        gathered, gathering = rows.new_empty(len(grad), rows.shape[1]), None
         if needs_weight:
-            gathering = dist.all_gather_into_tensor(whole, rows.contiguous(), group=ctx.group, async_op=True)
+            gathering = dist.all_gather_into_tensor(gathered, rows.contiguous(), group=ctx.group, async_op=True)
         partial = grad.mm(weight)
         if gathering is not None:
             gathering.wait()
         grad_rows = torch.empty_like(rows)
         scattering: Any = dist.reduce_scatter_tensor(grad_rows, partial, group=ctx.group, async_op=True)
-        grad_weight = _weight_gradient(whole, grad, ctx.main_grad) if needs_weight else None
+        grad_weight = _weight_gradient(gathered, grad, ctx.main_grad) if needs_weight else None
         scattering.wait()
         return grad_rows, grad_weight, None, None
 

@@ -50,8 +50,8 @@ def _each(stages: list[DistributedDataParallel], name: str) -> Any:
 
 
 def start_param_gather(stage: DistributedDataParallel, *_: Any) -> None:
-    """Start gathering the parameters that this stage's forward needs first, unless it was started since the last step; each bucket starts
-    the next. megatron itself starts it when a forward already waits, and along a pipeline those waits add up."""
+    """Start the all-gather of the parameters that this stage's forward needs first, unless it was started since the last step; each bucket
+    starts the next. megatron itself starts it only when a forward waits for it, and the waits of all pipeline stages add up."""
     first = stage.bucket_groups[-1]  # in the order of backward
     if stage.ddp_config.overlap_param_gather and not first.param_gather_dispatched:
         first.start_param_sync()
@@ -122,14 +122,14 @@ def step(optimizer: Any, optim: Optim, lr: float) -> float:
 
 
 def kind(optimizer: Any) -> str:
-    """Whether the state is sharded over data-parallel ranks, as a setting: megatron stores the two differently. "" without an optimizer."""
+    """The setting `distributed_optimizer=...` of the optimizer, because megatron stores its state differently for each; "" for None."""
     if optimizer is None:
         return ""
     return f"distributed_optimizer={optimizer.chained_optimizers[0].config.use_distributed_optimizer}"
 
 
 def sharded_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-    """megatron's description of the part of each state tensor that this rank holds; `model_state` is that of the model."""
+    """megatron's sharded state dict of the optimizer: the shard of each state tensor that this rank holds. `model_state`: the model's."""
     return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
 
 
@@ -153,9 +153,11 @@ def _load_inner(optimizer: Any, loaded: dict[str, Any]) -> None:
 
 
 def step_bytes(gradients: int, state: int, weights: int, shares: int) -> float:
-    """Bytes that one optimizer step reads and writes on a rank: it zeroes and scales all gradients (3 accesses); of its share of them it
-    takes the norm, clips and steps (4); it reads and writes its state, and writes its share of the weights.
+    """Bytes that one optimizer step reads and writes on a rank. It zeroes and scales all gradients (3 accesses); computes the norm of its
+    share of them, clips and steps (4); reads and writes its state; and writes its share of the weights.
 
-    gradients, weights: bytes on the rank. state: bytes of its share. shares: ranks that the optimizer is sharded over, or 1.
+    gradients, weights  bytes on the rank
+    state               bytes of the optimizer state on the rank
+    shares              number of ranks that the optimizer is sharded over; 1: not sharded
     """
     return 3 * gradients + 2 * state + (4 * gradients + weights) / shares

@@ -17,22 +17,22 @@ LEAST_ROWS = 256
 
 
 def gather_multiply(rows: Tensor, matrix: Tensor, group: ProcessGroup, *, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """Returns (all ranks' rows [n R, K], those rows @ matrix [n R, N]), n being the group's size.
+    """Return (rows of all ranks [n R, K], their product with `matrix` [n R, N]), where n is the size of the group.
 
     rows    [R, K], this rank's
     matrix  [K, N], this rank's
     keep    False: None instead of the gathered rows
     """
     if _uses_fallback(rows):
-        whole = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
-        dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
-        return (whole if keep else None), whole.mm(matrix)
-    whole, (out,) = torch.ops.symm_mem.fused_all_gather_matmul(rows.contiguous(), [matrix], 0, group.group_name, return_A=keep)
-    return whole, out
+        gathered = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        return (gathered if keep else None), gathered.mm(matrix)
+    gathered, (out,) = torch.ops.symm_mem.fused_all_gather_matmul(rows.contiguous(), [matrix], 0, group.group_name, return_A=keep)
+    return gathered, out
 
 
 def multiply_scatter(rows: Tensor, matrix: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's rows [R, N] of the sum over ranks of rows @ matrix. On GPUs terms have the rows' dtype and are summed in fp32.
+    """Return this rank's rows [R, N] of the sum of rows @ matrix over ranks. On GPUs the terms have the rows' dtype and are summed in fp32.
 
     rows    [n R, K], with this rank's shard of K
     matrix  [K, N], with the same shard
@@ -59,7 +59,7 @@ def check(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None
     rows, matrix = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((ranks * LEAST_ROWS, 64), (64, 128)))
     block = rows[:LEAST_ROWS]
     try:
-        whole, out = gather_multiply(block, matrix, group, keep=True)
+        gathered, out = gather_multiply(block, matrix, group, keep=True)
         summed = multiply_scatter(rows, matrix, group)
     except RuntimeError as error:
         raise ValueError(_message(str(error).splitlines()[0])) from error
@@ -68,7 +68,7 @@ def check(group: ProcessGroup, device: torch.device, dtype: torch.dtype) -> None
     partial = rows.float() @ matrix.float()
     dist.all_reduce(partial, group=group)
     errors = [
-        _relative_error(whole, expected),
+        _relative_error(gathered, expected),
         _relative_error(out, expected.float() @ matrix.float()),
         _relative_error(summed, partial.chunk(ranks)[rank]),
     ]

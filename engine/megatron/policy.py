@@ -76,11 +76,11 @@ class Policy:
     def _origin(self, seed: int) -> WeightSource:
         from engine.megatron import weights
 
-        drawn = weights.RandomWeights(self.model, seed)
+        random = weights.RandomWeights(self.model, seed)
         if self.folder is None:
-            return drawn
+            return random
         stored = weights.FolderWeights(self.folder, read_shape(self.folder))
-        return weights.FreshHeadWeights(stored, drawn) if self.has_fresh_head else stored
+        return weights.FreshHeadWeights(stored, random) if self.has_fresh_head else stored
 
     def close(self) -> None:
         """Release the process groups and the CPU backend. The policy cannot be used afterwards."""
@@ -106,8 +106,8 @@ class Policy:
         assert self.origin is not None, "this policy was built without weights"
         parts: list[dict[str, str]] = [{} for _ in range(self.world.size)]
         dist.all_gather_object(parts, self.origin.digests(self.world.rank, self.world.size))
-        whole = {name: digest for part in parts for name, digest in part.items()}
-        return hashlib.sha256(json.dumps([str(self.dtype), sorted(whole.items())]).encode()).hexdigest()
+        digests = {name: digest for part in parts for name, digest in part.items()}
+        return hashlib.sha256(json.dumps([str(self.dtype), sorted(digests.items())]).encode()).hexdigest()
 
     def update(self, step: Step, loss: LossFunction, lr: float, temperature: float = 1.0, *, entropy: bool = False) -> dict[str, float]:
         """One optimizer step on (sum of totals) / (sum of counts) over all microbatches of all ranks. The loss receives log-probs at
@@ -212,7 +212,7 @@ class Policy:
             decoder.run(groups, [decode.KVCache(layers, slots, heads, positions, size, like, shared) for _ in groups])
 
     def kv_bytes(self, positions: int) -> int:
-        """Bytes of the KV cache of one sequence of `positions` tokens, on the pipeline rank with most layers, so that all ranks agree."""
+        """Bytes of the KV cache of one sequence of `positions` tokens on the pipeline rank with the most layers; equal on all ranks."""
         return self.model.kv_cache_bytes(self.parallel.most_layers(self.model), self.grid.tp, positions, self.dtype.itemsize)
 
     def weights_on_host(self) -> list[Tensor]:
@@ -231,8 +231,8 @@ class Policy:
             self._fill(own)
 
     def send_weights(self, broadcast: Callable[[Tensor], None], *, receives: bool) -> int:
-        """Pass this rank's weights to `broadcast`, in buckets, or receive them from it; returns their bytes. The other side must be a rank
-        at the same place of an equal grid. All ranks of a policy with an optimizer must call it."""
+        """Pass this rank's weights to `broadcast` in buckets, or receive them from it; returns the number of bytes. The peer must be the
+        rank at the same tp and pp position of an equal grid. With an optimizer, all ranks of the policy must call it."""
         from engine.megatron import weight_sync
 
         self._finish_param_gather()
@@ -291,38 +291,40 @@ class Policy:
         return moved, packed_forward
 
     def _reduced(self, outputs: list[dict[str, Any]]) -> dict[str, float]:
-        """Each metric over the microbatches of all replicas (sum / count, correlation or maximum), on all stages."""
-        found: dict[str, float] = {}
+        """Reduce each metric over the microbatches of all replicas (sum / count, correlation or maximum); returned on all stages."""
+        reduced: dict[str, float] = {}
         if outputs:
             metrics: list[dict[str, tuple[Any, ...]]] = [out["metrics"] for out in outputs]
             names = sorted(metrics[0])
             rows = [[torch.as_tensor(x, dtype=torch.float64, device=self.world.device) for name in names for x in m[name]] for m in metrics]
             sums = torch.stack([torch.stack(row) for row in rows]).sum(0)
             dist.all_reduce(sums, group=self.grid.dp_group)
-            left = iter(sums.tolist())
-            found = {name: _metric_value(metrics[0][name], list(islice(left, len(metrics[0][name])))) for name in names}
-            found |= self._largest([out["maxima"] for out in outputs])
+            remaining = iter(sums.tolist())
+            reduced = {name: _metric_value(metrics[0][name], list(islice(remaining, len(metrics[0][name])))) for name in names}
+            reduced |= self._largest([out["maxima"] for out in outputs])
         if self.parallel.pp > 1:
-            box = [found]
+            box = [reduced]
             dist.broadcast_object_list(box, src=self.grid.last_stage, group=self.grid.pp_group)
-            found = box[0]
-        return found
+            reduced = box[0]
+        return reduced
 
     def _largest(self, maxima: list[dict[str, Tensor]]) -> dict[str, float]:
         names = sorted(maxima[0])
         if not names:
             return {}
-        largest = torch.stack([torch.stack([found[name].double() for name in names]) for found in maxima]).amax(0)
+        largest = torch.stack([torch.stack([metrics[name].double() for name in names]) for metrics in maxima]).amax(0)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.grid.dp_group)
         return dict(zip(names, largest.tolist(), strict=True))
 
-    def save(self, out: Path, step: int, assets: Path | None = None, keep_last: int = 2, beside: Mapping[str, bytes] | None = None) -> None:
+    def save(
+        self, out: Path, step: int, assets: Path | None = None, keep_last: int = 2, extra_files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Write the checkpoint `out/step-N` atomically; see checkpoint.save."""
         from engine.megatron import checkpoint
 
         self._finish_param_gather()
         state = checkpoint.State(self.chunks, self.optimizer)
-        checkpoint.save(state, self.model, out, step, assets, keep_last, self.world, beside or {})
+        checkpoint.save(state, self.model, out, step, assets, keep_last, self.world, extra_files or {})
 
     def load_latest(self, out: Path, step: int | None = None) -> int:
         """Load the newest complete checkpoint under `out`, or that of `step`. Returns the step to continue with, 0 if there is none; see

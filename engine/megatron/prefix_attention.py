@@ -48,7 +48,7 @@ def decode_attention_with_prefix(prefix: PrefixKV, query: Tensor, keys: Tensor, 
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[B, m, k] @ [B, k, n] in fp32: rounding scores to bfloat16 would change log-probs by hundredths of a nat."""
+    """Matrix product [B, m, k] @ [B, k, n] in fp32. Rounding scores to bfloat16 would change log-probs by hundredths of a nat."""
     if a.dtype == torch.float32 or a.device.type == "cpu":  # torch has no mixed-precision product on CPU
         return a.float() @ b.float()
     return torch.bmm(a, b, out_dtype=torch.float32)

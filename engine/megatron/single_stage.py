@@ -1,4 +1,4 @@
-"""Runs one microbatch through one pipeline stage without its neighbours: what megatron's schedules do between receive and send."""
+"""Run one microbatch through one pipeline stage in isolation: what megatron's schedules do between receive and send."""
 
 from __future__ import annotations
 

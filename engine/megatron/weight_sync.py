@@ -13,7 +13,7 @@ from engine.megatron.backend import Grid
 from engine.megatron.model import PackedModel
 from engine.megatron.weights import hf_buckets
 
-BUCKET_BYTES = 1 << 30  # of weights that are sent as one tensor
+BUCKET_BYTES = 1 << 30  # weights sent as one tensor
 
 
 @torch.no_grad()

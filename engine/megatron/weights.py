@@ -65,25 +65,25 @@ class FolderWeights:
     def __init__(self, folder: Path, model: ModelShape):
         self.folder = folder
         self.files = _index(folder)
-        wanted = tensor_shapes(model)
+        expected = tensor_shapes(model)
         if model.tied:  # some folders store the tied copy too
             self.files.pop("lm_head.weight", None)
         self.files = {name: file for name, file in self.files.items() if not name.endswith("rotary_emb.inv_freq")}
-        if missing := sorted(wanted.keys() - self.files.keys()):
+        if missing := sorted(expected.keys() - self.files.keys()):
             raise ValueError(f"{folder}: {len(missing)} tensors of the model are missing from its safetensors, such as {missing[0]}")
-        if extra := sorted(self.files.keys() - wanted.keys()):
-            raise ValueError(f"{folder}: {extra[0]} is not a tensor of the model that config.json describes; {len(extra)} such tensors")
+        if extra := sorted(self.files.keys() - expected.keys()):
+            raise ValueError(f"{folder}: {extra[0]} is not in the model that config.json describes ({len(extra)} such tensors)")
         for file in sorted(set(self.files.values())):
-            self._check_shapes(file, wanted)
+            self._check_shapes(file, expected)
 
-    def _check_shapes(self, file: str, wanted: dict[str, tuple[int, ...]]) -> None:
+    def _check_shapes(self, file: str, expected: dict[str, tuple[int, ...]]) -> None:
         with _open(self.folder / file) as handle:
-            there = set(handle.keys())
-            for name in (name for name, place in self.files.items() if place == file):
-                if name not in there:
+            stored = set(handle.keys())
+            for name in (name for name, location in self.files.items() if location == file):
+                if name not in stored:
                     raise ValueError(f"{self.folder / file}: the index lists {name} in this file, but it is missing")
-                if (found := tuple(handle.get_slice(name).get_shape())) != wanted[name]:
-                    raise ValueError(f"{self.folder / file}: {name} has shape {found}, but config.json requires {wanted[name]}")
+                if (shape := tuple(handle.get_slice(name).get_shape())) != expected[name]:
+                    raise ValueError(f"{self.folder / file}: {name} has shape {shape}, but config.json requires {expected[name]}")
 
     def read(self, piece: Slice) -> Tensor:
         run = slice(piece.source_offset, piece.source_offset + piece.length)
@@ -93,11 +93,11 @@ class FolderWeights:
             return view[run] if piece.dim == 0 else view[:, run]
 
     def digests(self, rank: int, size: int) -> dict[str, str]:
-        found = {}
+        hashes = {}
         for name in sorted(set(self.files.values()))[rank::size]:
             with (self.folder / name).open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class FreshHeadWeights:
     """The weights of a language model's folder, with a randomly initialized scalar head."""
 
     folder: FolderWeights
-    drawn: RandomWeights
+    random: RandomWeights
 
     def read(self, piece: Slice) -> Tensor:
-        return (self.drawn if piece.name == SCALAR_HEAD else self.folder).read(piece)
+        return (self.random if piece.name == SCALAR_HEAD else self.folder).read(piece)
 
     def digests(self, rank: int, size: int) -> dict[str, str]:
-        return self.folder.digests(rank, size) | self.drawn.digests(rank, size)
+        return self.folder.digests(rank, size) | self.random.digests(rank, size)
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -166,10 +166,10 @@ def export(chunks: list[PackedModel], model: ModelShape, folder: Path, dtype: to
             file = f"stage-{grid.pp_rank:03d}-{len(files):05d}.safetensors"
             save_file(batch, folder / file, metadata={"format": "pt"})
             files[file] = sorted(batch)
-    everyone: list[dict[str, list[str]]] = [{} for _ in range(world.size)]
-    dist.all_gather_object(everyone, files)
+    files_by_rank: list[dict[str, list[str]]] = [{} for _ in range(world.size)]
+    dist.all_gather_object(files_by_rank, files)
     if world.rank == 0:
-        _name_files(folder, [item for files in everyone for item in files.items()])
+        _name_files(folder, [item for files in files_by_rank for item in files.items()])
     dist.barrier()
 
 
@@ -180,7 +180,7 @@ def hf_buckets(chunks: list[PackedModel], model: ModelShape, dtype: torch.dtype,
     for name, parameter in named_parameters(chunks):
         if name == "output_layer.weight" and model.tied:
             continue
-        batch |= _whole(name, parameter, model, dtype, grid)
+        batch |= _full_tensors(name, parameter, model, dtype, grid)
         if sum(tensor.nbytes for tensor in batch.values()) >= size:
             yield batch
             batch = {}
@@ -188,20 +188,20 @@ def hf_buckets(chunks: list[PackedModel], model: ModelShape, dtype: torch.dtype,
         yield batch
 
 
-def _whole(name: str, parameter: Tensor, model: ModelShape, dtype: torch.dtype, grid: Grid) -> dict[str, Tensor]:
+def _full_tensors(name: str, parameter: Tensor, model: ModelShape, dtype: torch.dtype, grid: Grid) -> dict[str, Tensor]:
     """On tensor-parallel rank 0, the full Hugging Face tensors that `parameter` is a shard of; empty on the other ranks."""
     parts = [torch.empty_like(parameter) for _ in range(grid.tp)] if grid.tp_rank == 0 else None
     dist.gather(parameter.contiguous(), parts, dst=dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
-    whole: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for rank, part in enumerate(parts or []):
         for piece in slices(name, model, grid.tp, rank):
-            tensor = whole.setdefault(piece.name, torch.empty(tensor_shapes(model)[piece.name], dtype=dtype))
+            tensor = tensors.setdefault(piece.name, torch.empty(tensor_shapes(model)[piece.name], dtype=dtype))
             tensor.narrow(piece.dim, piece.source_offset, piece.length).copy_(part.narrow(piece.dim, piece.offset, piece.length))
-    return whole
+    return tensors
 
 
 def _name_files(folder: Path, files: list[tuple[str, list[str]]]) -> None:
-    """Give the stages' files the names that transformers expects, and write the index of more than one."""
+    """Rename the files of all stages to the names that transformers expects; write an index if there is more than one."""
     if len(files) == 1:
         os.replace(folder / files[0][0], folder / "model.safetensors")
         return

@@ -188,7 +188,7 @@ LONG = "word " * 60
 BAD: list[tuple[dict[str, str], tuple[str, ...], str]] = [
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, (), "train.jsonl:2: chosen and rejected are equal"),
     ({"prompt": "q", "chosen": "", "rejected": "a"}, (), "train.jsonl:2: chosen is empty"),
-    ({"prompt": LONG, "chosen": "a", "rejected": "b"}, (), "of them prompt, over max_length=256"),
+    ({"prompt": LONG, "chosen": "a", "rejected": "b"}, (), "of them in the prompt, more than max_length=256"),
     ({"prompt": "q", "chosen": "a" * 230, "rejected": "b" * 200}, ("tokens_per_microbatch=300",), "1 of 13 pairs do not fit a microbatch"),
 ]
 

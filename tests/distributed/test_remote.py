@@ -171,7 +171,7 @@ def test_settings_that_cannot_be(changes: dict[str, Any], says: str) -> None:
 
 
 def test_engine_generate_has_no_ranks_to_spare() -> None:
-    with pytest.raises(ValueError, match=r"rollout.generator_gpus=1 is for training runs; leave it at 0"):
+    with pytest.raises(ValueError, match=r"rollout.generator_gpus=1 is for training runs; use 0"):
         override(GenerateConfig(Model("nowhere")), ["rollout.generator_gpus=1"])
 
 

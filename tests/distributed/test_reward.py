@@ -242,7 +242,7 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, base: Path, tmp_path: Path) -> None:
-    needed = "is a language model, but a reward model is needed; to make one of it, train with model.head=scalar"
+    needed = "is a language model, but a reward model is needed; to train one from it, use model.head=scalar"
     assert f"model init {needed}" in complaint("run", recipe, "model.head=auto")
     (tmp_path / "rows.jsonl").write_text('{"tokens": [1, 2]}\n')
     words = ["score", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "o.jsonl"]

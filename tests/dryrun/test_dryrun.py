@@ -84,7 +84,7 @@ def test_models_are_known_by_their_folder_or_their_name(tmp_path: Path) -> None:
     assert big.parameters == 405_853_388_800
     critic = model_shapes.shape_of(Model("allenai/Llama-3.1-Tulu-3-8B-RM"))
     assert (critic.head, critic.vocab, critic.layers) == ("scalar", 128264, 32)
-    assert "126 layers of 16384" in model_shapes.guess_note(Model("meta-llama/Llama-3.1-405B"))
+    assert "126 layers of hidden size 16384" in model_shapes.guess_note(Model("meta-llama/Llama-3.1-405B"))
     with pytest.raises(ValueError, match=r"model.path='runs/mine' is not on this machine.*; give a folder with config.json"):
         model_shapes.shape_of(Model("runs/mine"))
 
@@ -125,7 +125,7 @@ def test_lengths_are_drawn_as_stated_or_from_what_is_given(tmp_path: Path) -> No
     file.write_text('{"prompt": 100, "response": 28}\n')
     assert set(lengths.sample_lengths(sft().algorithm.workload(), given=lengths.read(str(file))).lengths_N) == {128}
     file.write_text('{"prompt": 100, "response": 28}\n{"prompt": "x"}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: a row is"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: a row must be"):
         lengths.read(str(file))
 
 
@@ -180,7 +180,7 @@ def check_sums(found: Forecast) -> dict[str, Any]:
 def test_a_forecast_of_sft_adds_up() -> None:
     found = forecast(sft(tp=2, pp=3), 12, H100)
     told = check_sums(found)
-    assert list(told["phases"]) == ["forward and backward", "gradients' reduction", "optimizer"]
+    assert list(told["phases"]) == ["forward and backward", "gradient reduction", "optimizer"]
     assert found.steps == 2 * 7500 // 64 + 1
     hours = 12 * found.steps * found.step_seconds / 3600
     assert told["recipe"] == pytest.approx({"steps": found.steps, "gpu_hours": hours, "energy_kwh": 0.7 * hours})
@@ -198,7 +198,7 @@ def test_a_forecast_of_rlvr_has_every_phase_and_everything_that_takes_memory() -
     ]  # fmt: skip
     stage = told["stages"][0]
     assert stage["bytes"]["reference"] == stage["bytes"]["weights"]
-    assert stage["moments"].keys() == {"generation", "reading, policy", "reading, critic", "update, policy", "update, critic"}
+    assert stage["moments"].keys() == {"generation", "inference, policy", "inference, critic", "update, policy", "update, critic"}
     offloaded = foretold(override(run, ["algorithm.reference=offloaded"]), 8)
     assert "reference" not in offloaded.stages[0].parts
     assert as_json(offloaded)["phases"]["log-probs, reference"] > told["phases"]["log-probs, reference"]
@@ -226,11 +226,11 @@ def test_ranks_that_only_generate_are_a_launch_beside_the_one_that_learns(epochs
     for told in (between, ahead):
         assert told["generating"]["dp"] == 1
         for name, seconds in told["phases"].items():
-            if name not in ("handing weights", "waiting for responses"):
+            if name not in ("weight sync", "waiting for responses"):
                 assert seconds == pytest.approx((drawing if name in GENERATION else learning)[name])
     drawn = sum(drawing[name] for name in GENERATION)
     learned = sum(learning.values()) - sum(learning[name] for name in GENERATION)
-    handed = ahead["phases"]["handing weights"]
+    handed = ahead["phases"]["weight sync"]
     assert (learned > drawn) == (epochs == 400)
     assert between["beside"] == []
     assert between["step_seconds"] == pytest.approx(drawn + handed + learned)
@@ -247,7 +247,7 @@ def test_ranks_that_only_generate_hold_weights_and_a_cache() -> None:
             both.parts[name] for name in ("gradients", "optimizer", "reference", "critic")
         )
         assert "generation" not in near.moments
-        assert near.moments["handing weights"] <= near.moments["update, policy"] + near.parts["weights"]
+        assert near.moments["weight sync"] <= near.moments["update, policy"] + near.parts["weights"]
     assert "generation" in foretold(override(run, ['algorithm.held_out=["allenai/RLVR-GSM"]']), 12).stages[0].moments
     with pytest.raises(ValueError, match=r"rollout.generator_gpus=3 must be a multiple of .* = 4.*use 4"):
         foretold(override(run, ["algorithm.rollout.generator_gpus=3"]), 12)
@@ -335,9 +335,9 @@ def test_what_does_not_fit_has_an_exit_code_and_what_is_wrong_has_one_line(tmp_p
     assert "it does not fit: stage 0 needs" in capsys.readouterr().out
     for words, complaint in (
         ([path, "parallel.tp=3"], "parallel.tp=3 must divide"),
-        ([path, "--gpus", "6"], "6 ranks"),
+        ([path, "--gpus", "6"], "world size of 6"),
         ([path, "--gpus", "0"], "gpus=0 must be at least 1"),
-        ([path, "--device", "h300"], "device='h300' is not known; use"),
+        ([path, "--device", "h300"], "device='h300' is unknown; use"),
         ([path, "--json", str(tmp_path / "no" / "f.json")], "its folder does not exist"),
         ([path, "tokens_per_microbatch=100"], "algorithm.max_length=512"),
         ([str(tmp_path / "nothing.py")], "is not a file; see recipes/"),

@@ -52,9 +52,9 @@ def test_the_file_travels_with_the_distribution() -> None:
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("", "holds none"),
-        ("[a]\n[b]\n", "holds a, b"),
-        ("[a", "is not TOML"),
+        ("", "it has none"),
+        ("[a]\n[b]\n", "it has a, b"),
+        ("[a", "is not valid TOML"),
         ("[a]\npeak = 1.0\n", "a.across is missing"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_file_that_is_no_device_is_refused(tmp_path: Path, text: str | None, m
     [
         ("watts = 700", 'watts = "many"', "h100.watts='many' must be a number"),
         ("fill = 128", "fill = -1", "h100.gemm.fill=-1 must be a number, at least 0"),
-        ("fill = 128", "fil = 128", "h100.gemm.fil is not known; it must have ceiling, wave, fill"),
+        ("fill = 128", "fil = 128", "h100.gemm.fil is unknown; the fields are ceiling, wave, fill"),
     ],
 )
 def test_a_wrong_number_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -83,5 +83,5 @@ def test_a_wrong_number_is_named(tmp_path: Path, old: str, new: str, message: st
 
 
 def test_an_unknown_device_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"device='h10' is not known; use a100, b200, h100, h200, or a .toml"):
+    with pytest.raises(ValueError, match=r"device='h10' is unknown; use a100, b200, h100, h200, or a .toml"):
         Hardware.load("h10")

@@ -50,38 +50,40 @@ FAULTS = [
     Fault(
         "405b_sft",
         ["parallel.vpp=1", "parallel.pp=16", "parallel.stages=[8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8]"],
-        "must give the layers of pp x vpp = 16 stages, in sum model.layers=126",
+        "must have pp x vpp = 16 entries that add up to model.layers=126",
         ["parallel.stages=[7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7]"],
     ),
     Fault("405b_sft", ["parallel.pp=1"], "parallel.vpp=4 needs parallel.pp of at least 2", ["parallel.vpp=1"]),
-    Fault("405b_sft", ["algorithm.batch_size=16"], "algorithm.batch_size=16 makes an optimizer step of 16", ["algorithm.batch_size=32"]),
+    Fault(
+        "405b_sft", ["algorithm.batch_size=16"], "algorithm.batch_size=16 gives 16 samples per optimizer step", ["algorithm.batch_size=32"]
+    ),
     Fault(
         "405b_sft",
         ["algorithm.max_length=16380"],
-        "algorithm.max_length=16380 is over tokens_per_microbatch=6400",
+        "algorithm.max_length=16380 exceeds tokens_per_microbatch=6400",
         ["tokens_per_microbatch=16384"],
     ),
     Fault(
         "405b_sft",
         ["algorithm.max_length=262144", "tokens_per_microbatch=262144"],
-        "algorithm.max_length=262144 is over the model's context of 131072",
+        "algorithm.max_length=262144 exceeds the model's context of 131072",
         ["algorithm.max_length=131072"],
     ),
     Fault("405b_sft", ["algorithm.epochs=inf"], "algorithm.epochs=inf must be positive and finite", ["algorithm.epochs=1"]),
     Fault("405b_sft", ["optim.lr=2"], "optim.lr=2.0 must be from 0 to 1", ["optim.lr=1e-6"]),
     Fault("405b_sft", ["optim.lr=nan"], "optim.lr=nan must be from 0 to 1", ["optim.lr=1e-6"]),
-    Fault("405b_sft", ["optim.warmup_ratio=3"], "optim.warmup_ratio=3.0 is a share of all steps", ["optim.warmup_ratio=0.03"]),
+    Fault("405b_sft", ["optim.warmup_ratio=3"], "optim.warmup_ratio=3.0 must be at least 0 and below 1", ["optim.warmup_ratio=0.03"]),
     Fault(
         "405b_sft",
         ["model.tokenizer=elsewhere"],
-        "model.tokenizer=elsewhere has 128264 tokens, over the model's vocabulary of 128256",
+        "model.tokenizer=elsewhere has 128264 tokens, more than the model's vocabulary of 128256",
         ["model.tokenizer="],
         tokens=128264,
         named="leave model.tokenizer empty",
     ),
     Fault("405b_dpo", ["model.head=scalar"], "is a reward model, but a language model is needed", ["model.head=auto"]),
     Fault("405b_dpo", ["algorithm.beta=0"], "algorithm.beta=0.0 must be positive", ["algorithm.beta=1"]),
-    Fault("405b_dpo", ["tokens_per_microbatch=1024"], "algorithm.max_length=2048 is over", ["tokens_per_microbatch=2048"]),
+    Fault("405b_dpo", ["tokens_per_microbatch=1024"], "algorithm.max_length=2048 exceeds", ["tokens_per_microbatch=2048"]),
     Fault(
         "405b_rlvr",
         ["algorithm.critic.model.path=allenai/Llama-3.1-Tulu-3-8B-SFT"],
@@ -91,14 +93,14 @@ FAULTS = [
     Fault(
         "405b_rlvr",
         ["algorithm.critic.model.path=meta-llama/Llama-3.1-8B", "algorithm.critic.model.head=scalar"],
-        "has a vocabulary of 128256, the policy of 128264, and both must read the same ids",
+        "has a vocabulary of 128256 and the policy one of 128264, but both must use the same token ids",
         ["algorithm.critic.model.path=allenai/Llama-3.1-Tulu-3-8B-SFT"],  # which has it
         named="a critic with a vocabulary of 128264",
     ),
     Fault(
         "405b_rlvr",
         ["parallel.vpp=8"],
-        "algorithm.critic.model has 32 layers, which parallel.pp=16 x parallel.vpp=8 must divide",
+        "algorithm.critic.model: parallel.pp=16 x parallel.vpp=8 must divide its 32 layers",
         ["parallel.vpp=2"],
     ),
     Fault(
@@ -107,17 +109,17 @@ FAULTS = [
         "algorithm.rollout.kv_cache_gb=0.1 holds 8 sequences of 3072 tokens, and 16 pipeline stages need one each",
         ["algorithm.rollout.kv_cache_gb=0.188"],
     ),
-    Fault("405b_rlvr", ["algorithm.prompts_per_step=24"], "algorithm.prompts_per_step=24 makes", ["algorithm.prompts_per_step=32"]),
+    Fault("405b_rlvr", ["algorithm.prompts_per_step=24"], "algorithm.prompts_per_step=24 gives", ["algorithm.prompts_per_step=32"]),
     Fault(
         "405b_rlvr",
         ["algorithm.minibatches=100"],
-        "algorithm.prompts_per_step=1856 with algorithm.minibatches=100 makes an optimizer step of 18",
+        "algorithm.prompts_per_step=1856 with algorithm.minibatches=100 gives 18 samples per optimizer step",
         ["algorithm.minibatches=58"],
     ),
     Fault(
         "405b_rlvr",
         ["algorithm.max_response_tokens=4096"],
-        "algorithm.max_prompt_tokens=2048 with max_response_tokens=4096 is over tokens_per_microbatch=3072",
+        "algorithm.max_prompt_tokens=2048 with max_response_tokens=4096 exceeds tokens_per_microbatch=3072",
         ["tokens_per_microbatch=6144"],
     ),
     Fault(
@@ -128,7 +130,7 @@ FAULTS = [
             "algorithm.max_response_tokens=2048",
             "algorithm.rollout.kv_cache_gb=100",
         ],
-        "algorithm.max_prompt_tokens=130048 with max_response_tokens=2048 is over the model's context of 131072 tokens",
+        "algorithm.max_prompt_tokens=130048 with max_response_tokens=2048 exceeds the model's context of 131072 tokens",
         ["algorithm.max_response_tokens=1024"],
     ),
     Fault("405b_rlvr", ["algorithm.temperature=0"], "algorithm.temperature=0.0 must be positive", ["algorithm.temperature=1.0"]),
@@ -174,7 +176,7 @@ def test_run_refuses_before_a_weight_is_read(tmp_path: Path) -> None:
 
 def test_the_size_of_the_world_is_one() -> None:
     (line,) = problems(recipe("405b_rlvr"), shape_of, 250)
-    assert line.startswith("the world has 250 ranks, which parallel.tp=8 x parallel.pp=16 = 128 must divide")
+    assert line.startswith("parallel.tp=8 x parallel.pp=16 = 128 must divide the world size of 250")
     assert "128 or 256 ranks" in line
     assert problems(recipe("405b_rlvr"), shape_of, 256) == []
     assert problems(recipe("405b_rlvr"), shape_of, 128) == []
@@ -194,7 +196,7 @@ def test_a_fault_beyond_one_setting_names_a_pair_that_works() -> None:
 
 
 WARNED = [
-    ("405b_sft", [], {"node": 4}, "parallel.tp=8 spans nodes of 4 GPUs", "parallel.tp=4"),
+    ("405b_sft", [], {"node": 4}, "parallel.tp=8 spans several nodes of 4 GPUs", "parallel.tp=4"),
     (
         "70b_sft",
         ["parallel.stages=[]"],
@@ -206,21 +208,21 @@ WARNED = [
         "405b_sft",
         ["parallel.pp=16", "algorithm.batch_size=257"],
         {},
-        "does not divide over 2 replicas",
+        "gives 257 samples per optimizer step, not a multiple of the 2 replicas",
         "algorithm.batch_size=258",
     ),
     (
         "405b_sft",
         ["parallel.vpp=1", "parallel.pp=16", "tokens_per_microbatch=8192"],
         {"tokens": 700.0},
-        "makes 11 microbatches per replica: parallel.pp=16 stages are idle 58%",
+        "gives 11 microbatches per replica, so the parallel.pp=16 stages are idle 58%",
         "parallel.vpp=8",
     ),
     (
         "405b_dpo",
         ["tokens_per_microbatch=2048"],
         {},
-        "they can have 4096 tokens, over tokens_per_microbatch=2048",
+        "they can have 4096 tokens, more than tokens_per_microbatch=2048",
         "tokens_per_microbatch=4096",
     ),
     ("405b_sft", ["parallel.recompute=none", "parallel.vpp=1"], {}, "keeps about 56 GB of activations", "parallel.recompute=selective"),
@@ -249,4 +251,4 @@ def test_a_warning_is_given_and_goes_when_heeded(name: str, settings: list[str],
 
 def test_padding_of_the_vocabulary_is_explained() -> None:
     (line,) = warnings(recipe("405b_rlvr"), shape_of, 256)
-    assert "model.vocab=128264 over parallel.tp=8 is 16033 rows per rank: padded to 128320, 16040 per rank" in line
+    assert "model.vocab=128264 with parallel.tp=8 gives 16033 rows per rank; it is padded to 128320, 16040 per rank" in line

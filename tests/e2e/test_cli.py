@@ -144,7 +144,7 @@ def test_score_takes_rows_of_ids_in_order(recipe: Path, tmp_path: Path) -> None:
         ('{"text": "hi"}', "data.jsonl:41: a row needs messages, or prompt and response, or tokens; this one has text"),
         (
             json.dumps({"prompt": "x" * 300, "response": "y"}),
-            "over max_length=256, with too_long=error; set too_long=truncate or drop",
+            "more than max_length=256, with too_long=error; set too_long=truncate or drop",
         ),
     ],
 )
@@ -173,13 +173,13 @@ def test_an_empty_file(recipe: Path, tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("parallel.tp=3", "parallel.tp=3 must divide model.heads=8, model.kv_heads=4 and model.ffn=128; use parallel.tp=1"),
-        ("parallel.pp=2", "the world has 1 ranks, which parallel.tp=1 x parallel.pp=2 = 2 must divide"),
+        ("parallel.pp=2", "parallel.tp=1 x parallel.pp=2 = 2 must divide the world size of 1"),
         ("optim.learning_rate=1", "unknown setting 'optim.learning_rate'; nearest: optim."),
         ("paralel.tp=1", "unknown setting 'paralel.tp'; nearest: parallel"),
         ("algorithm.max_lenght=9", "nearest: algorithm.max_length"),
-        ("steps=many", "steps=many cannot be read; it takes int"),
-        ("tokens_per_microbatch=100", "algorithm.max_length=256 is over tokens_per_microbatch=100"),
-        ("algorithm.max_length=1000", "algorithm.max_length=1000 is over"),
+        ("steps=many", "steps=many cannot be parsed; use int"),
+        ("tokens_per_microbatch=100", "algorithm.max_length=256 exceeds tokens_per_microbatch=100"),
+        ("algorithm.max_length=1000", "algorithm.max_length=1000 exceeds"),
         ("model.path=smollm2-135m-instruct", "model: give either path"),
         ("model.tokenizer=nowhere", "tokenizer='nowhere' is neither 'bytes', 'words' nor a folder"),
     ],
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(recipe: Path, tmp_path: Path
 
 def test_export_refuses(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    assert "is there already" in complaint("export", tmp_path / "out", tmp_path / "there")
+    assert "already exists" in complaint("export", tmp_path / "out", tmp_path / "there")
     assert "is not the folder of a run" in complaint("export", tmp_path / "out", tmp_path / "new")
 
 
@@ -240,7 +240,7 @@ def test_export_refuses(recipe: Path, tmp_path: Path) -> None:
     [
         ('{"tokens": [1, 999]}', "rows.jsonl:1: tokens must be a list of integers from 0 to 259"),
         ('{"tokens": [1, 2]}\n{"tokens": []}', "rows.jsonl:2: tokens must be"),
-        (json.dumps({"tokens": [1] * 50}), "has 49 tokens, over tokens_per_microbatch=32; raise it"),
+        (json.dumps({"tokens": [1] * 50}), "has 49 tokens, more than tokens_per_microbatch=32; raise it"),
         ("", "has no rows"),
     ],
 )
@@ -255,7 +255,7 @@ def test_bad_rows_to_score(recipe: Path, tmp_path: Path, rows: str, expected: st
 
 def test_a_recipe_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "no.py").write_text("x = 1\n")
-    assert "defines no run = Run(...)" in complaint("run", tmp_path / "no.py")
+    assert "does not define run = Run(...)" in complaint("run", tmp_path / "no.py")
     assert "is not a file" in complaint("run", tmp_path / "nowhere.py")
     assert "model 'no/such-model' is not a folder" in complaint("score", "no/such-model", "--data", "x", "--out", "y")
 
@@ -316,7 +316,7 @@ def test_settings_of_generate_are_also_options(capsys: pytest.CaptureFixture[str
     from engine.__main__ import main
 
     assert main(["generate", "somewhere", "question", "--max-tokens", "many"]) == 1
-    assert "max_tokens=many cannot be read; it takes int" in capsys.readouterr().err
+    assert "max_tokens=many cannot be parsed; use int" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

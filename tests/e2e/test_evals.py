@@ -227,8 +227,8 @@ def test_choices_are_weighed_by_their_log_probabilities(model: Path, data: dict[
     [
         (["--suite", "gsm9k"], "suite='gsm9k' is unknown; use one of gsm8k, math, ifeval"),
         (["--suite", "gsm8k", "--data", "gsm8k=no.jsonl"], "path='no.jsonl' does not exist"),
-        (["--suite", "gsm8k", "--data", "no.jsonl"], "--data no.jsonl is not of the form SUITE=PATH"),
-        (["--suite", "gsm8k", "--data", "math=x.jsonl"], "--data names math, not among the suites gsm8k"),
+        (["--suite", "gsm8k", "--data", "no.jsonl"], "--data no.jsonl must be SUITE=PATH"),
+        (["--suite", "gsm8k", "--data", "math=x.jsonl"], "--data math: not in --suite gsm8k"),
         (["--suite", "gsm8k", "--limit", -1], "--limit -1 must not be negative"),
         (["--suite", "gsm8k", "samples=0"], "samples=0"),
         (["--suite", "gsm8k", "max_tokens=6000"], "over the model's context of 6144; shorten it or lower max_tokens"),
@@ -260,7 +260,7 @@ def test_bad_rows_are_named(name: str, row: dict[str, Any], expected: str, model
 def test_results_are_not_overwritten(model: Path, data: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     words = ["--suite", "gsm8k", "--data", f"gsm8k={data['gsm8k']}", "--out", tmp_path]
-    assert "results.json is there already" in complaint("eval", model, *words)
+    assert "results.json already exists" in complaint("eval", model, *words)
 
 
 def test_a_model_that_is_none(data: dict[str, str], tmp_path: Path) -> None:

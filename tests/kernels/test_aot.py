@@ -102,7 +102,7 @@ def test_occupancy_is_what_the_scarcest_resource_admits() -> None:
 
 
 def test_bad_cases_are_named() -> None:
-    with pytest.raises(ValueError, match="arch=70 is not known; use one of 80, 90, 100"):
+    with pytest.raises(ValueError, match="arch=70 is unknown; use one of 80, 90, 100"):
         compile_case(centre_case(), 70)
     with pytest.raises(ValueError, match="case 'centre': Z: not an argument, or one without a type"):
         compile_case(centre_case(divisible=("Z",)), 90)

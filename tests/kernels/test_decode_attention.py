@@ -23,7 +23,7 @@ def test_bad_input_is_named() -> None:
         decode_attention(query[:, :3], keys, values, lengths)
     with pytest.raises(ValueError, match="at least n slots"):
         decode_attention(query, keys[:1], values[:1], lengths)
-    with pytest.raises(ValueError, match=r"query is torch\.float16 with heads of 8, keys are torch\.float32 with heads of 8; make"):
+    with pytest.raises(ValueError, match=r"query is torch\.float16 with head size 8, keys torch\.float32 with head size 8; make"):
         decode_attention(query.half(), keys, values, lengths)
     with pytest.raises(ValueError, match=r"values has shape \[2, 2, 3, 8\] where \[2, 2, 4, 8\] is needed, as keys has"):
         decode_attention(query, keys, values[:, :, :3], lengths)

@@ -244,7 +244,7 @@ def test_flop_are_counted(mode: Mode, products: int) -> None:
         ("logits_dtype=torch.bfloat16 must be torch.float32 or the weight's torch.float32", {"logits_dtype": torch.bfloat16}),
         ("weight_grad is torch.bfloat16 (50, 32)", {"weight_grad": torch.zeros(50, 32, dtype=torch.bfloat16)}),
         ("chunk=0 must be 1 to 1024 rows", {"chunk": 0}),
-        ("mode='keep' is not known; use save, recompute or nograd", {"mode": "keep"}),
+        ("mode='keep' is unknown; use save, recompute or nograd", {"mode": "keep"}),
         ("target[1]=50 is outside the vocabulary 0 ... 49", {"target": torch.tensor([0, 50, 1, 1, 1, 1])}),
         ("target is torch.int64 (3,); pass torch.int64 (6,)", {"target": torch.zeros(3, dtype=torch.int64)}),
     ],

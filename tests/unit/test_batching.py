@@ -269,8 +269,8 @@ def test_costs_beyond_float64_are_exact() -> None:
         ({"cost": (0, 2**61, 1)}, "makes these sequences cost more than 2**62; divide all three by a common factor"),
         ({"cost": (2**61, 0, 0)}, "makes these sequences cost more than 2**62"),
         ({"cost": (0, 0, 2**61)}, "makes these sequences cost more than 2**62"),
-        ({"sync": "never"}, "sync='never' is not known; use 'microbatch' or 'step'"),
-        ({"on_oversize": "cut"}, "on_oversize='cut' is not known; use 'error' or 'alone' or 'drop'"),
+        ({"sync": "never"}, "sync='never' is unknown; use 'microbatch' or 'step'"),
+        ({"on_oversize": "cut"}, "on_oversize='cut' is unknown; use 'error' or 'alone' or 'drop'"),
     ],
 )
 def test_plan_names_what_is_wrong(arguments: dict, message: str) -> None:

@@ -44,16 +44,16 @@ def test_override(assignment: str, path: str, value: Any) -> None:
     [
         (
             "optim.learningrate=1",
-            "unknown setting 'optim.learningrate'; nearest: optim.weight_decay, optim.warmup_ratio; all there are: lr, schedule",
+            "unknown setting 'optim.learningrate'; nearest: optim.weight_decay, optim.warmup_ratio; the settings are lr, schedule",
         ),
         ("seeed=1", "unknown setting 'seeed'; nearest: seed"),
-        ("parallel.recompute=all", "parallel.recompute=all cannot be read; it takes one of none, swiglu, selective, full"),
-        ("parallel.distributed_optimizer=maybe", "takes true or false"),
-        ("seed", "override 'seed' is not of the form name=value"),
+        ("parallel.recompute=all", "parallel.recompute=all cannot be parsed; use one of none, swiglu, selective, full"),
+        ("parallel.distributed_optimizer=maybe", "use true or false"),
+        ("seed", "override 'seed' must be name=value"),
         ("seed.x=1", "has no field 'x'"),
         ("parallel.tp=0", "parallel.tp=0 must be at least 1"),
         ("parallel.vpp=2", "parallel.vpp=2 needs parallel.pp of at least 2"),
-        ("optim.warmup_ratio=1.5", "warmup_ratio=1.5 is a share"),
+        ("optim.warmup_ratio=1.5", "warmup_ratio=1.5 must be at least 0 and below 1"),
         ("tokens_per_microbatch=0", "tokens_per_microbatch=0 must be at least 1"),
         ("model.init.kv_heads=2", "model.heads=9 must be a multiple of model.kv_heads=2"),
         ("parallel=1", "parallel cannot be set from the command line; set it in the recipe"),
@@ -74,9 +74,9 @@ def test_overrides_are_taken_together_and_make_what_lies_in_tuples() -> None:
     mixed = override(run, ['algorithm.sources=["b.jsonl", {"path": "c", "weight": 2.0}]']).algorithm.sources
     assert mixed == (Source("b.jsonl"), Source("c", weight=2.0))
     for wrong in ('[{"where": "c"}]', '[{"path": "c", "weight": -1}]', "[3"):
-        with pytest.raises(ValueError, match=r"algorithm.sources=.* cannot be read"):
+        with pytest.raises(ValueError, match=r"algorithm.sources=.* cannot be parsed"):
             override(run, [f"algorithm.sources={wrong}"])
-    with pytest.raises(ValueError, match="parallel is set to '1' beside it"):
+    with pytest.raises(ValueError, match="parallel is also set to '1'"):
         override(RUN, ["parallel=1", "parallel.tp=2"])
 
 
@@ -138,7 +138,7 @@ def test_padded_vocab(vocab: int, tp: int, padded: int) -> None:
         (
             Parallel(tp=3, pp=2),
             4,
-            "the world has 4 ranks, which parallel.tp=3 x parallel.pp=2 = 6 must divide; use parallel.tp=1, or 6 ranks",
+            "parallel.tp=3 x parallel.pp=2 = 6 must divide the world size of 4; use parallel.tp=1, or 6 ranks",
         ),
         (
             Parallel(pp=4),
@@ -154,7 +154,7 @@ def test_padded_vocab(vocab: int, tp: int, padded: int) -> None:
         (
             Parallel(pp=2, stages=(18, 13)),
             2,
-            "stages=[18, 13] must give the layers of pp x vpp = 2 stages, in sum model.layers=30; use parallel.stages=[15, 15]",
+            "stages=[18, 13] must have pp x vpp = 2 entries that add up to model.layers=30; use parallel.stages=[15, 15]",
         ),
     ],
 )

@@ -205,7 +205,7 @@ def test_too_long_is_an_error_unless_told_otherwise(tmp_path):
     ]
     source = jsonl(tmp_path / "rows.jsonl", rows)
     message = (
-        "rows.jsonl:2 has 4 tokens, the first 4 of them prompt, over max_length=3, with too_long=error; "
+        "rows.jsonl:2 has 4 tokens, 4 of them in the prompt, more than max_length=3, with too_long=error; "
         "set too_long=truncate or drop, or raise max_length"
     )
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -131,7 +131,7 @@ def test_bad_input_is_answered_in_one_line(files: dict[str, str], tmp_path: Path
     assert "n.jsonl:1: prompt must be text, not int" in complaint("--train", number, "--eval", files["eval"])
     odd = write(tmp_path / "odd.jsonl", [{"messages": "hi"}])
     assert "odd.jsonl:1: messages must be a list of objects" in complaint("--train", odd, "--eval", files["eval"])
-    assert "--remove needs --out" in complaint("--train", files["few"], "--eval", files["eval"], "--remove", "sets")
+    assert "--remove and --out must be given together" in complaint("--train", files["few"], "--eval", files["eval"], "--remove", "sets")
     same = write(tmp_path / "x.jsonl", [{"prompt": "a"}])
     doubled = complaint("--train", same, same, "--eval", files["eval"], "--remove", "sets", "--out", str(tmp_path / "o"))
     assert "2 training sets would be written to" in doubled

@@ -88,7 +88,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "q"}, "this one has no chosen and no rejected"),
     ({"chosen": "a", "rejected": "b"}, "needs prompt or messages"),
     ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt must be text or a list of messages, not 3"),
-    ({"prompt": "q", "chosen": [Q, GOOD], "rejected": [BAD]}, "write both in the same way"),
+    ({"prompt": "q", "chosen": [Q, GOOD], "rejected": [BAD]}, "use the same format for both"),
     ({"chosen": [Q, GOOD], "rejected": [turn("user", "other"), BAD]}, "differ at message 0, where chosen has role='user'"),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD, Q, BAD]}, "chosen is the beginning of the other conversation"),
     ({"chosen": [Q], "rejected": [Q, BAD]}, "chosen must end in an assistant's message"),
@@ -113,7 +113,7 @@ def test_bad_rows_dropped_are_counted_and_told(tmp_path: Path) -> None:
     assert "4 rows, 0 truncated, 0 dropped, 2 bad" in note
     assert "pairs.jsonl:2: chosen and rejected are equal" in note
     assert "pairs.jsonl:4: rejected is empty" in note
-    with pytest.raises(ValueError, match=r"none of 1 rows is usable; .*chosen and rejected are equal"):
+    with pytest.raises(ValueError, match=r"all 1 rows are bad; the first: .*chosen and rejected are equal"):
         prepared(tmp_path, [BROKEN[0][0]], bad_rows="drop")
 
 
@@ -121,9 +121,9 @@ def test_too_long_is_an_error_unless_told_otherwise(tmp_path: Path) -> None:
     long_answer = {"prompt": "q", "chosen": "a" * 70, "rejected": "b"}
     long_prompt = {"prompt": "q" * 90, "chosen": "a", "rejected": "b"}
     same_when_cut = {"prompt": "q", "chosen": "a" * 70, "rejected": "a" * 71}
-    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, over max_length=60"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, more than max_length=60"):
         prepared(tmp_path, [long_answer], max_length=60)
-    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, the first \d+ of them prompt, over max_length=60"):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1 has \d+ tokens, \d+ of them in the prompt, more than max_length=60"):
         prepared(tmp_path, [long_prompt], max_length=60)
     rows = [SHAPES[0], long_answer, long_prompt, same_when_cut]
     cut = prepared(tmp_path, rows, max_length=60, too_long="truncate")

@@ -183,7 +183,7 @@ def test_lists_arrays_and_tensors_make_the_same() -> None:
     [
         (([[1, 2], [3]], [[1], [1]]), "sequence 1: mask has 1 entries for 0 predicted tokens"),
         (([[1, 2], [3]], [[1]]), "mask has 1 rows for 2 sequences; give one for each"),
-        (([[1, 2**31]], [[1]]), "tokens: a token id is beyond int32; give a list of numbers for each sequence"),
+        (([[1, 2**31]], [[1]]), "tokens: a token id is outside int32; give a list of numbers for each sequence"),
         (([[1, "a"]], [[1]]), "tokens: 'str' object cannot be interpreted as an integer; give"),
         (([[1, 2]], [[1]], {"value": [[None]]}), "value: must be real number, not NoneType; give"),
         (([[1, 2]], [[1]], {"value": [[0.5, 1.0]]}), "sequence 0: value has 2 entries for 1 predicted tokens"),
@@ -209,7 +209,7 @@ def test_ragged_refuses_buffers_that_do_not_fit() -> None:
         (tokens, offsets, mask[:2]),
         (tokens.astype(np.int64), offsets, mask),
     ):
-        with pytest.raises(ValueError, match=r"offsets must be|pass contiguous"):
+        with pytest.raises(ValueError, match=r"offsets=.* must be|pass contiguous"):
             Ragged(*wrong)
     with pytest.raises(ValueError, match=r"sequence 0 has length -1"):
         plan(Ragged(tokens, np.array([0, 0, 5]), mask).lengths, 1, 8)
@@ -231,7 +231,7 @@ def test_an_arena_is_used_again() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: dataclasses.replace(s, mask=s.mask[1:]), "sample 1: mask has shape (2,), but by its planned length it must be (3,)"),
+        (lambda s: dataclasses.replace(s, mask=s.mask[1:]), "sample 1: mask has shape (2,); its planned length requires (3,)"),
         (lambda s: dataclasses.replace(s, value=np.zeros(4, np.float32)), "sample 1: value has shape (4,)"),
         (lambda s: dataclasses.replace(s, tokens=s.tokens.astype(np.float32)), "sample 1: tokens is float32; convert it to int32"),
         (lambda s: dataclasses.replace(s, tokens=s.tokens[:0], mask=s.mask[:0]), "sequence 1 has length -1"),
@@ -275,7 +275,7 @@ def test_scatter_refuses_values_of_another_step() -> None:
     step = batch(make_samples(Case([3, 2], [-1, -1], 1, 8)), 8)
     with pytest.raises(ValueError, match=r"has 0 entries for 1 microbatches"):
         scatter([], step, 2)
-    with pytest.raises(ValueError, match=r"values_per_microbatch\[0\] has shape \(6,\); its microbatch wants \(5,\)"):
+    with pytest.raises(ValueError, match=r"values_per_microbatch\[0\] has shape \(6,\); its microbatch has shape \(5,\)"):
         scatter([torch.zeros(6)], step, 2)
 
 
@@ -299,11 +299,11 @@ def test_the_extension_refuses_what_would_overrun_memory() -> None:
         ({"mask": []}, "mask must have an array for each sequence"),
         ({"starts": None}, "tokens must have an array for each sequence of the share, or be flat with starts"),
         ({"starts": np.array([-1])}, "tokens has 4 entries"),
-        ({"totals": np.array([2])}, "totals has 2 for 3"),
-        ({"order": np.array([1], np.int32)}, "order names no sequence"),
-        ({"lengths": np.array([-1])}, "order names no sequence"),
-        ({"offsets": np.array([0, 2])}, "order, offsets and totals differ"),
-        ({"tokens_out": np.zeros(3, np.int32)}, "tokens_out has not the size"),
+        ({"totals": np.array([2])}, "totals has 2 for a microbatch of 3 tokens"),
+        ({"order": np.array([1], np.int32)}, "order has an unknown sequence id"),
+        ({"lengths": np.array([-1])}, "order has an unknown sequence id"),
+        ({"offsets": np.array([0, 2])}, "order, offsets and totals have inconsistent sizes"),
+        ({"tokens_out": np.zeros(3, np.int32)}, "tokens_out must have 4 entries"),
         ({"fields": [(zeros[:2], True, zeros)]}, "a field has 2 entries"),
         ({"fields": [(zeros[:0], False, zeros)]}, "a field has too few entries"),
     ]:

@@ -266,6 +266,6 @@ def test_a_tokenizer_that_cannot_keep_text_apart_is_refused():
         ChatTemplate(strips, "tulu")
     pieces = [("<unk>", 0.0), ("</s>", -1.0), *((chr(point), -9.0) for point in range(10, 127))]
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token="</s>", unk_token="<unk>")
-    with pytest.raises(ValueError, match="makes the control token '</s>' out of plain text"):
+    with pytest.raises(ValueError, match="encodes plain text as the control token '</s>'"):
         ChatTemplate(unigram, "tulu").encode(ask("q", "</s>"))
     assert ChatTemplate(unigram, "tulu").encode(ask("ü", "ö"))[0].tolist().count(0) == 2, "the unknown token comes of text, and may"
