@@ -89,6 +89,12 @@ def test_one_question(folder: Path) -> None:
     [
         ({"prompt": "now " * 90}, "leaves room for 84"),
         ({"question": "?"}, "a row needs tokens, messages or prompt"),
+        ({"messages": "hi"}, "messages must be a list of at least one message, not 'hi'"),
+        ({"messages": ["hi"]}, "messages[0] must be an object with role and content, not 'hi'"),
+        ({"messages": 7}, "messages must be a list"),
+        ({"messages": [None]}, "messages[0] must be an object"),
+        ({"messages": {"role": "user", "content": "hi"}}, "messages must be a list"),
+        ({"prompt": ["hi"]}, "prompt must be text, not list"),
         ({"tokens": [111]}, "111"),
     ],
 )
