@@ -122,14 +122,14 @@ class Report:
         self._print("  ".join([f"after step {step}", *columns]))
 
     def note(self, text: str) -> None:
-        """Print one line that is no measurement, such as "resumed from step 20"."""
+        """Print one line without recording it, such as "resumed from step 20"."""
         if self._is_writer:
             self._print(text)
 
     def _record(self, kind: str, step: int, metrics: dict[str, float], cost: dict[str, float]) -> None:
         head = {"kind": kind, "step": step, "time": round(time.time(), 3)}
         taken = metrics.keys() & (head | cost).keys()
-        assert not taken, f"metrics may not be called {', '.join(sorted(taken))}: a record says something else by that name"
+        assert not taken, f"metrics may not be called {', '.join(sorted(taken))}: the record has a field of that name"
         values = metrics | cost
         # JSON has no NaN; null keeps the record readable for every other tool.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -148,7 +148,7 @@ class Report:
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The records of out/metrics.jsonl in order; a value that was not finite is None. Without the file there are none.
 
-    A last line that a crash cut short is left out; any other line that cannot be read raises ValueError.
+    An incomplete last line, as a crash leaves it, is skipped; any other line that cannot be read raises ValueError.
     """
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []

@@ -1,4 +1,4 @@
-"""The weights a policy started from, kept to measure how far it has moved: beside it on the device, or in host memory."""
+"""The reference model of the KL penalty: the initial weights, on the device or in host memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.megatron.policy import Policy
 
 
 class Reference(Protocol):
-    """Lends a policy that speaks as the reference."""
+    """Gives access to a policy with the reference weights."""
 
     def activated(self) -> AbstractContextManager[Policy]: ...
 
 
 class Resident:
-    """A second policy with no optimizer: as much device memory as its weights."""
+    """A second policy without an optimizer. Takes the device memory of its weights."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
@@ -27,7 +27,7 @@ class Resident:
 
 
 class Offloaded:
-    """The policy's weights as they are now, in host memory; to speak, they change places with those of the day."""
+    """A copy of the policy's current weights in host memory. They are swapped with the policy's weights while they are used."""
 
     def __init__(self, policy: Policy):
         self.policy, self.weights = policy, policy.weights_on_host()

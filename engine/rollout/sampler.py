@@ -1,4 +1,4 @@
-"""The sampler: continuous batching on the policy's own weights. No second copy of the model, nothing to keep in step with it."""
+"""Generation on the training ranks: continuous batching on the policy's own weights, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def generate(
 ) -> list[list[Response]]:
     """`samples` responses to each prompt, in order, on every rank.
 
-    A response is a function of the weights, the prompt, its id, `seed` and its place among the samples of that id: not of slots, replicas
-    or of what else is asked. A prompt that is asked twice goes on with the next places.
-    Raises ValueError for a prompt that is empty, or that leaves no room in the model's context for max_tokens.
+    A response depends on the weights, the prompt, its id, `seed` and the index of the sample among those of that id; not on batch size,
+    replicas or the other prompts. If an id occurs twice, its samples are numbered on.
+    Raises ValueError for an empty prompt, and for one that leaves no room in the model's context for max_tokens.
     """
     _check(policy, prompts, sampling)
     prefix = common_prefix(prompts) if rollout.prefix_caching else []
@@ -49,7 +49,7 @@ def generate(
         for sample in range(samples)
     ]
     mine = _assign_to_replica(requests, policy.grid.dp, policy.grid.dp_rank, whole_prompts=len(prompts) >= policy.grid.dp)
-    # As many groups as there are stages, so that each stage always has one to compute.
+    # One group per pipeline stage keeps all stages busy.
     slots = _seqs_per_group(policy, rollout, positions, len(prefix), most=len(mine), groups=policy.grid.pp)
     queue = deque(mine)
     groups = [Scheduler(slots, queue, frozenset(sampling.stop), rollout.max_prefill_tokens, sampling.until) for _ in range(policy.grid.pp)]
@@ -71,17 +71,17 @@ def _check(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingParams) 
 
 
 def common_prefix(prompts: Sequence[Prompt]) -> list[int]:
-    """The tokens that all prompts begin with, less the last of any of them; none where there is but one prompt."""
+    """The longest common prefix of all prompts, without the last token of any of them; empty for a single prompt."""
     if len(prompts) < 2:
         return []
     each = [prompt.tokens.tolist() for prompt in prompts]
-    first, last = min(each), max(each)  # what these two share, all share
+    first, last = min(each), max(each)  # the prefix of the smallest and the largest is that of all
     differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return first[: min(next(differ, len(first)), *(len(tokens) - 1 for tokens in each))]
 
 
 def _assign_to_replica(requests: list[Request], ranks: int, rank: int, *, whole_prompts: bool) -> list[Request]:
-    """This replica's requests: the largest first to the replica with least to do, all samples of a prompt together."""
+    """This replica's requests: each prompt with all of its samples, the largest first, goes to the least loaded replica."""
     units: dict[tuple[int, ...], list[Request]] = {}
     for request in requests:
         units.setdefault(request.index[:1] if whole_prompts else request.index, []).append(request)
@@ -96,13 +96,13 @@ def _assign_to_replica(requests: list[Request], ranks: int, rank: int, *, whole_
 
 
 def _seqs_per_group(policy: Policy, rollout: RolloutConfig, positions: int, shared: int, most: int, groups: int) -> int:
-    """Slots of each group: those asked for, as far as the requests need them and the memory holds them beside what they share."""
+    """Sequences per pipeline stage's group: max_num_seqs, limited by the number of requests and by the memory of the KV cache."""
     held = rollout.max_cached_seqs(policy.kv_bytes(positions), positions, groups, beside=policy.kv_bytes(shared))
     return max(1, min(rollout.max_num_seqs, held, most) // groups)
 
 
 def _gather_responses(policy: Policy, mine: list[Request], prompts: int, samples: int) -> list[list[Response]]:
-    """Every replica's responses on every rank, in order of the prompts."""
+    """The responses of all replicas on every rank, in order of the prompts."""
     done = {r.index: Response(np.array(r.tokens, np.int32), np.array(r.logprobs, np.float32), r.stopped) for r in mine}
     parts = [done]
     if policy.grid.dp > 1:
@@ -113,7 +113,7 @@ def _gather_responses(policy: Policy, mine: list[Request], prompts: int, samples
 
 
 def text_of(response: Response, tokenizer: PreTrainedTokenizerFast) -> str:
-    """What a response says: its tokens but for the stop token."""
+    """The text of a response, without its stop token."""
     tokens = response.tokens[:-1] if response.stopped else response.tokens
     return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
 
@@ -133,11 +133,11 @@ class SamplerEngine:
         return respond(self.policy, self.rollout, request)
 
     def extra_state(self) -> dict[str, bytes]:
-        """Nothing is generated ahead."""
+        """Nothing: no responses are generated ahead."""
         return {}
 
     def close(self) -> None:
-        """There is nothing to release: the policy belongs to its owner."""
+        """Nothing to release: the policy belongs to the caller."""
 
 
 def respond(policy: Policy, rollout: RolloutConfig, request: GenerationRequest) -> list[list[Response]]:

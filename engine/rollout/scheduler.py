@@ -16,12 +16,12 @@ class Request:
     """One sequence to generate, and its tokens so far."""
 
     prompt: list[int]
-    max_tokens: int  # tokens to draw at most
-    rng_stream: np.uint64  # its random stream; see `streams`
+    max_tokens: int
+    rng_stream: np.uint64  # see `rng_stream`
     index: tuple[int, int]  # (prompt, sample)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False  # by its last token
+    stopped: bool = False  # ended by a stop token
 
     @property
     def length(self) -> int:
@@ -43,7 +43,7 @@ class Scheduler:
         self.running: list[Request] = []
 
     def plan(self) -> DecodeBatch | None:
-        """A token of each running sequence, and as many waiting prompts as fit max_num_seqs and the prefill budget (at least one)."""
+        """The next batch: a token of each running sequence, and at least one waiting prompt, as max_num_seqs and the prefill budget allow."""
         decode = len(self.running)
         tokens = [request.tokens[-1] for request in self.running]
         positions = [request.length - 1 for request in self.running]
@@ -67,14 +67,14 @@ class Scheduler:
         return DecodeBatch(tokens, positions, decode, max(positions[:decode], default=0) + 1, prompts, rows, wanted, keys_R2)
 
     def _admit(self) -> list[Request]:
-        """The next request, and those behind it that continue the same prompt: it is computed once."""
+        """The next request, and those after it with the same prompt, which is computed once."""
         mates = [self.waiting.popleft()]
         while self.waiting and self.waiting[0].index[0] == mates[0].index[0] and len(self.running) + len(mates) < self.max_num_seqs:
             mates.append(self.waiting.popleft())
         return mates
 
     def update(self, tokens_R: list[int], logprobs_R: list[float]) -> list[tuple[int, int, int]]:
-        """Give each running sequence its token, and remove finished sequences. Returns (from, to, positions) of rows that move."""
+        """Append a token to each running sequence, and remove finished sequences. Returns (from, to, positions) of rows that move."""
         for request, token, logprob in zip(self.running, tokens_R, logprobs_R, strict=True):
             request.tokens.append(token)
             request.logprobs.append(logprob)
@@ -99,7 +99,7 @@ MULTIPLIER, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
 def rng_stream(*names: int) -> np.uint64:
-    """A random stream for (seed, step, prompt, sample): 64 bits in which every one of them counts, their order too (SplitMix64)."""
+    """The random stream of (seed, step, prompt, sample): a 64-bit hash of the numbers in order (SplitMix64)."""
     state = 0
     for name in names:
         state = (state ^ (name & MASK)) + MULTIPLIER & MASK
@@ -110,7 +110,7 @@ def rng_stream(*names: int) -> np.uint64:
 
 
 def rng_keys(noises: list[np.uint64], drawn: list[int]) -> np.ndarray:
-    """The key of each stream's next draw, int32 [R, 2]: SplitMix64's output at that position."""
+    """The key of the next sample of each stream, int32 [R, 2]: SplitMix64's output at that position."""
     with np.errstate(over="ignore"):
         state = np.array(noises, dtype=np.uint64) + np.uint64(MULTIPLIER) * (np.array(drawn, dtype=np.uint64) + np.uint64(1))
         state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""Responses and their verdicts: one rank judges for all, so that a slow verifier cannot make two ranks disagree."""
+"""Verify responses. One rank verifies for all, so that a time limit cannot give two ranks different verdicts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.verify.pool import Case, Pool
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response to one prompt, judged."""
+    """One response to one prompt, with its verdict."""
 
     prompt: Prompt
     response: Response
@@ -29,7 +29,7 @@ class Rollout:
 def verify_responses(
     prompts: Sequence[Prompt], responses: Sequence[Sequence[Response]], tokenizer: PreTrainedTokenizerFast, pool: Pool, world: World
 ) -> tuple[list[Rollout], int]:
-    """Every response with its verdict, in order of prompts, and how many could not be judged and were dropped; equal on every rank.
+    """Every response with its verdict, in order of the prompts, and the number of unjudged, dropped responses; equal on every rank.
 
     Raises Unjudged on all ranks when more were dropped than `pool` allows, or all.
     """

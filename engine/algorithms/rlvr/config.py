@@ -51,7 +51,7 @@ class RLVR:
     max_response_tokens: int = 2048  # tokens, stop token included
     too_long: Literal["error", "drop"] = "error"  # for prompts over max_prompt_tokens
     temperature: float = 1.0  # of sampling; above 0
-    stop: tuple[str, ...] = ()  # tokens that end a response, in addition to the tokenizer's eos
+    stop: tuple[str, ...] = ()  # tokens that end a response, in addition to those of engine/data/stops.py
     correct_reward: float = 10.0  # score of a response that the verifier accepts; others get 0
     no_stop_reward: float = -10.0  # score of a response without a stop token, instead of the verifier's
     kl_estimator: Kl = "k1"  # k1, k2 or k3 (Schulman 2020)

@@ -141,8 +141,8 @@ class RLVRTrainer:
             computed = logprobs(self.policy, entropy=True)
             samples = [replace(s, old_logprob=x, entropy=h) for s, (x, h) in zip(samples, computed, strict=True)]
         if self.reference is not None:
-            with self.reference.activated() as speaker:
-                samples = [replace(s, ref_logprob=x) for s, x in zip(samples, logprobs(speaker), strict=True)]
+            with self.reference.activated() as reference:
+                samples = [replace(s, ref_logprob=x) for s, x in zip(samples, logprobs(reference), strict=True)]
         if self.critic is not None:
             values = token_values(self.critic, samples, budget, self.critic.values)
             samples = [replace(s, value=x) for s, x in zip(samples, values, strict=True)]
