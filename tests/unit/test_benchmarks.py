@@ -73,7 +73,7 @@ def test_a_process_reports_its_own_memory() -> None:
 
 
 def test_a_process_that_fails_is_an_error_with_its_last_words() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)broken ended with 1 and 0 readings:.*out of luck"):
+    with pytest.raises(RuntimeError, match=r"(?s)broken ended with status 1 and 0 readings:.*out of luck"):
         timing.read_processes(Contender("broken", "", (sys.executable, "-c", "raise SystemExit('out of luck')")))
 
 
