@@ -102,7 +102,8 @@ def page(facts: dict[str, dict[str, Any]]) -> str:
         *table(MEMORY, [_memory(name, fact) for name, fact in facts.items()]),
         "",
         "GB: peak memory of the fullest GPU, including 4 GB for CUDA, NCCL and fragmentation. Longest sequences: the same if every",
-        f"sequence has the maximum length. The search (`--search`) considers layouts on the same GPUs that fill at most {ROOM:.0%} of the 80 GB.",
+        "sequence has the maximum length. The search (`--search`) considers layouts on the same GPUs that fill at most",
+        f"{ROOM:.0%} of the 80 GB.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -96,7 +96,7 @@ def page(facts: list[dict[str, Any]]) -> str:
     command = "python -m benchmarks dryrun_tulu --out PAGE --json FACTS"
     lines = heading("Tülu 3 405B's RLVR step: the training phase, predicted by the dry run", versions(), command)
     lines += [
-        f"The paper reports about {REPORTED:,.0f} s of training per step on 240 H100s (arXiv 2411.15124). The seconds below are predictions",
+        f"The paper reports about {REPORTED:,.0f} s of training per step on 240 H100s (arXiv 2411.15124). The seconds below are predicted",
         "for this engine, which has not run on these GPUs. The ratio therefore compares a prediction with a measurement.",
         "",
         *table(HEADER, [_row(fact) for fact in facts]),

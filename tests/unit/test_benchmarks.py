@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import COMMANDS, summary
 from benchmarks.support import timing
 from benchmarks.support.timing import Contender, Reading, Readings, Spread, Target
 from benchmarks.training import bench_train
@@ -36,7 +37,14 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert timing.rate(readings()["fast"]) == Spread(100 / 3.0, 25.0, 50.0)
 
 
-def test_a_target_is_held_against_the_strongest_and_a_miss_is_written_down() -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_is_a_sentence(command: str) -> None:
+    text = summary(COMMANDS[command])
+    assert text[0].isupper()
+    assert text.endswith(".")
+
+
+def test_a_target_is_compared_with_the_fastest_peer() -> None:
     assert timing.strongest(readings(), ["slow", "fast"]) == "fast"
     assert "ours against fast: 2.00 (1.50..4.00)x, target 2x: met" in timing.verdict(readings(), Target("ours", ("slow", "fast"), 2.0))
     assert "target 2.1x: MISSED" in timing.verdict(readings(), Target("ours", ("fast",), 2.1))

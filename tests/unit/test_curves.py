@@ -10,7 +10,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.learning import bench_curves
 
-RECORD = dict.fromkeys(bench_curves.PREFERENCES.told, 0.5)
+RECORD = dict.fromkeys(bench_curves.PREFERENCES.listed, 0.5)
 
 
 def run_folder(folder: Path, lr: float) -> Path:
