@@ -1,4 +1,4 @@
-"""Attention behind a shared prefix, on a GPU: what tests/unit/test_prefix_attention.py says of the host."""
+"""Attention with a shared prefix on a GPU: the checks of tests/unit/test_prefix_attention.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocol of the benchmarks: its arithmetic and its pages with fake contenders, and the shares and losses of the real ones."""
+"""The protocol of the benchmarks: statistics and pages with fake contenders, and shares and losses of the real ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OURS, FAST, SLOW = (Contender(name, f"what {name} is") for name in ("ours", "fas
 
 
 def readings() -> Readings:
-    """100 tokens a pass. ours / fast: 1.5, 2, 4 in the three rounds; ours / slow: 10, 10, 10."""
+    """100 tokens per pass. ours / fast: 1.5, 2, 4 in the three rounds; ours / slow: 10, 10, 10."""
     seconds = {"ours": (2.0, 1.0, 1.0), "fast": (3.0, 2.0, 4.0), "slow": (20.0, 10.0, 10.0)}
     return {name: [Reading(100, s, 4 * s, (300.0 * s, 50.0)) for s in values] for name, values in seconds.items()}
 
@@ -33,7 +33,7 @@ def test_spread_is_median_and_extremes() -> None:
 
 def test_ratios_are_taken_within_a_round() -> None:
     assert timing.ratio(readings(), "ours", "fast") == Spread(2.0, 1.5, 4.0)
-    assert timing.ratio(readings(), "ours", "slow") == Spread(10.0, 10.0, 10.0)  # though the machine's speed changed twofold
+    assert timing.ratio(readings(), "ours", "slow") == Spread(10.0, 10.0, 10.0)  # although the machine's speed changed by a factor of 2
     assert timing.rate(readings()["fast"]) == Spread(100 / 3.0, 25.0, 50.0)
 
 
@@ -58,10 +58,10 @@ def test_rounds_rotate_and_measure_each_contender_once() -> None:
         seen.append((round_, contender.name))
         return Reading(1, 1.0, 1.0, (1.0,))
 
-    found = timing.measure([OURS, FAST, SLOW], 4, read)
+    results = timing.measure([OURS, FAST, SLOW], 4, read)
     order = [[name for at, name in seen if at == round_] for round_ in range(4)]
     assert order == [["ours", "fast", "slow"], ["fast", "slow", "ours"], ["slow", "ours", "fast"], ["ours", "fast", "slow"]]
-    assert {name: len(values) for name, values in found.items()} == {"ours": 4, "fast": 4, "slow": 4}
+    assert {name: len(values) for name, values in results.items()} == {"ours": 4, "fast": 4, "slow": 4}
 
 
 def test_processes_of_a_contender_are_merged() -> None:
@@ -80,12 +80,12 @@ def test_a_process_reports_its_own_memory() -> None:
     assert large.peak_mb[0] - small.peak_mb[0] == pytest.approx(199, abs=20)
 
 
-def test_a_process_that_fails_is_an_error_with_its_last_words() -> None:
+def test_a_failing_process_raises_with_its_stderr() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)broken ended with status 1 and 0 readings:.*out of luck"):
         timing.read_processes(Contender("broken", "", (sys.executable, "-c", "raise SystemExit('out of luck')")))
 
 
-def test_page_and_json_tell_everything(tmp_path: Path) -> None:
+def test_page_and_json_contain_all_readings(tmp_path: Path) -> None:
     facts = timing.environment()
     text = timing.page("Title", ["A note."], [OURS, FAST, SLOW], readings(), [Target("ours", ("fast",), 5.0)], facts)
     assert "| slow | what slow is | 10.0 (5.0..10.0) | 10.00 (10.00..10.00) | 2.5 (1.2..2.5) | 10.00 (10.00..10.00) | 6050 (6000) |" in text
@@ -97,7 +97,7 @@ def test_page_and_json_tell_everything(tmp_path: Path) -> None:
     assert [r["seconds"] for r in json.loads(data.read_text())["readings"]["fast"]] == [3.0, 2.0, 4.0]
 
 
-def test_other_numbers_are_not_compared() -> None:
+def test_different_losses_are_an_error() -> None:
     def pass_(loss: float) -> list[Reading]:
         return [Reading(1, 1.0, 1.0, (1.0,), {"loss_sum": loss, "trained": 2.0})]
 
@@ -107,7 +107,7 @@ def test_other_numbers_are_not_compared() -> None:
             bench_train._agree({"ours-1x2": pass_(3.0), "plain-1x2": pass_(wrong)})
 
 
-def test_shares_are_balanced_and_whole() -> None:
+def test_shares_are_balanced_and_complete() -> None:
     lengths = [50, 10, 30, 20, 60, 40, 10]
     samples = [Sample(np.zeros(n + 1, np.int32), np.ones(n, np.uint8)) for n in lengths]
     shares = balanced(samples, 2)
