@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import pytest
 from benchmarks.__main__ import COMMANDS, summary
 from benchmarks.support import timing
 from benchmarks.support.timing import Contender, Reading, Readings, Spread, Target
-from benchmarks.training import bench_train
+from benchmarks.training import bench_train, rlvr_baselines
 from benchmarks.training.train_baselines import PASSES, balanced
+from engine.algorithms.rlvr.step import RLVRTrainer
 from engine.types import Sample
 
 OURS, FAST, SLOW = (Contender(name, f"what {name} is") for name in ("ours", "fast", "slow"))
@@ -118,3 +121,12 @@ def test_shares_are_balanced_and_complete() -> None:
 def test_every_contender_is_described_and_runs() -> None:
     assert bench_train.WHAT.keys() == PASSES.keys()
     assert {name for target in bench_train.TARGETS for name in (target.who, *target.against)} <= PASSES.keys()
+
+
+def test_the_generation_of_an_rlvr_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RLVRTrainer, "_generate", lambda trainer, step, request: step)
+    empty: dict[str, Any] = dict.fromkeys((field.name for field in fields(RLVRTrainer)), None)
+    watch = rlvr_baselines.Stopwatch()
+    request: Any = None
+    assert rlvr_baselines._timed(RLVRTrainer(**empty), watch)._generate(3, request) == 3
+    assert watch.generation[0] > 0
