@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit.test_prefix_attention import test_attention_behind_a_prefix
+from tests.unit.test_prefix_attention import test_attention_with_a_prefix
 
-__all__ = ["test_attention_behind_a_prefix"]
+__all__ = ["test_attention_with_a_prefix"]
