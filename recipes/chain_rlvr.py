@@ -1,4 +1,4 @@
-"""The chain in small, last stage: PPO against a verifier, which alone knows that working a problem out pays."""
+"""Small chain, stage 4: PPO with a verifier. It rewards the right final number only, not whether the response shows its work."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chain in small, first stage: a Llama of 0.4M parameters learns word problems from three annotators, most of whom show no work."""
+"""Small chain, stage 1: SFT of a 0.4M-parameter Llama, from scratch, on word problems answered by three annotators, most without work."""
 
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,9 @@
-"""SmolLM2-135M learns to prefer right solutions of grade-school problems to wrong ones, split by problem. First: python -m
-benchmarks preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
-processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_dpo.py; beside it plain DPO: algorithm.normalize=false
-algorithm.beta=0.1 out=runs/gsm8k_dpo_plain; both curves: python -m benchmarks curves runs/gsm8k_dpo runs/gsm8k_dpo_plain"""
+"""Length-normalised DPO of SmolLM2-135M on right and wrong solutions of GSM8K problems; train and held-out data share no problem.
+
+1. python -m benchmarks preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math)
+2. On two CPU processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_dpo.py
+3. Plain DPO, to compare: the same with algorithm.normalize=false algorithm.beta=0.1 out=runs/gsm8k_dpo_plain
+4. Curves of both: python -m benchmarks curves runs/gsm8k_dpo runs/gsm8k_dpo_plain"""
 
 from engine.algorithms.dpo import DPO
 from engine.config import Model, Optim, Run

@@ -1,6 +1,7 @@
-"""SmolLM2-135M as a reward model of real solutions of grade-school problems, right against wrong, split by problem. First: python -m
-benchmarks preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math). Then, on two CPU
-processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_reward.py parallel.pp=2"""
+"""A reward model from SmolLM2-135M on right and wrong solutions of GSM8K problems; train and held-out data share no problem.
+
+1. python -m benchmarks preferences example_model_solutions.jsonl cache/gsm8k_pairs (the file is part of openai/grade-school-math)
+2. On two CPU processes: torchrun --nproc-per-node 2 -m engine run recipes/gsm8k_reward.py parallel.pp=2"""
 
 from engine.algorithms.reward import Reward
 from engine.config import Model, Optim, Run

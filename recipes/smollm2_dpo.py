@@ -1,5 +1,6 @@
-"""SmolLM2-135M learns to prefer right worked answers of generated word problems to wrong ones. On two CPU processes: torchrun
---nproc-per-node 2 -m engine run recipes/smollm2_dpo.py; from an export of smollm2_sft: model.path=DIR."""
+"""DPO of SmolLM2-135M on right and wrong worked answers to generated word problems. On two CPU processes:
+torchrun --nproc-per-node 2 -m engine run recipes/smollm2_dpo.py
+To start from an export of smollm2_sft, add model.path=DIR."""
 
 from pathlib import Path
 

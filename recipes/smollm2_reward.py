@@ -1,5 +1,6 @@
-"""SmolLM2-135M as a reward model of generated word problems: right worked answers against wrong ones. On two CPU processes: torchrun
---nproc-per-node 2 -m engine run recipes/smollm2_reward.py parallel.pp=2; from a model of your own: model.path=DIR."""
+"""A reward model from SmolLM2-135M on right and wrong worked answers to generated word problems. On two CPU processes:
+torchrun --nproc-per-node 2 -m engine run recipes/smollm2_reward.py parallel.pp=2
+To start from another model, add model.path=DIR."""
 
 from pathlib import Path
 

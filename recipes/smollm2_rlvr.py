@@ -1,6 +1,8 @@
-"""SmolLM2-135M, after recipes/svamp_sft.py, is rewarded for right answers to other problems of SVAMP. First: python -m engine export
-runs/svamp_sft runs/svamp_sft/export. Then, on two CPU processes: torchrun --nproc-per-node 2 -m engine run recipes/smollm2_rlvr.py
-parallel.pp=2 'parallel.stages=[17,13]'; and the curves: python -m benchmarks curves runs/smollm2_rlvr"""
+"""RLVR of SmolLM2-135M on SVAMP, after recipes/svamp_sft.py; the two use different problems.
+
+1. python -m engine export runs/svamp_sft runs/svamp_sft/export
+2. On two CPU processes: torchrun --nproc-per-node 2 -m engine run recipes/smollm2_rlvr.py parallel.pp=2 'parallel.stages=[17,13]'
+3. Curves: python -m benchmarks curves runs/smollm2_rlvr"""
 
 from engine.algorithms.rlvr import RLVR
 from engine.config import Model, Optim, Run

@@ -1,5 +1,6 @@
-"""SmolLM2-135M learns to work generated word problems step by step. On two CPU processes: torchrun --nproc-per-node 2 -m engine run
-recipes/smollm2_sft.py parallel.pp=2 (its 9 heads and 3 key-value heads admit tp=3, not tp=2)."""
+"""SFT of SmolLM2-135M on step-by-step answers to generated word problems. On two CPU processes:
+torchrun --nproc-per-node 2 -m engine run recipes/smollm2_sft.py parallel.pp=2
+Its 9 heads and 3 key-value heads are divisible by tp=3, not by tp=2."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""SmolLM2-135M on SVAMP with DAPO's settings (arXiv 2503.14476): clip-higher, token mean, no KL, no zero-std groups.
+"""RLVR of SmolLM2-135M on SVAMP with DAPO's settings (arXiv 2503.14476): clip-higher, token-level loss, no KL term, no zero-std groups.
 
-The model is recipes/svamp_sft.py's, exported to runs/svamp_sft/export. On two CPU processes:
+It starts from the model of recipes/svamp_sft.py, exported to runs/svamp_sft/export. On two CPU processes:
 torchrun --nproc-per-node 2 -m engine run recipes/svamp_dapo.py
-Not there: overlong reward shaping, and resampling until a batch is full."""
+Not implemented: overlong reward shaping, and resampling until a batch is full."""
 
 from engine.algorithms.rlvr import RLVR
 from engine.config import Model, Optim, Run

@@ -1,8 +1,8 @@
-"""SmolLM2-135M on SVAMP with Dr. GRPO's advantages (arXiv 2503.20783): the group's mean is subtracted, and nothing is divided by.
+"""RLVR of SmolLM2-135M on SVAMP with Dr. GRPO's advantages (arXiv 2503.20783): rewards minus the group's mean, not divided by its std.
 
-The model is recipes/svamp_sft.py's, exported to runs/svamp_sft/export. On two CPU processes:
+It starts from the model of recipes/svamp_sft.py, exported to runs/svamp_sft/export. On two CPU processes:
 torchrun --nproc-per-node 2 -m engine run recipes/svamp_dr_grpo.py
-Not there: the loss's constant denominator; the token mean of the whole batch stands in for it."""
+Not implemented: the constant denominator of the loss. The loss is averaged over all tokens of the batch instead."""
 
 from engine.algorithms.rlvr import RLVR
 from engine.config import Model, Optim, Run

@@ -1,6 +1,7 @@
-"""SmolLM2-135M learns from 200 worked answers how word problems of SVAMP are answered. First: python -m benchmarks svamp SVAMP.jsonl
-cache/svamp (the data set of arXiv 2103.07191 as jsonl). Then, on two CPU processes: torchrun --nproc-per-node 2 -m engine run
-recipes/svamp_sft.py parallel.pp=2 'parallel.stages=[17,13]'; what follows is recipes/smollm2_rlvr.py."""
+"""SFT of SmolLM2-135M on 200 worked answers to word problems of SVAMP. recipes/smollm2_rlvr.py continues from it.
+
+1. python -m benchmarks svamp SVAMP.jsonl cache/svamp (the data set of arXiv 2103.07191 as jsonl)
+2. On two CPU processes: torchrun --nproc-per-node 2 -m engine run recipes/svamp_sft.py parallel.pp=2 'parallel.stages=[17,13]'"""
 
 from engine.algorithms.sft import SFT
 from engine.config import Model, Optim, Run

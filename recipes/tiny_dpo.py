@@ -1,5 +1,4 @@
-"""A small random Llama learns to prefer right worked answers to wrong ones, byte by byte: a minute on a laptop, to try settings and layouts
-on."""
+"""DPO of a small Llama from random weights, with a byte tokenizer. Takes a minute on a laptop; use it to try settings and layouts."""
 
 from pathlib import Path
 

@@ -1,5 +1,4 @@
-"""A small random Llama under a scalar head learns to tell right from wrong worked answers, byte by byte: a minute on a laptop, to try
-settings and layouts on."""
+"""A reward model from random weights, with a byte tokenizer. Takes a minute on a laptop; use it to try settings and layouts."""
 
 from pathlib import Path
 

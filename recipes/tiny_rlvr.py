@@ -1,5 +1,5 @@
-"""A small random Llama is rewarded for saying a digit and stopping: it does neither at first, so every score, the clip and the critic have
-work to do. A minute on a laptop, to try settings and layouts on."""
+"""PPO of a small Llama from random weights, rewarded for a response that is one digit. At first it gives none, so scores, clipping and
+the critic are all exercised. Takes a minute on a laptop; use it to try settings and layouts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A small random Llama learns generated word problems from scratch, byte by byte: a minute on a laptop, to try settings and layouts on."""
+"""SFT of a small Llama from random weights, with a byte tokenizer. Takes a minute on a laptop; use it to try settings and layouts."""
 
 from pathlib import Path
 

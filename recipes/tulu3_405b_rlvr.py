@@ -1,6 +1,6 @@
-"""Tülu 3 405B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 32 nodes of 8 GPUs (docs/launch.md); each node starts:
+"""Tülu 3 405B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 32 nodes of 8 GPUs (docs/launch.md). On each node:
 torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_405b_rlvr.py
-The critic starts from the 8B reward model, as for every size there. The reference waits in host memory."""
+The critic starts from the 8B reward model, as it does in the paper for every size. The reference model is offloaded to host memory."""
 
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Parallel, Run
@@ -24,8 +24,8 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=1e-7, schedule="linear", warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0),
-    # 126 layers, embedding and loss are 128 slots, 8 on each of 16 stages; of the critic's 32 layers each has 2. Microbatches no larger
-    # than the longest sequence leave room for all activations: nothing is recomputed.
+    # 126 layers, the embedding and the loss make 128 units, 8 on each of 16 stages. The critic has 32 layers, 2 on each stage.
+    # Microbatches are no larger than the longest sequence, so all activations fit and nothing is recomputed.
     parallel=Parallel(tp=8, pp=16, count_embedding=True, count_loss=True),
     tokens_per_microbatch=3072,
     steps=75,

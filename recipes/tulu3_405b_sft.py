@@ -1,4 +1,4 @@
-"""Tülu 3 405B, SFT (arXiv 2411.15124 and the model card), on 32 nodes of 8 GPUs (docs/launch.md); each node starts
+"""Tülu 3 405B, SFT (arXiv 2411.15124 and the model card), on 32 nodes of 8 GPUs (docs/launch.md). On each node:
 torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_405b_sft.py"""
 
 from engine.algorithms.sft import SFT
@@ -16,8 +16,8 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-6, schedule="linear", warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0),
-    # 126 layers, embedding and loss are 128 slots: 32 stages of 4 turns. A step is 32 microbatches of about 5,500 tokens each: with a
-    # budget of 4096 it would be 64, all padded to the longest. With stages this short, recomputing SwiGLU's output is enough to fit 80 GB.
+    # 126 layers, the embedding and the loss make 128 units: 32 stages x 4 virtual stages. A step is 32 microbatches of about 5,500
+    # tokens; with a budget of 4096 it would be 64, all padded to the longest. Recomputing only SwiGLU's output is enough to fit 80 GB.
     parallel=Parallel(tp=8, pp=32, vpp=4, count_embedding=True, count_loss=True, recompute="swiglu"),
     tokens_per_microbatch=6400,
     save_every=500,

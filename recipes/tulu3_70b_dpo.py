@@ -1,6 +1,7 @@
-"""Tülu 3 70B, length-normalised DPO (arXiv 2411.15124, section 5), on 8 nodes of 8 GPUs (docs/launch.md); each node starts
+"""Tülu 3 70B, length-normalised DPO (arXiv 2411.15124, section 5), on 8 nodes of 8 GPUs (docs/launch.md). On each node:
 torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_70b_dpo.py
-The reference's log-probs are computed first, by the same processes, and kept in runs/tulu3_70b_dpo/reference: no second model is held."""
+The reference's log-probs are computed once before training and saved in runs/tulu3_70b_dpo/reference, so no reference model stays in
+memory."""
 
 from engine.algorithms.dpo import DPO
 from engine.config import Model, Optim, Parallel, Run
@@ -19,7 +20,7 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=2e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.0, max_grad_norm=1.0),
-    # Eight turns of 2 stages; the ends, where the embedding and the output layer weigh 1.2 layers each, have one less.
+    # 2 stages x 8 virtual stages. The first and the last have one layer less: embedding and output layer cost 1.2 layers each.
     parallel=Parallel(tp=8, pp=2, vpp=8, stages=(4, 5, 5, 5, 5, 5, 5, 6, 6, 5, 5, 5, 5, 5, 5, 4)),
     tokens_per_microbatch=8192,
     save_every=500,

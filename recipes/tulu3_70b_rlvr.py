@@ -1,6 +1,6 @@
-"""Tülu 3 70B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 8 nodes of 8 GPUs (docs/launch.md); each node starts:
+"""Tülu 3 70B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on 8 nodes of 8 GPUs (docs/launch.md). On each node:
 torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m engine run recipes/tulu3_70b_rlvr.py
-The critic starts from the 8B reward model, as for every size there. The reference waits in host memory."""
+The critic starts from the 8B reward model, as it does in the paper for every size. The reference model is offloaded to host memory."""
 
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Parallel, Run
@@ -27,7 +27,7 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=1e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.01, max_grad_norm=1.0),
-    parallel=Parallel(tp=8, pp=2),  # stages take turns in decoding: with fewer of them, more replicas draw at once
+    parallel=Parallel(tp=8, pp=2),  # pipeline stages decode in turn, so fewer stages and more replicas generate faster
     tokens_per_microbatch=6144,
     steps=625,
     save_every=50,

@@ -1,6 +1,7 @@
 """Tülu 3 8B, length-normalised DPO (arXiv 2411.15124, section 5), on one node of 8 GPUs:
 torchrun --nproc-per-node 8 -m engine run recipes/tulu3_8b_dpo.py
-The reference's log-probs are computed first, by the same processes, and kept in runs/tulu3_8b_dpo/reference: no second model is held."""
+The reference's log-probs are computed once before training and saved in runs/tulu3_8b_dpo/reference, so no reference model stays in
+memory."""
 
 from engine.algorithms.dpo import DPO
 from engine.config import Model, Optim, Parallel, Run

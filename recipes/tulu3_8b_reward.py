@@ -1,5 +1,6 @@
-"""Tülu 3 8B, reward model (arXiv 2411.15124, section 6.2), from which RLVR's critic starts at every size; on one node of 8 GPUs:
-torchrun --nproc-per-node 8 -m engine run recipes/tulu3_8b_reward.py"""
+"""Tülu 3 8B, reward model (arXiv 2411.15124, section 6.2), on one node of 8 GPUs:
+torchrun --nproc-per-node 8 -m engine run recipes/tulu3_8b_reward.py
+The critic of RLVR starts from it at every model size."""
 
 from engine.algorithms.reward import Reward
 from engine.config import Model, Optim, Parallel, Run

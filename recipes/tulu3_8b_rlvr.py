@@ -1,6 +1,6 @@
 """Tülu 3 8B, PPO against verifiable rewards (arXiv 2411.15124, section 6), on one node of 8 GPUs:
 torchrun --nproc-per-node 8 -m engine run recipes/tulu3_8b_rlvr.py
-The critic starts from the 8B reward model, as for every size there. The reference waits in host memory."""
+The critic starts from the 8B reward model, as it does in the paper for every size. The reference model is offloaded to host memory."""
 
 from engine.algorithms.rlvr import RLVR, Critic
 from engine.config import Model, Optim, Parallel, Run
@@ -27,7 +27,7 @@ run = Run(
         chat_template="tulu",
     ),
     optim=Optim(lr=3e-7, schedule="linear", warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0),
-    parallel=Parallel(tp=4),  # with tp=2 the two models' gradients and optimizer states alone are 70 GB a GPU
+    parallel=Parallel(tp=4),  # with tp=2, gradients and optimizer states of policy and critic alone take 70 GB per GPU
     tokens_per_microbatch=8192,
     steps=446,
     save_every=50,

@@ -1,7 +1,7 @@
-"""Markers by room, and hooks for all tests.
+"""Markers by folder, and hooks for all tests.
 
-fast         one process, well under a second each: what `make test-fast` runs
-slow         one process, seconds each
+fast         one process, well under a second per test; `make test-fast` runs these
+slow         one process, seconds per test
 distributed  several ranks on one machine (tests/support/pool.py)
 gpu          needs a GPU: `make gpu`
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu"}  # of other rooms the tests are fast
-# Files of the fast rooms that take seconds, or start ranks.
+ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu"}  # tests of other folders are fast
+# Files of the fast folders that take seconds or start ranks.
 SLOW_FILES = {
     "kernels/test_aot.py": "slow",
     "kernels/test_draw.py": "distributed",
@@ -36,6 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Imported modules and collected tests live to the end of the run: keep them out of garbage collections."""
+    """Excludes imported modules and collected tests, which live to the end of the run, from garbage collection."""
     gc.collect()
     gc.freeze()

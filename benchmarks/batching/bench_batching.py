@@ -1,4 +1,4 @@
-"""python -m benchmarks batching: placing rollouts on ranks and building their tensors, beside published algorithms and memcpy.
+"""python -m benchmarks batching: Time planning and building of microbatches, compared with published algorithms and memcpy.
 
 Lengths are lognormal(6.72, 0.9) clipped to [32, 8192], seed 0; a sequence of L tokens costs 24576 L + L^2.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.batching import batching_baselines, planners
-from benchmarks.batching.planners import Placement, Worth
+from benchmarks.batching.planners import Placement, PlacementStats
 from benchmarks.kernels.bench_kernels import table
 from benchmarks.support.timing import Spread, environment, rotated
 from engine.batching.build import build
@@ -26,19 +26,19 @@ from engine.batching.plan import Plan, plan
 from engine.batching.ragged import Arena, Ragged
 
 COST = (0, 24576, 1)
-PROMPT = 100  # tokens of each sequence that are not trained
-ENOUGH_SECONDS = 20.0  # what a contender may take on one problem, over all rounds
+PROMPT = 100  # tokens at the start of each sequence without loss
+ENOUGH_SECONDS = 20.0  # time limit of a contender on one problem, over all rounds
 PYTHON = "plain Python: "
 NOTES = (
-    "Median (min..max) over rounds, in milliseconds of wall time without garbage collection; every round begins with another contender,",
-    "and ratios are taken within a round. The heap is warm, as a trainer's is. Plain Python contenders are the published algorithms",
-    "written again (benchmarks/batching/planners.py), on lists. Karmarkar-Karp is timed as used: over ranks by one process, then in one",
-    "rank. Fill is tokens / (ranks x microbatches x budget); imbalance is the costliest rank over the mean; lockstep the same where ranks",
-    "wait for each other after every microbatch.",
+    "Times are median (min..max) over rounds, in milliseconds of wall time, with garbage collection off. Every round starts with another",
+    "contender, and ratios are computed within a round. The heap is warm, as it is in training. Plain Python contenders are the published",
+    "algorithms, reimplemented on lists (benchmarks/batching/planners.py). Karmarkar-Karp is timed as it is used: one process balances the",
+    "ranks, then one rank its microbatches. Fill is tokens / (ranks x microbatches x budget). Imbalance is the cost of the most loaded",
+    "rank over the mean. Lockstep is the same if ranks wait for each other after every microbatch.",
 )
 
 T = TypeVar("T")
-Made = Callable[[], Placement]  # turns what a contender answered into a placement, untimed
+ToPlacement = Callable[[], Placement]  # converts a contender's result into a placement; not timed
 
 
 @dataclass(frozen=True)
@@ -48,44 +48,45 @@ class Problem:
     budget: int
 
     def __str__(self) -> str:
-        return f"{self.count:,} sequences, {self.ranks} ranks, {self.budget:,} tokens a microbatch"
+        return f"{self.count:,} sequences, {self.ranks} ranks, {self.budget:,} tokens per microbatch"
 
 
-Place = Callable[[Problem, np.ndarray, list[int], list[int]], tuple[float, Made]]  # lengths as array and list, costs -> seconds, placement
+# (problem, lengths as array, lengths as list, costs) -> (seconds, placement)
+Place = Callable[[Problem, np.ndarray, list[int], list[int]], tuple[float, ToPlacement]]
 
 
 @dataclass(frozen=True)
 class Contender:
     name: str
-    largest: int  # the most sequences it can be asked to place within the time of a benchmark
+    largest: int  # the most sequences that it plans within the time of a benchmark
     place: Place
 
 
 @dataclass(frozen=True)
 class Line:
-    """One contender on one problem, by round; worth is missing where nothing is placed."""
+    """The times of one contender on one problem, by round. Building has no placement, so `stats` is None."""
 
     who: str
     seconds: list[float]
-    worth: Worth | None = None
+    stats: PlacementStats | None = None
 
 
 PROBLEMS = (Problem(4096, 240, 16384), Problem(4096, 240, 8192), Problem(65_536, 240, 16384), Problem(1_000_000, 240, 16384))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peers", action="store_true", help="also what verl, TRL and axolotl ship, where they can be imported")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument("--peers", action="store_true", help="also measure the planners of verl, TRL and axolotl, if they can be imported")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="number of rounds (default: 7)")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write all results to this JSON file")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints the report as Markdown."""
+    """Print the report as Markdown."""
     facts = {**environment(), "command": "python -m benchmarks batching" + " --peers" * arguments.peers + f" --rounds {arguments.rounds}"}
     others = (
         [Contender(name, largest, placer(place)) for name, largest, place in batching_baselines.importable()] if arguments.peers else []
     )
-    built = {count: measure_build(count, arguments.rounds) for count in (4096, 65_536)}  # first: it leaves the heap warm, as a trainer's is
+    built = {count: measure_build(count, arguments.rounds) for count in (4096, 65_536)}  # first: it warms the heap
     placed = {problem: place(problem, [*CONTENDERS, *others], arguments.rounds) for problem in PROBLEMS}
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -109,24 +110,24 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 
 
 def place(problem: Problem, contenders: Sequence[Contender], rounds: int) -> list[Line]:
-    """Every contender that can take on `problem`, round by round while it has time left."""
+    """Times every contender that can solve `problem`, round by round, until its time limit."""
     lengths_N = lengths_of(problem.count)
     lengths, costs = lengths_N.tolist(), (COST[1] * lengths_N + COST[2] * lengths_N**2).tolist()
-    able = [contender for contender in contenders if contender.largest >= problem.count]
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in able}
-    found: dict[str, Worth] = {}
+    capable = [contender for contender in contenders if contender.largest >= problem.count]
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in capable}
+    stats: dict[str, PlacementStats] = {}
     for round_ in range(rounds):
-        for contender in rotated(able, round_):
+        for contender in rotated(capable, round_):
             if sum(seconds[contender.name]) > ENOUGH_SECONDS:
                 continue
-            took, made = contender.place(problem, lengths_N, lengths, costs)
-            seconds[contender.name].append(took)
-            if contender.name not in found:
-                found[contender.name] = planners.worth(made(), lengths, costs, problem.budget)
-    return [Line(contender.name, seconds[contender.name], found[contender.name]) for contender in able]
+            elapsed, to_placement = contender.place(problem, lengths_N, lengths, costs)
+            seconds[contender.name].append(elapsed)
+            if contender.name not in stats:
+                stats[contender.name] = planners.placement_stats(to_placement(), lengths, costs, problem.budget)
+    return [Line(contender.name, seconds[contender.name], stats[contender.name]) for contender in capable]
 
 
-def place_ours(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, Made]:
+def place_ours(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, ToPlacement]:
     seconds, planned = timed(lambda: plan(lengths_N, problem.ranks, problem.budget, cost=COST))
     return seconds, lambda: placement_of(planned)
 
@@ -135,12 +136,12 @@ def placement_of(planned: Plan) -> Placement:
     return [[planned.sequences(rank, j).tolist() for j in range(planned.microbatches)] for rank in range(planned.ranks)]
 
 
-def placer(how: planners.Planner | planners.TwoStage) -> Place:
-    return two_stage_placer(how) if isinstance(how, planners.TwoStage) else planner_placer(how)
+def placer(planner: planners.Planner | planners.TwoStage) -> Place:
+    return two_stage_placer(planner) if isinstance(planner, planners.TwoStage) else planner_placer(planner)
 
 
 def planner_placer(planner: planners.Planner) -> Place:
-    def place(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, Made]:
+    def place(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, ToPlacement]:
         seconds, placement = timed(lambda: planner(lengths, costs, problem.ranks, problem.budget))
         return seconds, lambda: placement
 
@@ -148,9 +149,9 @@ def planner_placer(planner: planners.Planner) -> Place:
 
 
 def two_stage_placer(stages: planners.TwoStage) -> Place:
-    """Times the first stage, and the second on one rank."""
+    """Times the first stage, and the second stage of one rank."""
 
-    def place(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, Made]:
+    def place(problem: Problem, lengths_N: np.ndarray, lengths: list[int], costs: list[int]) -> tuple[float, ToPlacement]:
         over, shares = timed(lambda: stages.over(costs, problem.ranks))
         rounds = planners.rounds_needed(shares, lengths, problem.budget)
         within, _ = timed(lambda: stages.within(shares[0], costs, rounds))
@@ -177,34 +178,34 @@ LISTS = "from Python lists: flatten, plan, build all as one rank"
 
 
 def measure_build(count: int, rounds: int) -> list[Line]:
-    """Building `count` sequences in several ways, and one thread's copy of as many bytes."""
+    """Times building `count` sequences in several ways, and copying as many bytes with one thread."""
     ragged = rollouts(count)
-    shares, whole = (plan(ragged.lengths, ranks, 16384, cost=COST) for ranks in (240, 1))
-    arena, wide, copy = Arena(), Arena(), Arena()
-    build(whole, 0, ragged, wide)
-    copies = [(copy.take(name, t.dtype, len(t)).numpy(), t.numpy()) for name, t in flat_of(wide, int(whole.totals.sum())).items()]
+    sharded, single = (plan(ragged.lengths, ranks, 16384, cost=COST) for ranks in (240, 1))
+    arena, full, target = Arena(), Arena(), Arena()
+    build(single, 0, ragged, full)
+    copies = [(target.take(name, t.dtype, len(t)).numpy(), t.numpy()) for name, t in flat_of(full, int(single.totals.sum())).items()]
     work: dict[str, Callable[[], Any]] = {
         MEMCPY: lambda: [np.copyto(to, source) for to, source in copies],
-        ALONE: lambda: build(whole, 0, ragged, wide, threads=1),
-        TOGETHER: lambda: build(whole, 0, ragged, wide),
-        IN_TURN: lambda: [build(shares, rank, ragged, arena) for rank in range(240)],
-        COLD_SHARE: lambda: build(shares, 0, ragged, arena),
+        ALONE: lambda: build(single, 0, ragged, full, threads=1),
+        TOGETHER: lambda: build(single, 0, ragged, full),
+        IN_TURN: lambda: [build(sharded, rank, ragged, arena) for rank in range(240)],
+        COLD_SHARE: lambda: build(sharded, 0, ragged, arena),
     }
     if count <= 4096:
         lists = as_lists(ragged)
-        work[LISTS] = lambda: build_lists(lists, wide)
+        work[LISTS] = lambda: build_lists(lists, full)
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for run in work.values():  # memory is touched and warm from here on
+    for run in work.values():  # warm-up: touches all memory
         run()
     for round_ in range(rounds):
         for name in rotated(list(work), round_):
             seconds[name].append(timed(work[name])[0])
-    seconds[SHARE] = [whole_turn / 240 for whole_turn in seconds[IN_TURN]]
-    return [Line(name, found) for name, found in seconds.items()]
+    seconds[SHARE] = [turn / 240 for turn in seconds[IN_TURN]]
+    return [Line(name, times) for name, times in seconds.items()]
 
 
 def rollouts(count: int) -> Ragged:
-    """What a rollout brings: tokens, a mask, a log-prob a token, an advantage a sequence. Built, it is 21 bytes a token."""
+    """Rollouts: tokens, mask, a log-prob per token and an advantage per sequence. Built, they take 21 bytes per token."""
     rng, lengths_N = np.random.default_rng(0), lengths_of(count)
     total = int(lengths_N.sum())
     return Ragged(
@@ -225,9 +226,9 @@ def flat_of(arena: Arena, size: int) -> dict[str, torch.Tensor]:
 
 def as_lists(ragged: Ragged) -> tuple[list[Any], ...]:
     bounds = ragged.offsets[1:-1]
-    inner = bounds - np.arange(1, len(bounds) + 1)
-    fields = ((ragged.tokens, bounds), (ragged.mask, inner), (ragged.per_token["old_logprob"], inner))
-    return (*([row.tolist() for row in np.split(values, at)] for values, at in fields), ragged.per_sequence["advantage"].tolist())
+    mask_bounds = bounds - np.arange(1, len(bounds) + 1)
+    fields = ((ragged.tokens, bounds), (ragged.mask, mask_bounds), (ragged.per_token["old_logprob"], mask_bounds))
+    return (*([row.tolist() for row in np.split(values, splits)] for values, splits in fields), ragged.per_sequence["advantage"].tolist())
 
 
 def build_lists(lists: tuple[list[Any], ...], arena: Arena) -> None:
@@ -247,28 +248,28 @@ def as_json(placed: dict[Problem, list[Line]], built: dict[int, list[Line]], fac
 def page(placed: dict[Problem, list[Line]], built: dict[int, list[Line]], facts: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = ["# Batching on CPU: placing sequences and building tensors", "", (__doc__ or "").split("\n\n")[1].strip(), *NOTES]
-    for problem, found in placed.items():
-        lines += ["", f"## Plan: {problem}", "", *table(PLACED, [placed_row(line, found[0]) for line in found])]
-    for count, found in built.items():
+    for problem, contenders in placed.items():
+        lines += ["", f"## Plan: {problem}", "", *table(PLACED, [placed_row(line, contenders[0]) for line in contenders])]
+    for count, ways in built.items():
         tokens = int(lengths_of(count).sum())
-        header = ("", "ms", "ns a token", "/ memcpy")
-        lines += ["", f"## Build: {count:,} sequences, {tokens:,} tokens, 21 bytes each", "", *table(header, built_rows(found, tokens))]
-    where = [f"- {name}: {value}" for name, value in facts.items()]
-    return "\n".join([*lines, "", "## Targets", "", *targets(placed, built), "", "## Where", "", *where])
+        header = ("", "ms", "ns per token", "/ memcpy")
+        lines += ["", f"## Build: {count:,} sequences, {tokens:,} tokens, 21 bytes each", "", *table(header, built_rows(ways, tokens))]
+    machine = [f"- {name}: {value}" for name, value in facts.items()]
+    return "\n".join([*lines, "", "## Targets", "", *targets(placed, built), "", "## Environment", "", *machine])
 
 
 PLACED = ("contender", "ms", "rounds", "/ ours", "microbatches", "fill", "imbalance", "lockstep", "dropped", "over budget")
 
 
-def worth_of(line: Line) -> Worth:
-    assert line.worth is not None
-    return line.worth
+def stats_of(line: Line) -> PlacementStats:
+    assert line.stats is not None
+    return line.stats
 
 
 def placed_row(line: Line, ours: Line) -> list[str]:
-    worth = worth_of(line)
-    quality = [str(worth.microbatches), f"{worth.fill:.4f}", f"{worth.imbalance:.5f}", f"{worth.lockstep:.5f}", f"{worth.dropped:.1%}"]
-    return [line.who, milliseconds(line).text(3), str(len(line.seconds)), ratio(line, ours).text(1), *quality, str(worth.over)]
+    stats = stats_of(line)
+    quality = [str(stats.microbatches), f"{stats.fill:.4f}", f"{stats.imbalance:.5f}", f"{stats.lockstep:.5f}", f"{stats.dropped:.1%}"]
+    return [line.who, milliseconds(line).text(3), str(len(line.seconds)), ratio(line, ours).text(1), *quality, str(stats.over)]
 
 
 def built_rows(lines: Sequence[Line], tokens: int) -> list[list[str]]:
@@ -289,23 +290,23 @@ def ratio(line: Line, base: Line) -> Spread:
 
 
 def targets(placed: dict[Problem, list[Line]], built: dict[int, list[Line]]) -> list[str]:
-    """Every target of the design as it came out."""
+    """A line per design target: the measured value, and whether it is met."""
     small, narrow, large, huge = (placed[problem][0] for problem in PROBLEMS)
     slower = [line for line in placed[PROBLEMS[2]] if line.who == KARMARKAR_KARP or line.who.startswith("verl")]
-    whole, few = ({line.who: line for line in built[count]} for count in (65_536, 4096))
+    at_65536, at_4096 = ({line.who: line for line in built[count]} for count in (65_536, 4096))
     return [
         verdict("plan 65,536, ms", milliseconds(large).median, 5),
         verdict("plan 1,000,000, ms", milliseconds(huge).median, 100),
         verdict("plan 4,096, ms", milliseconds(small).median, 0.5),
         *(verdict(f"plan 65,536, times as fast as {line.who}", ratio(line, large).median, 100, at_least=True) for line in slower),
-        verdict("65,536/240/16,384: imbalance", worth_of(large).imbalance, 1.001),
-        verdict("65,536/240/16,384: lockstep", worth_of(large).lockstep, 1.005),
-        verdict("4,096/240/16,384: imbalance", worth_of(small).imbalance, 1.005),
-        verdict("4,096/240/16,384: lockstep", worth_of(small).lockstep, 1.005),
-        verdict("4,096/240/8,192: lockstep", worth_of(narrow).lockstep, 1.06),
-        *(verdict(f"65,536: {who}, / memcpy", ratio(whole[who], whole[MEMCPY]).median, 1.5) for who in (ALONE, TOGETHER, IN_TURN)),
-        *(verdict(f"65,536: {who}, ms", milliseconds(whole[who]).median, 1) for who in (SHARE, COLD_SHARE)),
-        verdict(f"4,096: {LISTS}, ms", milliseconds(few[LISTS]).median, 60),
+        verdict("65,536/240/16,384: imbalance", stats_of(large).imbalance, 1.001),
+        verdict("65,536/240/16,384: lockstep", stats_of(large).lockstep, 1.005),
+        verdict("4,096/240/16,384: imbalance", stats_of(small).imbalance, 1.005),
+        verdict("4,096/240/16,384: lockstep", stats_of(small).lockstep, 1.005),
+        verdict("4,096/240/8,192: lockstep", stats_of(narrow).lockstep, 1.06),
+        *(verdict(f"65,536: {who}, / memcpy", ratio(at_65536[who], at_65536[MEMCPY]).median, 1.5) for who in (ALONE, TOGETHER, IN_TURN)),
+        *(verdict(f"65,536: {who}, ms", milliseconds(at_65536[who]).median, 1) for who in (SHARE, COLD_SHARE)),
+        verdict(f"4,096: {LISTS}, ms", milliseconds(at_4096[LISTS]).median, 60),
     ]
 
 

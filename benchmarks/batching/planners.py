@@ -1,7 +1,7 @@
-"""How published engines place sequences, written again in plain Python, and what a placement is worth.
+"""The sequence planners of published engines, reimplemented in plain Python, and statistics of a placement.
 
-A planner is (lengths, costs, ranks, budget) -> the sequence ids of every microbatch, by rank. Bins that are no multiple of the ranks are
-made one by splitting the fullest, and are dealt out in turn.
+A planner maps (lengths, costs, ranks, budget) to the sequence ids of every microbatch, by rank. If the number of bins is no multiple of
+the ranks, the fullest bins are split. Bins are distributed round-robin.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ Planner = Callable[[Sequence[int], Sequence[int], int, int], Placement]
 
 @dataclass(frozen=True)
 class TwoStage:
-    """A planner in two parts: by cost over the ranks, equally many each, which one process does for all; then by cost over the
-    microbatches of each rank, as many as the fullest rank needs, which every rank does for itself."""
+    """A planner in two stages. First, one process balances costs over the ranks, with equally many sequences each. Then every rank balances
+    costs over its microbatches, as many as the fullest rank needs."""
 
     over: Callable[[Sequence[int], int], Bins]  # (costs, ranks) -> sequence ids by rank
     within: Callable[[list[int], Sequence[int], int], Bins]  # (share of a rank, costs, microbatches) -> sequence ids by microbatch
 
 
 @dataclass(frozen=True)
-class Worth:
-    """What a placement is worth, in the terms of engine.batching.plan.Stats."""
+class PlacementStats:
+    """Statistics of a placement; definitions as in engine.batching.plan.Stats."""
 
-    microbatches: int  # of the rank that has most
+    microbatches: int  # of the rank with most
     fill: float  # tokens / (ranks * microbatches * budget)
     imbalance: float
     lockstep: float
-    dropped: float  # share of tokens that are nowhere
-    over: int  # microbatches beyond the budget
+    dropped: float  # share of tokens that are in no microbatch
+    over: int  # microbatches over the budget
 
 
-def worth(placement: Placement, lengths: Sequence[int], costs: Sequence[int], budget: int) -> Worth:
-    """Ranks wait for each other; a rank that has no microbatch where another has one waits, too."""
+def placement_stats(placement: Placement, lengths: Sequence[int], costs: Sequence[int], budget: int) -> PlacementStats:
+    """Assumes that ranks wait for each other, also ranks without a microbatch in a round in which another has one."""
     loads = [sorted((sum(costs[i] for i in ids) for ids in rank), reverse=True) for rank in placement]
     rounds = max(map(len, loads))
     mean = sum(map(sum, loads)) / len(placement)
     tokens = [sum(lengths[i] for i in ids) for rank in placement for ids in rank]
-    return Worth(
+    return PlacementStats(
         microbatches=rounds,
         fill=sum(tokens) / (len(placement) * rounds * budget),
         imbalance=max(map(sum, loads)) / mean,
@@ -54,7 +54,7 @@ def worth(placement: Placement, lengths: Sequence[int], costs: Sequence[int], bu
 
 
 def next_fit(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
-    """In order of arrival into the open microbatch, or into a new one."""
+    """In order of arrival, into the open microbatch or a new one."""
     bins: Bins = [[]]
     room = budget
     for i, length in enumerate(lengths):
@@ -63,11 +63,11 @@ def next_fit(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: i
             room = budget
         bins[-1].append(i)
         room -= length
-    return dealt(bins, lengths, ranks)
+    return distribute(bins, lengths, ranks)
 
 
 def first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
-    """Longest first into the first bin with room, looking at all."""
+    """Longest first, into the first of all bins with room."""
     bins: Bins = []
     rooms: list[int] = []
     for i in longest_first(lengths):
@@ -80,12 +80,13 @@ def first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], ranks: in
         else:
             bins.append([i])
             rooms.append(budget - length)
-    return dealt(bins, lengths, ranks)
+    return distribute(bins, lengths, ranks)
 
 
 def modified_first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], ranks: int, budget: int) -> Placement:
-    """Johnson and Garey 1985: a bin for each sequence over half a budget; forwards through them one of over a third, backwards two of
-    over a sixth where that found none, forwards whatever fits; what is left first fit decreasing."""
+    """Johnson and Garey 1985. Each sequence over half a budget gets a bin. Forwards, each bin gets one sequence over a third, if one fits.
+    Backwards, each bin without one gets two sequences over a sixth. Forwards, each bin gets whatever fits. The rest is placed first fit
+    decreasing."""
     order = longest_first(lengths)
     large = [i for i in order if lengths[i] > budget / 2]
     medium = [i for i in order if budget / 3 < lengths[i] <= budget / 2]
@@ -102,7 +103,7 @@ def modified_first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], 
     for b in range(len(bins)):  # forwards: the longest medium one that fits
         if (at := fitting(medium, lengths, rooms[b])) < len(medium):
             put(b, medium, at)
-    for b in reversed(range(len(bins))):  # backwards: the shortest small one, then the longest that fits beside it
+    for b in reversed(range(len(bins))):  # backwards: the shortest small one, then the longest that fits with it
         if len(bins[b]) == 1 and len(small) > 1 and lengths[small[-1]] + lengths[small[-2]] <= rooms[b]:
             put(b, small, len(small) - 1)
             put(b, small, fitting(small, lengths, rooms[b]))
@@ -111,7 +112,7 @@ def modified_first_fit_decreasing(lengths: Sequence[int], costs: Sequence[int], 
         while (at := fitting(rest, lengths, rooms[b])) < len(rest):
             put(b, rest, at)
     again = first_fit_decreasing([lengths[i] for i in rest], [], 1, budget)[0]
-    return dealt(bins + [[rest[i] for i in ids] for ids in again], lengths, ranks)
+    return distribute(bins + [[rest[i] for i in ids] for ids in again], lengths, ranks)
 
 
 def rounds_needed(shares: Bins, lengths: Sequence[int], budget: int) -> int:
@@ -119,7 +120,7 @@ def rounds_needed(shares: Bins, lengths: Sequence[int], budget: int) -> int:
 
 
 def over_ranks(costs: Sequence[int], ranks: int) -> Bins:
-    short = -len(costs) % ranks  # sequences that do not exist fill the last set
+    short = -len(costs) % ranks  # the last set is padded with empty sequences
     shares = largest_differencing([*costs, *[0] * short], ranks, equal_size=True)
     return [[i for i in share if i < len(costs)] for share in shares]
 
@@ -129,8 +130,8 @@ def within_rank(share: list[int], costs: Sequence[int], rounds: int) -> Bins:
 
 
 def largest_differencing(costs: Sequence[int], parts: int, equal_size: bool = False) -> Bins:
-    """Karmarkar and Karp 1982 for any number of parts: the two partial partitions of largest spread are merged, heavy on light, until
-    one is left. equal_size: every part gets as many, which len(costs) must allow."""
+    """Karmarkar and Karp 1982 for any number of parts: the two partial partitions with the largest spread are merged, heaviest part with
+    lightest, until one is left. equal_size: all parts get equally many; len(costs) must be a multiple of `parts`."""
     order = sorted(range(len(costs)), key=lambda i: (costs[i], i))
     chunk = parts if equal_size else 1
     states = []
@@ -152,12 +153,12 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def fitting(items: Sequence[int], lengths: Sequence[int], room: int) -> int:
-    """Where in `items`, longest first, those begin that fit `room`."""
+    """The index of the first item that fits into `room`; `items` are sorted longest first."""
     return bisect_right(items, -room - 1, key=lambda i: -lengths[i])
 
 
-def dealt(bins: Bins, lengths: Sequence[int], ranks: int) -> Placement:
-    """Splits the fullest until the ranks get equally many, and deals them in turn."""
+def distribute(bins: Bins, lengths: Sequence[int], ranks: int) -> Placement:
+    """Splits the fullest bins until all ranks get equally many, and distributes them round-robin."""
     fullest = [(-sum(lengths[i] for i in ids), b) for b, ids in enumerate(bins)]
     heapq.heapify(fullest)
     while len(bins) % ranks and fullest:

@@ -1,7 +1,8 @@
-"""python -m benchmarks preferences: pairs of a right and a wrong solution of one problem, from GSM8K's graded model solutions
-(openai/grade-school-math, example_model_solutions.jsonl).
+"""python -m benchmarks preferences: Write preference pairs for gsm8k_dpo and gsm8k_reward from GSM8K's graded model solutions.
 
     python -m benchmarks preferences FILE.jsonl cache/gsm8k_pairs     writes train.jsonl and held_out.jsonl
+
+FILE.jsonl is example_model_solutions.jsonl of openai/grade-school-math. A pair is a right and a wrong solution of one problem.
 """
 
 from __future__ import annotations
@@ -18,40 +19,40 @@ from engine.data.rows import Source, read_rows
 from engine.data.wordproblems import write
 
 TRAINED = 512
-HELD_OUT_SHARE = 5  # one problem in so many
+HELD_OUT_SHARE = 5  # one in 5 problems is held out
 
 
 def pairs(rows: Iterable[dict[str, Any]], seed: int = 0) -> Iterator[dict[str, str]]:
-    """Rows {"prompt", "chosen", "rejected"}: right and wrong solutions of each problem, matched at random, none used twice."""
-    draw = random.Random(seed)
+    """Rows {"prompt", "chosen", "rejected"}: right and wrong solutions of each problem, paired at random, each used at most once."""
+    rng = random.Random(seed)
     for row in rows:
         graded = [value for value in row.values() if isinstance(value, dict)]
-        draw.shuffle(graded)
+        rng.shuffle(graded)
         right, wrong = ([_plain(s["solution"]) for s in graded if s["is_correct"] == verdict] for verdict in (True, False))
         for chosen, rejected in zip(right, wrong, strict=False):
             yield {"prompt": row["question"], "chosen": chosen, "rejected": rejected}
 
 
 def is_held_out(row: dict[str, str]) -> bool:
-    """By the problem, so that no problem is on both sides."""
+    """Decided by the problem, so that no problem is in both files."""
     return zlib.crc32(row["prompt"].encode()) % HELD_OUT_SHARE == 0
 
 
 def _plain(solution: str) -> str:
-    """Without the calculator's marks, <<1+2=3>>."""
+    """Removes the calculator annotations, <<1+2=3>>."""
     return re.sub(r"<<.*?>>", "", solution).strip()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("solutions", help="example_model_solutions.jsonl of openai/grade-school-math")
-    parser.add_argument("out", type=Path, help="the folder to write train.jsonl and held_out.jsonl into")
+    parser.add_argument("out", type=Path, help="output folder, for train.jsonl and held_out.jsonl")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Write the two files and say how many pairs each has."""
-    made = list(pairs(row for _, row in read_rows(Source(arguments.solutions))))
+    """Write the two files and print how many pairs each has."""
+    rows = list(pairs(row for _, row in read_rows(Source(arguments.solutions))))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    parts = {"train": [row for row in made if not is_held_out(row)][:TRAINED], "held_out": [row for row in made if is_held_out(row)]}
-    for name, part in parts.items():
+    files = {"train": [row for row in rows if not is_held_out(row)][:TRAINED], "held_out": [row for row in rows if is_held_out(row)]}
+    for name, part in files.items():
         write(arguments.out / f"{name}.jsonl", part)
         print(f"{arguments.out / name}.jsonl: {len(part)} pairs")

@@ -1,7 +1,7 @@
-"""python -m benchmarks dryrun_published: step times of published runs, told by the dry run from one file of assumptions.
+"""python -m benchmarks dryrun_published: Compare the dry run's predictions of step times with published training runs.
 
-Every run is rehearsed as the dry run does it: one layer, the embedding and the output layer on shapes, a stage being so many of each.
-What a published run does otherwise than this engine is changed in the work, and named.
+One layer, the embedding and the output layer of each run are simulated on meta tensors, and a pipeline stage is the sum of its parts. Where
+a published run differs from this engine, the simulated work is changed accordingly, and the page names the change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIMIT = 0.15
 
 
 class Slots(NamedTuple):
-    """What stages are made of, each rehearsed alone."""
+    """The parts of which stages are made, each simulated alone."""
 
     embedding: Stage
     layer: Stage
@@ -35,7 +35,7 @@ class Slots(NamedTuple):
 
 @dataclass(frozen=True)
 class Published:
-    """A run as its publication tells it. `rate`: its FLOP/s a GPU by its own formula, of which `counted` are those of one step."""
+    """A published run. `rate`: published FLOP/s per GPU; `counted`: FLOPs of a step, counted with the publication's formula."""
 
     name: str
     source: str
@@ -48,7 +48,7 @@ class Published:
     rate: float
     counted: float
     traits: tuple[Trait, ...] = ()
-    assumed: str = ""  # what the publication leaves open
+    assumed: str = ""  # what the publication does not state
     fitted: bool = False
 
     @property
@@ -58,67 +58,67 @@ class Published:
 
 
 def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelShape:
-    """A Llama that multiplies as much as a GPT of these sizes: 3 x hidden x ffn for its 2 x hidden x 4 hidden, no grouped heads."""
+    """A Llama with as many FLOPs as a GPT of these sizes: 3 x hidden x ffn instead of 2 x hidden x 4 hidden, no grouped-query attention."""
     return ModelShape(layers=layers, hidden=hidden, ffn=-(-8 * hidden // 3 // 64) * 64, heads=heads, kv_heads=heads, vocab=vocab)
 
 
 def counted_gpt(model: ModelShape, tokens: int, length: int, *, passes: int) -> float:
-    """FLOPs of a step of a GPT: arXiv 2205.05198, equation 7 (passes=3), and 2104.04473, equation 3, which counts the forward that is
-    computed again (passes=4). Attention counts masked pairs too, and the output layer three times."""
+    """FLOPs of a step of a GPT: arXiv 2205.05198, equation 7 (passes=3), and arXiv 2104.04473, equation 3, which also counts the recomputed
+    forward (passes=4). Both count masked pairs of attention, and the output layer three times."""
     hidden, layers = model.hidden, model.layers
     body = passes * 24 * layers * tokens * hidden**2 * (1 + length / (6 * hidden))
     return body + 6 * tokens * hidden * model.vocab
 
 
 def counted_llama(model: ModelShape, tokens: int, length: int) -> float:
-    """6 a weight and token, the embedding's left out, and causal attention."""
+    """6 per weight and token, without the embedding, plus causal attention."""
     weights = model.parameters - model.hidden * model.vocab
     return 6.0 * weights * tokens + 6.0 * model.layers * model.heads * model.head_dim * length * tokens
 
 
-def rehearsed(run: Published) -> Slots:
-    """One layer, embedding and head of the run's model and microbatch, on two replicas."""
+def simulated(run: Published) -> Slots:
+    """One layer, embedding and head with the run's model and microbatch, on two replicas."""
     recompute = run.parallel.recompute
     grid = Parallel(tp=run.parallel.tp, pp=3, stages=(0, 1, 0), recompute=recompute)
     stages = simulate_stages(replace(run.model, layers=1), grid, 2 * 3 * grid.tp, run.lengths, optim=Optim(lr=1e-5))
     slots = Slots(*stages)
-    return slots._replace(layer=as_told(slots.layer, run))
+    return slots._replace(layer=as_published(slots.layer, run))
 
 
-def as_told(layer: Stage, run: Published) -> Stage:
-    """The layer with what the run does otherwise than this engine."""
+def as_published(layer: Stage, run: Published) -> Stage:
+    """The layer, changed where the run differs from this engine."""
     forward, backward = layer.forward, layer.backward
     full = run.parallel.recompute == "full"
     if "adds gradients in the product" in run.traits:
-        backward = replace(backward, traffic=backward.traffic - 10.0 * layer.parameters)  # bf16 read once more, fp32 read and written
+        backward = replace(backward, traffic=backward.traffic - 10.0 * layer.parameters)  # less: bf16 read once, fp32 read and written
     if "hides tensor parallel messages" in run.traits:
-        forward, backward = (replace(work, collectives=_beside(work.collectives)) for work in (forward, backward))
+        forward, backward = (replace(work, collectives=_overlapped(work.collectives)) for work in (forward, backward))
     if "attention unfused" in run.traits:
-        forward = _unfused(forward, run, ahead=1, back=0)
-        backward = _unfused(backward, run, ahead=1, back=1)  # once again, by selective as by full recomputation
+        forward = _unfused(forward, run, forward=1, backward=0)
+        backward = _unfused(backward, run, forward=1, backward=1)  # selective and full recomputation both repeat the forward
     if "no sequence parallel" in run.traits:
         forward = _unsharded(forward, run, forward=1, backward=0)
         backward = _unsharded(backward, run, forward=int(full), backward=1)
     return replace(layer, forward=forward, backward=backward)
 
 
-def _beside(collectives: Counter[Collective]) -> Counter[Collective]:
-    found: Counter[Collective] = Counter()
+def _overlapped(collectives: Counter[Collective]) -> Counter[Collective]:
+    overlapped: Counter[Collective] = Counter()
     for collective, times in collectives.items():
-        found[collective._replace(waits=False)] += times
-    return found
+        overlapped[collective._replace(waits=False)] += times
+    return overlapped
 
 
-def _unfused(work: Work, run: Published, ahead: int, back: int) -> Work:
-    """Attention by separate kernels: masked pairs computed too, and the scores through memory. Bytes a score in bf16: written by the first
-    product, read and written by softmax and by dropout with its mask, read by the second, 13; on the way back 19."""
+def _unfused(work: Work, run: Published, forward: int, backward: int) -> Work:
+    """Attention with separate kernels: masked pairs are computed too, and scores go through memory. Bytes per score in bf16: forward 13
+    (written by the first product, read and written by softmax and by dropout with its mask, read by the second product), backward 19."""
     scores = run.model.heads / run.parallel.tp * sum(length**2 for length in run.lengths)
-    return replace(work, attention=2 * work.attention, traffic=work.traffic + (13 * ahead + 19 * back) * scores)
+    return replace(work, attention=2 * work.attention, traffic=work.traffic + (13 * forward + 19 * backward) * scores)
 
 
 def _unsharded(work: Work, run: Published, forward: int, backward: int) -> Work:
-    """Norms, dropout and residuals on every rank's whole hidden states (22 bytes a number forward, 24 backward, less what a share was),
-    and two all-reduces that are waited for, each way, where there were four gathers and scatters."""
+    """Without sequence parallelism, every rank computes norms, dropout and residuals on the whole hidden states (22 bytes per number
+    forward, 24 backward, minus the rank's share). Two blocking all-reduces per direction replace four all-gathers and reduce-scatters."""
     tokens, grid = sum(run.lengths), run.parallel
     size = 2 * tokens * run.model.hidden
     extra = (22 * forward + 24 * backward) * tokens * run.model.hidden * (grid.tp - 1) / grid.tp
@@ -127,7 +127,7 @@ def _unsharded(work: Work, run: Published, forward: int, backward: int) -> Work:
 
 
 def staged(run: Published, slots: Slots) -> list[Stage]:
-    """The run's pipeline, each stage the sum of its slots."""
+    """The stages of the run's pipeline, each the sum of its parts."""
     grid, count = run.parallel, run.parallel.pp * run.parallel.vpp
     ends = grid.count_embedding + grid.count_loss
     layers = [(run.model.layers + ends) // count] * count
@@ -148,7 +148,7 @@ def _sum(parts: Sequence[Stage], run: Published) -> Stage:
         numbers = ("layers", "parameters", "weights", "gradients", "optimizer", "held", "peak", "inference_peak")
         works = ("forward", "backward", "inference")
         total = replace(total, **{name: getattr(total, name) + getattr(part, name) for name in (*numbers, *works)})
-    return replace(total, optimizer=total.optimizer * 2 // replicas)  # rehearsed on two
+    return replace(total, optimizer=total.optimizer * 2 // replicas)  # the simulation has two replicas
 
 
 def timed(run: Published, slots: Slots, hardware: Hardware) -> Update:
@@ -158,12 +158,12 @@ def timed(run: Published, slots: Slots, hardware: Hardware) -> Update:
 
 
 def rate(run: Published, update: Update) -> float:
-    """FLOP/s a GPU as the publication counts."""
+    """FLOP/s per GPU, counted as in the publication."""
     return run.counted / update.seconds / run.gpus
 
 
 def fitted(run: Published, slots: Slots, hardware: Hardware) -> float:
-    """gemm.ceiling with which `run` comes out as published."""
+    """The gemm.ceiling with which the prediction of `run` equals the published rate."""
     low, high = 0.3, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -173,7 +173,7 @@ def fitted(run: Published, slots: Slots, hardware: Hardware) -> float:
 
 
 def llama3(gpus: int, rate: float, fitted: bool = False) -> Published:
-    """Llama 3 405B in its first phase: 16 million tokens a batch, sequences of 8,192."""
+    """Llama 3 405B in its first phase: batches of 16 million tokens, sequences of 8,192."""
     grid = Parallel(tp=8, pp=16, vpp=8, count_embedding=True, count_loss=True)
     microbatches = 2048 // (gpus // 128)
     counted = counted_llama(LLAMA_405B, 2048 * 8192, 8192)
@@ -200,19 +200,19 @@ def megatron_2022(name: str, model: ModelShape, grid: Parallel, batch: int, micr
 
 
 def megatron_2021(name: str, model: ModelShape, grid: Parallel, gpus: int, batch: int, rate: float) -> Published:
-    """arXiv 2104.04473, table 1: sequences of 2,048, everything computed again, gradients summed by all-reduce."""
+    """arXiv 2104.04473, table 1: sequences of 2,048, full recomputation, gradients summed by all-reduce."""
     counted = counted_gpt(model, batch * 2048, 2048, passes=4)
     traits: tuple[Trait, ...] = ("attention unfused", "adds gradients in the product", "no sequence parallel")
     grid = replace(grid, recompute="full", distributed_optimizer=False)
     microbatches = batch // (gpus // grid.model_ranks)
-    source, assumed = "arXiv 2104.04473, table 1", "one sequence a microbatch, no virtual stages"
+    source, assumed = "arXiv 2104.04473, table 1", "one sequence per microbatch, no virtual stages"
     return Published(name, source, "a100", model, gpus, grid, microbatches, (2048,), rate, counted, traits, assumed)
 
 
 def runs() -> list[Published]:
-    """All that are compared, the fitted of each device first."""
+    """All runs that are compared, the fitted run of each device first."""
     gpt3, tall = gpt(96, 12288, 96, 131072), gpt(112, 18432, 96, 131072)
-    grids, shape = "the layout, which is a picture there", "the shape and the layout, which are pictures there"
+    grids, shape = "the layout, read from a figure", "the shape and the layout, read from figures"
     small = {"vocab": 51200}
     return [
         llama3(8192, 430e12, fitted=True),
@@ -231,40 +231,41 @@ def runs() -> list[Published]:
     ]
 
 
-HEADER = ("run", "device", "GPUs", "layout", "published TFLOP/s a GPU", "the dry run's", "error", "bubble", "seconds a step")
-WORDS = """
-`error` is the dry run's FLOP/s over the published, less 1; the aim is 15 %. **Fitted**: `gemm.ceiling` of that device in
-engine/dryrun/hardware.toml was set so that this run comes out, to two digits; every other row is held out, and nothing else in that
-file was fitted to any of them.
+HEADER = ("run", "device", "GPUs", "layout", "published TFLOP/s per GPU", "predicted", "error", "bubble", "seconds per step")
+NOTES = """
+`error` is the predicted FLOP/s divided by the published, minus 1; the target is 15 %. **Fitted**: `gemm.ceiling` of that device in
+engine/dryrun/hardware.toml was chosen, to two digits, so that this run's prediction equals the published number. All other rows are held
+out, and nothing else in that file was fitted to any run.
 
-- FLOP/s are counted as each publication counts them: arXiv 2205.05198 equation 7 (also for Megatron-LM's README), 2104.04473 equation 3
-  with the forward that is computed again, Llama 3 by 6 a weight and causal attention.
-- Megatron-LM's README prints utilisation, of 989.4 TFLOP/s; arXiv 2205.05198 of 312.
-- GPTs are rehearsed as Llamas of as many FLOPs: 3 x hidden x (8/3 hidden) for 2 x hidden x 4 hidden (up to a multiple of 64), as many key
-  heads as query heads. SwiGLU then moves as many bytes as GeLU did.
-- What a run does otherwise than this engine is changed in the rehearsed layer, and named in the list below. The bytes of unfused attention
-  (13 a score forward, 19 backward) and of norms and dropout without sequence parallel (22 and 24 a number) are counted by hand.
-- Weights of a stage are gathered before its first microbatch comes (megatron-core's param_sync_func), as Megatron-LM does it.
-- Data loading, stragglers, checkpoints and failures are in the published numbers and not in the dry run's.
+- FLOP/s are counted as in each publication: arXiv 2205.05198 equation 7 (also for Megatron-LM's README), arXiv 2104.04473 equation 3, which
+  includes the recomputed forward, and for Llama 3 6 per weight and token plus causal attention.
+- Megatron-LM's README gives utilisation of 989.4 TFLOP/s, arXiv 2205.05198 of 312.
+- GPTs are simulated as Llamas with as many FLOPs: 3 x hidden x (8/3 hidden) instead of 2 x hidden x 4 hidden (rounded up to a multiple of
+  64), with as many key heads as query heads. SwiGLU then moves as many bytes as GeLU.
+- Where a run differs from this engine, the simulated layer is changed, and the list below names the change. The bytes of unfused attention
+  (13 per score forward, 19 backward) and of norms and dropout without sequence parallelism (22 and 24 per number) are counted by hand.
+- As in Megatron-LM, the weights of a stage are gathered before its first microbatch arrives (megatron-core's param_sync_func).
+- The published numbers include data loading, stragglers, checkpoints and failures; the predictions do not.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dryrun_published_2026-11-26.md"))
-    parser.add_argument("--json", type=Path, help="the same numbers")
+    default = Path("benchmarks/results/dryrun_published_2026-11-26.md")
+    parser.add_argument("--out", type=Path, default=default, metavar="F", help="the page to write (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write all results to this JSON file")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Write the page; 1 where a run is off by more than 15 %."""
-    facts = [facts_of(run, rehearsed(run)) for run in runs()]
+    """Write the page. Returns 1 if a prediction is off by more than 15 %."""
+    facts = [facts_of(run, simulated(run)) for run in runs()]
     arguments.out.write_text(page(facts), encoding="utf-8")
     as_file(arguments.json, {"versions": versions(), "runs": facts})
     print(page(facts))
     return int(any(abs(fact["error"]) > LIMIT for fact in facts))
 
 
-def otherwise(run: Published, slots: Slots, hardware: Hardware) -> dict[int, float]:
-    """The error by virtual stages, for the counts that halve what was assumed."""
+def other_assumptions(run: Published, slots: Slots, hardware: Hardware) -> dict[int, float]:
+    """The error with fewer virtual stages than assumed, by their number: 1, 2 or 4 if they divide the assumed number."""
     counts = [n for n in (1, 2, 4) if n < run.parallel.vpp and run.parallel.vpp % n == 0] if run.assumed else []
     changed = [replace(run, parallel=replace(run.parallel, vpp=n)) for n in counts]
     return {each.parallel.vpp: rate(each, timed(each, slots, hardware)) / run.rate - 1 for each in changed}
@@ -273,7 +274,7 @@ def otherwise(run: Published, slots: Slots, hardware: Hardware) -> dict[int, flo
 def facts_of(run: Published, slots: Slots) -> dict[str, Any]:
     hardware = Hardware.load(run.device)
     update = timed(run, slots, hardware)
-    found = rate(run, update)
+    predicted = rate(run, update)
     return {
         "run": run.name,
         "source": run.source,
@@ -281,38 +282,38 @@ def facts_of(run: Published, slots: Slots) -> dict[str, Any]:
         "gpus": run.gpus,
         "layout": run.layout,
         "published": run.rate,
-        "predicted": found,
-        "error": found / run.rate - 1,
+        "predicted": predicted,
+        "error": predicted / run.rate - 1,
         "bubble": update.timeline.bubble,
         "seconds": update.seconds,
         "traits": run.traits,
         "assumed": run.assumed,
-        "otherwise": otherwise(run, slots, hardware),
+        "otherwise": other_assumptions(run, slots, hardware),
         "ceiling": hardware.gemm.ceiling,
         "fits": fitted(run, slots, hardware) if run.fitted else None,
     }
 
 
 def page(facts: Sequence[dict[str, Any]]) -> str:
-    lines = heading("Published runs, as the dry run tells them", versions(), "python -m benchmarks dryrun_published")
+    lines = heading("Published runs, predicted by the dry run", versions(), "python -m benchmarks dryrun_published")
     lines += table(HEADER, [_row(fact) for fact in facts])
     worst = max(facts, key=lambda fact: abs(fact["error"]))
     inside = sum(abs(fact["error"]) <= LIMIT for fact in facts)
     lines += [
         "",
-        f"{inside} of {len(facts)} within 15 %; the farthest off is {worst['run']} on {worst['gpus']:,} GPUs, {worst['error']:+.1%}.",
+        f"{inside} of {len(facts)} within 15 %. The largest error is {worst['error']:+.1%}, of {worst['run']} on {worst['gpus']:,} GPUs.",
     ]
     for fact in facts:
         if fact["fits"] is not None:
             lines.append(
-                f"gemm.ceiling of {fact['device']}: {fact['ceiling']:g} in the file; {fact['fits']:.3f} gives the published number."
+                f"gemm.ceiling of {fact['device']}: {fact['ceiling']:g} in hardware.toml; {fact['fits']:.3f} gives the published number."
             )
-    lines += [WORDS.rstrip(), "", "Sources, and what is changed or assumed:", ""]
-    lines += [_told(fact) for fact in facts]
+    lines += [NOTES.rstrip(), "", "Sources, changes and assumptions:", ""]
+    lines += [_source(fact) for fact in facts]
     return "\n".join(lines) + "\n"
 
 
-def _told(fact: dict[str, Any]) -> str:
+def _source(fact: dict[str, Any]) -> str:
     parts = [fact["source"], *(fact["traits"] or ["nothing changed"])]
     parts += [f"assumed: {fact['assumed']}"] if fact["assumed"] else []
     parts += [f"{error:+.1%} with {n} virtual stages a rank" for n, error in fact["otherwise"].items()]

@@ -1,4 +1,4 @@
-"""python -m benchmarks dryrun_recipes: every recipe of Tülu 3 as the dry run foretells it, beside the best layout that its search finds."""
+"""python -m benchmarks dryrun_recipes: Predict time and memory of every Tülu 3 recipe, and compare with the best layout of the search."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from engine.dryrun.search import ROOM, search
 
 RECIPES = sorted(Path("recipes").glob("tulu3_*.py"))
 DEVICE = "h100"
-STEP = ("recipe", "GPUs", "layout", "s a step", "tokens/s a GPU", "MFU", "idle", "steps", "GPU-hours")
-MEMORY = ("recipe", "GB", "when", "GB, all longest", "the search's best", "s a step", "GB", "shipped / best")
+STEP = ("recipe", "GPUs", "layout", "s per step", "tokens/s per GPU", "MFU", "idle", "steps", "GPU-hours")
+MEMORY = ("recipe", "GB", "phase", "GB, longest sequences", "best layout of the search", "s per step", "GB", "recipe / best")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipes", nargs="*", type=Path, default=RECIPES, help="those to look at anew; others stay as --json has them")
-    parser.add_argument("--out", type=Path, required=True, help="the page to write")
-    parser.add_argument("--json", type=Path, required=True, help="the same for machines")
+    parser.add_argument(
+        "recipes", nargs="*", type=Path, default=RECIPES, help="recipes to predict; others keep their results (default: all)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="F", help="the page to write")
+    parser.add_argument("--json", type=Path, required=True, metavar="F", help="JSON file with all results, which is updated")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Look at each recipe and write the page after it; 1 where one does not fit."""
+    """Predict each recipe and write the page after each. Returns 1 if a recipe does not fit."""
     facts: dict[str, Any] = {}
     for path in arguments.recipes:
         fact = fact_of(path)
@@ -41,29 +43,29 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def fact_of(path: Path) -> dict[str, Any]:
-    """A recipe on the GPUs of its torchrun line."""
+    """The prediction of a recipe on Run.gpus GPUs."""
     run, hardware = load_recipe(str(path)), Hardware.load(DEVICE)
     gpus = run.gpus
-    found, most = (forecast(run, gpus, hardware, given=given, seek=False) for given in ([], longest(run)))
+    predicted, longest_prediction = (forecast(run, gpus, hardware, given=given, seek=False) for given in ([], longest(run)))
     best = search(run, gpus, hardware, confirm=1)[0]
-    beside = best.confirmed
-    assert beside is not None
+    confirmed = best.confirmed
+    assert confirmed is not None
     return {
         "gpus": gpus,
         "layout": layout(run, gpus),
-        "step_seconds": found.step_seconds,
-        "tokens_per_second_per_gpu": found.tokens_per_second / gpus,
-        "mfu": found.mfu,
-        "bubble": found.bubble,
-        "steps": found.steps,
-        "gpu_hours": found.gpu_hours,
-        "peak_bytes": found.fullest.peak_bytes,
-        "moment": found.fullest.moment,
-        "most_bytes": most.fullest.peak_bytes,
-        "fits": found.fits and most.fits,
-        "warnings": found.warnings,
+        "step_seconds": predicted.step_seconds,
+        "tokens_per_second_per_gpu": predicted.tokens_per_second / gpus,
+        "mfu": predicted.mfu,
+        "bubble": predicted.bubble,
+        "steps": predicted.steps,
+        "gpu_hours": predicted.gpu_hours,
+        "peak_bytes": predicted.fullest.peak_bytes,
+        "moment": predicted.fullest.moment,
+        "most_bytes": longest_prediction.fullest.peak_bytes,
+        "fits": predicted.fits and longest_prediction.fits,
+        "warnings": predicted.warnings,
         "best": {
-            "layout": layout(beside.simulation.run, gpus),
+            "layout": layout(confirmed.simulation.run, gpus),
             "settings": best.settings,
             "step_seconds": best.step_seconds,
             "peak_bytes": best.peak_bytes,
@@ -72,13 +74,13 @@ def fact_of(path: Path) -> dict[str, Any]:
 
 
 def longest(run: Run) -> list[tuple[int, int]]:
-    """(tokens of prompt, of response) of sequences of which none may be longer."""
+    """[(prompt tokens, response tokens)] of the longest sequence that the recipe allows."""
     algorithm = run.algorithm
     return [(algorithm.max_prompt_tokens, algorithm.max_response_tokens) if isinstance(algorithm, RLVR) else (0, algorithm.max_length)]
 
 
 def layout(run: Run, gpus: int) -> str:
-    """The grid, and how microbatches go through it."""
+    """The parallel layout, recomputation and tokens per microbatch."""
     grid = run.parallel
     virtual = f" x {grid.vpp}" if grid.vpp > 1 else ""
     return f"tp{grid.tp} pp{grid.pp}{virtual} dp{gpus // grid.model_ranks}, {grid.recompute}, {run.tokens_per_microbatch}"
@@ -86,21 +88,22 @@ def layout(run: Run, gpus: int) -> str:
 
 def page(facts: dict[str, dict[str, Any]]) -> str:
     command = "python -m benchmarks dryrun_recipes --out PAGE --json FACTS"
-    lines = heading("Tülu 3's recipes, as the dry run foretells them", versions(), command)
+    lines = heading("The Tülu 3 recipes, predicted by the dry run", versions(), command)
     lines += [
-        "On H100s of 80 GB, 8 in a node. A forecast, not a measurement: no GPU has run any of these. What is assumed is in",
-        "engine/dryrun/hardware.toml, how sequences are as long as they are in engine/dryrun/lengths.py.",
+        "On H100s with 80 GB, 8 per node. These are predictions, not measurements: none of the recipes has run on a GPU. The assumptions",
+        "about hardware are in engine/dryrun/hardware.toml, those about sequence lengths in engine/dryrun/lengths.py.",
         "",
         *table(STEP, [_step(name, fact) for name, fact in facts.items()]),
         "",
-        "Layout: tensor parallel, pipeline stages (x virtual stages of each), replicas; what is recomputed; most tokens of a microbatch.",
-        "MFU: of the whole step, by the operations that the model's mathematics asks for. Idle: the share of an optimizer step in which",
-        "pipeline stages wait. GPU-hours: of the whole recipe, evaluation and checkpoints left out.",
+        "Layout: tensor parallel size, pipeline stages (x virtual stages), replicas; recomputation; maximum tokens per microbatch.",
+        "MFU: of the whole step, counting the model's own operations without recomputation. Idle: the share of an optimizer step in which",
+        "pipeline stages wait. GPU-hours: of the whole recipe, without evaluation and checkpoints.",
         "",
         *table(MEMORY, [_memory(name, fact) for name, fact in facts.items()]),
         "",
-        "GB: of the fullest GPU, 4 GB for CUDA, NCCL and fragments among them; all longest: were each as long as the recipe lets it.",
-        f"The search (`--search`) goes through layouts of the same GPUs that fill at most {ROOM:.0%} of the 80 GB.",
+        "GB: peak memory of the fullest GPU, including 4 GB for CUDA, NCCL and fragmentation. Longest sequences: the same if every",
+        "sequence has the maximum length. The search (`--search`) considers layouts on the same GPUs that fill at most",
+        f"{ROOM:.0%} of the 80 GB.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -113,5 +116,5 @@ def _step(name: str, fact: dict[str, Any]) -> list[str]:
 
 def _memory(name: str, fact: dict[str, Any]) -> list[str]:
     best = fact["best"]
-    beside = (f"{best['step_seconds']:.2f}", f"{best['peak_bytes'] / 1e9:.1f}", f"{fact['step_seconds'] / best['step_seconds']:.2f}")
-    return [name, f"{fact['peak_bytes'] / 1e9:.1f}", fact["moment"], f"{fact['most_bytes'] / 1e9:.1f}", best["layout"], *beside]
+    numbers = (f"{best['step_seconds']:.2f}", f"{best['peak_bytes'] / 1e9:.1f}", f"{fact['step_seconds'] / best['step_seconds']:.2f}")
+    return [name, f"{fact['peak_bytes'] / 1e9:.1f}", fact["moment"], f"{fact['most_bytes'] / 1e9:.1f}", best["layout"], *numbers]

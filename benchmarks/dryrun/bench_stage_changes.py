@@ -1,7 +1,7 @@
-"""python -m benchmarks stage_changes: a pipeline stage of Llama 3.1 405B with and without each change to the model path, as predicted.
+"""python -m benchmarks stage_changes: Predict time and memory of a Llama 3.1 405B pipeline stage with and without each optimization.
 
-Each row rehearses the stage's real code on meta tensors (engine/dryrun). "Without" puts back what a change replaced: the code of then, here
-below, in the place of what is there now.
+Each row simulates the stage's real code on meta tensors (engine/dryrun). To measure the stage without a change, the code that the change
+replaced is patched in; it is below.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from triton_kernels import rmsnorm, rope
 
 MODEL, DEVICE, GPUS = "405b", "h100", 128
 GRID = Parallel(8, 16, count_embedding=True, count_loss=True, tp_comm_overlap=True)
-CEILINGS = (0.59, 0.65, 0.71)  # of products, which a run may find: hardware.toml has less
+CEILINGS = (0.59, 0.65, 0.71)  # assumed share of the peak rate for matrix products; hardware.toml has 0.57
 CASES = (
     ("none", 8192),
     ("swiglu", 8192),
     ("selective", 8192),
     ("none", 2048),
-)  # what is recomputed, tokens of a microbatch
+)  # recomputation, tokens per microbatch
 COLUMNS = ("cumulative", "forward, ms", "backward, ms", "other traffic, GB", "kernels", "held, MB", "peak, MB")
 
 
 class Change(NamedTuple):
-    """What the stage has from this row on, and how it is without."""
+    """A change that applies from its row on, and a context in which it is undone."""
 
     name: str
     without: Callable[[], AbstractContextManager[Any]]
 
 
 def repeated(query: Tensor, key: Tensor, value: Tensor, packed_forward: attention.PackedForward) -> Tensor:
-    """Attention that is given as many heads of keys and values as of queries."""
+    """Attention with keys and values repeated to the number of query heads."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return attention._attention(query, key, value, list(packed_forward.lengths))[0]
 
 
 def in_two_passes(*arguments: Any, **options: Any) -> Any:
-    """The config of a model whose weight gradients are products first, and then added."""
+    """The model config without fused accumulation: weight gradients are computed, then added."""
     config = BUILT(*arguments, **options)
     config.gradient_accumulation_fusion = False
     return config
@@ -62,68 +62,68 @@ BUILT = model.transformer_config
 
 
 def add_then_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
-    """rmsnorm, an addition before it made apart."""
+    """rmsnorm with a separate residual addition."""
     if residual is None:
         return rmsnorm(x, weight, eps)
     total = x + residual
     return rmsnorm(total, weight, eps), total
 
 
-def taken_apart(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rope_qkv as torch's split, two launches and a copy of the values."""
+def separate_split_and_rope(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rope_qkv as a split in torch, two launches of rope and a copy of the values."""
     query, key, value = (part.flatten(1, 2) for part in qkv.split([qkv.shape[2] - 2, 1, 1], 2))
     return rope(query, cos, sin), rope(key, cos, sin), value.contiguous()
 
 
 CHANGES = (
     Change("keys and values not repeated", lambda: mock.patch.object(attention, "attend_by_sequence", repeated)),
-    Change("weight gradients added by the product", lambda: mock.patch.object(model, "transformer_config", in_two_passes)),
-    Change("residuals added within the norms", lambda: mock.patch.object(layer, "rmsnorm", add_then_norm)),
-    Change("one launch splits and turns the product", lambda: mock.patch.object(attention, "rope_qkv", taken_apart)),
-    Change("tensor-parallel communication beside products", lambda: mock.patch.object(overlap, "LEAST_ROWS", 1 << 40)),
+    Change("weight gradients accumulated in the GEMM", lambda: mock.patch.object(model, "transformer_config", in_two_passes)),
+    Change("residual addition fused into the norms", lambda: mock.patch.object(layer, "rmsnorm", add_then_norm)),
+    Change("QKV split and rope fused in one kernel", lambda: mock.patch.object(attention, "rope_qkv", separate_split_and_rope)),
+    Change("tensor-parallel communication overlapped with GEMMs", lambda: mock.patch.object(overlap, "LEAST_ROWS", 1 << 40)),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A stage with the first changes and without the others."""
+    """A stage with the first changes applied and the others undone."""
 
     name: str
     stage: Stage
     parallel: Parallel
 
     def seconds(self, ceiling: float) -> tuple[float, float]:
-        """Forward and backward of one microbatch, where products reach `ceiling` of the device's peak."""
+        """Seconds of forward and backward of one microbatch if matrix products reach `ceiling` of the device's peak rate."""
         hardware = Hardware.load(DEVICE)
         clock = CostModel(replace(hardware, gemm=replace(hardware.gemm, ceiling=ceiling)), self.parallel, GPUS)
         return clock.seconds(self.stage.forward), clock.seconds(self.stage.backward)
 
     def mfu(self, ceiling: float, attention: bool) -> float:
-        """Of three forwards' products, with those of causal attention or without, over what the device's peak does in that time."""
+        """FLOPs of three forward passes, with or without causal attention, over the FLOPs of the device's peak rate in that time."""
         flops = self.stage.inference.flops - (0 if attention else self.stage.inference.attention)
         return 3 * flops / Hardware.load(DEVICE).peak / sum(self.seconds(ceiling))
 
 
 def rows(recompute: Any, tokens: int, changes: Sequence[Change] = CHANGES) -> list[Row]:
-    """Without any change, and then with one more each."""
+    """A row without any change, then a row for each additional change."""
     parallel = replace(GRID, recompute=recompute)
-    found = []
+    result = []
     for count in range(len(changes) + 1):
         with ExitStack() as stack:
             for change in changes[count:]:
                 stack.enter_context(change.without())
             stage = simulate_stages(SHAPES[MODEL], parallel, GPUS, (tokens,), optim=Optim(lr=1e-5))[1]
-        found.append(Row(f"+ {changes[count - 1].name}" if count else "before", stage, parallel))
-    return found
+        result.append(Row(f"+ {changes[count - 1].name}" if count else "before", stage, parallel))
+    return result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="the page to write")
-    parser.add_argument("--json", type=Path, help="the same for machines")
+    parser.add_argument("--out", type=Path, metavar="F", help="also write the page to this file")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write all results to this JSON file")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Rehearse every case and print the page."""
+    """Simulate every case and print the page."""
     cases = {case: rows(*case) for case in CASES}
     text = page(cases)
     if arguments.out:
@@ -135,7 +135,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def as_facts(row: Row) -> dict[str, Any]:
-    """Seconds, bytes and shares."""
+    """Seconds, bytes and MFU."""
     stage, work = row.stage, row.stage.forward + row.stage.backward
     return {
         "name": row.name,
@@ -154,13 +154,13 @@ def page(cases: dict[tuple[str, int], list[Row]]) -> str:
     lines = heading("A stage of Llama 3.1 405B, change by change", versions(), "python -m benchmarks stage_changes --out PAGE --json FACTS")
     lines += [
         f"TP8, PP16, eight layers, one microbatch of one sequence, on {DEVICE.upper()}s. Predicted by the dry run from the numbers in",
-        "engine/dryrun/hardware.toml, not measured: no GPU has run this. Each row has the changes of the rows above it too.",
+        "engine/dryrun/hardware.toml; not measured on a GPU. Each row includes the changes of the rows above it.",
         "",
-        "MFU: of the products with weights, and in brackets with those of causal attention too, by the share of the device's peak that",
-        "products are assumed to reach. Times are at 0.59. Other traffic: all bytes but those of products and attention. Held: from a",
-        "microbatch's forward to its backward; the first stage holds 16 microbatches. Before: with torch's attention, for flash-attn's",
-        "never had keys and values repeated. The last row is parallel.tp_comm_overlap=true, which is off by default. hardware.toml",
-        "has 0.57 for products, fitted to a published run; the columns show what higher shares would give.",
+        "MFU: counting the products with weights only, and in brackets also causal attention, for three assumed shares of the peak rate",
+        "that products reach. Times assume 0.59. Other traffic: all bytes except those of products and attention. Held: memory kept from a",
+        "microbatch's forward to its backward; the first stage holds 16 microbatches. The first row uses torch's attention, because",
+        "flash-attn never repeats keys and values. The last row is parallel.tp_comm_overlap=true, which is off by default. hardware.toml",
+        "has a share of 0.57, fitted to a published run; the columns show the effect of higher shares.",
         "",
     ]
     for (recompute, tokens), found in cases.items():

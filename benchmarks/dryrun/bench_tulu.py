@@ -1,7 +1,7 @@
-"""python -m benchmarks dryrun_tulu: the training phase of Tülu 3 405B's own RLVR step, told by the dry run beside the 1,500 s they report.
+"""python -m benchmarks dryrun_tulu: Predict the training phase of Tülu 3 405B's RLVR step and compare it with the reported 1,500 s.
 
-1,856 rollouts, prompts of 150 or 750 tokens, responses of about 400, one or four passes; the recipe of this repository on their 240 GPUs
-for training, and on 256 that also generate.
+1,856 rollouts with prompts of 150 or 750 tokens and responses of about 400, trained for one or four epochs. The recipe of this repository
+is simulated on 240 GPUs that only train, as in the paper, and on 256 GPUs that also generate.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from engine.dryrun.hardware import Hardware
 from engine.dryrun.lengths import RESPONSE
 
 RECIPE = "recipes/tulu3_405b_rlvr.py"
-REPORTED = 1500.0  # seconds of training a step, arXiv 2411.15124; their 16 other GPUs generate in about 550
+REPORTED = 1500.0  # training seconds per step, arXiv 2411.15124; generation on 16 other GPUs takes about 550 s
 GENERATES = {"prefill", "decoding", "verification"}
-HEADER = ("GPUs", "layout", "prompt", "passes", "log-probs and values, s", "updates, s", "training, s", "reported / this", "MFU", "GB")
+TIMES = ("log-probs and values, s", "updates, s", "training, s")
+HEADER = ("GPUs", "layout", "prompt tokens", "epochs", *TIMES, "reported / predicted", "MFU", "GB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="the page to write")
-    parser.add_argument("--json", type=Path, help="the same for machines")
+    parser.add_argument("--out", type=Path, required=True, metavar="F", help="the page to write")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write all results to this JSON file")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Write the page; 1 where a layout does not fit."""
+    """Write the page. Returns 1 if a layout does not fit."""
     facts = list(_facts())
     arguments.out.write_text(page(facts), encoding="utf-8")
     as_file(arguments.json, {"versions": versions(), "reported_seconds": REPORTED, "steps": facts})
@@ -46,66 +47,65 @@ def _facts() -> Iterator[dict[str, Any]]:
     recipe = load_recipe(RECIPE)
     for gpus, run in ((240, _on_240(recipe)), (256, recipe)):
         for prompt in (150, 750):
-            for passes in (1, 4):
-                yield fact_of(forecast(_asked(run, passes), gpus, Hardware.load("h100"), given=_rollouts(prompt), seek=False))
+            for epochs in (1, 4):
+                yield fact_of(forecast(_with_epochs(run, epochs), gpus, Hardware.load("h100"), given=_rollouts(prompt), seek=False))
 
 
 def _on_240(recipe: Run) -> Run:
-    """Their 30 nodes: 15 stages, dealt by hand. The critic is on the same grid, whose stages want equally many of its layers: 30 of 32."""
-    asked = recipe.algorithm.critic
-    shape = model_shapes.shape_of(asked.model)
-    critic = replace(asked, model=Model(init=replace(shape, layers=30)))
+    """The paper's 30 nodes, with 15 pipeline stages. The critic has the same stages with equally many layers each: 30 of its 32 layers."""
+    critic = recipe.algorithm.critic
+    critic = replace(critic, model=Model(init=replace(model_shapes.shape_of(critic.model), layers=30)))
     layers = model_shapes.shape_of(recipe.model).layers
     parallel = Parallel(tp=8, pp=15, stages=tuple(even_split(layers, 15)), recompute="selective")
     return replace(recipe, parallel=parallel, algorithm=replace(recipe.algorithm, critic=critic))
 
 
-def _asked(run: Run, passes: int) -> Run:
-    return replace(run, algorithm=replace(run.algorithm, epochs=passes))
+def _with_epochs(run: Run, epochs: int) -> Run:
+    return replace(run, algorithm=replace(run.algorithm, epochs=epochs))
 
 
 def _rollouts(prompt: int) -> list[tuple[int, int]]:
-    """Tokens of a step's prompts and responses."""
+    """(prompt tokens, response tokens) of each rollout of a step."""
     responses = RESPONSE.draw(1856, 1024, np.random.default_rng(0))
     return [(prompt, int(response)) for response in responses]
 
 
-def fact_of(found: Forecast) -> dict[str, Any]:
-    """What the page says of one forecast."""
-    simulation = found.simulation
-    grid, trained = simulation.run.parallel, [phase for phase in found.phases if phase.name not in GENERATES]
-    seconds = sum(phase.seconds for phase in trained)
+def fact_of(predicted: Forecast) -> dict[str, Any]:
+    """The numbers of one prediction."""
+    simulation = predicted.simulation
+    grid, training_phases = simulation.run.parallel, [phase for phase in predicted.phases if phase.name not in GENERATES]
+    seconds = sum(phase.seconds for phase in training_phases)
     virtual = f"x{grid.vpp}" if grid.vpp > 1 else ""
     return {
         "gpus": simulation.gpus,
         "layout": f"TP{grid.tp} PP{grid.pp}{virtual} DP{simulation.dp}, {grid.recompute}, {simulation.run.tokens_per_microbatch} tokens",
         "prompt": int(simulation.sequences.prompt_N.mean()),
         "passes": simulation.run.algorithm.epochs,
-        "updates": sum(phase.seconds for phase in trained if phase.name.startswith("updates")),
+        "updates": sum(phase.seconds for phase in training_phases if phase.name.startswith("updates")),
         "training": seconds,
         "ratio": REPORTED / seconds,
-        "mfu": sum(phase.flops for phase in trained) / (seconds * simulation.gpus * simulation.hardware.peak),
-        "peak_gb": max(rank.peak_bytes for rank in found.stages) / 1e9,
-        "fits": found.fits,
-        "phases": {phase.name: phase.seconds for phase in found.phases},
-        "assumptions": found.assumptions,
+        "mfu": sum(phase.flops for phase in training_phases) / (seconds * simulation.gpus * simulation.hardware.peak),
+        "peak_gb": max(rank.peak_bytes for rank in predicted.stages) / 1e9,
+        "fits": predicted.fits,
+        "phases": {phase.name: phase.seconds for phase in predicted.phases},
+        "assumptions": predicted.assumptions,
     }
 
 
 def page(facts: list[dict[str, Any]]) -> str:
     command = "python -m benchmarks dryrun_tulu --out PAGE --json FACTS"
-    lines = heading("Tülu 3 405B's RLVR step: the training phase, as the dry run tells it", versions(), command)
+    lines = heading("Tülu 3 405B's RLVR step: the training phase, predicted by the dry run", versions(), command)
     lines += [
-        f"They report about {REPORTED:,.0f} s of training a step on 240 H100s (arXiv 2411.15124). The seconds below are a forecast of this",
-        "engine, not a measurement: no GPU has run it. The ratio therefore compares a model with a measurement.",
+        f"The paper reports about {REPORTED:,.0f} s of training per step on 240 H100s (arXiv 2411.15124). The seconds below are predicted",
+        "for this engine, which has not run on these GPUs. The ratio therefore compares a prediction with a measurement.",
         "",
         *table(HEADER, [_row(fact) for fact in facts]),
         "",
         "Training is everything but generation and verification: log-probs of policy and reference, values of the critic, and all",
-        "updates of both. On 240 GPUs the critic has 30 of its 32 layers, so that 15 stages hold two each; the 16 other GPUs, which",
-        "generate there, are not counted. MFU: operations that the model's mathematics asks for, over what the GPUs could do in that time.",
+        "updates of both. On 240 GPUs the critic has 30 of its 32 layers, so that each of 15 stages has two. The 16 other GPUs, which",
+        "generate, are not counted. MFU: the model's own FLOPs, without recomputation, over the FLOPs of the GPUs' peak rate in that time.",
         "",
-        "The speed of matrix products is fitted to another published run (dryrun_published_2026-11-26.md). Assumed besides:",
+        "The speed of matrix products is fitted to another published run (dryrun_published_2026-11-26.md). Further assumptions:",
         "",
         *(f"- {line}" for line in facts[0]["assumptions"]),
     ]

@@ -1,8 +1,8 @@
-"""python -m benchmarks gpu: what one GPU shows, without network: smoke, tests, times against targets, then training, dry run and accuracy.
+"""python -m benchmarks gpu: Run all measurements and tests on one GPU: smoke, tests, times, then throughput, dry run and accuracy.
 
-Parts are ordered by worth, and each runs in a process of its own, so that a fault of the device ends only its part. Each appends facts
-to FOLDER/PART.jsonl as it measures them: a part that is stopped keeps what it had, and a second run goes on where the first one stopped.
-The page is written from whatever facts there are. Exit status: 0, 1 when a part failed, 2 without a GPU.
+Needs no network. Parts run in order of importance, each in its own process, so that a device fault ends only that part. A part appends each
+result to FOLDER/PART.jsonl as soon as it is measured: an interrupted part keeps its results, and a second run resumes. The page is written
+from all available results. Exit status: 0, 1 if a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from benchmarks.gpu import gpu_page
 from benchmarks.gpu.facts import Facts, read
 
 ROOT = Path(__file__).parents[2]
-FACTS, SECONDS = "FACTS", "SECONDS"  # words of a command that the file and the seconds left take the place of
-RESERVE = 5.0  # seconds for a part to write its page after its last measurement
+FACTS, SECONDS = "FACTS", "SECONDS"  # placeholders in a command, replaced by the file of facts and the seconds left
+RESERVE = 5.0  # seconds that a part has left to finish after its last measurement
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command that appends facts to a file; `seconds` is what it takes at most, beyond which it is stopped."""
+    """A command that appends facts to a file. It is stopped after `seconds`."""
 
     name: str
     command: tuple[str, ...]
@@ -55,11 +55,11 @@ PARTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="for everything (default: %(default)g)")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to use besides what is installed")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="of the facts (default: $OUT, else benchmarks/results)")
-    parser.add_argument("--again", action="store_true", help="forget the facts of these parts and measure anew")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"parts to run, of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="time limit of all parts (default: %(default)g)")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels to use in addition to the installed packages")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="output folder (default: $OUT, else benchmarks/results)")
+    parser.add_argument("--again", action="store_true", help="delete the results of these parts and measure them again")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -69,26 +69,26 @@ def main(arguments: argparse.Namespace) -> int:
         return 2
     chip = gpu_name()
     if chip is None:
-        print("benchmarks gpu needs a CUDA GPU, and torch sees none here; python -m benchmarks kernels compiles the kernels without one")
+        print("benchmarks gpu needs a CUDA GPU, but torch finds none; without one, use python -m benchmarks kernels to compile the kernels")
         return 2
     began, folder = time.monotonic(), arguments.folder or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder = folder / f"gpu_{gpu_page.slug(chip)}_{date.today().isoformat()}"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
-        environment, notes = prepared(arguments.wheels, Path(place) / "site")
+    with tempfile.TemporaryDirectory() as temporary:
+        environment, notes = prepared(arguments.wheels, Path(temporary) / "site")
         Facts(folder / "notes.jsonl").add({"notes": notes})
         for part in (PARTS[name] for name in arguments.parts or PARTS):
             if arguments.again:
                 (folder / f"{part.name}.jsonl").unlink(missing_ok=True)
             print(f"{part.name}: {run(part, folder, environment, arguments.budget - (time.monotonic() - began))}", flush=True)
-            gpu_page.write(folder, chip, tuple(PARTS))  # after every part: the next one may be the last
-    written = gpu_page.write(folder, chip, tuple(PARTS))
-    print(f"{written.read_text(encoding='utf-8')}\nWritten to {written}, facts to {folder}")
+            gpu_page.write(folder, chip, tuple(PARTS))  # after every part, in case the next one is interrupted
+    path = gpu_page.write(folder, chip, tuple(PARTS))
+    print(f"{path.read_text(encoding='utf-8')}\nThe page is {path}, the results are in {folder}")
     return int(any(failed(folder / f"{name}.jsonl") for name in arguments.parts or PARTS))
 
 
 def gpu_name() -> str | None:
-    """The GPU that torch would use; None where there is none, or no torch."""
+    """The name of the GPU that torch uses. None without a GPU or without torch."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -97,42 +97,45 @@ def gpu_name() -> str | None:
 
 
 def prepared(wheels: Path | None, site: Path) -> tuple[dict[str, str], list[str]]:
-    """The environment of the parts, with what is in `wheels` installed into `site`, and what there is to say about it."""
-    # One GPU needs no network, and NCCL fails where it finds no interface that is up. Compiling and host work take several threads.
+    """Installs `wheels` into `site` and builds the C++ extension. Returns the environment of the parts, and notes for the page."""
+    # NCCL fails if no network interface is up, so it gets the loopback interface. Compilation and host work use 8 threads.
     environment = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", **os.environ, "OMP_NUM_THREADS": "8", "PYTHONUNBUFFERED": "1"}
     notes: list[str] = []
     files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
     if files:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(site), *files]
-        notes.append(_said(f"{len(files)} wheels were installed", pip, environment))
+        notes.append(_note(f"installing {len(files)} wheels", pip, environment))
         site.mkdir(exist_ok=True)
-        (site / "sitecustomize.py").write_text(f"import site\n\nsite.addsitedir({str(site)!r})\n")  # so that .pth files count
+        (site / "sitecustomize.py").write_text(f"import site\n\nsite.addsitedir({str(site)!r})\n")  # processes .pth files
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), environment.get("PYTHONPATH")]))
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     if missing := [name for name in ("g++", "pybind11") if not (shutil.which(name) or importlib.util.find_spec(name))]:
-        notes.append(f"the C++ extension was not built: no {' and no '.join(missing)} here")
+        notes.append(f"the C++ extension was not built: {' and '.join(missing)} not found")
     else:
-        notes.append(_said("the C++ extension was built", build, environment))
+        notes.append(_note("building the C++ extension", build, environment))
     return environment, notes
 
 
-def _said(done: str, command: list[str], environment: dict[str, str]) -> str:
+def _note(action: str, command: list[str], environment: dict[str, str]) -> str:
+    """Run a command. Returns a line that says whether it succeeded."""
     try:
-        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"not so: {done}: {error}"
-    return done if found.returncode == 0 else f"not so: {done}: {(found.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+        return f"{action} failed: {error}"
+    if result.returncode:
+        return f"{action} failed: {(result.stderr.strip().splitlines() or [f'status {result.returncode}'])[-1]}"
+    return f"{action} succeeded"
 
 
 def run(part: Part, folder: Path, environment: Mapping[str, str], left: float) -> str:
-    """How one part ended. It is stopped with all its processes when its time or what is left of everyone's is over; it is not started
-    when it has passed before, or when there is too little time for it to measure anything."""
+    """Run one part and return how it ended. It is stopped, with all its processes, after its own time limit or when the budget is used up.
+    It is not started if it has passed before, or if too little time is left to measure anything."""
     file, log = folder / f"{part.name}.jsonl", folder / f"{part.name}.log"
     if any(fact.get("ended") == "passed" for fact in read(file)):
         return "passed before"
     limit = min(part.seconds, left)
     if limit < 2 * RESERVE:
-        return f"left out: it may take {part.seconds:g} s, and {max(0.0, left):.0f} s are left"
+        return f"skipped: it may take {part.seconds:g} s, and {max(0.0, left):.0f} s are left"
     words = {FACTS: str(file), SECONDS: f"{limit - RESERVE:.0f}"}
     began = time.monotonic()
     ended = _ended([sys.executable, *(words.get(word, word) for word in part.command)], log, environment, limit)
@@ -155,6 +158,6 @@ def _ended(command: Sequence[str], log: Path, environment: Mapping[str, str], li
 
 
 def failed(file: Path) -> bool:
-    """Whether the last end of a part was a failure. A part that was stopped kept its facts, and one that was left out has none."""
+    """Whether the last run of a part failed. A part that was stopped or skipped has not failed."""
     ends = [fact["ended"] for fact in read(file) if "ended" in fact]
     return bool(ends) and ends[-1].startswith("FAILED")

@@ -1,9 +1,8 @@
-"""How long work takes on a GPU, and the memory it needs on top of its inputs.
+"""Time and peak memory of operations on a GPU.
 
-Before every run 256 MB are read: they replace the inputs in the L2 cache, and leave nothing that has to be written back while the run is
-timed. Then the device sleeps for about a millisecond, in which the host issues the run, so that what is measured between two events on
-the device is the device's work and not the host's. `issued` is the time a call takes when calls follow each other, the host's work
-included.
+Before every run, 256 MB are read. This evicts the inputs from the L2 cache and leaves no dirty lines that would be written back during the
+run. Then the device sleeps for about a millisecond while the host launches the run, so that the time between two events on the device does
+not include host work. `issued` is the time per call of consecutive calls, including host work.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ import torch
 from benchmarks.gpu import nvml
 from benchmarks.support.timing import Spread
 
-READ = 1 << 28  # bytes before every run: beyond every L2 cache
-SLEPT = 2_000_000  # cycles of the device: about a millisecond
+READ = 1 << 28  # bytes read before every run, more than any L2 cache holds
+SLEPT = 2_000_000  # device cycles of the sleep, about a millisecond
 FEWEST, MOST = 5, 100  # runs
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run on the device, over so many runs; bytes allocated on top of the inputs at the peak; seconds a call when
-    calls follow each other; what the GPU said of itself right after the runs."""
+    """Seconds of one run on the device; the number of runs; peak bytes allocated in addition to the inputs; seconds per call of consecutive
+    calls; clock, power and temperature of the GPU right after the runs."""
 
     seconds: Spread
     runs: int
@@ -37,7 +36,7 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Times a call, and counts the kernels, copies and fills that it puts on the device (None: that cannot be counted)."""
+    """Times a call, and counts the kernels, copies and fills that it launches (None if they cannot be counted)."""
 
     def __call__(self, call: Callable[[], Any]) -> Timing: ...
 
@@ -45,7 +44,7 @@ class Clock(Protocol):
 
 
 class CudaClock:
-    """Runs a call for about `seconds`, at least 5 times and at most 100."""
+    """Times a call with CUDA events for about `seconds`, with 5 to 100 runs."""
 
     def __init__(self, device: torch.device, seconds: float = 0.25):
         self.device, self.seconds = device, seconds
@@ -58,8 +57,8 @@ class CudaClock:
         once = self._run(call)
         runs = max(FEWEST, min(MOST, int(self.seconds / max(once, 1e-6))))
         spread = Spread.of([self._run(call) for _ in range(runs)])
-        said = nvml.state(self.device.index or 0)
-        return Timing(spread, runs, peak, self._issued(call, min(runs, 20)), said)
+        state = nvml.state(self.device.index or 0)
+        return Timing(spread, runs, peak, self._issued(call, min(runs, 20)), state)
 
     def _run(self, call: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -80,14 +79,14 @@ class CudaClock:
         return (time.perf_counter() - began) / runs
 
     def launches(self, call: Callable[[], Any]) -> int | None:
-        """Counted by the profiler, which stays attached to the device: do this last."""
+        """Counted with the profiler. It stays attached to the device, so do this after all timings."""
         kinds = torch.profiler.ProfilerActivity
         try:
             with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
                 call()
                 torch.cuda.synchronize(self.device)
             return sum(event.device_type.name == "CUDA" for event in profiler.events() or ()) or None
-        except (RuntimeError, AssertionError):  # a machine may forbid it
+        except (RuntimeError, AssertionError):  # profiling may be forbidden on a machine
             return None
 
     def _peak(self, call: Callable[[], Any]) -> int:
@@ -100,7 +99,7 @@ class CudaClock:
 
 
 def copy_rate(device: torch.device, clock: Clock, size: int) -> float:
-    """Bytes/s, read and written, of a copy of `size` bytes within device memory."""
+    """Bytes/s of a copy of `size` bytes within device memory, counting reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     source.random_()
     target = torch.empty_like(source)
@@ -108,8 +107,8 @@ def copy_rate(device: torch.device, clock: Clock, size: int) -> float:
 
 
 def product_seconds(device: torch.device, clock: Clock, tokens: int, hidden: int, vocab: int) -> tuple[float, float, float]:
-    """Seconds of the output layer's three products by torch.matmul in bfloat16, no softmax between: logits, and the gradients of hidden
-    states and weight."""
+    """Seconds of the three matrix products of the output layer with torch.matmul in bfloat16, without softmax: logits, gradient of hidden
+    states, gradient of the weight."""
     x, weight, logits = (torch.randn(n, m, device=device).bfloat16() for n, m in ((tokens, hidden), (vocab, hidden), (tokens, vocab)))
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     forward = clock(lambda: torch.matmul(x, weight.T, out=logits)).seconds.median

@@ -1,4 +1,4 @@
-"""Facts as they are measured: JSON lines, each on the disk before the next measurement starts, so that a run that is killed keeps them."""
+"""Measured facts as JSON lines. Each is on disk before the next measurement starts, so that an interrupted run keeps them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Fact = dict[str, Any]
 
 
 class Facts:
-    """Appends to `path`, or writes nowhere if that is None."""
+    """Appends to `path`. Writes nothing if `path` is None."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -20,12 +20,12 @@ class Facts:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, fact: Mapping[str, Any]) -> None:
-        """Write one fact, and wait until it is on the disk."""
+        """Write one fact and wait until it is on disk."""
         if self.path is None:
             return
         line = json.dumps(fact, default=str) + "\n"
         with self.path.open("a+b") as file:
-            # A line that a kill cut short must not swallow this one.
+            # If the process was killed while writing a line, start a new line.
             torn = file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
             file.write((b"\n" if torn else b"") + line.encode())
             file.flush()
@@ -33,13 +33,13 @@ class Facts:
 
 
 def read(path: Path | None) -> list[Fact]:
-    """Every whole line of `path`; none where there is no such file."""
+    """All complete lines of `path`. Empty if the file does not exist."""
     if path is None or not path.exists():
         return []
     facts = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             facts.append(json.loads(line))
-        except ValueError:  # cut short by a kill
+        except ValueError:  # incomplete, because the process was killed while writing it
             continue
     return [fact for fact in facts if isinstance(fact, dict)]

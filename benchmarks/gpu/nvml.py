@@ -1,11 +1,11 @@
-"""What the GPU says of itself while it is measured: clock, power, temperature, and why it runs slower than it could."""
+"""The state of a GPU during a measurement, from NVML: clock, power, temperature, and reasons for throttling."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
-REASONS = {  # NVML's clock event reasons that are no choice of the user
+REASONS = {  # NVML's clock event reasons, except those that the user sets
     0x4: "power cap",
     0x8: "hardware slowdown",
     0x20: "thermal (software)",
@@ -15,7 +15,7 @@ REASONS = {  # NVML's clock event reasons that are no choice of the user
 
 
 def state(index: int = 0) -> dict[str, Any]:
-    """{"sm_mhz", "watts", "celsius", "throttled": reasons} of a GPU now; {"nvml": why not} where it cannot be asked."""
+    """{"sm_mhz", "watts", "celsius", "throttled": reasons} of a GPU, or {"nvml": error} if NVML is not available."""
     try:
         nvml, handle = _handle(index)
         bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
@@ -27,7 +27,7 @@ def state(index: int = 0) -> dict[str, Any]:
         }
     except ImportError:
         return {"nvml": "nvidia-ml-py is not installed"}
-    except Exception as error:  # NVML's own errors, by driver and permission
+    except Exception as error:  # NVML errors depend on driver and permissions
         return {"nvml": f"{type(error).__name__}: {error}"[:200]}
 
 

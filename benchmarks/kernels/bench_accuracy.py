@@ -1,7 +1,8 @@
-"""python -m benchmarks accuracy: log-probs and gradients, ours and others', against float64 over a vocabulary of 128256.
+"""python -m benchmarks accuracy: Measure errors of log-probs and gradients against float64, for our kernels and their peers.
 
-Hidden states and weights are bfloat16, logits of standard deviation 3.5, and targets are drawn from the softmax, so that their logits
-are around 12 as a trained model's are. Without a GPU ours are the torch references; the kernels run in Triton's interpreter besides.
+The vocabulary has 128256 tokens. Hidden states and weights are bfloat16, and logits have a standard deviation of 3.5. Targets are sampled
+from the softmax, so their logits are around 12, as in a trained model. Without a GPU, the torch references are measured, and the kernels in
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from triton_kernels.launch import interpreted
 
 VOCAB = 128256
 SCALE = 3.5  # standard deviation of the logits
-INTERPRETED_TOKENS = 8  # rows that the interpreter takes seconds for
+INTERPRETED_TOKENS = 8  # the interpreter takes seconds for these rows
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Level:
-    """Where a computation begins: the operations that give its log-probs and gradients, and who besides computes them."""
+    """The input of a computation, hidden states or logits: the operations for log-probs and for gradients, and additional contenders."""
 
     forward: str
     both: str
@@ -47,7 +48,9 @@ def _eager_fp32(t: Tensors) -> Tensor:
     return F.cross_entropy(F.linear(t["hidden"].float(), t["weight"].float()), t["target"], reduction="none")
 
 
-HIDDEN = Level("linear_logprob forward", "linear_logprob forward and backward", {f"{EAGER}, weights raised to float32": plain(_eager_fp32)})
+HIDDEN = Level(
+    "linear_logprob forward", "linear_logprob forward and backward", {f"{EAGER}, weights converted to float32": plain(_eager_fp32)}
+)
 LOGITS = Level("logprob forward", "logprob forward and backward", {})
 
 
@@ -55,34 +58,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--tokens", type=int, default=1024 if on_gpu else 64, help="rows (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=4096 if on_gpu else 512, help="width of the hidden states (default: %(default)s)")
-    parser.add_argument("--facts", type=Path, metavar="F", help="append each row to this file as it comes")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument("--facts", type=Path, metavar="F", help="append each result to this file as soon as it is measured")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write all results to this JSON file")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints the tables as Markdown."""
+    """Print the tables as Markdown."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = measure(device, arguments.tokens, arguments.hidden, save=Facts(arguments.facts).add)
     if device.type == "cpu" and not interpreted():
         rows += _in_the_interpreter(arguments.hidden)
-    found = {"versions": versions(), "device": device.type, "tokens": arguments.tokens, "hidden": arguments.hidden, "rows": rows}
-    as_file(arguments.json, found)
-    print("\n".join(page(found)))
+    results = {"versions": versions(), "device": device.type, "tokens": arguments.tokens, "hidden": arguments.hidden, "rows": rows}
+    as_file(arguments.json, results)
+    print("\n".join(page(results)))
     return 0
 
 
 def measure(device: torch.device, tokens: int, hidden: int, vocab: int = VOCAB, save: Callable[[Row], None] = lambda _: None) -> list[Row]:
-    """Every contender's errors from hidden states, and from logits of both types; `save` is handed each as it comes."""
-    drawn = _draw(device, tokens, hidden, vocab)
-    rows = _compare("hidden states", HIDDEN, drawn, from_hidden, save)
-    logits = F.linear(drawn["hidden"].double(), drawn["weight"].double())
+    """The errors of every contender, from hidden states and from float32 and bfloat16 logits. `save` is called with each row at once."""
+    inputs = _inputs(device, tokens, hidden, vocab)
+    rows = _compare("hidden states", HIDDEN, inputs, from_hidden, save)
+    logits = F.linear(inputs["hidden"].double(), inputs["weight"].double())
     for dtype in (torch.float32, torch.bfloat16):
-        given = {"logits": logits.to(dtype), "target": drawn["target"]}
-        rows += _compare(f"{str(dtype).removeprefix('torch.')} logits", LOGITS, given, from_logits, save)
+        tensors = {"logits": logits.to(dtype), "target": inputs["target"]}
+        rows += _compare(f"{str(dtype).removeprefix('torch.')} logits", LOGITS, tensors, from_logits, save)
     return rows
 
 
-def _draw(device: torch.device, tokens: int, hidden: int, vocab: int) -> Tensors:
+def _inputs(device: torch.device, tokens: int, hidden: int, vocab: int) -> Tensors:
     torch.manual_seed(0)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     weight = (torch.randn(vocab, hidden, device=device) * (SCALE / hidden**0.5)).bfloat16()
@@ -94,24 +97,24 @@ Exact = tuple[Tensor, tuple[Tensor, ...]]  # log-probs, and the gradients of the
 
 
 def from_hidden(t: Tensors) -> Exact:
-    """In float64: log-probs, gradients of hidden states and weight."""
+    """Log-probs and the gradients of hidden states and weight, in float64."""
     hidden, weight = t["hidden"].double(), t["weight"].double()
     logp, (slopes,) = from_logits({"logits": F.linear(hidden, weight), "target": t["target"]})
     return logp, (slopes @ weight, slopes.T @ hidden)
 
 
 def from_logits(t: Tensors) -> Exact:
-    """In float64: log-probs, the gradient of logits."""
+    """Log-probs and the gradient of logits, in float64."""
     log_p = torch.log_softmax(t["logits"].double(), -1)
     slopes = log_p.exp().neg_().scatter_add_(1, t["target"][:, None], torch.ones_like(log_p[:, :1]))
     return log_p.gather(1, t["target"][:, None])[:, 0], (slopes,)
 
 
-def _compare(begin: str, level: Level, tensors: Tensors, exact: Callable[[Tensors], Exact], save: Callable[[Row], None]) -> list[Row]:
+def _compare(source: str, level: Level, tensors: Tensors, exact: Callable[[Tensors], Exact], save: Callable[[Row], None]) -> list[Row]:
     expected = exact(tensors)
     rows = []
     for who, forward, both in _contenders(level):
-        row: Row = {"from": begin, "contender": who, "tokens": len(tensors["target"])}
+        row: Row = {"from": source, "contender": who, "tokens": len(tensors["target"])}
         try:
             row |= _errors(level, forward, both, tensors, expected)
         except Exception as error:
@@ -122,27 +125,27 @@ def _compare(begin: str, level: Level, tensors: Tensors, exact: Callable[[Tensor
 
 
 def _contenders(level: Level) -> Iterator[tuple[str, Contender, Contender]]:
-    """(name, who gives log-probs, who gives gradients)."""
+    """(name, contender for log-probs, contender for gradients)."""
     first, second = (dict(OPERATIONS[name].ours) for name in (level.forward, level.both))
     if not interpreted():
         first |= {**PEERS[level.forward], **level.extra}
         second |= {**PEERS[level.both], **level.extra}
     for who, contender in second.items():
-        if who != COMPILED:  # the formula of torch eager
+        if who != COMPILED:  # same formula as torch eager
             yield who, first.get(who, contender), contender
 
 
 def _errors(level: Level, forward: Contender, both: Contender, tensors: Tensors, expected: Exact) -> Row:
     logp, gradients = expected
     fresh = {name: tensor.clone() for name, tensor in tensors.items()}
-    found = timed(OPERATIONS[level.forward], forward, fresh)()
+    result = timed(OPERATIONS[level.forward], forward, fresh)()
     fresh = {name: tensor.clone() for name, tensor in tensors.items()}
     operation = OPERATIONS[level.both]
     (total, *_), slopes = _once(both, fresh, operation.trained)
-    sign = -1.0 if float(total.detach().sum()) > 0 else 1.0  # a loss is the negative of log-probs, which are below 0
-    row: Row = {"gradient": [_relative(sign * got.double(), wanted) for got, wanted in zip(slopes, gradients, strict=True)]}
-    if found.shape == logp.shape:
-        error = (-found.double().abs() - logp).abs()
+    sign = -1.0 if float(total.detach().sum()) > 0 else 1.0  # a positive result is a loss, the negative of log-probs
+    row: Row = {"gradient": [_relative(sign * slope.double(), exact) for slope, exact in zip(slopes, gradients, strict=True)]}
+    if result.shape == logp.shape:
+        error = (-result.double().abs() - logp).abs()
         row |= {"logp_max": float(error.max()), "logp_mean": float(error.mean())}
     return row
 
@@ -153,12 +156,12 @@ def _once(contender: Contender, tensors: Tensors, trained: Sequence[str]) -> tup
     return (outputs,), torch.autograd.grad(outputs, leaves, torch.ones_like(outputs))
 
 
-def _relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm())
+def _relative(result: Tensor, exact: Tensor) -> float:
+    return float((result - exact).norm() / exact.norm())
 
 
 def _in_the_interpreter(hidden: int) -> list[Row]:
-    """Ours by the kernels, in a process that interprets them."""
+    """The errors of our kernels, in a process that runs them in Triton's interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks", "accuracy", "--tokens", str(INTERPRETED_TOKENS), "--hidden", str(hidden)]
@@ -170,30 +173,30 @@ def _in_the_interpreter(hidden: int) -> list[Row]:
     return [row | {"contender": f"{row['contender']}: kernels, interpreted, {INTERPRETED_TOKENS} rows"} for row in rows]
 
 
-HEADER = ("from", "who", "log-prob, largest error", "mean error", "gradient, relative error")
+HEADER = ("from", "contender", "log-prob, largest error", "mean error", "gradient, relative error")
 
 
-def page(found: Mapping[str, Any]) -> list[str]:
+def page(results: Mapping[str, Any]) -> list[str]:
     """The errors as Markdown."""
-    sizes = f"{found['tokens']} rows, hidden states of {found['hidden']}, a vocabulary of {VOCAB}, seed 0"
-    rows = [row for row in found["rows"] if "error" not in row]
-    absent = [f"- {row['contender']}, from {row['from']}: {row['error']}" for row in found["rows"] if "error" in row]
+    sizes = f"{results['tokens']} rows, hidden states of {results['hidden']}, a vocabulary of {VOCAB}, seed 0"
+    rows = [row for row in results["rows"] if "error" not in row]
+    failed = [f"- {row['contender']}, from {row['from']}: {row['error']}" for row in results["rows"] if "error" in row]
     notes = [
-        f"On {found['versions'].get('gpu', 'CPU')}: {sizes}. Errors of log-probs are in nats, against float64 on",
-        "the same inputs; of gradients ||error|| / ||exact||, of hidden states / weight, or of logits. A gradient is returned in the type",
-        "of its input, which for bfloat16 alone costs about 1e-3. What begins at hidden states makes its own logits: in float32, or",
-        "rounded to bfloat16.",
+        f"On {results['versions'].get('gpu', 'CPU')}: {sizes}. Errors of log-probs are in nats, against float64 on",
+        "the same inputs. Errors of gradients are ||error|| / ||exact||, of hidden states / weight or of logits. A gradient has the dtype",
+        "of its input; rounding to bfloat16 alone adds an error of about 1e-3. From hidden states, each contender computes its own logits,",
+        "in float32 or rounded to bfloat16.",
     ]
-    if found["device"] == "cpu":
+    if results["device"] == "cpu":
         notes.append(
-            "On CPU *ours* are the torch references. The interpreter cuts bfloat16 off where a GPU rounds: gradients twice as far off."
+            "On CPU, *ours* are the torch references. The interpreter truncates bfloat16, where a GPU rounds: gradient errors are doubled."
         )
     return [
-        *heading("Log-probs and gradients against float64", found["versions"], "python -m benchmarks accuracy"),
+        *heading("Log-probs and gradients against float64", results["versions"], "python -m benchmarks accuracy"),
         *notes,
         "",
         *table(HEADER, map(_cells, rows)),
-        *(["", "Not measured:", "", *absent] if absent else []),
+        *(["", "Not measured:", "", *failed] if failed else []),
     ]
 
 

@@ -1,6 +1,6 @@
-"""python -m benchmarks kernel_changes: what changes of the kernels' design save, counted on tensors without memory; docs/kernels.md.
+"""python -m benchmarks kernel_changes: Count the bytes and FLOPs saved by design changes of the kernels, and print docs/kernels.md.
 
-"after" is counted from the code as it is, "before" from what it did, which is written down here.
+The counts are made on meta tensors. "After" is counted from the current code, "before" from formulas for the earlier design, in this file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from triton_kernels.linear_logprob import Gradients, chunk_rows
 BLOCK_BEFORE = 4096  # rows of every forward product, and of a chunk
 SPAN_BEFORE = 256
 META = torch.device("meta")
-WANTED = 5000  # rows of a ragged microbatch
+WANTED = 5000  # rows of a microbatch that is not a multiple of the block
 
 PAGE = """# What the kernels move and multiply
 
@@ -68,11 +68,11 @@ class Change:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """There are no options."""
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints docs/kernels.md."""
+    """Print docs/kernels.md."""
     print(page(), end="")
     return 0
 
@@ -84,7 +84,7 @@ def page() -> str:
 
 
 def changes() -> Iterator[Change]:
-    """In the order of the page, each for a whole vocabulary and for an eighth of it where that differs."""
+    """In the order of the page, for a whole vocabulary and for an eighth of it where results differ."""
     shapes = SHAPES["8b-tp1"], SHAPES["405b-tp8"]
     ragged = [replace(shape, tokens=WANTED) for shape in shapes]
     yield from (_products(shape, 1, "log-probs of 5,000 rows") for shape in ragged)
@@ -120,7 +120,7 @@ def _decoding(shape: Shape) -> Change:
 
 
 def _partial_sums(shape: Shape, span: int) -> int:
-    """Bytes written and read again: for each query head and span a sum of values, a maximum and a sum of weights, in fp32."""
+    """Bytes of partial results, written and read: per query head and span a sum of values, a maximum and a sum of weights, in fp32."""
     spans = sum(-(-reach // span) for reach in reaches())
     return 2 * spans * shape.heads // shape.tp * (shape.head_size + 2) * 4
 
@@ -129,13 +129,13 @@ def _predicted(shape: Shape) -> Change:
     h100, weights = CHIPS[0], _weights(shape)
     floor = 3 * _one_product(shape) / h100.matrix
     into_accumulator, after = metered(shape, _accumulated), metered(shape, _saved)
-    before = into_accumulator.traffic + weights * (4 + 4 + 2)  # filled with zeros, and rounded
+    before = into_accumulator.traffic + weights * (4 + 4 + 2)  # zero-filling and rounding
     seconds = [after.flops / h100.matrix + outside / h100.memory for outside in (before, after.traffic)]
     return Change("predicted time, 8192 rows", shape.name, "ms", *(1e3 * each for each in (*seconds, floor)))
 
 
 def metered(shape: Shape, compute: Callable[[Tensor, Tensor, Tensor], Any]) -> Work:
-    """What is done of hidden [tokens, D], weight [V, D] and targets, forward and backward."""
+    """The work of `compute` on hidden [tokens, D], weight [V, D] and targets, forward and backward."""
     hidden, weight = (_empty(rows, shape.hidden).requires_grad_() for rows in (shape.tokens, shape.vocab // shape.tp))
     with Meter(META, {}) as meter:
         out = compute(hidden, weight, torch.empty(shape.tokens, dtype=torch.int64, device=META))
@@ -165,7 +165,8 @@ def _in_forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def weight_gradient_bytes(shape: Shape) -> int:
-    """Read and written of the output layer's gradient, until it is there in the weight's type. Without the operands of the products."""
+    """Bytes read and written of the gradient of the output layer's weight, until it is complete in the weight's dtype. Operands of the
+    products are not counted."""
     hidden, weight = _empty(shape.tokens, shape.hidden), _empty(shape.vocab // shape.tp, shape.hidden)
     chunk = chunk_rows(len(weight))
     with Touched(weight.shape) as touched:
@@ -178,7 +179,7 @@ def weight_gradient_bytes(shape: Shape) -> int:
 
 
 class Touched(TorchDispatchMode):
-    """Counts the bytes of tensors of one shape that are written, and read where a result is added to them or made of them."""
+    """Counts bytes of tensors of one shape: when they are written, and when they are read for accumulation or conversion."""
 
     def __init__(self, shape: torch.Size):
         super().__init__()

@@ -1,6 +1,6 @@
-"""python -m benchmarks kernels: on a GPU each kernel's time beside its floor and its peers; without one what it compiles to, and floors.
+"""python -m benchmarks kernels: Time kernels against peers and lower bounds on a GPU; without one, compile them and report registers.
 
-Without a GPU the exit status is 1 when a kernel fails the gate of triton_kernels/aot.py.
+Without a GPU, the exit status is 1 if a kernel fails the checks of triton_kernels/aot.py.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ COLUMNS: dict[str, Cell] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of a model and its ranks (default: all)")
-    parser.add_argument("--json", type=Path, metavar="F", help="without a GPU: also write everything to this file")
-    parser.add_argument("--facts", type=Path, metavar="F", help="on a GPU: append facts to this file, and leave out what it has")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="on a GPU: start no measurement after so many")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="model and tensor-parallel size (default: all)")
+    parser.add_argument("--json", type=Path, metavar="F", help="without a GPU: also write all results to this JSON file")
+    parser.add_argument("--facts", type=Path, metavar="F", help="on a GPU: append results to this file, and skip those that are in it")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="on a GPU: start no measurement after this time (default: no limit)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints the report as Markdown; 1 when a kernel fails the gate."""
+    """Print the report as Markdown. Returns 1 if a kernel fails the checks."""
     shapes = [SHAPES[name] for name in arguments.shape]
     if torch.cuda.is_available():
         return _on_gpu(shapes, arguments.seconds, arguments.facts)
@@ -54,20 +56,20 @@ def main(arguments: argparse.Namespace) -> int:
 def _on_gpu(shapes: Sequence[Shape], seconds: float, file: Path | None) -> int:
     device, facts, known = torch.device("cuda"), Facts(file), read(file)
     facts.add({"versions": versions()})
-    said: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
 
     def save(fact: dict[str, Any]) -> None:
         facts.add(fact)
-        said.append(fact)
+        measured.append(fact)
 
     bench_times.measure(shapes, device, CudaClock(device), PEERS, seconds=seconds, save=save, known=known)
-    found = bench_times.assembled([*known, *said])
-    print("\n".join([*heading("Kernels on a GPU", versions(), "python -m benchmarks kernels"), *bench_times.page(found, shapes)]))
+    results = bench_times.assembled([*known, *measured])
+    print("\n".join([*heading("Kernels on a GPU", versions(), "python -m benchmarks kernels"), *bench_times.page(results, shapes)]))
     return 0
 
 
 def as_json(reports: Sequence[Sequence[aot.AotReport]], shapes: Iterable[Shape]) -> dict[str, Any]:
-    """Every fact of the page as numbers; floors in seconds."""
+    """All numbers of the page. Floors are in seconds."""
     return {
         "versions": versions(),
         "compiled": [compiled(report) for row in reports for report in row],
@@ -101,17 +103,17 @@ def _gate(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:
     faults = [f"- {fault}" for row in reports for report in row for fault in report.faults]
     passed = f"All {sum(map(len, reports))} pass: no spills, shared memory within limits, 128-bit loads where rows are aligned,"
     passed += " asynchronous copies in kernels that prefetch."
-    return ["## The gate", "", *(faults or [passed])]
+    return ["## Checks", "", *(faults or [passed])]
 
 
 def _compiled(reports: Sequence[Sequence[aot.AotReport]]) -> list[str]:
     archs = " / ".join(f"sm_{arch}" for arch in aot.CHIPS)
     return [
         "",
-        "## What they compile to",
+        "## Compilation",
         "",
-        f"{archs}, one number where all are equal. Registers and spilled bytes are per thread, shared memory per block; occupancy is",
-        "the share of a multiprocessor's warps that registers, shared memory and warps admit at once.",
+        f"{archs}, or one number if all are equal. Registers and spilled bytes are per thread, shared memory per block. Occupancy is the",
+        "share of a multiprocessor's warps that can be resident, limited by registers, shared memory and warps per block.",
         "",
         *table(["kernel", "warps", *COLUMNS], map(_compiled_row, reports)),
     ]
@@ -129,8 +131,9 @@ def _sustained() -> list[str]:
         "",
         "## Floors",
         "",
-        f"Microseconds, and what they go to: the bytes and products that cannot be avoided, over what a chip sustains ({chips}:",
-        "measured on an H200, the others' data sheets less what that one lost). *launch*: less than a launch takes.",
+        "Lower bounds of the time in microseconds, and what limits it: memory traffic or matrix products, at the sustained rates of a chip",
+        f"({chips}). The rates of the H200 are measured; those of the others are their data sheets' times the same efficiency. *launch*:",
+        "less time than a launch.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Every operation of benchmarks/kernels/operations.py timed on this GPU: ours, every peer, and the floor measured in the same run."""
+"""Times every operation of benchmarks/kernels/operations.py on this GPU: ours, the peers, and the lower bound measured in the same run."""
 
 from __future__ import annotations
 
@@ -19,28 +19,26 @@ from benchmarks.kernels.operations import OPERATIONS, OURS, Contender, Operation
 from benchmarks.support.tables import table
 
 OUTPUT_LAYER = "linear_logprob forward and backward"
-OF_FLOOR = (  # (operation, shape, the most times the floor that we want to take)
+OF_FLOOR = (  # (operation, shape, target for our time divided by the lower bound)
     ("logprob forward", "8b-tp1", 1.15),
     ("logprob forward and backward", "8b-tp1", 1.25),
     (OUTPUT_LAYER, "8b-tp1", 1.12),
     (OUTPUT_LAYER, "405b-tp8", 1.06),
 )
-FASTER = ((OUTPUT_LAYER, "Liger", 3.0), (OUTPUT_LAYER, "F.linear_cross_entropy", 1.0))  # (operation, peer, at least so many times)
+FASTER = ((OUTPUT_LAYER, "Liger", 3.0), (OUTPUT_LAYER, "F.linear_cross_entropy", 1.0))  # (operation, peer, target speedup)
 
 Peers = Mapping[str, Mapping[str, Contender]]
 Row = dict[str, Any]
 Save = Callable[[dict[str, Any]], None]
 
 PROTOCOL = (
-    "One process, one GPU. Inputs are drawn anew, from the same seed, for each contender. After a warm-up, every run is timed by events on",
-    "the device, behind a read of 256 MB that empties the L2 cache and a sleep that hides the host's work; 5 to 100 runs, median",
-    "(min..max).",
-    "*back to back* is the time a call takes on the host's clock when calls follow each other. Memory is the peak on top of the inputs.",
-    "Inputs, weights and layers are bfloat16, per-token columns float32; log-probs are of every row. Gradients are of all inputs that",
-    "are trained. Floors are of this GPU in this run: bytes over the rate of a copy, products by torch.matmul at the same shape, timed",
-    "right before and right after;",
-    "where the floor is below a launch (3 µs), the ratio is to 3 µs. Launches are kernels, copies and fills; the clock is the SMs' in MHz",
-    "after the runs.",
+    "One process, one GPU. Each contender gets new inputs from the same seed. After a warm-up, every run is timed with device events. A",
+    "read of 256 MB before it empties the L2 cache, and a sleep hides the host's work. Times are median (min..max) of 5 to 100 runs. *back",
+    "to back* is the host time per call of consecutive calls. Memory is the peak in addition to the inputs. Inputs, weights and",
+    "activations are bfloat16, per-token columns float32. Log-probs are computed for all rows, gradients for all trained inputs. Floors",
+    "are lower bounds measured on this GPU in this run: bytes over the rate of a copy, matrix products with torch.matmul at this shape,",
+    "timed right before and right after. If a floor is below a launch (3 µs), the ratio is to 3 µs. Launches are kernels, copies and",
+    "fills. The clock is that of the SMs in MHz after the runs.",
 )
 
 
@@ -54,8 +52,8 @@ def measure(
     save: Save = lambda _: None,
     known: Sequence[Row] = (),
 ) -> dict[str, Any]:
-    """Times everything but what is `known` from an earlier run; after `seconds` what is left is named and not timed. `save` is handed each
-    row, and the rate of a copy, as soon as they are there. Launches are counted in a last pass."""
+    """Times all contenders, except the rows in `known`, from an earlier run. After `seconds`, the others are listed as not measured. `save`
+    is called with the copy rate and with each row as soon as it is measured. Launches are counted in a last pass."""
     began = time.monotonic()
     memory = copy_rate(device, clock, _copied(device))
     save({"copy_bytes_per_s": memory})
@@ -77,7 +75,7 @@ def measure(
 
 
 def assembled(facts: Iterable[Row]) -> dict[str, Any]:
-    """What `measure` returns, from the facts that it saved."""
+    """The result of `measure`, reconstructed from the facts that it saved."""
     copied, rows = math.nan, dict[tuple[str, ...], Row]()
     for fact in facts:
         if "copy_bytes_per_s" in fact:
@@ -93,7 +91,7 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def _row(name: str, contender: Contender, shape: Shape, device: torch.device, clock: Clock, memory: float) -> Row:
-    """The timing beside the floor. The products of an output layer are timed before and after it: a GPU's clock falls as it warms up."""
+    """Timing and floor. For an output layer, its matrix products are timed before and after, because a GPU's clock falls as it warms up."""
     if "linear" not in name:
         return _floor(name, shape, Chip(shape.name, memory, math.inf)) | _timed(OPERATIONS[name], contender, shape, device, clock)
     size = (shape.tokens, shape.hidden, shape.vocab // shape.tp)
@@ -105,28 +103,28 @@ def _row(name: str, contender: Contender, shape: Shape, device: torch.device, cl
 
 
 def _turns(shapes: Sequence[Shape], peers: Peers) -> list[tuple[Shape, str, str, Contender]]:
-    """Who is measured, in order of worth: what a target speaks of, then ours, torch's, packages, which may take the device down, and last
-    torch.compile, the slowest."""
+    """All contenders in order of priority: those with a target, ours, torch's, then packages, which may crash the device, and torch.compile
+    last, because it is the slowest."""
     every = [
         (shape, name, who, contender)
         for shape in shapes
         for name, operation in OPERATIONS.items()
         for who, contender in {**operation.ours, **peers.get(name, {})}.items()
     ]
-    return sorted(every, key=lambda turn: _worth(turn[0].name, turn[1], turn[2]))
+    return sorted(every, key=lambda turn: _priority(turn[0].name, turn[1], turn[2]))
 
 
-def _worth(shape: str, name: str, who: str) -> int:
-    judged = (name, shape) in {target[:2] for target in OF_FLOOR}
-    if judged and who == OURS:
+def _priority(shape: str, name: str, who: str) -> int:
+    has_target = (name, shape) in {target[:2] for target in OF_FLOOR}
+    if has_target and who == OURS:
         return 0
-    if judged and any((name, who) == target[:2] for target in FASTER):
+    if has_target and any((name, who) == target[:2] for target in FASTER):
         return 1
     return 5 if who == COMPILED else 2 if who == OURS else 3 if who.startswith((OURS, "torch", "F.")) else 4
 
 
 def _copied(device: torch.device) -> int:
-    """A size that fills a GPU and fits it."""
+    """Bytes to copy: enough to saturate the GPU, and at most an eighth of its memory."""
     if device.type != "cuda":
         return 1 << 20
     return min(2 << 30, torch.cuda.get_device_properties(device).total_memory // 8)
@@ -138,10 +136,10 @@ def _floor(name: str, shape: Shape, chip: Chip) -> Row:
 
 
 def _timed(operation: Operation, contender: Contender, shape: Shape, device: torch.device, clock: Clock) -> Row:
-    """The timing, or one line why there is none: a peer that fails is no reason to stop."""
+    """The timing, or the error in one line, so that the failure of a peer does not stop the run."""
     try:
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what others left in the allocator
+            torch.cuda.empty_cache()  # memory of earlier contenders
         torch.manual_seed(0)
         timing = clock(timed(operation, contender, operation.draw(shape, device)))
     except Exception as error:
@@ -149,17 +147,18 @@ def _timed(operation: Operation, contender: Contender, shape: Shape, device: tor
     return {"timing": asdict(timing)}
 
 
-def page(found: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
+def page(results: Mapping[str, Any], shapes: Sequence[Shape]) -> list[str]:
     """The measurements as Markdown."""
-    lines = [*PROTOCOL, "", f"A copy moves {found['copy_bytes_per_s'] / 1e12:.2f} TB/s, read and written.", "", *_verdicts(found["rows"])]
+    rate = results["copy_bytes_per_s"] / 1e12
+    lines = [*PROTOCOL, "", f"A copy moves {rate:.2f} TB/s, counting reads and writes.", "", *_verdicts(results["rows"])]
     for shape in shapes:
-        rows = [row for row in found["rows"] if row["shape"] == shape.name]
+        rows = [row for row in results["rows"] if row["shape"] == shape.name]
         lines += ["", f"### {shape.name}, {shape.tokens} tokens", "", *_products(shape, rows), *_table(rows), *_absent(rows)]
     return lines
 
 
 def _products(shape: Shape, rows: Sequence[Row]) -> list[str]:
-    """How fast the three products were, over all times that they were timed."""
+    """The speed of the three matrix products, over all their timings."""
     taken = [parts for row in rows for parts in row.get("products", ())]
     if not taken:
         return []
@@ -172,23 +171,23 @@ def _products(shape: Shape, rows: Sequence[Row]) -> list[str]:
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
-    """How each target came out that this run can judge."""
-    taken = {(row["operation"], row["shape"], row["contender"]): row for row in rows if "timing" in row}
+    """A line per target whose contenders were measured."""
+    measured = {(row["operation"], row["shape"], row["contender"]): row for row in rows if "timing" in row}
     lines = []
-    for operation, shape, most in OF_FLOOR:
-        if row := taken.get((operation, shape, OURS)):
-            lines.append(_verdict(f"{operation}, {shape}", "of the floor", _of_floor(row), most, _of_floor(row) <= most))
-    for (operation, shape, who), row in taken.items():
-        for judged, peer, least in FASTER:
-            ours = taken.get((operation, shape, OURS))
-            if ours and (operation, who) == (judged, peer):
+    for operation, shape, limit in OF_FLOOR:
+        if row := measured.get((operation, shape, OURS)):
+            lines.append(_verdict(f"{operation}, {shape}", "of the floor", _of_floor(row), limit, _of_floor(row) <= limit))
+    for (operation, shape, who), row in measured.items():
+        for target_operation, peer, speedup in FASTER:
+            ours = measured.get((operation, shape, OURS))
+            if ours and (operation, who) == (target_operation, peer):
                 ratio = _seconds(row) / _seconds(ours)
-                lines.append(_verdict(f"{operation}, {shape}", f"faster than {peer}", ratio, least, ratio >= least))
+                lines.append(_verdict(f"{operation}, {shape}", f"faster than {peer}", ratio, speedup, ratio >= speedup))
     return ["Targets:", "", *lines] if lines else []
 
 
-def _verdict(what: str, how: str, found: float, wanted: float, met: bool) -> str:
-    return f"- {what}: {found:.2f}x {how}, target {wanted:g}x: {'met' if met else 'MISSED'}"
+def _verdict(what: str, unit: str, value: float, target: float, met: bool) -> str:
+    return f"- {what}: {value:.2f}x {unit}, target {target:g}x: {'met' if met else 'MISSED'}"
 
 
 def _seconds(row: Row) -> float:
@@ -205,12 +204,12 @@ HEADER = ("operation", "who", "µs", "rate", "of floor", "ours is faster", "peak
 def _launches(operation: Operation, contender: Contender, shape: Shape, device: torch.device, clock: Clock) -> int | None:
     try:
         return clock.launches(timed(operation, contender, operation.draw(shape, device)))
-    except Exception:  # it was timed, or why not was said
+    except Exception:  # errors are reported by the timing
         return None
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    """By operation, in the order of OPERATIONS; our own first."""
+    """Rows in the order of OPERATIONS, ours first."""
     cells = []
     for name in OPERATIONS:
         measured = [row for row in rows if row["operation"] == name and "timing" in row]
@@ -237,12 +236,12 @@ def _cells(row: Row, ours: float) -> list[str]:
 
 
 def _clock(gpu: Mapping[str, Any]) -> str:
-    """MHz, and what held it down."""
+    """MHz, and the reasons for throttling."""
     return f"{gpu['sm_mhz']} {', '.join(gpu['throttled'])}".strip() if "sm_mhz" in gpu else ""
 
 
 def _absent(rows: Sequence[Row]) -> list[str]:
-    """Who was not measured, and why; one line for those of one name and one reason."""
+    """Contenders that were not measured: a line for each contender and reason."""
     operations: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "error" in row:

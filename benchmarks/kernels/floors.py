@@ -1,6 +1,6 @@
-"""The least time a kernel's work can take: the bytes it cannot avoid moving and the products it cannot avoid, over what a chip sustains.
+"""Lower bounds ("floors") of kernel times: the minimum of bytes moved and of FLOPs, divided by the sustained rates of a chip.
 
-Counted for one rank: activations, logits and weights in bfloat16, statistics and per-token columns in float32, every tensor read or
+Counted for one rank: activations, logits and weights in bfloat16, statistics and per-token columns in float32; every tensor is read or
 written once.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ROWS = 256  # sequences sampled at a time
-REACH = 2048  # positions that the longest of them looks back over; the others spread evenly below it
-LAUNCH = 3e-6  # seconds; one launch takes 3 to 5 microseconds, so a shorter floor is not to be reached
+ROWS = 256  # sequences decoded at a time
+REACH = 2048  # context length of the longest of them; the others are spaced evenly below it
+LAUNCH = 3e-6  # seconds; a launch takes 3 to 5 microseconds, so a lower floor cannot be reached
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Bytes/s of device memory and dense bfloat16 FLOP/s: what is sustained, where `of` turns a data sheet's into that."""
+    """Sustained bytes/s of device memory and dense bfloat16 FLOP/s. `of` derives them from a data sheet."""
 
     name: str
     memory: float
@@ -24,7 +24,7 @@ class Chip:
 
     @staticmethod
     def of(name: str, memory: float, matrix: float) -> Chip:
-        """From the data sheet, less what an H200 was measured to lose: 4.3 of its 4.8 TB/s (a copy) and 790 of its 989 TFLOP/s."""
+        """Data-sheet rates times the efficiency measured on an H200: 4.3 of 4.8 TB/s (a copy) and 790 of 989 TFLOP/s."""
         return Chip(name, memory * 4.3 / 4.8, matrix * 790 / 989)
 
 
@@ -33,7 +33,7 @@ CHIPS = (Chip.of("H100", 3.35e12, 989e12), Chip.of("H200", 4.8e12, 989e12), Chip
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as one of `tp` tensor-parallel ranks sees it, and the tokens of a microbatch. Widths are the whole model's."""
+    """A model, its tensor-parallel size `tp`, and the tokens of a microbatch. Widths are those of the whole model."""
 
     name: str
     hidden: int
@@ -58,7 +58,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes moved and floating-point operations of matrix products."""
+    """Bytes moved, and FLOPs of matrix products."""
 
     bytes: float
     flops: float = 0.0
@@ -68,14 +68,15 @@ class Work:
         return max(self.bytes / chip.memory, self.flops / chip.matrix)
 
     def bound(self, chip: Chip) -> str:
-        """What the time goes to on `chip`."""
+        """What limits the time on `chip`: "launch", "compute" or "memory"."""
         if self.floor(chip) < LAUNCH:
             return "launch"
         return "compute" if self.flops / chip.matrix > self.bytes / chip.memory else "memory"
 
 
 def _norm(shape: Shape) -> Work:
-    """Four tensors each way: x, residual, total and y; grad, grad of total, total and out. Ranks share the tokens (sequence parallel)."""
+    """Four tensors in each direction: x, residual, total and y forward; grad, grad of total, total and out backward. Each rank has a share
+    of the tokens (sequence parallel)."""
     tokens = shape.tokens // shape.tp
     return Work(4 * tokens * shape.hidden * 2 + tokens * 4 + shape.hidden * 2)
 
@@ -86,40 +87,40 @@ def _swiglu(widths: int) -> Callable[[Shape], Work]:
 
 def _rope(shape: Shape) -> Work:
     """Queries and keys, each with its cos and sin."""
-    turned = shape.tokens * (shape.heads + shape.kv_heads) // shape.tp * shape.head_size
-    return Work(2 * turned * 2 + 2 * shape.tokens * shape.head_size * 2)
+    rotated = shape.tokens * (shape.heads + shape.kv_heads) // shape.tp * shape.head_size
+    return Work(2 * rotated * 2 + 2 * shape.tokens * shape.head_size * 2)
 
 
 def _rope_qkv(shape: Shape) -> Work:
-    """Queries, keys and values, each with its cos and sin: out of one product, or into its gradient."""
+    """Queries, keys and values, with cos and sin, from the output of the QKV product, or into its gradient."""
     heads = (shape.heads + 2 * shape.kv_heads) // shape.tp
     return Work(2 * shape.tokens * heads * shape.head_size * 2 + shape.tokens * shape.head_size * 2)
 
 
 def _logprob(passes: int) -> Callable[[Shape], Work]:
-    """`passes` over the logits, a target and three float32 results a row."""
+    """`passes` over the logits, and per row a target and three float32 results."""
     return lambda shape: Work(shape.tokens * (passes * shape.vocab // shape.tp * 2 + 8 + 12))
 
 
 def _draw(shape: Shape) -> Work:
-    """Float32 logits read once, for as many rows as sequences are sampled at a time; a key in, a token out."""
+    """ROWS rows of float32 logits, read once; per row a key is read and a token written."""
     return Work(ROWS * (shape.vocab // shape.tp * 4 + 8 + 8))
 
 
 def reaches() -> list[int]:
-    """Positions that each of the sequences sampled at a time looks back over."""
+    """The context length of each sequence decoded at a time."""
     return [REACH * (row + 1) // ROWS for row in range(ROWS)]
 
 
 def _decode_attention(shape: Shape) -> Work:
-    """The keys and values that are looked at; a query in and a result out. Two products of each pair of a query head and a position."""
-    seen, heads = sum(reaches()), shape.heads // shape.tp
-    cached = 2 * seen * shape.kv_heads // shape.tp * shape.head_size * 2
-    return Work(cached + 2 * ROWS * heads * shape.head_size * 2, 4 * seen * heads * shape.head_size)
+    """Cached keys and values are read, as well as queries; results are written. Two products per query head and position."""
+    positions, heads = sum(reaches()), shape.heads // shape.tp
+    cached = 2 * positions * shape.kv_heads // shape.tp * shape.head_size * 2
+    return Work(cached + 2 * ROWS * heads * shape.head_size * 2, 4 * positions * heads * shape.head_size)
 
 
 def _linear_logprob(products: int) -> Callable[[Shape], Work]:
-    """`products` of [tokens, hidden] by [hidden, vocab]: operands read each way, gradients written, and no logits."""
+    """`products` of [tokens, hidden] by [hidden, vocab]. Operands are read forward and backward, gradients are written, logits are not."""
 
     def work(shape: Shape) -> Work:
         vocab = shape.vocab // shape.tp

@@ -1,7 +1,7 @@
-"""Others that compute the same operations: for each, a function from the tensors to what is timed.
+"""Other implementations ("peers") of the same operations: for each, a function from the tensors to the call that is timed.
 
-A package is imported when its turn comes: one that is not installed raises ImportError then, and is a line of the page. Those that
-compute a loss return it, the negative of a log-probability; of a sum over rows where that is what they are made for.
+A package is imported when it is measured; if it is not installed, the ImportError becomes a line of the page. Loss functions return the
+negative log-prob per row, or the sum over rows if they only compute that.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 def compiled(function: Callable[[Tensors], Outputs]) -> Contender:
-    """`function` through torch.compile, for tensors of one size."""
+    """`function` compiled with torch.compile for static shapes."""
 
     def prepared(tensors: Tensors) -> Call:
         torch.compiler.reset()
-        functorch.donated_buffer = False  # a backward pass is run many times
+        functorch.donated_buffer = False  # the backward pass runs many times
         return partial(torch.compile(function, dynamic=False), tensors)
 
     return prepared
@@ -55,20 +55,20 @@ def eager_swiglu(t: Tensors) -> Outputs:
 
 
 def eager_rope(t: Tensors) -> Outputs:
-    """As transformers' Llama does."""
+    """As in transformers' Llama."""
     cos, sin = (torch.cat([t[name], t[name]], -1)[:, None] for name in ("cos", "sin"))
-    return tuple(x * cos + _half_turned(x) * sin for x in (t["q"], t["k"]))
+    return tuple(x * cos + _rotate_half(x) * sin for x in (t["q"], t["k"]))
 
 
 def eager_rope_qkv(t: Tensors) -> Outputs:
-    """Taken apart, then turned as above; values copied, for a view would keep the whole product until backward."""
+    """Split, then rotated as above. Values are copied, because a view would keep the whole product alive until backward."""
     queries = t["qkv"].shape[2] - 2
     query, key, value = t["qkv"].split([queries, 1, 1], 2)
-    turned = eager_rope({"q": query.flatten(1, 2), "k": key.flatten(1, 2), "cos": t["cos"], "sin": t["sin"]})
-    return *turned, value.flatten(1, 2).contiguous()
+    rotated = eager_rope({"q": query.flatten(1, 2), "k": key.flatten(1, 2), "cos": t["cos"], "sin": t["sin"]})
+    return *rotated, value.flatten(1, 2).contiguous()
 
 
-def _half_turned(x: Tensor) -> Tensor:
+def _rotate_half(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([-b, a], -1)
 
@@ -82,15 +82,15 @@ def eager_draw(t: Tensors) -> Outputs:
 
 
 def eager_decode_attention(t: Tensors) -> Outputs:
-    """Over as many positions as the longest row has, masked: a query's heads stand in a row behind their key's head."""
+    """Masked attention over the longest row's positions. The query heads of a key head become query positions."""
     keys, values, (rows, _, size) = t["keys"], t["values"], t["query"].shape
-    seen = torch.arange(keys.shape[2], device=keys.device) < t["lengths"][:, None]
+    visible = torch.arange(keys.shape[2], device=keys.device) < t["lengths"][:, None]
     grouped = t["query"].view(rows, keys.shape[1], -1, size)
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None]).view_as(t["query"])
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None]).view_as(t["query"])
 
 
 def eager_linear(t: Tensors) -> Outputs:
-    """As transformers does: a product in the weights' type, its logits raised to float32."""
+    """As in transformers: logits in the weights' dtype, converted to float32."""
     return F.cross_entropy(F.linear(t["hidden"], t["weight"]).float(), t["target"], reduction="none")
 
 
@@ -106,29 +106,29 @@ def eager_dpo(t: Tensors) -> Outputs:
 def eager_ppo(t: Tensors) -> Outputs:
     advantage, ratio = t["advantage"], (t["logp"] - t["old_logp"]).exp()
     policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
-    away = t["ref_logp"] - t["logp"]
-    kl = away.exp() - 1 - away
+    log_ratio = t["ref_logp"] - t["logp"]
+    kl = log_ratio.exp() - 1 - log_ratio
     return (t["weight"] * (policy + KL_COEF * kl)).sum()
 
 
 def eager_gae(t: Tensors) -> Outputs:
-    """As trainers do, a step of all (padded) sequences at a time from the right; masked tokens are stepped over."""
+    """As in other trainers: one position of all (padded) sequences at a time, from the right; masked tokens are skipped."""
     reward, value, mask = (t[name].view(SEQUENCES, -1).float().unbind(1) for name in ("reward", "value", "mask"))
-    next_value, advantage, found = torch.zeros_like(reward[0]), torch.zeros_like(reward[0]), []
-    for r, v, on in zip(reversed(reward), reversed(value), reversed(mask), strict=True):
-        gained = r + GAMMA * next_value - v + GAMMA * LAM * advantage
-        advantage, next_value = torch.lerp(advantage, gained, on), torch.lerp(next_value, v, on)
-        found.append(advantage * on)
-    whole = torch.stack(found[::-1], 1).flatten()
-    return whole, whole + t["value"] * t["mask"]
+    next_value, advantage, advantages = torch.zeros_like(reward[0]), torch.zeros_like(reward[0]), []
+    for r, v, active in zip(reversed(reward), reversed(value), reversed(mask), strict=True):
+        estimate = r + GAMMA * next_value - v + GAMMA * LAM * advantage
+        advantage, next_value = torch.lerp(advantage, estimate, active), torch.lerp(next_value, v, active)
+        advantages.append(advantage * active)
+    flat = torch.stack(advantages[::-1], 1).flatten()
+    return flat, flat + t["value"] * t["mask"]
 
 
 def builtin_linear(reduction: str, chunked: bool) -> Contender:
-    """torch.nn.functional.linear_cross_entropy, of the torch versions that have it."""
+    """torch.nn.functional.linear_cross_entropy, if this torch version has it."""
 
     def prepared(t: Tensors) -> Call:
         if not hasattr(F, "linear_cross_entropy"):
-            raise ImportError(f"torch {torch.__version__} has none")
+            raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
         loss: Any = F.linear_cross_entropy
         options = torch.nn.LinearCrossEntropyOptions() if chunked else None
         return lambda: loss(t["hidden"], t["weight"], t["target"], reduction=reduction, options=options)
@@ -136,75 +136,75 @@ def builtin_linear(reduction: str, chunked: bool) -> Contender:
     return prepared
 
 
-def _found(module: str, name: str) -> Any:
+def _attribute(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
 def liger_rmsnorm(t: Tensors) -> Call:
-    liger_fused_add_rms_norm = _found("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
+    liger_fused_add_rms_norm = _attribute("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
     return lambda: liger_fused_add_rms_norm(t["x"], t["residual"], t["weight"], EPS, in_place=False)
 
 
 def liger_swiglu(t: Tensors) -> Call:
-    function = _found("liger_kernel.ops.swiglu", "LigerFusedGateUpSiLUMulFunction")
+    function = _attribute("liger_kernel.ops.swiglu", "LigerFusedGateUpSiLUMulFunction")
     return lambda: function.apply(t["gate_up"])
 
 
 def liger_rope(t: Tensors) -> Call:
-    """It wants [1, heads, tokens, size] and turns in place."""
-    turn = _found("liger_kernel.transformers.functional", "liger_rope")
+    """Takes [1, heads, tokens, size] and rotates in place."""
+    rotate = _attribute("liger_kernel.transformers.functional", "liger_rope")
     q, k = (t[name].transpose(0, 1)[None] for name in ("q", "k"))
     cos, sin = (torch.cat([t[name], t[name]], -1)[None] for name in ("cos", "sin"))
-    return lambda: turn(q, k, cos, sin)
+    return lambda: rotate(q, k, cos, sin)
 
 
 def liger_logprob(t: Tensors) -> Call:
-    """Writes the gradient over the logits."""
-    liger_cross_entropy = _found("liger_kernel.transformers.functional", "liger_cross_entropy")
+    """Overwrites the logits with their gradient."""
+    liger_cross_entropy = _attribute("liger_kernel.transformers.functional", "liger_cross_entropy")
     return lambda: liger_cross_entropy(t["logits"], t["target"], reduction="none")
 
 
 def liger_linear(reduction: str, accum_dtype: torch.dtype | None = None) -> Contender:
     def prepared(t: Tensors) -> Call:
-        liger_fused_linear_cross_entropy = _found("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
-        how = {"reduction": reduction, "accum_dtype": accum_dtype}
-        return lambda: liger_fused_linear_cross_entropy(t["hidden"], t["weight"], t["target"], **how)
+        liger_fused_linear_cross_entropy = _attribute("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+        options = {"reduction": reduction, "accum_dtype": accum_dtype}
+        return lambda: liger_fused_linear_cross_entropy(t["hidden"], t["weight"], t["target"], **options)
 
     return prepared
 
 
 def cce_linear(reduction: str) -> Contender:
     def prepared(t: Tensors) -> Call:
-        linear_cross_entropy = _found("cut_cross_entropy", "linear_cross_entropy")
+        linear_cross_entropy = _attribute("cut_cross_entropy", "linear_cross_entropy")
         return lambda: linear_cross_entropy(t["hidden"], t["weight"], t["target"], reduction=reduction)
 
     return prepared
 
 
 def flash_attn_logprob(t: Tensors) -> Call:
-    cross_entropy_loss = _found("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    cross_entropy_loss = _attribute("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return lambda: cross_entropy_loss(t["logits"], t["target"])[0]
 
 
 def flash_attn_decode_attention(t: Tensors) -> Call:
-    """It wants keys and values as [slots, positions, heads, size]."""
-    attend = _found("flash_attn", "flash_attn_with_kvcache")
+    """Takes keys and values as [rows, positions, heads, size]."""
+    attend = _attribute("flash_attn", "flash_attn_with_kvcache")
     keys, values = (t[name].transpose(1, 2).contiguous() for name in ("keys", "values"))
     return lambda: attend(t["query"][:, None], keys, values, cache_seqlens=t["lengths"])
 
 
 def quack_rmsnorm(t: Tensors) -> Call:
-    rmsnorm = _found("quack.rmsnorm", "rmsnorm")
+    rmsnorm = _attribute("quack.rmsnorm", "rmsnorm")
     return lambda: rmsnorm(t["x"], t["weight"], residual=t["residual"], eps=EPS, prenorm=True)
 
 
 def quack_logprob(t: Tensors) -> Call:
-    cross_entropy = _found("quack.cross_entropy", "cross_entropy")
+    cross_entropy = _attribute("quack.cross_entropy", "cross_entropy")
     return lambda: cross_entropy(t["logits"], t["target"], reduction="none")
 
 
 def quack_linear(t: Tensors) -> Call:
-    chunked_linear_cross_entropy = _found("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+    chunked_linear_cross_entropy = _attribute("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     return lambda: chunked_linear_cross_entropy(t["hidden"], t["weight"], t["target"], reduction="sum")
 
 
@@ -232,11 +232,11 @@ _NORM: dict[str, Contender] = {"Liger": liger_rmsnorm, "quack": quack_rmsnorm, *
 _SWIGLU: dict[str, Contender] = {"Liger": liger_swiglu, **_torch(eager_swiglu)}
 _LOGPROB: dict[str, Contender] = {"flash-attn": flash_attn_logprob, "quack": quack_logprob, **_torch(eager_logprob)}
 
-PEERS: dict[str, dict[str, Contender]] = {  # by operation; what has none here has no peer
+PEERS: dict[str, dict[str, Contender]] = {  # by operation; operations without an entry have no peer
     "linear_logprob forward": _linear("none"),
     "linear_logprob forward and backward": _linear("sum"),
     "logprob forward": _LOGPROB | {"Liger": liger_logprob},
-    "logprob backward": _LOGPROB,  # Liger's gradient is made in its forward pass
+    "logprob backward": _LOGPROB,  # Liger computes the gradient in its forward pass
     "logprob forward and backward": _LOGPROB | {"Liger": liger_logprob},
     "draw": _torch(eager_draw),
     "decode_attention": {"flash-attn": flash_attn_decode_attention, **_torch(eager_decode_attention)},
@@ -254,7 +254,7 @@ PEERS: dict[str, dict[str, Contender]] = {  # by operation; what has none here h
 
 
 def why(error: BaseException) -> str:
-    """One line for the page: what keeps a peer from being measured."""
+    """The reason why a peer was not measured, in one line."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"not installed ({error.name})"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,4 +1,4 @@
-"""What is measured: the operations of benchmarks/kernels/floors.py on tensors of a shape, and how this project computes each."""
+"""The measured operations: inputs for each operation of benchmarks/kernels/floors.py, and this project's implementations."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ EPS = 1e-5
 BETA = 5.0
 GAMMA, LAM = 0.99, 0.95
 CLIP, KL_COEF = 0.2, 0.05
-SEQUENCES = 16  # that the tokens of a microbatch make
+SEQUENCES = 16  # sequences per microbatch
 
 Tensors = dict[str, Tensor]
 Call = Callable[[], Any]
-Contender = Callable[[Tensors], Call]  # one who computes an operation: prepares, and returns what is timed
+Contender = Callable[[Tensors], Call]  # an implementation: prepares the inputs and returns the call that is timed
 
 
 @dataclass(frozen=True)
 class Operation:
-    """`draw` makes the inputs, `ours` are our ways to compute it; gradients are those of the inputs named in `trained`.
+    """`draw` generates the inputs, `ours` are our implementations. Gradients are computed for the inputs named in `trained`.
 
     which   "forward" (without gradients), "backward" (of a forward pass that is not timed) or "both"
     """
@@ -51,7 +51,7 @@ class Operation:
 
 
 def timed(operation: Operation, contender: Contender, tensors: Tensors) -> Call:
-    """What is timed of `contender`: returns outputs, gradients, or (outputs, gradients). It has run once when this returns."""
+    """The call of `contender` that is timed. It returns outputs, gradients, or (outputs, gradients), and has already run once."""
     leaves = [tensors[name].requires_grad_() for name in operation.trained]
     call = contender(tensors)
     if operation.which == "forward":
@@ -75,7 +75,7 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def plain(function: Callable[[Tensors], Any]) -> Contender:
-    """A contender without preparations."""
+    """A contender without preparation."""
     return lambda tensors: partial(function, tensors)
 
 
@@ -94,11 +94,11 @@ def _swiglu_inputs(shape: Shape, device: torch.device) -> Tensors:
 
 
 def _rope_inputs(shape: Shape, device: torch.device) -> Tensors:
-    """Angles of packed sequences, whose positions start again."""
+    """Queries, keys and angles of packed sequences. Positions restart in each sequence."""
     position = torch.arange(shape.tokens, device=device) % max(1, shape.tokens // SEQUENCES)
-    turns = position[:, None] * 5e5 ** -(torch.arange(0, shape.head_size, 2, device=device) / shape.head_size)
+    angles = position[:, None] * 5e5 ** -(torch.arange(0, shape.head_size, 2, device=device) / shape.head_size)
     q, k = (_normal(shape.tokens, heads // shape.tp, shape.head_size, device=device) for heads in (shape.heads, shape.kv_heads))
-    return {"q": q, "k": k, "cos": turns.cos().bfloat16(), "sin": turns.sin().bfloat16()}
+    return {"q": q, "k": k, "cos": angles.cos().bfloat16(), "sin": angles.sin().bfloat16()}
 
 
 def _rope_qkv_inputs(shape: Shape, device: torch.device) -> Tensors:
@@ -133,7 +133,7 @@ def _linear_inputs(shape: Shape, device: torch.device) -> Tensors:
 
 
 def _packed_inputs(shape: Shape, device: torch.device) -> Tensors:
-    """float32 columns of all tokens, and sequences of equal length, the even ones chosen over the odd ones; a quarter is masked."""
+    """float32 columns of all tokens, a quarter of them masked; sequences of equal length, in pairs of a chosen and a rejected one."""
     names = ("logp", "old_logp", "ref_logp", "advantage", "value", "reward")
     columns = {name: _normal(shape.tokens, device=device, dtype=torch.float32, scale=0.3) for name in names}
     mask = torch.rand(shape.tokens, device=device) > 0.25
@@ -166,8 +166,8 @@ def _decode_attention(t: Tensors) -> Tensor:
     return decode_attention(t["query"], t["keys"], t["values"], t["lengths"])
 
 
-def _linear(**how: Any) -> Contender:
-    return plain(lambda t: linear_logprob(t["hidden"], t["weight"], t["target"], **how)[0])
+def _linear(**options: Any) -> Contender:
+    return plain(lambda t: linear_logprob(t["hidden"], t["weight"], t["target"], **options)[0])
 
 
 def _policy_loss(t: Tensors) -> Tensor:

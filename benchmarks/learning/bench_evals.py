@@ -1,6 +1,6 @@
-"""Evaluation, measured: a suite's numbers for a model with their standard errors, and how long they took.
+"""python -m benchmarks evals: Run an evaluation suite with `python -m engine eval` and write its numbers and its time to a page.
 
-Runs `python -m engine eval` on two processes of one thread and writes the page.
+Uses two processes with one thread each.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from benchmarks.support.timing import RESULTS, environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--suite", default="gsm8k")
-    parser.add_argument("--data", required=True, help="the suite's rows: a .jsonl file, a folder, or a Hugging Face id")
-    parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--name", required=True, help="of the page in benchmarks/results")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="model name or folder (default: %(default)s)")
+    parser.add_argument("--suite", default="gsm8k", help="evaluation suite (default: %(default)s)")
+    parser.add_argument("--data", required=True, help="rows of the suite: a .jsonl file, a folder, or a Hugging Face id")
+    parser.add_argument("--limit", type=int, default=200, help="number of items (default: %(default)s)")
+    parser.add_argument("--name", required=True, help="name of the page in benchmarks/results")
 
 
 def main(arguments: argparse.Namespace) -> int:
     facts = environment()
-    words = ["eval", arguments.model, "--suite", arguments.suite, "--no-chat", "--data", f"{arguments.suite}={arguments.data}"]
-    words += ["--limit", str(arguments.limit)]
+    command = ["eval", arguments.model, "--suite", arguments.suite, "--no-chat", "--data", f"{arguments.suite}={arguments.data}"]
+    command += ["--limit", str(arguments.limit)]
     with tempfile.TemporaryDirectory() as out:
-        seconds = _run([*words, "--out", out])
+        seconds = _run([*command, "--out", out])
         suite = json.loads((Path(out) / "results.json").read_text())["suites"][arguments.suite]
         lines = [json.loads(line) for line in (Path(out) / f"{arguments.suite}.jsonl").read_text().splitlines()]
     responses = [response for line in lines for response in line["responses"]]
     facts |= {
-        "command": f"torchrun --nproc-per-node 2 -m engine {' '.join(words)}",
-        "seconds, model loading and judging included": round(seconds, 1),
+        "command": f"torchrun --nproc-per-node 2 -m engine {' '.join(command)}",
+        "seconds, including model loading and verification": round(seconds, 1),
         "responses": len(responses),
-        "tokens written": sum(response["tokens"] for response in responses),
+        "tokens generated": sum(response["tokens"] for response in responses),
         "responses cut off by max_tokens": sum(response["finish"] == "length" for response in responses),
         "decoding": json.dumps(suite["decoding"]),
     }
@@ -60,9 +60,9 @@ def page(title: str, metrics: dict[str, Any], facts: dict[str, Any]) -> str:
     return "\n".join([f"# {title}", "", *head, *rows, "", *(f"- {name}: {value}" for name, value in facts.items())]) + "\n"
 
 
-def _run(words: list[str]) -> float:
-    """Seconds that the command took on two processes."""
+def _run(command: list[str]) -> float:
+    """Run the command on two processes. Returns its seconds."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "engine"]
     started = time.perf_counter()
-    subprocess.run([*torchrun, *words], env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}, check=True)
+    subprocess.run([*torchrun, *command], env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}, check=True)
     return time.perf_counter() - started

@@ -1,7 +1,7 @@
-"""python -m benchmarks lengths: how long models answer, side by side.
+"""python -m benchmarks lengths: Compare the response lengths of several models on the same prompts.
 
     python -m engine generate MODEL_DIR --prompts P.jsonl --out A.jsonl n=2 max_tokens=256      for each model, on the same prompts
-    python -m benchmarks lengths start=A.jsonl dpo=B.jsonl plain=C.jsonl          every other against the first
+    python -m benchmarks lengths start=A.jsonl dpo=B.jsonl plain=C.jsonl          compares the others with the first
 
 Writes results/lengths_cpu<cores>_<date>.md.
 """
@@ -21,11 +21,11 @@ from benchmarks.support.timing import RESULTS, environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("answers", nargs="+", metavar="NAME=FILE", help="what `engine generate --prompts` wrote, equally many rows each")
+    parser.add_argument("answers", nargs="+", metavar="NAME=FILE", help="outputs of `engine generate --prompts` for the same prompts")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Read the answers, write the page and print it."""
+    """Read the responses, and write and print the page."""
     answers = {name: _read(Path(path)) for name, _, path in (given.partition("=") for given in arguments.answers)}
     if len({len(rows) for rows in answers.values()}) > 1:
         raise ValueError(f"{', '.join(answers)} have {[len(rows) for rows in answers.values()]} answers; they must answer the same prompts")
@@ -44,20 +44,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def page(answers: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> str:
-    """The Markdown page of answers: name -> rows of `engine generate`, in the order of the prompts; `facts` say where."""
+    """The Markdown page. answers: model name -> rows of `engine generate`, in the order of the prompts; facts: environment."""
     first, *_ = answers
     base = _tokens(answers[first])
     header = ["model", "answers", "tokens", f"longer than {first}", "cut off"]
     rows = []
-    for name, given in answers.items():
-        tokens, cut = _tokens(given), np.mean([row["finish_reason"] == "length" for row in given])
+    for name, model_rows in answers.items():
+        tokens, cut = _tokens(model_rows), np.mean([row["finish_reason"] == "length" for row in model_rows])
         longer = "" if name == first else f"{_mean(tokens - base)} ({100 * (tokens.mean() / base.mean() - 1):+.0f} %)"
-        rows.append([name, str(len(given)), _mean(tokens), longer, f"{100 * cut:.0f} %"])
-    lines = ["# Lengths of answers", "", *table(header, rows), ""]
-    lines += [
-        "Mean ± standard error over answers; differences are paired by prompt and draw. An answer that was cut off counts as it stands."
-    ]
-    return "\n".join([*lines, "", "## Where", "", *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
+        rows.append([name, str(len(model_rows)), _mean(tokens), longer, f"{100 * cut:.0f} %"])
+    lines = ["# Response lengths", "", *table(header, rows), ""]
+    lines += ["Mean ± standard error over answers. Differences are paired by prompt and sample. Answers that were cut off are included."]
+    return "\n".join([*lines, "", "## Environment", "", *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
 
 
 def _tokens(rows: list[dict[str, Any]]) -> np.ndarray:

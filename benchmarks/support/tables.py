@@ -1,4 +1,4 @@
-"""What all reports share: Markdown tables, files, and which versions made them."""
+"""Helpers of all reports: Markdown tables, JSON files, and the versions that produced them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import torch
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; what follows the first column is flush right."""
+    """Lines of a Markdown table. All columns but the first are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def heading(title: str, made_by: Mapping[str, str], command: str) -> list[str]:
-    """The first lines of a page: what it is, which versions made it, and how to make it again."""
+    """The first lines of a page: title, versions, and the command that reproduces it."""
     packages = ", ".join(f"{name} {version}" for name, version in made_by.items())
     return [f"# {title}", "", f"{packages}. Made by `{command}`.", ""]
 
 
 def as_file(path: Path | None, facts: Mapping[str, Any]) -> None:
-    """Write `facts` as JSON, where a file is wanted."""
+    """Write `facts` as JSON, unless `path` is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """What a reader needs to do the same again."""
+    """Commit, versions and GPU, which a reader needs to reproduce the numbers."""
     packages = {name: metadata.version(name) for name in ("torch", "triton")}
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"commit": _commit(), "python": platform.python_version(), **packages, **gpu}
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 
 def _commit() -> str:
     try:
-        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git
+        result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # git is not installed
         return "unknown"
-    return told.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"

@@ -1,7 +1,7 @@
-"""The protocol of every benchmark: contenders side by side in one run, and a page that says how it came out.
+"""The protocol of the benchmarks: all contenders are measured alternately in one run, and the results are written to a page.
 
-Machines are noisy, so only numbers of one run are compared, as ratios within a round: a round measures every contender once, each in
-processes of its own, and every round begins with another one. What is reported is the median over rounds and the lowest and highest.
+Machines are noisy, so numbers are compared only within a run, as ratios within a round. A round measures every contender once, each in new
+processes. Every round starts with a different contender. Reported are the median over rounds, the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "megatron-core", "transformers", "trl")
-MARK = "reading: "  # begins the line by which a process tells what it measured
+MARK = "reading: "  # prefix of the line in which a process reports its measurement
 
 NUMBERS = (
-    "Numbers are median (min..max) over rounds, ratios taken within a round. Core seconds are those that threads of the contender ran:",
-    "unlike seconds they hardly change when others use the machine, but waiting of processes for each other does not show in them.",
+    "Numbers are median (min..max) over rounds, with ratios computed within a round. Core seconds are the CPU seconds of all threads of a",
+    "contender. Other users of the machine hardly change them, but they do not include the time that processes wait for each other.",
 )
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Contender:
-    """Who is measured: `command` starts its processes, each of which ends with `report`."""
+    """A program that is measured. `command` starts its processes, each of which calls `report` at its end."""
 
     name: str
     what: str  # one line for the page
@@ -43,14 +43,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Reading:
-    """One contender in one round: `amount` of work done in `seconds`, the seconds that its threads held a core, summed, and the peak
-    resident memory of each of its processes, MiB."""
+    """One contender in one round: the amount of work, the wall-clock seconds, the CPU seconds summed over threads, and the peak resident
+    memory of each process in MiB."""
 
     amount: float
     seconds: float
     core_seconds: float
     peak_mb: tuple[float, ...]
-    checks: Mapping[str, float] = field(default_factory=dict)  # sums that should be equal whoever computed them
+    checks: Mapping[str, float] = field(default_factory=dict)  # sums that must agree between contenders
 
     @property
     def rate(self) -> float:
@@ -58,7 +58,7 @@ class Reading:
 
     @property
     def core_rate(self) -> float:
-        """Work per second on a core: other users of the machine hardly change it, and waiting is free."""
+        """Work per CPU second. Other users of the machine hardly change it; waiting is not counted."""
         return self.amount / self.core_seconds
 
 
@@ -80,7 +80,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Target:
-    """`who` should be at least `ratio` times as fast as the strongest of `against`."""
+    """`who` should be at least `ratio` times as fast as the fastest of `against`."""
 
     who: str
     against: tuple[str, ...]
@@ -91,40 +91,40 @@ Readings = dict[str, list[Reading]]  # by contender, by round
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:
-    """`items` from place `by` on, then those before it."""
+    """`items` from index `by` on, followed by those before it."""
     by %= len(items)
     return [*items[by:], *items[:by]]
 
 
 def measure(contenders: Sequence[Contender], rounds: int, read: Callable[[Contender, int], Reading]) -> Readings:
-    """read(contender, round) for each contender in each round, every round beginning with the next one."""
-    found: Readings = {contender.name: [] for contender in contenders}
+    """Calls read(contender, round) for each contender in each round. Every round starts with the next contender."""
+    readings: Readings = {contender.name: [] for contender in contenders}
     for round_ in range(rounds):
         for contender in rotated(contenders, round_):
             reading = read(contender, round_)
-            found[contender.name].append(reading)
+            readings[contender.name].append(reading)
             print(f"round {round_ + 1}/{rounds}  {contender.name:12} {reading.rate:9.1f}/s  {sum(reading.peak_mb):7.0f} MiB", flush=True)
-    return found
+    return readings
 
 
 def read_processes(contender: Contender, *arguments: str) -> Reading:
-    """Start `contender` with more arguments and merge what its processes report; RuntimeError with their last words if they fail."""
+    """Run `contender` with additional arguments and merge the reports of its processes. RuntimeError with the end of stderr if it fails."""
     environment = {**os.environ, **contender.environment}
     done = subprocess.run([*contender.command, *arguments], env=environment, capture_output=True, text=True)
     parts = [json.loads(line.split(MARK, 1)[1]) for line in done.stdout.splitlines() if MARK in line]
     if done.returncode or not parts:
-        raise RuntimeError(f"{contender.name} ended with {done.returncode} and {len(parts)} readings:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{contender.name} ended with status {done.returncode} and {len(parts)} readings:\n{done.stderr[-3000:]}")
     return merged(parts)
 
 
 def report(amount: float, seconds: float, core_seconds: float, checks: Mapping[str, float]) -> None:
-    """Called once by each process that is measured: its share of work, core time and checks, and how long the common pass took."""
+    """Called once by each measured process, with its share of the work, the seconds of the whole pass, its CPU seconds and its checks."""
     part = {"amount": amount, "seconds": seconds, "core_seconds": core_seconds, "peak_mb": peak_resident_mb(), "checks": dict(checks)}
-    os.write(1, f"{MARK}{json.dumps(part)}\n".encode())  # in one write, or lines of two processes could interleave
+    os.write(1, f"{MARK}{json.dumps(part)}\n".encode())  # one write, so that lines of two processes do not interleave
 
 
 def peak_resident_mb() -> float:
-    """The most memory this process has held, MiB. Linux lets ru_maxrss begin at the parent's size, so it is asked only elsewhere."""
+    """The peak resident memory of this process in MiB. On Linux ru_maxrss starts at the parent's size, so VmHWM is read there."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
@@ -134,7 +134,7 @@ def peak_resident_mb() -> float:
 
 
 def merged(parts: Sequence[Mapping[str, Any]]) -> Reading:
-    """Work, core time and checks add up over processes; the slowest sets the time."""
+    """Adds work, CPU time and checks over processes. The time is that of the slowest process."""
     checks: dict[str, float] = {}
     for part in parts:
         for name, value in part["checks"].items():
@@ -152,12 +152,12 @@ def core_rate(readings: Sequence[Reading]) -> Spread:
 
 
 def ratio(readings: Readings, who: str, against: str, speed: Callable[[Reading], float] = lambda reading: reading.rate) -> Spread:
-    """How many times as fast as `against` `who` was, round by round."""
+    """The speed of `who` divided by that of `against`, round by round."""
     return Spread.of([speed(ours) / speed(theirs) for ours, theirs in zip(readings[who], readings[against], strict=True)])
 
 
 def core_ratio(readings: Readings, who: str, against: str) -> Spread:
-    """The same, in work per second on a core."""
+    """The same, in work per CPU second."""
     return ratio(readings, who, against, lambda reading: reading.core_rate)
 
 
@@ -167,14 +167,14 @@ def strongest(readings: Readings, names: Sequence[str]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to know of this machine and this tree to run the same again."""
+    """Commit, versions and machine, which a reader needs to reproduce the numbers."""
     return {
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 1),  # of the machine before the run: above 0, others were using it
+        "load": round(os.getloadavg()[0], 1),  # load average before the run; above 0, other processes use the machine
     }
 
 
@@ -188,33 +188,32 @@ def page(
     unit: str = "tokens",
     digits: int = 1,
 ) -> str:
-    """The Markdown page: every contender, every target as it came out, and where. `unit` is what work is counted in, and
-    `digits` how many follow the point of its rates."""
+    """The Markdown page: contenders, targets, and the environment. `unit` is the unit of work, `digits` the decimal places of rates."""
     base = contenders[0].name
     head = f"| contender | what | {unit}/s | {base} / it | {unit}/core second | {base} / it | peak MiB, all (largest) |\n{'|---' * 7}|"
     rows = [_row(c, readings, base, digits) for c in contenders]
     verdicts = [verdict(readings, target) for target in targets]
     facts_ = [f"- {name}: {value}" for name, value in facts.items()]
-    blocks = [[f"# {title}"], [*notes, *NUMBERS], [head, *rows], ["## Targets"], verdicts, ["## Where"], facts_]
+    blocks = [[f"# {title}"], [*notes, *NUMBERS], [head, *rows], ["## Targets"], verdicts, ["## Environment"], facts_]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
 def verdict(readings: Readings, target: Target) -> str:
-    """One line: the ratio against the strongest of those that were measured, and whether it is enough."""
+    """One line: the ratio to the fastest measured contender of `target.against`, and whether the target is met."""
     present = [name for name in target.against if name in readings]
     if target.who not in readings or not present:
         return f"- {target.who} against {' | '.join(target.against)}: not measured (target {target.ratio:g}x)"
-    peer = strongest(readings, present)
-    found = ratio(readings, target.who, peer)
-    outcome = "met" if found.median >= target.ratio else "MISSED"
-    on_cores = core_ratio(readings, target.who, peer).text(2)
-    return f"- {target.who} against {peer}: {found.text(2)}x, target {target.ratio:g}x: {outcome} (per core second {on_cores}x)"
+    fastest = strongest(readings, present)
+    measured = ratio(readings, target.who, fastest)
+    outcome = "met" if measured.median >= target.ratio else "MISSED"
+    on_cores = core_ratio(readings, target.who, fastest).text(2)
+    return f"- {target.who} against {fastest}: {measured.text(2)}x, target {target.ratio:g}x: {outcome} (per core second {on_cores}x)"
 
 
 def write(folder: Path, name: str, text: str, readings: Readings, facts: Mapping[str, Any]) -> list[Path]:
-    """`name`.md and `name`.json in `folder`, the latter with every reading."""
+    """Write `name`.md and `name`.json into `folder`; the latter has every reading."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = {"facts": dict(facts), "readings": {who: [asdict(reading) for reading in found] for who, found in readings.items()}}
+    body = {"facts": dict(facts), "readings": {who: [asdict(reading) for reading in rounds] for who, rounds in readings.items()}}
     paths = [folder / f"{name}.md", folder / f"{name}.json"]
     for path, content in zip(paths, (text, json.dumps(body, indent=1) + "\n"), strict=True):
         path.write_text(content, encoding="utf-8")
@@ -222,9 +221,9 @@ def write(folder: Path, name: str, text: str, readings: Readings, facts: Mapping
 
 
 def _row(contender: Contender, readings: Readings, base: str, digits: int) -> str:
-    found, compared = readings[contender.name], (readings, base, contender.name)
-    speeds = [rate(found).text(digits), ratio(*compared).text(2), core_rate(found).text(digits), core_ratio(*compared).text(2)]
-    return f"| {' | '.join([contender.name, contender.what, *speeds, _memory(found)])} |"
+    rounds, compared = readings[contender.name], (readings, base, contender.name)
+    speeds = [rate(rounds).text(digits), ratio(*compared).text(2), core_rate(rounds).text(digits), core_ratio(*compared).text(2)]
+    return f"| {' | '.join([contender.name, contender.what, *speeds, _memory(rounds)])} |"
 
 
 def _memory(readings: Sequence[Reading]) -> str:

@@ -1,7 +1,7 @@
-"""python -m benchmarks dpo: DPO on two CPU cores, ours beside TRL's DPOTrainer.
+"""python -m benchmarks dpo: Measure DPO on two CPU cores and compare with TRL's DPOTrainer.
 
-SOLUTIONS.jsonl are GSM8K's graded model solutions (example_model_solutions.jsonl of openai/grade-school-math). Pairs are dealt to the
-rounds, so that each is measured once.
+SOLUTIONS.jsonl is the file of GSM8K's graded model solutions (example_model_solutions.jsonl of openai/grade-school-math). Pairs are
+distributed over the rounds, so that each is measured once.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ import numpy as np
 from benchmarks.support.timing import RESULTS, Contender, Reading, Target, environment, measure, page, read_processes, report, write
 
 WHAT = {
-    "ours-dp2": "this engine, 2 processes x 1 thread, data parallel, packed to 1024 tokens; training alone, the reference's log-probs kept",
-    "ours-dp2-whole": "the same, and the reference's log-probs computed first, and kept on disk",
-    "ours-sft-dp2": "this engine's SFT on the same sequences, cut in the same way: what DPO's memory is held against",
-    "trl": "TRL DPOTrainer at its defaults (batch 8, gradient checkpointing), fp32, 1 process x 2 threads; training alone, scored before",
-    "trl-whole": "the same, and its reference log-probs computed first (precompute_ref_log_probs)",
+    "ours-dp2": "this engine, 2 processes x 1 thread, data parallel, packed to 1024 tokens; training only, reference log-probs precomputed",
+    "ours-dp2-whole": "the same, including the computation of the reference log-probs, which are saved to disk",
+    "ours-sft-dp2": "this engine's SFT on the same sequences and microbatches, to compare the memory of DPO with",
+    "trl": "TRL DPOTrainer with its defaults (batch 8, gradient checkpointing), fp32, 1 process x 2 threads; training only",
+    "trl-whole": "the same, including the computation of the reference log-probs (precompute_ref_log_probs)",
 }
 TARGETS = (Target("ours-dp2", ("trl",), 2.0), Target("ours-dp2-whole", ("trl-whole",), 2.0))
-TOGETHER = 8  # pairs of an optimizer step: TRL's default
+PAIRS_PER_STEP = 8  # TRL's default
 WORK = Path("runs/bench_dpo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("solutions", help="example_model_solutions.jsonl")
-    parser.add_argument("--pairs", type=int, default=64, help="pairs in all")
-    parser.add_argument("--rounds", type=int, default=3, help="they are dealt to this many rounds")
-    parser.add_argument("--quick", action="store_true", help="4 pairs, 1 round, and no page: does it run?")
+    parser.add_argument("solutions", help="example_model_solutions.jsonl of openai/grade-school-math")
+    parser.add_argument("--pairs", type=int, default=64, help="number of pairs in total (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds that share the pairs (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a quick check with 4 pairs and 1 round; writes no page")
     parser.add_argument("--contender", choices=WHAT, help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measure, write the page and print it."""
+    """Measure, and write and print the page."""
     if arguments.quick:
         arguments.pairs, arguments.rounds = 4, 1
     if not 1 <= arguments.rounds <= arguments.pairs:
         raise ValueError(f"--rounds {arguments.rounds} must be from 1 to --pairs {arguments.pairs}")
-    given = _rows(arguments.solutions, arguments.pairs)[arguments.round :: arguments.rounds]
+    rows = _rows(arguments.solutions, arguments.pairs)[arguments.round :: arguments.rounds]
     if not arguments.contender:
         _compare(arguments.solutions, arguments.pairs, arguments.rounds, keep=not arguments.quick)
     elif arguments.contender.startswith("trl"):
-        _trl(given, whole=arguments.contender.endswith("whole"))
+        _trl(rows, whole=arguments.contender.endswith("whole"))
     else:
-        _ours(given, whole=arguments.contender.endswith("whole"), sft="sft" in arguments.contender)
+        _ours(rows, whole=arguments.contender.endswith("whole"), sft="sft" in arguments.contender)
 
 
 def _rows(solutions: str, count: int) -> list[dict[str, Any]]:
     from benchmarks.data import preferences
     from engine.data.rows import Source, read_rows
 
-    made = preferences.pairs(row for _, row in read_rows(Source(solutions)))
-    return [row for row in made if max(len(row["chosen"]), len(row["rejected"])) < 800][:count]  # a solution that repeats itself is cut
+    rows = preferences.pairs(row for _, row in read_rows(Source(solutions)))
+    return [row for row in rows if max(len(row["chosen"]), len(row["rejected"])) < 800][:count]  # without degenerate, repetitive solutions
 
 
 def _compare(solutions: str, pairs: int, rounds: int, keep: bool) -> None:
@@ -75,15 +75,16 @@ def _compare(solutions: str, pairs: int, rounds: int, keep: bool) -> None:
         return read_processes(contender, solutions, *settings, "--round", str(round_))
 
     readings = measure(contenders, rounds, read)
-    # Memory of one process: with more, the contenders would hold different numbers of copies of the model.
-    peaks = {name: max(max(r.peak_mb) for r in found) for name, found in readings.items()}
+    # Peak memory of one process, because contenders with more processes hold more copies of the model.
+    peaks = {name: max(max(r.peak_mb) for r in row_readings) for name, row_readings in readings.items()}
     lengths = readings["ours-dp2"][0].checks
     notes = [
-        "SmolLM2-135M-Instruct, fp32, length-normalised DPO (beta 5) on right and wrong solutions of GSM8K problems. Work is pairs, not",
-        f"tokens: {pairs} pairs in {rounds} rounds, each pair in one round, {lengths['tokens']:.0f} tokens in the first. An optimizer step",
-        f"takes {TOGETHER} pairs for all. Times are of fresh processes after a warm-up, with model and tokens in memory, to the end of the",
-        "last step. Losses and gradients of both are equal (tests/e2e/test_dpo_trl.py). TRL has no padding-free DPO. On CPU this engine",
-        "computes fp32 products in oneDNN, TRL in torch's default, MKL; on AMD's processors much of the ratio is that.",
+        "SmolLM2-135M-Instruct, fp32, length-normalised DPO (beta 5) on right and wrong solutions of GSM8K problems. The unit of work is a",
+        f"pair: {pairs} pairs in {rounds} rounds, each pair in one round, {lengths['tokens']:.0f} tokens in the first. All contenders use",
+        f"{PAIRS_PER_STEP} pairs per optimizer step. Times are those of new processes after a warm-up, with model and tokens in memory,",
+        "to the end of the last step. Losses and gradients of both are equal (tests/e2e/test_dpo_trl.py). TRL has no padding-free DPO. On",
+        "CPU, this engine computes fp32 matrix products with oneDNN, TRL with torch's default, MKL. On AMD processors this is much of the",
+        "ratio.",
         f"Peak memory of a process: DPO {peaks['ours-dp2'] / peaks['ours-sft-dp2']:.3f}x that of SFT on the same sequences (target 1.05x).",
     ]
     text = page("DPO on CPU: pairs per second", notes, contenders, readings, TARGETS, facts, unit="pairs", digits=2)
@@ -106,7 +107,7 @@ def _contender(name: str) -> Contender:
     return Contender(name, WHAT[name], command, threads)
 
 
-def _ours(given: list[dict[str, Any]], whole: bool, sft: bool) -> None:
+def _ours(rows: list[dict[str, Any]], whole: bool, sft: bool) -> None:
     from benchmarks.training.train_baselines import now, since
     from engine.batching.build import batch
     from engine.config import Model, Optim, Parallel
@@ -118,7 +119,7 @@ def _ours(given: list[dict[str, Any]], whole: bool, sft: bool) -> None:
     from engine.rollout.scoring import cached_logprobs
 
     world = World.start("cpu")
-    corpus = world.rank0_first(lambda: _prepared(given)).corpus
+    corpus = world.rank0_first(lambda: _prepared(rows)).corpus
     loss = SFT_LOSS if sft else partial(dpo, beta=5.0)
     with closing(Policy(Model(SMOLLM2), Optim(lr=0.0), Parallel(), world)) as policy:
 
@@ -126,8 +127,8 @@ def _ours(given: list[dict[str, Any]], whole: bool, sft: bool) -> None:
             return Pairs(corpus, cached_logprobs(WORK / "reference", policy, [corpus], 1024)[0])
 
         def train(pairs: Pairs, last: int) -> None:
-            for first in range(0, last, TOGETHER):
-                samples = grouped([pairs[i] for i in range(first, min(first + TOGETHER, last))])
+            for first in range(0, last, PAIRS_PER_STEP):
+                samples = grouped([pairs[i] for i in range(first, min(first + PAIRS_PER_STEP, last))])
                 policy.update(batch(samples, 1024, **policy.batch_options), loss, lr=0.0)
 
         pairs = score()
@@ -137,12 +138,12 @@ def _ours(given: list[dict[str, Any]], whole: bool, sft: bool) -> None:
         began = now()
         train(score() if whole else pairs, len(pairs))
         spent = since(began)
-    report(len(given) if world.rank == 0 else 0, *spent, {"tokens": float(corpus.lengths.sum()) if world.rank == 0 else 0.0})
+    report(len(rows) if world.rank == 0 else 0, *spent, {"tokens": float(corpus.lengths.sum()) if world.rank == 0 else 0.0})
     world.close()
 
 
-def _prepared(given: list[dict[str, Any]]) -> Any:
-    """The pairs in a fresh folder; called on rank 0 first, and what it leaves is opened by the other."""
+def _prepared(rows: list[dict[str, Any]]) -> Any:
+    """Prepares the pairs in a new folder. Called on rank 0 first; the other ranks open its files."""
     from engine.data.pairs import prepare_pairs
     from engine.data.rows import Source
     from engine.data.template import ChatTemplate
@@ -153,7 +154,7 @@ def _prepared(given: list[dict[str, Any]]) -> Any:
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(WORK, ignore_errors=True)
         WORK.mkdir(parents=True)
-        write_rows(WORK / "pairs.jsonl", given)
+        write_rows(WORK / "pairs.jsonl", rows)
     chat = ChatTemplate(load_tokenizer(str(resolve(SMOLLM2))))
     return prepare_pairs(Source(str(WORK / "pairs.jsonl")), chat, max_length=1024, cache=WORK / "corpora")
 

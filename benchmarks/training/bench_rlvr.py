@@ -1,6 +1,6 @@
-"""python -m benchmarks rlvr: a step of RLVR on two CPU cores, ours beside TRL's GRPOTrainer.
+"""python -m benchmarks rlvr: Measure an RLVR step on two CPU cores and compare with TRL's GRPOTrainer.
 
-Prompts, samples a prompt and response lengths are the same for all: no response may stop before its last token.
+All contenders have the same prompts, samples per prompt and response lengths: responses cannot stop early.
 """
 
 from __future__ import annotations
@@ -36,20 +36,22 @@ WHAT = {
 }
 PEERS = ("trl-1x2", "trl-2x1")
 TARGETS = (Target("ours-dp2", PEERS, 2.0), Target("ours-pp2", PEERS, 2.0))
-PHASES = ("generation", "update")  # a step is both; the update is all that follows generation
+PHASES = ("generation", "update")  # of a step; the update is everything after generation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=8, help="prompts a step; every round has its own (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=4, help="of each prompt (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=48, help="tokens of every response (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="one step of each contender (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=WHAT, default=list(WHAT), help="of the contenders, where memory is short of all")
-    parser.add_argument("--quick", action="store_true", help="4 prompts, 2 samples, 8 tokens, 1 round, and no page: does it run?")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per step, different in each round (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="samples per prompt (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=48, help="tokens per response (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of rounds; each contender does one step in each (default: %(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", choices=WHAT, default=list(WHAT), help="contenders to measure (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a quick check: 4 prompts, 2 samples, 8 tokens, 1 round; writes no page")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure, check that all did the same work, write the page and print it."""
+    """Measure, check that all contenders did the same work, and write and print the page."""
     if arguments.quick:
         arguments.prompts, arguments.samples, arguments.length, arguments.rounds = 4, 2, 8, 1
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("prompts", "samples", "length")]
@@ -80,9 +82,12 @@ def _contender(name: str) -> Contender:
 
 
 def _agree(readings: Readings) -> None:
-    """RuntimeError unless every contender read as many prompt tokens and drew as many response tokens, round by round."""
-    for round_, found in enumerate(zip(*readings.values(), strict=True)):
-        work = {name: (r.amount, r.checks["prompt_tokens"], r.checks["response_tokens"]) for name, r in zip(readings, found, strict=True)}
+    """Raises RuntimeError unless all contenders had equally many prompt and response tokens in each round."""
+    for round_, round_readings in enumerate(zip(*readings.values(), strict=True)):
+        work = {
+            name: (r.amount, r.checks["prompt_tokens"], r.checks["response_tokens"])
+            for name, r in zip(readings, round_readings, strict=True)
+        }
         if len(set(work.values())) > 1:
             raise RuntimeError(f"round {round_}: contenders did different work (samples, tokens of prompts and responses): {work}")
 
@@ -91,26 +96,28 @@ def _notes(arguments: argparse.Namespace, readings: Readings) -> list[str]:
     first = next(iter(readings.values()))[0]
     mean = first.checks["prompt_tokens"] / first.amount
     return [
-        f"SmolLM2-135M-Instruct, fp32. A step is {arguments.prompts} prompts (GSM8K's questions, {mean:.0f} tokens in the mean of",
-        f"the first round), {arguments.samples} samples of each at temperature 1, {arguments.length} tokens in every response (no token",
-        "ends one of ours; TRL suppresses the end of turn), and one update on all of them: group advantages, no KL term, and AdamW with",
-        "a learning rate of 0, so that all sample from the same weights. Every second response is rewarded. Processes are fresh, have",
-        "taken a small step before and made the optimizer's state. Ours also decodes and judges the texts. There is one update a step:",
-        "both take the log-probs of the policy that drew from its own forward. On CPU this engine computes fp32 products in oneDNN, TRL in",
-        "torch's default, MKL; on AMD's processors much of the ratio is that.",
+        f"SmolLM2-135M-Instruct, fp32. A step has {arguments.prompts} prompts (GSM8K questions, {mean:.0f} tokens on average in the first",
+        f"round), {arguments.samples} samples per prompt at temperature 1, {arguments.length} tokens per response (ours has no stop token;",
+        "TRL suppresses the end of turn), and one update on all of them, with group advantages and without a KL term. AdamW has a learning",
+        "rate of 0, so that all contenders sample from the same weights. Every second response is rewarded. Processes are new and have",
+        "done a small step, which creates the optimizer's state. Ours also decodes and verifies the texts. With one update per step, both",
+        "use the log-probs of the update's forward as old log-probs. On CPU, this engine computes fp32 matrix products with oneDNN, TRL",
+        "with torch's default, MKL. On AMD processors this is much of the ratio.",
     ]
 
 
 def _phases(readings: Readings) -> list[str]:
-    """A table of each phase for itself, and its ratio to the strongest TRL."""
+    """A table with the rate of each phase, and its ratio to the faster of TRL's contenders."""
     rows = ["| phase | contender | samples/s | ratio to TRL | per core second |", "|---|---|---|---|---|"]
     for phase in PHASES:
-        alone = {name: [_alone(reading, phase) for reading in found] for name, found in readings.items()}
-        peers = [name for name in PEERS if name in alone]
-        peer = strongest(alone, peers) if peers else ""
-        for name in alone:
-            ratios = [ratio(alone, name, peer).text(2), core_ratio(alone, name, peer).text(2)] if peer else ["-", "-"]
-            rows.append(f"| {phase} | {name} | {rate(alone[name]).text(2)} | {' | '.join(ratios)} |")
+        phase_readings = {name: [_alone(reading, phase) for reading in rounds] for name, rounds in readings.items()}
+        peers = [name for name in PEERS if name in phase_readings]
+        fastest = strongest(phase_readings, peers) if peers else ""
+        for name in phase_readings:
+            ratios = (
+                [ratio(phase_readings, name, fastest).text(2), core_ratio(phase_readings, name, fastest).text(2)] if fastest else ["-", "-"]
+            )
+            rows.append(f"| {phase} | {name} | {rate(phase_readings[name]).text(2)} | {' | '.join(ratios)} |")
     return rows
 
 

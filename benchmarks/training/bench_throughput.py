@@ -1,7 +1,7 @@
-"""python -m benchmarks throughput: SFT steps of the engine on one GPU with random weights: tokens a second, memory, share of the peak rate;
-and the same model drawing responses, its launches issued one by one or replayed from CUDA graphs.
+"""python -m benchmarks throughput: Measure SFT steps and generation on one GPU: tokens per second, peak memory, share of the peak rate.
 
-A step is the engine's own: random ragged sequences packed, forward, backward, gradient norm, AdamW. Only reading data is left out.
+Weights and data are random. An SFT step is Policy.update: packing, forward, backward, gradient norm, AdamW; reading data is not included.
+Generation is measured without and with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from engine.config import Model, ModelShape, Optim, Parallel
 from engine.dryrun.hardware import Hardware
 
 WARM_UP, FEWEST, MOST = 2, 3, 20  # steps
-ROWS, PROMPT, RESPONSE, ROUNDS = 64, 16, 128, 3  # responses at once, tokens, and how often they are drawn
+ROWS, PROMPT, RESPONSE, ROUNDS = 64, 16, 128, 3  # concurrent responses, tokens of prompt and response, repetitions
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and a batch of `sequences` of up to `longest` tokens, the shortest an eighth as long."""
+    """A model, and a batch of `sequences` with `longest` / 8 to `longest` tokens."""
 
     name: str
     model: ModelShape
@@ -45,12 +45,12 @@ CASES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=10.0, help="of steps for each model (default: %(default)s)")
-    parser.add_argument("--facts", type=Path, metavar="F", help="append each row to this file as it comes")
+    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time per model (default: %(default)s)")
+    parser.add_argument("--facts", type=Path, metavar="F", help="append each result to this file as soon as it is measured")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints the page as Markdown. What keeps the engine from running is a line of it."""
+    """Print the page as Markdown. Errors become lines of the page."""
     facts, rows = Facts(arguments.facts), []
     for case in CASES if torch.cuda.is_available() else ():
         try:
@@ -63,16 +63,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def train(case: Case, seconds: float) -> dict[str, Any]:
-    """Steps of `case` for about `seconds`, in a world of one."""
-    from engine.batching.build import batch  # here, because they need packages that a bare GPU machine may lack
+    """Run steps of `case` for about `seconds` in one process."""
+    from engine.batching.build import batch  # imported here, because a GPU machine may lack packages that they need
     from engine.distributed.world import World
     from engine.losses import SFT_LOSS
     from engine.megatron.policy import Policy
     from engine.types import Sample
 
-    draw = np.random.default_rng(0)
-    lengths = draw.integers(case.longest // 8, case.longest, case.sequences, endpoint=True)
-    samples = [Sample(draw.integers(0, case.model.vocab, n + 1, dtype=np.int32), np.ones(n, np.uint8)) for n in lengths]
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(case.longest // 8, case.longest, case.sequences, endpoint=True)
+    samples = [Sample(rng.integers(0, case.model.vocab, n + 1, dtype=np.int32), np.ones(n, np.uint8)) for n in lengths]
     world = World.start()
     try:
         with closing(Policy(Model(init=case.model), Optim(lr=1e-5), Parallel(), world)) as policy:
@@ -84,43 +84,43 @@ def train(case: Case, seconds: float) -> dict[str, Any]:
                     torch.cuda.synchronize()
                 return time.perf_counter() - began
 
-            once = [step() for _ in range(WARM_UP)][-1]
-            times = [step() for _ in range(max(FEWEST, min(MOST, int(seconds / once))))]
+            warm_up_seconds = [step() for _ in range(WARM_UP)][-1]
+            times = [step() for _ in range(max(FEWEST, min(MOST, int(seconds / warm_up_seconds))))]
             tokens, peak_gb = int(lengths.sum()), world.peak_memory_gb()
-            drawn = decode(policy)
+            decode_rates = decode(policy)
     finally:
         world.close()
-    rate = [tokens / taken for taken in times]
+    rate = [tokens / elapsed for elapsed in times]
     return {
         "tokens": tokens,
         "steps": len(times),
         "tokens_per_s": rate,
         "peak_gb": peak_gb,
         "flops_per_s": 3 * case.model.forward_flops(lengths) / min(times),
-        "decode": drawn,
+        "decode": decode_rates,
     }
 
 
 def decode(policy: Any, rows: int = ROWS, response: int = RESPONSE) -> dict[str, Any]:
-    """Tokens a second of `rows` responses drawn at once, prompts and captures included: without CUDA graphs and with them in turn, after a
-    round that is not counted. Where that fails, why."""
+    """Tokens per second of `rows` concurrent responses, including prefill and graph capture, alternately without and with CUDA graphs. The
+    first round is not counted. Returns {"error": ...} if it fails."""
     from engine.rollout.config import RolloutConfig
     from engine.rollout.engine import SamplingParams
     from engine.rollout.sampler import generate
     from engine.types import Prompt
 
     prompts = [Prompt(np.full(PROMPT, i, np.int32), id=i) for i in range(rows)]
-    how = SamplingParams(response, stop=(policy.model.vocab,))  # which no row draws: all go on to the end
+    params = SamplingParams(response, stop=(policy.model.vocab,))  # a stop token outside the vocabulary, so that no response stops early
     rates: dict[str, list[float]] = {"launched": [], "replayed": []}
     try:
         for _ in range(1 + ROUNDS):
-            for name, found in rates.items():
+            for name, measured in rates.items():
                 began = time.perf_counter()
-                generate(policy, prompts, how, RolloutConfig(rows, cuda_graphs="on" if name == "replayed" else "off"))
-                found.append(rows * response / (time.perf_counter() - began))
+                generate(policy, prompts, params, RolloutConfig(rows, cuda_graphs="on" if name == "replayed" else "off"))
+                measured.append(rows * response / (time.perf_counter() - began))
     except Exception as error:
         return {"error": why(error)}
-    return {name: found[1:] for name, found in rates.items()}
+    return {name: measured[1:] for name, measured in rates.items()}
 
 
 def page(rows: list[dict[str, Any]]) -> list[str]:
@@ -128,28 +128,32 @@ def page(rows: list[dict[str, Any]]) -> list[str]:
     made_by = versions()
     hardware = Hardware.of_gpu(made_by.get("gpu", ""))
     peak = hardware.peak if hardware else None
-    lines = heading("SFT steps of the engine on one GPU", made_by, "python -m benchmarks throughput")
+    lines = heading("SFT steps and generation on one GPU", made_by, "python -m benchmarks throughput")
     lines += [
-        "Random weights, ragged packed sequences, bfloat16 with float32 master weights; a step ends with AdamW. Median (min..max).",
+        "Random weights, packed sequences of different lengths, bfloat16 with float32 master weights; AdamW included. Median (min..max).",
         "",
     ]
     measured = [_cells(row, peak) for row in rows if "error" not in row]
-    lines += table(("model", "tokens a step", "tokens/s", "TFLOP/s", "of the data sheet's peak", "peak GiB"), measured) if measured else []
+    lines += (
+        table(("model", "tokens per step", "tokens/s", "TFLOP/s", "of the data sheet's peak", "peak GiB"), measured) if measured else []
+    )
     lines += [f"- {row['case']}: not measured: {row['error']}" for row in rows if "error" in row]
-    return [*lines, *_decoding(rows)] if rows else [*lines, "There is no GPU here."]
+    return [*lines, *_decoding(rows)] if rows else [*lines, "No GPU was found."]
 
 
 def _decoding(rows: list[dict[str, Any]]) -> list[str]:
-    """The table of responses drawn, and what kept the others from it."""
-    asked = [(row["case"], row["decode"]) for row in rows if "decode" in row]
+    """The table of generation rates, and errors."""
+    cases = [(row["case"], row["decode"]) for row in rows if "decode" in row]
     cells = []
-    for name, drawn in asked:
-        if "error" not in drawn:
-            launched, replayed = drawn["launched"], drawn["replayed"]
+    for name, rates in cases:
+        if "error" not in rates:
+            launched, replayed = rates["launched"], rates["replayed"]
             cells.append([name, Spread.of(launched).text(0), Spread.of(replayed).text(0), f"{max(replayed) / max(launched):.2f}x"])
-    said = f"{ROWS} responses of {RESPONSE} tokens at once to prompts of {PROMPT}, tokens a second, prompts and captures included."
-    lines = ["", said, "", *table(("model", "launch by launch", "in CUDA graphs", "best to best"), cells)] if cells else []
-    return lines + [f"- {name}, decoding: not measured: {drawn['error']}" for name, drawn in asked if "error" in drawn]
+    note = (
+        f"Generation of {ROWS} concurrent responses of {RESPONSE} tokens to prompts of {PROMPT}: tokens/s, including prefill and capture."
+    )
+    lines = ["", note, "", *table(("model", "without CUDA graphs", "with CUDA graphs", "ratio of the best"), cells)] if cells else []
+    return lines + [f"- {name}, decoding: not measured: {rates['error']}" for name, rates in cases if "error" in rates]
 
 
 def _cells(row: dict[str, Any], peak: float | None) -> list[str]:

@@ -1,6 +1,6 @@
-"""python -m benchmarks train: SFT on two CPU cores, ours beside plain transformers and TRL.
+"""python -m benchmarks train: Measure SFT on two CPU cores and compare with transformers and TRL.
 
-Tokens are real predicted ones; padding counts for nothing. Rows are dealt to the rounds, so that each is measured once.
+Only predicted tokens are counted, not padding. Rows are distributed over the rounds, so that each is measured once.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ TARGETS = (
     Target("ours-dp2", ("padded-1x2", "padded-2x1"), 1.5),
     Target("ours-dp2", ("trl",), 2.0),
 )
-AGREEMENT = 1e-4  # of losses, relative: the same numbers, or no comparison
+AGREEMENT = 1e-4  # largest accepted relative difference of losses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, default=32, help="rows of GSM8K in all")
-    parser.add_argument("--rounds", type=int, default=3, help="they are dealt to this many rounds")
-    parser.add_argument("--quick", action="store_true", help="2 rows, 1 round, and no page: does it run?")
+    parser.add_argument("--rows", type=int, default=32, help="number of GSM8K rows in total (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds that share the rows (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a quick check with 2 rows and 1 round; writes no page")
     parser.add_argument("--contender", choices=WHAT, help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Check that losses agree, measure, write the page and print it."""
+    """Check that losses agree, measure, and write and print the page."""
     if arguments.quick:
         arguments.rows, arguments.rounds = 2, 1
     if not 1 <= arguments.rounds <= arguments.rows:
         raise ValueError(f"--rounds {arguments.rounds} must be from 1 to --rows {arguments.rows}")
     if arguments.contender:
-        _be(arguments.contender, arguments.rows, arguments.rounds, arguments.round)
+        _run_contender(arguments.contender, arguments.rows, arguments.rounds, arguments.round)
     else:
         _compare(arguments.rows, arguments.rounds, keep=not arguments.quick)
 
 
-def _be(name: str, rows: int, rounds: int, round_: int) -> None:
-    from benchmarks.training import train_baselines  # heavy, and the parent of all does without it
+def _run_contender(name: str, rows: int, rounds: int, round_: int) -> None:
+    from benchmarks.training import train_baselines  # imports torch, which the parent process does not need
 
     train_baselines.PASSES[name](train_baselines.rows(rows)[round_::rounds])
 
@@ -71,16 +71,15 @@ def _compare(rows: int, rounds: int, keep: bool) -> None:
     readings = measure(contenders, rounds, lambda c, round_: _read(c, rows, rounds, round_))
     tokens, worst = sum(reading.amount for reading in readings["ours-1x2"]), _agree(readings)
     notes = [
-        "SmolLM2-135M-Instruct, fp32, rows of GSM8K through its chat template, loss on the assistant's tokens. Tokens are real",
-        f"predicted ones; padding counts for nothing. {rows} rows ({tokens:.0f} tokens) in {rounds} rounds, each row in one round.",
-        "A pass is timed in fresh processes after a warm-up on two rows, with model and tokens in memory, from batching to the last",
-        "gradient (ours and TRL: to the end of the optimizer step, which is against us). Idle threads sleep in all contenders",
-        "(OMP_WAIT_POLICY=PASSIVE). On CPU this engine computes fp32 products in oneDNN; the others leave them to torch's default,",
-        "MKL, and on AMD's processors much of the ratio is that.",
-        f"Largest relative difference of a loss from ours-1x2's, TRL aside: {worst:.1e}; above {AGREEMENT:g} there is no page.",
+        "SmolLM2-135M-Instruct, fp32, rows of GSM8K in its chat template, loss on the assistant's tokens. Only predicted tokens are",
+        f"counted, not padding. {rows} rows ({tokens:.0f} tokens) in {rounds} rounds, each row in one round. A pass is timed in new",
+        "processes after a warm-up on two rows, with model and tokens in memory, from batching to the last gradient; for ours and TRL to",
+        "the end of the optimizer step. Idle threads sleep in all contenders (OMP_WAIT_POLICY=PASSIVE). On CPU, this engine computes fp32",
+        "matrix products with oneDNN, the others with torch's default, MKL. On AMD processors this is much of the ratio.",
+        f"Largest relative difference of a loss from that of ours-1x2, without TRL: {worst:.1e}; above {AGREEMENT:g} no page is written.",
     ]
     if "trl" not in by_name:
-        notes.append("TRL is not installed, and was not measured.")
+        notes.append("TRL is not installed and was not measured.")
     text = page("SFT on CPU: tokens per second", notes, contenders, readings, TARGETS, facts)
     print(text)
     if keep:
@@ -88,7 +87,7 @@ def _compare(rows: int, rounds: int, keep: bool) -> None:
 
 
 def contender(name: str) -> Contender:
-    """How the processes of `name` start: two of one thread under torchrun, or one of two threads."""
+    """The contender `name`: two processes with one thread each under torchrun, or one process with two threads."""
     single = name == "trl" or name.endswith("1x2")
     launcher = () if single else ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     command = (sys.executable, *launcher, "-m", "benchmarks", "train", "--contender", name)
@@ -110,10 +109,10 @@ def _read(contender: Contender, rows: int, rounds: int, round_: int) -> Reading:
 
 
 def _agree(readings: Readings) -> float:
-    """The largest relative difference of mean losses from ours-1x2. Raises ValueError when it is over AGREEMENT."""
+    """The largest relative difference of mean losses from ours-1x2. Raises ValueError if it is over AGREEMENT."""
     worst = 0.0
-    for name, found in readings.items():
-        for reading, reference in zip(found, readings["ours-1x2"], strict=True):
+    for name, rounds in readings.items():
+        for reading, reference in zip(rounds, readings["ours-1x2"], strict=True):
             if reading.checks:
                 loss, expected = (r.checks["loss_sum"] / r.checks["trained"] for r in (reading, reference))
                 worst = max(worst, abs(loss / expected - 1) if math.isfinite(loss) else math.inf)

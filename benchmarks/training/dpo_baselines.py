@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on tokens of ours: whoever computes, it is the same pairs."""
+"""TRL's DPOTrainer on our tokens, so that both trainers get the same pairs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from engine.data.pairs import Pair
 
 
 def rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The pairs as DPOTrainer has them when it has tokenised and scored them; whatever follows an answer's last counted token is left out.
-
-    With ref_logprob there are also its sums.
+    """The pairs in the format of DPOTrainer after tokenisation, without the tokens after the last one with loss. If the pairs have
+    reference log-probs, their sums are included.
     """
-    found = []
+    rows = []
     for pair in pairs:
         first, last = zip(*(np.flatnonzero(half.mask)[[0, -1]] for half in pair), strict=True)
         assert first[0] == first[1], "the halves' prompts differ"
@@ -24,12 +23,12 @@ def rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         for name, half in zip(("ref_chosen_logps", "ref_rejected_logps"), pair, strict=True):
             if half.ref_logprob is not None:
                 row[name] = float(half.ref_logprob.astype(np.float64) @ half.mask)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], out: str, callbacks: list[Any] | None = None, **settings: Any) -> Any:
-    """A DPOTrainer of TRL over `rows` in fp32 on CPU; those with reference sums are not scored again. Raises ImportError without TRL."""
+    """TRL's DPOTrainer over `rows` in fp32 on CPU. Reference log-probs in the rows are used as they are. Raises ImportError without TRL."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer  # type: ignore[import-not-found]
 
@@ -37,8 +36,8 @@ def trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], out: str, ca
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-        def _precompute_ref_logps(self, dataset: Any, *given: Any) -> Any:
-            return dataset if "ref_chosen_logps" in dataset.column_names else super()._precompute_ref_logps(dataset, *given)
+        def _precompute_ref_logps(self, dataset: Any, *arguments: Any) -> Any:
+            return dataset if "ref_chosen_logps" in dataset.column_names else super()._precompute_ref_logps(dataset, *arguments)
 
     defaults = {"use_cpu": True, "bf16": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_length": None}
     config = DPOConfig(out, precompute_ref_log_probs=True, **defaults | settings)

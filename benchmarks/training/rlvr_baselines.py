@@ -1,4 +1,4 @@
-"""What `python -m benchmarks rlvr` measures, each in processes of its own: one step of RLVR, generation and update."""
+"""The contenders of `python -m benchmarks rlvr`: one RLVR step, generation and update. Each runs in its own processes."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from engine.train import learn
 from engine.types import Sample
 
 WORK = Path("runs/bench_rlvr")
-GRIDS = {"ours-dp2": (Parallel(), 1024), "ours-pp2": (Parallel(pp=2, stages=(17, 13)), 512)}  # and tokens of a microbatch
+LAYOUTS = {"ours-dp2": (Parallel(), 1024), "ours-pp2": (Parallel(pp=2, stages=(17, 13)), 512)}  # layout, tokens per microbatch
 WARM = 2  # prompts of the warm-up
 
 Row = dict[str, Any]
 
 
 class Stopwatch:
-    """Seconds, and core seconds, of generation and of the whole."""
+    """(wall-clock seconds, CPU seconds) of generation and of the whole step."""
 
     def __init__(self) -> None:
-        self.generation, self.whole = np.zeros(2), np.zeros(2)
+        self.generation, self.step = np.zeros(2), np.zeros(2)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -51,36 +51,36 @@ class Stopwatch:
 
 
 def main() -> None:
-    """Be one contender in one round."""
+    """Run one contender in one round."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.rlvr_baselines")
-    parser.add_argument("contender", choices=[*GRIDS, "trl-1x2", "trl-2x1"])
+    parser.add_argument("contender", choices=[*LAYOUTS, "trl-1x2", "trl-2x1"])
     for name in ("prompts", "samples", "length", "round"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
     first = arguments.round * arguments.prompts
-    given = [{"messages": row["messages"][:1], "truth": row["messages"][1]["content"]} for row in rows(first + arguments.prompts)[first:]]
+    tasks = [{"messages": row["messages"][:1], "truth": row["messages"][1]["content"]} for row in rows(first + arguments.prompts)[first:]]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if arguments.contender in GRIDS:
-        ours(given, arguments.samples, arguments.length, *GRIDS[arguments.contender])
+    if arguments.contender in LAYOUTS:
+        ours(tasks, arguments.samples, arguments.length, *LAYOUTS[arguments.contender])
     else:
-        trl(given, arguments.samples, arguments.length)
+        trl(tasks, arguments.samples, arguments.length)
 
 
-def ours(given: list[Row], samples: int, length: int, parallel: Parallel, budget: int) -> None:
-    """A step as engine.train takes it, but that no token ends a response, and that the reward is by place."""
+def ours(tasks: list[Row], samples: int, length: int, parallel: Parallel, budget: int) -> None:
+    """A step as in engine.train, but responses have no stop token and every second one is rewarded."""
     world, path, watch = World.start("cpu"), WORK / "prompts.jsonl", Stopwatch()
-    world.rank0_first(lambda: _put(path, given))
+    world.rank0_first(lambda: _put(path, tasks))
     algorithm = RLVR(
         sources=(Source(str(path)),),
         verifier="gsm8k",
         advantage="group",
-        prompts_per_step=len(given),
+        prompts_per_step=len(tasks),
         samples_per_prompt=samples,
         epochs=1,
         max_prompt_tokens=budget - length,
         max_response_tokens=length,
         kl_coef=0.0,
-        rollout=RolloutConfig(max_num_seqs=len(given) * samples),
+        rollout=RolloutConfig(max_num_seqs=len(tasks) * samples),
     )
     run = Run(Model(SMOLLM2), algorithm, Optim(lr=0.0), parallel, str(WORK), tokens_per_microbatch=budget)
     with closing(Policy(run.model, run.optim, parallel, world)) as policy, closing(algorithm.start(policy, run)) as started:
@@ -88,10 +88,10 @@ def ours(given: list[Row], samples: int, length: int, parallel: Parallel, budget
         _step(replace(timed, config=replace(algorithm, prompts_per_step=WARM)), budget)
         began = now()
         learned = _step(timed, budget)
-        watch.whole = np.array(since(began))
-        mine = learned if world.rank == 0 else []  # the same on every rank
-        drawn = sum(int(s.mask.sum()) for s in mine)
-        _report(watch, len(mine), sum(len(s.tokens) for s in mine) - drawn, drawn)
+        watch.step = np.array(since(began))
+        counted = learned if world.rank == 0 else []  # all ranks have the same samples
+        generated = sum(int(s.mask.sum()) for s in counted)
+        _report(watch, len(counted), sum(len(s.tokens) for s in counted) - generated, generated)
     world.close()
 
 
@@ -102,24 +102,24 @@ def _put(path: Path, given: list[Row]) -> None:
 
 def _timed(started: RLVRTrainer, watch: Stopwatch) -> RLVRTrainer:
     class Timed(RLVRTrainer):
-        def _draw(self, step: int, ask: GenerationRequest) -> GenerationResult:
+        def _generate(self, step: int, request: GenerationRequest) -> GenerationResult:
             with watch.generating():
-                return super()._generate(step, ask)
+                return super()._generate(step, request)
 
     return Timed(**{field.name: getattr(started, field.name) for field in fields(started)})
 
 
 def _step(started: RLVRTrainer, budget: int) -> list[Sample]:
-    drawn, _ = started.collect(0)
-    each = started.config.samples_per_prompt
-    rewarded = [replace(sample, reward=float(i % 2)) for i, sample in enumerate(drawn)]
-    learnable = by_group(rewarded, [i // each for i in range(len(drawn))], started.config.group_scale)
+    samples, _ = started.collect(0)
+    per_prompt = started.config.samples_per_prompt
+    rewarded = [replace(sample, reward=float(i % 2)) for i, sample in enumerate(samples)]
+    learnable = by_group(rewarded, [i // per_prompt for i in range(len(samples))], started.config.group_scale)
     learn(started, 0, 1, learnable, budget, Arena())
     return learnable
 
 
-def trl(given: list[Row], samples: int, length: int) -> None:
-    """GRPOTrainer's step: generation by transformers, which caches keys and values; loss and advantages at its defaults."""
+def trl(tasks: list[Row], samples: int, length: int) -> None:
+    """A step of GRPOTrainer: generation with transformers and its KV cache; default loss and advantages."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
@@ -131,27 +131,27 @@ def trl(given: list[Row], samples: int, length: int) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(str(folder))
 
     class Timed(GRPOTrainer):
-        def _generate_single_turn(self, prompt_ids: Any, *asked: Any, **named: Any) -> Any:
+        def _generate_single_turn(self, prompt_ids: Any, *arguments: Any, **options: Any) -> Any:
             with watch.generating():
-                found = super()._generate_single_turn(prompt_ids, *asked, **named)
-            work.update(samples=len(found[0]), prompt_tokens=sum(map(len, prompt_ids)), response_tokens=sum(map(len, found[0])))
-            return found
+                result = super()._generate_single_turn(prompt_ids, *arguments, **options)
+            work.update(samples=len(result[0]), prompt_tokens=sum(map(len, prompt_ids)), response_tokens=sum(map(len, result[0])))
+            return result
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()  # makes AdamW's state before the clock starts
+            optimizer.step()  # creates AdamW's state before the timing starts
             optimizer.zero_grad()
             self.began = now()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            watch.whole = np.array(since(self.began))
+            watch.step = np.array(since(self.began))
 
     def rewarded(completions: list[Any], **_: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]
 
-    for part in (given[:WARM], given):
+    for part in (tasks[:WARM], tasks):
         micro = min(8, len(part) * samples // ranks)
         config = GRPOConfig(
             str(WORK / "trl"),
@@ -169,18 +169,18 @@ def trl(given: list[Row], samples: int, length: int) -> None:
             report_to="none",
             disable_tqdm=True,
         )
-        asked = Dataset.from_list([{"prompt": row["messages"]} for row in part])
-        Timed(model, rewarded, args=config, train_dataset=asked, processing_class=tokenizer, callbacks=[Clock()]).train()
+        dataset = Dataset.from_list([{"prompt": row["messages"]} for row in part])
+        Timed(model, rewarded, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()]).train()
     _report(watch, work["samples"], work["prompt_tokens"], work["response_tokens"])
 
 
 def _report(watch: Stopwatch, samples: int, prompt_tokens: int, response_tokens: int) -> None:
-    """Tell this process's part; numbers of all processes are added up, so that only the first tells how long generation took."""
+    """Report this process's share. Numbers are added over processes, so only rank 0 reports the seconds of generation."""
     seconds, core_seconds = (float(value) for value in watch.generation)
     first = os.environ.get("RANK", "0") == "0"
     generation = {"generation_seconds": seconds if first else 0.0, "generation_core_seconds": core_seconds}
     tokens = {"prompt_tokens": float(prompt_tokens), "response_tokens": float(response_tokens)}
-    report(samples, float(watch.whole[0]), float(watch.whole[1]), generation | tokens)
+    report(samples, float(watch.step[0]), float(watch.step[1]), generation | tokens)
 
 
 if __name__ == "__main__":

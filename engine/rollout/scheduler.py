@@ -43,7 +43,7 @@ class Scheduler:
         self.running: list[Request] = []
 
     def plan(self) -> DecodeBatch | None:
-        """The next batch: a token of each running sequence, and waiting prompts, at least one, within max_num_seqs and the prefill budget."""
+        """The next batch: a token per running sequence, and waiting prompts, at least one, within max_num_seqs and the prefill budget."""
         decode = len(self.running)
         tokens = [request.tokens[-1] for request in self.running]
         positions = [request.length - 1 for request in self.running]

@@ -1,4 +1,4 @@
-"""The seats: megatron-core on CPU and on meta tensors, and every rank of 405B on 256 GPUs built on one laptop."""
+"""The backends: megatron-core on CPU and on meta tensors, and every distinct rank of 405B on 256 GPUs built in one process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def leave_the_world() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def test_sites_of_megatron_are_where_the_engine_takes_hold() -> None:
+def test_patched_megatron_attributes_exist() -> None:
     assert backend.moved_sites() == []
 
 
-def test_a_moved_site_is_named_with_its_use() -> None:
+def test_a_missing_megatron_attribute_is_named_with_its_use() -> None:
     moved = backend.moved_sites(
         (
             ("models.gpt", "GPTModel._gone", (), "log-probs"),
@@ -42,7 +42,7 @@ def test_a_moved_site_is_named_with_its_use() -> None:
     assert "megatron.core.no_such_module.x is gone" in moved[2]
 
 
-def test_the_seat_is_given_back() -> None:
+def test_the_backend_is_restored() -> None:
     before = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "_lazy_init")}
     with backend.cpu_backend(World("cpu", 0, 1, torch.device("cpu"))):
         assert torch.zeros(1, device="cuda").device.type == "cpu"
@@ -52,8 +52,8 @@ def test_the_seat_is_given_back() -> None:
 
 
 @pytest.mark.parametrize("parallel", [Parallel(8, 16, count_embedding=True, count_loss=True), Parallel(8, 16, 4, True, True)], ids=str)
-def test_every_rank_class_of_405b(parallel: Parallel) -> None:
-    """TP8 x PP16 x DP2 = 256 ranks: over one replica, parameters sum to the model's, and padding of the vocabulary is none."""
+def test_every_distinct_rank_of_405b(parallel: Parallel) -> None:
+    """TP8 x PP16 x DP2 = 256 ranks: the parameters of one replica add up to the model's, without padding of the vocabulary."""
     replica = 0
     for stage in range(parallel.pp):
         counts = {}

@@ -1,4 +1,4 @@
-"""deterministic=true: which switches it sets, and that nothing of ours needs an operation without a deterministic form."""
+"""deterministic=true: the switches that it sets, and that no operation of the engine lacks a deterministic implementation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.pool import ranks
 memory: Any = torch.utils.deterministic
 
 
-def test_every_switch_is_set_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_switches_are_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CUBLAS, raising=False)
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
@@ -51,8 +51,8 @@ def test_another_workspace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(tp=2))], ids=str)
-def test_steps_are_the_same_numbers(size: int, parallel: Parallel) -> None:
-    """Of SFT's and PPO's losses: every operation of a step has a deterministic form on CPU, and gives what it gives without."""
+def test_deterministic_steps_have_the_same_results(size: int, parallel: Parallel) -> None:
+    """For the losses of SFT and PPO on CPU: every operation has a deterministic implementation with the same result."""
     plain, repeatable = (
         ranks(size).run(jobs_token_loss.repeated, parallel=parallel, model=Model(init=replace(TINY, tied=True)), on=on)
         for on in (False, True)
@@ -60,7 +60,7 @@ def test_steps_are_the_same_numbers(size: int, parallel: Parallel) -> None:
     assert plain == repeatable
 
 
-def test_a_run_may_go_on_with_it_or_without() -> None:
+def test_resume_may_change_deterministic() -> None:
     run = load_recipe("recipes/tiny_sft.py")
     changed = override(run, ["deterministic=true"])
     assert changed.deterministic

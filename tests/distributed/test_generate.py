@@ -1,4 +1,4 @@
-"""engine generate: transformers' greedy answers, the same rows on any layout, and one line for what cannot be."""
+"""engine generate: greedy responses equal transformers', rows are independent of the layout, and errors take one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE = ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=111,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, as an export leaves it, with weights large enough that greedy answers are no near ties."""
+    """The export of a random model, with weights large enough that greedy tokens are not nearly tied."""
     path = tmp_path_factory.mktemp("model")
     ranks(1).run(jobs.export, parallel=Parallel(), model=Model(init=SHAPE), folder=path)
     (path / "config.json").write_text(json.dumps(to_hf(SHAPE)))
@@ -52,29 +52,29 @@ def test_greedy_answers_are_transformers(folder: Path, prompts: Path, tmp_path: 
     code, stderr = rows(1, folder, "--prompts", prompts, "--out", tmp_path / "o.jsonl", "--temperature", 0, "--max-tokens", 12)
     assert code == 0, stderr
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = read(tmp_path / "o.jsonl")
-    assert len(found) == 5
-    assert found[3]["tokens"][:3] == [5, 6, 7]
-    for row in found:
+    results = read(tmp_path / "o.jsonl")
+    assert len(results) == 5
+    assert results[3]["tokens"][:3] == [5, 6, 7]
+    for row in results:
         prompt, answer = row["tokens"][: row["prompt_length"]], row["tokens"][row["prompt_length"] :]
         logits = model(torch.tensor([row["tokens"]])).logits[0].log_softmax(-1)
         assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-        wanted = [float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
-        assert row["logprobs"] == pytest.approx(wanted, abs=1e-4)
+        expected = [float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
+        assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
         assert row["finish_reason"] == ("stop" if answer[-1] == load_tokenizer("words").eos_token_id else "length")
         assert len(answer) == 12 or row["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(("size", "setting"), [(2, "parallel.pp=2"), (2, "parallel.tp=2"), (2, "rollout.max_num_seqs=3")])
 def test_the_same_rows_on_any_layout(folder: Path, prompts: Path, tmp_path: Path, size: int, setting: str) -> None:
-    how = ["--n", 3, "--temperature", 0.9, "--top-p", 0.95, "--max-tokens", 8, "--seed", 5]
-    assert rows(1, folder, "--prompts", prompts, "--out", tmp_path / "one.jsonl", *how)[0] == 0
-    assert rows(size, folder, "--prompts", prompts, "--out", tmp_path / "many.jsonl", *how, setting)[0] == 0
+    options = ["--n", 3, "--temperature", 0.9, "--top-p", 0.95, "--max-tokens", 8, "--seed", 5]
+    assert rows(1, folder, "--prompts", prompts, "--out", tmp_path / "one.jsonl", *options)[0] == 0
+    assert rows(size, folder, "--prompts", prompts, "--out", tmp_path / "many.jsonl", *options, setting)[0] == 0
     one, many = read(tmp_path / "one.jsonl"), read(tmp_path / "many.jsonl")
     assert len(one) == 15
     assert [row["tokens"] for row in one] == [row["tokens"] for row in many]
     assert len({tuple(row["tokens"]) for row in one}) > 5
-    assert rows(1, folder, "--prompts", prompts, "--out", tmp_path / "other.jsonl", *how[:-1], 6)[0] == 0
+    assert rows(1, folder, "--prompts", prompts, "--out", tmp_path / "other.jsonl", *options[:-1], 6)[0] == 0
     assert [row["tokens"] for row in one] != [row["tokens"] for row in read(tmp_path / "other.jsonl")]
 
 
@@ -124,8 +124,8 @@ def test_bad_settings(folder: Path, given: list[str], says: str) -> None:
     assert says in stderr
 
 
-def test_words_are_whole() -> None:
-    """Every problem is made of known words, and what is decoded is what was encoded."""
+def test_the_words_tokenizer_round_trips() -> None:
+    """Every problem consists of known words, and decoding inverts encoding."""
     tokenizer = load_tokenizer("words")
     assert len(tokenizer) == 111
     for row in tasks(200, 3):

@@ -1,4 +1,4 @@
-"""Responses of an evaluation: transformers' greedy ones, cut at stop strings, whatever else is asked and however it is computed."""
+"""Generation for evaluations: greedy responses equal transformers', stop strings cut them, and batching does not change them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ END = 259
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers that reads bytes, far from uniform in what it says, and greedily says printable ones or its end."""
+    """A random two-layer Llama with the byte tokenizer. Its distributions are far from uniform, and greedy tokens are printable or EOS."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -39,23 +39,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def written(folder: Path, size: int = 1, prompts: list[list[int]] = PROMPTS, **how: Any) -> list[list[EvalResponse]]:
-    """What each prompt is answered, the same on every rank."""
-    first, *others = ranks(size).run(jobs_rollout.written, folder=folder, prompts=prompts, **how)
-    assert all(found == first for found in others)
+def written(folder: Path, size: int = 1, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[list[EvalResponse]]:
+    """The response to each prompt, the same on every rank."""
+    first, *others = ranks(size).run(jobs_rollout.written, folder=folder, prompts=prompts, **options)
+    assert all(results == first for results in others)
     return [[EvalResponse(*response) for response in group] for group in first]
 
 
 def test_greedy_answers_are_those_of_transformers_one_by_one(folder: Path) -> None:
     model: Any = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = load_tokenizer(str(folder))
-    found = written(folder, decoding={"max_tokens": 24})
-    for prompt, (response,) in zip(PROMPTS, found, strict=True):
+    results = written(folder, decoding={"max_tokens": 24})
+    for prompt, (response,) in zip(PROMPTS, results, strict=True):
         ids = torch.tensor([prompt])
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=256)
-        new = whole[0, len(prompt) :].tolist()
-        said = new[: new.index(END)] if END in new else new
-        assert response == EvalResponse(str(tokenizer.decode(said)), len(said), "stop" if END in new else "length")
+        full = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=256)
+        new = full[0, len(prompt) :].tolist()
+        response_tokens = new[: new.index(END)] if END in new else new
+        assert response == EvalResponse(str(tokenizer.decode(response_tokens)), len(response_tokens), "stop" if END in new else "length")
 
 
 LAYOUTS = [
@@ -68,33 +68,33 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("size", "parallel", "rollout"), LAYOUTS, ids=str)
 def test_samples_do_not_depend_on_how_they_are_computed(folder: Path, size: int, parallel: Parallel, rollout: dict[str, Any]) -> None:
-    how: dict[str, Any] = {"decoding": {"max_tokens": 16, "n": 3, "temperature": 0.8, "top_p": 0.95, "stop": ("e", "no")}, "seed": 5}
-    together = written(folder, **how)
-    assert written(folder, size, parallel=parallel, rollout=rollout, **how) == together
+    options: dict[str, Any] = {"decoding": {"max_tokens": 16, "n": 3, "temperature": 0.8, "top_p": 0.95, "stop": ("e", "no")}, "seed": 5}
+    together = written(folder, **options)
+    assert written(folder, size, parallel=parallel, rollout=rollout, **options) == together
     assert len({response.text for response in together[0]}) > 1
 
 
-def test_samples_depend_on_the_seed_and_the_place(folder: Path) -> None:
-    how: dict[str, Any] = {"decoding": {"max_tokens": 16, "n": 2, "temperature": 0.8}}
-    first = written(folder, seed=5, **how)
-    assert written(folder, seed=5, prompts=PROMPTS[:1], **how) == first[:1]
-    assert written(folder, seed=6, **how) != first
-    assert written(folder, seed=5, prompts=[PROMPTS[1], PROMPTS[0]], **how)[1] != first[0]
+def test_samples_depend_on_seed_and_position(folder: Path) -> None:
+    options: dict[str, Any] = {"decoding": {"max_tokens": 16, "n": 2, "temperature": 0.8}}
+    first = written(folder, seed=5, **options)
+    assert written(folder, seed=5, prompts=PROMPTS[:1], **options) == first[:1]
+    assert written(folder, seed=6, **options) != first
+    assert written(folder, seed=5, prompts=[PROMPTS[1], PROMPTS[0]], **options)[1] != first[0]
 
 
 def test_a_response_ends_before_its_stop_string(folder: Path) -> None:
-    ((whole,),) = written(folder, prompts=PROMPTS[:1], decoding={"max_tokens": 24})
-    stop = whole.text[10:13]
+    ((full,),) = written(folder, prompts=PROMPTS[:1], decoding={"max_tokens": 24})
+    stop = full.text[10:13]
     ((cut,),) = written(folder, prompts=PROMPTS[:1], decoding={"max_tokens": 24, "stop": ("never there", stop)})
-    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.text == full.text[: full.text.index(stop)]
     assert cut.tokens == len(cut.text) + 3
     assert cut.finish == "stop"
-    assert cut.tokens < whole.tokens == 24
-    assert whole.finish == "length"
+    assert cut.tokens < full.tokens == 24
+    assert full.finish == "length"
 
 
-def test_a_stop_string_is_found_as_soon_as_it_is_there() -> None:
-    """Of whichever tokens it is made, characters of several bytes too."""
+def test_a_stop_string_ends_generation_immediately() -> None:
+    """Whichever tokens it consists of, also for multi-byte characters."""
     tokenizer = load_tokenizer("bytes")
     until = StopStrings(tokenizer, ("née", "\n\n", "Q:"))
     for text in ("a longer text, née somewhere", "one line\n\nQ: a next", "\n\n", "née"):
@@ -112,7 +112,7 @@ def test_the_first_of_several_stop_strings_counts() -> None:
     assert StopStrings(tokenizer, ("x",)).before(list(b"one")) == "one"
 
 
-def test_what_prompts_share_is_cut_off_before_the_last_token_of_any() -> None:
+def test_a_shared_prefix_excludes_the_last_token_of_each_prompt() -> None:
     def shared(*prompts: list[int]) -> list[int]:
         return common_prefix([Prompt(np.array(prompt, np.int32)) for prompt in prompts])
 
@@ -123,7 +123,7 @@ def test_what_prompts_share_is_cut_off_before_the_last_token_of_any() -> None:
     assert shared([1, 2]) == shared() == []
 
 
-def test_what_cannot_be_asked(folder: Path) -> None:
+def test_invalid_requests_are_refused(folder: Path) -> None:
     for wrong in ({"max_tokens": -1}, {"n": 0}, {"temperature": -1.0}, {"top_p": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             Decoding(**({"max_tokens": 1} | wrong))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The same numbers however the work is cut: over ranks, stages, microbatches, packs, and with or without recomputation."""
+"""Results do not depend on the parallel layout, microbatches, packing or recomputation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def one_rank(model: Model = UNTIED) -> list[dict[str, float]]:
 
 def check_same(size: int, parallel: Parallel, model: Model = UNTIED, **cut: Any) -> None:
     """Loss and gradient norm of every step, on every rank, equal those of one rank to 1e-5."""
-    for found in ranks(size).run(jobs.sft_steps, parallel=parallel, model=model, **cut):
-        for got, expected in zip(found, one_rank(model), strict=True):
-            assert got == pytest.approx(expected, rel=1e-5)
+    for results in ranks(size).run(jobs.sft_steps, parallel=parallel, model=model, **cut):
+        for actual, expected in zip(results, one_rank(model), strict=True):
+            assert actual == pytest.approx(expected, rel=1e-5)
 
 
 LAYOUTS = [
@@ -52,7 +52,7 @@ def test_tied_embeddings(parallel: Parallel) -> None:
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2), Parallel(pp=2)], ids=str)
-def test_optimizer_whole_or_sharded(parallel: Parallel) -> None:
+def test_optimizer_sharded_or_not(parallel: Parallel) -> None:
     check_same(2, replace(parallel, distributed_optimizer=False))
 
 
@@ -69,7 +69,7 @@ def test_microbatch_budget(parallel: Parallel, budget: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2))], ids=str)
-def test_packed_or_alone(size: int, parallel: Parallel) -> None:
+def test_packed_or_one_sequence_per_microbatch(size: int, parallel: Parallel) -> None:
     check_same(size, parallel, alone=True)
 
 
@@ -77,8 +77,8 @@ def test_order_within_a_batch() -> None:
     check_same(2, Parallel(), order=5)
 
 
-def test_more_ranks_than_sequences_fill_up_with_dummies() -> None:
-    """With a budget that takes all in one microbatch, the second replica of dp2 trains on padding alone."""
+def test_ranks_without_sequences_train_on_padding() -> None:
+    """If all sequences fit one microbatch, the second replica of dp2 has only padding."""
     check_same(4, Parallel(pp=2), budget=1000)
 
 
@@ -103,29 +103,28 @@ DPO_CUTS = [
 
 @pytest.mark.parametrize(("size", "parallel", "cut"), DPO_CUTS, ids=str)
 def test_dpo(size: int, parallel: Parallel, cut: dict[str, int]) -> None:
-    """Every metric, correlation and gradient norm, with NLL term and without: counts are of pairs, and no pair is split."""
-    for found in ranks(size).run(jobs.dpo_steps, parallel=parallel, model=UNTIED, **cut):
-        for got, expected in zip(found, dpo_on_one_rank(), strict=True):
-            # A correlation near 0 is a difference of sums over few pairs, which keeps fewer digits than they have.
-            assert got.pop("reward/length_bias") == pytest.approx(expected["reward/length_bias"], abs=1e-5)
-            assert got == pytest.approx(
-                {name: value for name, value in expected.items() if name != "reward/length_bias"}, rel=1e-5, abs=1e-6
-            )
+    """All metrics, correlations and gradient norms, with and without the NLL term. Counts are pairs, and no pair is split."""
+    for results in ranks(size).run(jobs.dpo_steps, parallel=parallel, model=UNTIED, **cut):
+        for actual, expected in zip(results, dpo_on_one_rank(), strict=True):
+            # A correlation near 0 is a difference of sums over few pairs and has fewer correct digits.
+            bias = "reward/length_bias"
+            assert actual.pop(bias) == pytest.approx(expected[bias], abs=1e-5)
+            assert actual == pytest.approx({name: value for name, value in expected.items() if name != bias}, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2, vpp=2))], ids=str)
 def test_logprobs(size: int, parallel: Parallel) -> None:
-    whole = ranks(1).run(jobs.logprobs, parallel=Parallel(), model=UNTIED, budget=24)[0]
+    full = ranks(1).run(jobs.logprobs, parallel=Parallel(), model=UNTIED, budget=24)[0]
     seen: dict[int, list[float]] = {}
-    for found in ranks(size).run(jobs.logprobs, parallel=parallel, model=UNTIED):
-        seen |= found
-    assert seen.keys() == whole.keys()
-    for i, values in whole.items():
+    for results in ranks(size).run(jobs.logprobs, parallel=parallel, model=UNTIED):
+        seen |= results
+    assert seen.keys() == full.keys()
+    for i, values in full.items():
         assert seen[i] == pytest.approx(values, abs=2e-6)
 
 
-def test_the_shares_of_240_ranks_are_the_batch_of_one() -> None:
-    """Loss, gradient norm and denominator of a step do not know that 240 ranks planned it, some with nothing but padding."""
+def test_240_ranks_equal_one_rank() -> None:
+    """Loss, gradient norm and denominator of a step do not change if it is planned for 240 ranks, some with only padding."""
     (many, counted), (one, counted_by_one) = (
         ranks(1).run(jobs_batching.step_of_many_ranks, model=UNTIED, ranks=n, count=300)[0] for n in (240, 1)
     )
@@ -134,7 +133,7 @@ def test_the_shares_of_240_ranks_are_the_batch_of_one() -> None:
 
 
 def test_bf16_follows_fp32() -> None:
-    """bf16 weights with fp32 masters and fp32 gradients: the same run, to the precision of bf16."""
-    found = ranks(2).run(jobs.sft_steps, parallel=Parallel(), model=replace(UNTIED, dtype="bf16"))[0]
-    for got, expected in zip(found, one_rank(), strict=True):
-        assert got == pytest.approx(expected, rel=2e-2)
+    """bf16 weights with fp32 master weights and gradients give the same run, to the precision of bf16."""
+    results = ranks(2).run(jobs.sft_steps, parallel=Parallel(), model=replace(UNTIED, dtype="bf16"))[0]
+    for actual, expected in zip(results, one_rank(), strict=True):
+        assert actual == pytest.approx(expected, rel=2e-2)

@@ -1,4 +1,4 @@
-"""What a layer runs: how many additions, norms, splits and copies, as a rehearsal on meta tensors meets them."""
+"""The operations of a layer: numbers of additions, norms, splits and copies, counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALLOCATIONS = {"empty", "new_empty", "empty_like"}
 
 
 class Names(TorchDispatchMode):
-    """Counts operations on tensors as wide as hidden states or wider, by name; a norm that adds is "rmsnorm, adding"."""
+    """Counts operations by name on tensors at least as wide as hidden states. A norm with fused addition is "rmsnorm, adding"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Names(TorchDispatchMode):
 
 
 def counted(pp: int, recompute: Recompute) -> tuple[Counter[str], Counter[str]]:
-    """Of one microbatch of 24 tokens through three layers of nine: (forward, backward)."""
+    """The counts (forward, backward) of one microbatch of 24 tokens through three of nine layers."""
     parallel = Parallel(pp=3, recompute=recompute)
     with stages.become(MODEL, parallel, 3, pp, Optim(1e-5), "bf16") as policy:
         passage = SingleStage(policy, 0, stages.microbatch((16, 8), 24))
@@ -55,22 +55,22 @@ def times(count: int, each: dict[str, int]) -> Counter[str]:
     return Counter({name: count * n for name, n in each.items()})
 
 
-def test_a_stage_adds_once_for_the_next() -> None:
-    """All other additions are the norms': of attention and of the MLP's, the latter in the next layer. Backward adds once, where what comes
-    into the stage goes two ways. Nothing is copied, repeated or joined."""
+def test_number_of_additions_of_a_stage() -> None:
+    """A stage adds once, for the next stage. All other additions are fused into norms: that after attention, and that of the next layer
+    after the MLP. Backward adds once, at the input of the stage, which is used twice. Nothing is copied, repeated or concatenated."""
     forward, backward = counted(pp=1, recompute="none")
     assert forward == times(LAYERS, LAYER) + Counter({"rmsnorm": 1, "rmsnorm, adding": 2 * LAYERS - 1, "add": 1})
     assert backward == times(LAYERS, BACKWARD) + Counter({"add": 1})
 
 
-def test_the_last_stage_leaves_its_addition_to_the_final_norm() -> None:
+def test_the_final_norm_includes_the_last_addition() -> None:
     forward, backward = counted(pp=2, recompute="none")
     assert (forward["rmsnorm"], forward["rmsnorm, adding"], forward["add"]) == (1, 2 * LAYERS, 0)
     assert (backward["rmsnorm_backward"], backward["add"]) == (2 * LAYERS + 1, 1)
 
 
-def test_what_is_recomputed_adds_no_additions() -> None:
-    """Of the MLP, which has none: all of it, or its SwiGLU alone."""
+def test_recomputation_adds_no_additions() -> None:
+    """Recomputation of the MLP or of SwiGLU only, which have no additions."""
     plain = counted(pp=1, recompute="none")
     again: dict[Recompute, dict[str, int]] = {"selective": {"mm": 2, "swiglu": 1}, "swiglu": {"swiglu": 1, "new_zeros": 1}}
     for recompute, operations in again.items():
@@ -80,16 +80,16 @@ def test_what_is_recomputed_adds_no_additions() -> None:
 
 
 def test_with_full_recomputation_each_layer_adds() -> None:
-    """What would be two tensors a layer to keep is one."""
+    """So that one tensor per layer is saved instead of two."""
     forward, backward = counted(pp=1, recompute="full")
     assert forward == times(LAYERS, LAYER | {"rmsnorm": 1, "rmsnorm, adding": 1, "add": 1})
     assert backward == forward + times(LAYERS, BACKWARD | {"add": 1})
 
 
 @pytest.mark.parametrize("recompute", ["none", "swiglu", "selective", "full"])
-def test_what_is_held_is_no_more_than_before(recompute: Recompute) -> None:
-    """Bytes a token and layer, in bf16, by hand: full recomputation keeps a layer's input; the others what both norms, attention and the
-    MLP work on."""
+def test_bytes_held_per_layer(recompute: Recompute) -> None:
+    """Bytes per token and layer in bf16, by hand: full recomputation saves a layer's input, the others also the inputs of both norms,
+    attention and the MLP."""
     parallel = Parallel(pp=3, recompute=recompute)
     longer = ModelShape(layers=12, hidden=64, ffn=192, heads=8, kv_heads=4, vocab=500)
     held = [stages.simulate_stages(model, parallel, 3, (16, 8), optim=Optim(1e-5))[1].held for model in (MODEL, longer)]

@@ -1,4 +1,4 @@
-"""Losses over packed microbatches, against what their formulas say of each pair by itself, in float64."""
+"""Losses over packed microbatches, against their formulas computed for each pair in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.types import Moments, Packed, Sample
 from tests.support.jobs import pairs_with_reference
 
 
-def by_the_book(
+def reference(
     logprob: list[Tensor], halves: list[Sample], beta: float, smoothing: float, normalize: bool, nll_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
     """Summed loss and mean metrics of the pairs (halves[2 p], halves[2 p + 1]); logprob[i] is float64 [L] of halves[i]."""
@@ -64,38 +64,38 @@ def test_dpo_loss_gradient_and_metrics(setting: tuple[float, float, bool, float]
     for n, packed in enumerate(batch(halves, budget, total_multiple=2)):
         noise = torch.randn(len(packed.tokens_T), generator=torch.Generator().manual_seed(n))
         logprob_T = (noise - 5.5).requires_grad_()
-        found = loss(logprob_T, packed)
-        found.total.backward()
+        results = loss(logprob_T, packed)
+        results.total.backward()
         assert logprob_T.grad is not None
         assert not logprob_T.grad[~packed.mask_T].any()
         cut(halves, packed, logprob_T.detach(), logprob)
         cut(halves, packed, logprob_T.grad, grad)
-        total, count = total + found.total.item(), count + found.count
-        for name, parts in (found.metrics | found.correlations).items():
+        total, count = total + results.total.item(), count + results.count
+        for name, parts in (results.metrics | results.correlations).items():
             sums[name] = [a + float(b) for a, b in zip(sums.get(name, [0.0] * len(parts)), parts, strict=True)]
     assert count == 12
 
     exact = [values.double().requires_grad_() for values in logprob]
-    expected, means = by_the_book(exact, halves, beta, smoothing, normalize, nll_weight)
+    expected, means = reference(exact, halves, beta, smoothing, normalize, nll_weight)
     expected.backward()
     assert total == pytest.approx(float(expected), rel=1e-6)
-    for got, wanted in zip(grad, exact, strict=True):
+    for actual, wanted in zip(grad, exact, strict=True):
         assert wanted.grad is not None
-        torch.testing.assert_close(got.double(), wanted.grad, rtol=2e-5, atol=1e-7)
-    got = {name: Moments(*parts).correlation() if len(parts) == 6 else parts[0] / parts[1] for name, parts in sums.items()}
-    assert got == pytest.approx(means, rel=1e-5)
+        torch.testing.assert_close(actual.double(), wanted.grad, rtol=2e-5, atol=1e-7)
+    actual = {name: Moments(*parts).correlation() if len(parts) == 6 else parts[0] / parts[1] for name, parts in sums.items()}
+    assert actual == pytest.approx(means, rel=1e-5)
 
 
 def test_a_microbatch_without_a_pair() -> None:
     empty = batch(grouped(pairs_with_reference(0, count=1)), 64, rank=1, ranks=2)[0]
     logprob_T = torch.zeros(len(empty.tokens_T), requires_grad=True)
-    found = dpo(logprob_T, empty, beta=5.0)
-    found.total.backward()
-    assert (float(found.total), found.count) == (0.0, 0)
-    assert all(float(part) == 0 for parts in (found.metrics | found.correlations).values() for part in parts)
+    results = dpo(logprob_T, empty, beta=5.0)
+    results.total.backward()
+    assert (float(results.total), results.count) == (0.0, 0)
+    assert all(float(part) == 0 for parts in (results.metrics | results.correlations).values() for part in parts)
 
 
-def test_halves_apart_are_an_error() -> None:
+def test_a_pair_split_over_microbatches_is_an_error() -> None:
     alone = batch(grouped(pairs_with_reference(0, count=1))[:1], 64)[0]
     with pytest.raises((AssertionError, KeyError)):
         dpo(torch.zeros(len(alone.tokens_T)), alone, beta=5.0)
@@ -107,25 +107,25 @@ def test_correlation(x: list[float], y: list[float], r: float) -> None:
 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
-def test_no_loss_waits_for_the_device(average: Average) -> None:
-    """What is counted is known on the host: to read a number of a meta tensor would be an error."""
+def test_losses_do_not_synchronize_with_the_device(average: Average) -> None:
+    """Counts are known on the host; reading a value of a meta tensor would raise an error."""
     halves = [replace(half, **dict.fromkeys(("advantage", "old_logprob", "value", "returns"), half.ref_logprob)) for half in _halves()]
     (packed,) = batch(halves, 1000)
     moved = packed.to(torch.device("meta"))
     logprob_T = torch.empty(len(packed.tokens_T), device="meta", requires_grad=True)
-    how = {"average": average, "clip_low": 0.2, "clip_high": 0.2, "kl": "k3", "kl_coef": 0.1}
-    found = {
+    options = {"average": average, "clip_low": 0.2, "clip_high": 0.2, "kl": "k3", "kl_coef": 0.1}
+    results = {
         "nll": nll(logprob_T, moved),
-        "ppo": ppo_clip(logprob_T, moved, **how),
-        "first": ppo_first(torch.stack([logprob_T, logprob_T]), moved, **how),
+        "ppo": ppo_clip(logprob_T, moved, **options),
+        "first": ppo_first(torch.stack([logprob_T, logprob_T]), moved, **options),
         "value": value_clip(logprob_T, moved, average=average, clip=0.2, coef=0.1),
         "dpo": dpo(logprob_T, moved, beta=5.0, nll_weight=0.1),
         "reward": reward_bt(logprob_T, moved),
     }
-    for name, loss in found.items():
+    for name, loss in results.items():
         loss.total.backward(retain_graph=True)
-        wanted = len(halves) // 2 if name in ("dpo", "reward") else int(packed.mask_T.sum())
-        assert loss.count == (len(halves) if average == "sequence" and name in ("ppo", "first", "value") else wanted), name
+        expected = len(halves) // 2 if name in ("dpo", "reward") else int(packed.mask_T.sum())
+        assert loss.count == (len(halves) if average == "sequence" and name in ("ppo", "first", "value") else expected), name
     assert ppo_terms(moved, average=average, clip_low=0.2, clip_high=0.2, kl="k3", kl_coef=0.1).weight_T.shape == logprob_T.shape
 
 

@@ -1,4 +1,4 @@
-"""What a step takes beyond weights and optimizer."""
+"""Memory of a step beyond weights and optimizer states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BIG = ModelShape(layers=4, hidden=256, ffn=1024, heads=8, kv_heads=4, vocab=8192
 
 
 def test_dpo_takes_no_more_than_sft() -> None:
-    """Same sequences, same cut: no reference model, no second set of logits."""
+    """On the same sequences and microbatches: without a reference model, and without a second set of logits."""
     sft, dpo = ranks(1).run(jobs.step_memory, parallel=Parallel(), model=Model(init=BIG))[0]
-    assert sft > 100  # MiB: the activations and logits of 1024 tokens, or nothing is measured
+    assert sft > 100  # MiB: at least the activations and logits of 1024 tokens, otherwise the measurement failed
     assert dpo <= 1.05 * sft

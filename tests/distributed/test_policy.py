@@ -1,4 +1,4 @@
-"""What the verbs promise beyond numbers: a bad gradient changes nothing, and attention asks each kernel rightly."""
+"""Guarantees of Policy's methods: non-finite gradients change nothing, and attention calls each kernel with the right arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.pool import ranks
 @pytest.mark.parametrize("by_layer", [False, True])
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(pp=2)), (2, Parallel(tp=2))], ids=str)
 def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Parallel, by_layer: bool) -> None:
-    """One sequence of the batch, on one rank, has a NaN: every rank refuses the step, and the next step is as if it had not been tried."""
+    """One sequence on one rank has a NaN: all ranks refuse the step, and the next step is as if it had not happened."""
     for complaint, after, clean in ranks(size).run(jobs.bad_step, parallel=parallel, model=Model(init=jobs.TINY), by_layer=by_layer):
         assert "gradient norm is nan" in complaint
         assert "the step was not applied" in complaint
@@ -31,51 +31,51 @@ def test_a_gradient_that_is_not_finite_changes_nothing(size: int, parallel: Para
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel()), (2, Parallel(pp=2))], ids=str)
-def test_the_largest_is_found_wherever_it_is_computed(size: int, parallel: Parallel) -> None:
-    wanted = max(sample.length for sample in jobs.samples(0)) - 1
-    assert ranks(size).run(jobs.longest, parallel=parallel, model=Model(init=jobs.TINY)) == [wanted] * size
+def test_a_max_metric_is_reduced_over_all_ranks(size: int, parallel: Parallel) -> None:
+    expected = max(sample.length for sample in jobs.samples(0)) - 1
+    assert ranks(size).run(jobs.longest, parallel=parallel, model=Model(init=jobs.TINY)) == [expected] * size
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(pp=2), Parallel(pp=2, vpp=2)], ids=str)
-def test_weights_are_asked_for_before_a_forward_waits_for_them(parallel: Parallel) -> None:
-    """Along a pipeline, what each stage waits for adds up."""
-    for asked in ranks(2).run(jobs.asked_ahead, parallel=parallel, model=Model(init=jobs.TINY)):
+def test_parameter_gathering_starts_before_it_is_needed(parallel: Parallel) -> None:
+    """In a pipeline, the waiting times of all stages would add up."""
+    for asked in ranks(2).run(jobs.gather_started_early, parallel=parallel, model=Model(init=jobs.TINY)):
         assert asked
         assert all(asked)
 
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Tensor]:
-    """Log-probs at temperature 0.7, and entropy below them, [2, L], of what jobs.logprobs reads: transformers, in float64."""
+    """Log-probs at temperature 0.7 and entropies, stacked [2, L], of the samples of jobs.logprobs, by transformers in float64."""
     folder = tmp_path_factory.mktemp("exact")
     ranks(1).run(jobs.export, parallel=Parallel(), model=Model(init=jobs.TINY), folder=folder)
     (folder / "config.json").write_text(json.dumps(to_hf(jobs.TINY)))
     network: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    found = {}
+    results = {}
     for i, sample in enumerate(jobs.samples(7)):
         ids = torch.from_numpy(sample.tokens)[None].long()
         with torch.no_grad():
             logprobs = (network(ids).logits[0, :-1] / 0.7).log_softmax(-1)
-        found[i] = torch.stack([logprobs.gather(1, ids[0, 1:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)])
-    return found
+        results[i] = torch.stack([logprobs.gather(1, ids[0, 1:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)])
+    return results
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2))], ids=str)
 def test_entropy_is_that_of_float64(size: int, parallel: Parallel, masked: bool, exact: dict[int, Tensor]) -> None:
-    """Over a vocabulary of 250, which is padded to be cut; in one pass with the log-probs."""
+    """With a vocabulary of 250, which is padded for sharding; computed in one pass with the log-probs."""
     asked = {"temperature": 0.7, "entropy": True, "masked": masked}
     masks = [torch.from_numpy(sample.mask).double() for sample in jobs.samples(7)]
-    for found in ranks(size).run(jobs.logprobs, parallel=parallel, model=Model(init=jobs.TINY), **asked):
-        assert found.keys() == exact.keys()
-        for i, wanted in exact.items():
-            torch.testing.assert_close(torch.tensor(found[i]).double(), wanted * masks[i] if masked else wanted, atol=1e-5, rtol=0)
+    for results in ranks(size).run(jobs.logprobs, parallel=parallel, model=Model(init=jobs.TINY), **asked):
+        assert results.keys() == exact.keys()
+        for i, expected in exact.items():
+            torch.testing.assert_close(torch.tensor(results[i]).double(), expected * masks[i] if masked else expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(pp=2))], ids=str)
-def test_a_policy_takes_its_process_groups_along(size: int, parallel: Parallel) -> None:
-    """Every group has threads: a process that makes one policy after another must not gather them."""
+def test_closing_a_policy_destroys_its_process_groups(size: int, parallel: Parallel) -> None:
+    """Every group has threads, which must not accumulate in a process that creates several policies."""
     for threads in ranks(size).run(jobs.threads_after, parallel=parallel, model=Model(init=jobs.TINY), policies=4):
         assert threads[-1] <= threads[0] + 3
 
@@ -86,9 +86,9 @@ def by_sequence(query: Tensor, key: Tensor, value: Tensor, cu: Tensor) -> Tensor
     return attend_by_sequence(query, key, value, PackedForward(lengths=tuple(cu.diff().tolist())))
 
 
-def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for the kernels, whose signatures are the real ones': what attention passes on means the same as ours, and is given
-    as it is, no key or value repeated."""
+def test_gpu_attention_kernels_are_called_for_causal_grouped_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fakes that have the real kernels' signatures: arguments have the meaning that the kernels expect, and keys and values are not
+    repeated."""
     from engine.megatron import attention
 
     def flash(
@@ -141,25 +141,25 @@ def test_kernels_on_gpus_are_asked_for_causal_grouped_attention(monkeypatch: pyt
         assert torch.equal(attention.attend_for(on_gpu=True)(query, key, value, packed_forward), expected)
 
 
-def test_attention_and_its_gradients_are_torchs_own() -> None:
-    """Bit for bit, sequence by sequence, for heads that share a key and sequences of one token."""
+def test_attention_and_gradients_equal_torch() -> None:
+    """Bitwise, sequence by sequence, for grouped-query heads and for sequences of one token."""
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(12, heads, 8, generator=draw, requires_grad=True) for heads in (4, 2, 2))
     weight = torch.randn(12, 4, 8, generator=draw)
     cu = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
     out = by_sequence(query, key, value, cu)
-    found = [out, *torch.autograd.grad((out * weight).sum(), (query, key, value))]
+    results = [out, *torch.autograd.grad((out * weight).sum(), (query, key, value))]
     parts = []
     for start, end in ((0, 5), (5, 6), (6, 12)):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
         parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     expected = torch.cat(parts)
-    for ours, theirs in zip(found, [expected, *torch.autograd.grad((expected * weight).sum(), (query, key, value))], strict=True):
+    for ours, theirs in zip(results, [expected, *torch.autograd.grad((expected * weight).sum(), (query, key, value))], strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_packed_attention_does_not_leak() -> None:
-    """Changing one sequence of a pack leaves the others' outputs as they were, bit for bit."""
+    """Changing one sequence of a pack does not change a bit of the others' outputs."""
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(12, 4, 8, generator=draw)
     cu = torch.tensor([0, 5, 12], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""DPO as a user runs it: the reference's log-probs are computed once, kept, gone on with, and never taken for those of something else."""
+"""DPO from the command line: reference log-probs are computed once, saved, resumed, and rejected if they belong to another run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def engine(*words: object, size: int = 1) -> tuple[int, str, str]:
 
 
 def complaint(*words: object) -> str:
-    """The one line that a bad command leaves on stderr."""
+    """The single line on stderr of a failing command."""
     code, _, stderr = engine(*words)
     lines = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert (code, len(lines)) == (1, 1), stderr
@@ -75,24 +75,24 @@ def complaint(*words: object) -> str:
     return lines[0]
 
 
-def story(out: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl tells, without times."""
+def metric_records(out: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, without times."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if not MACHINE_METRICS.match(name)} for record in records]
 
 
 def forget_last_step(out: Path) -> None:
-    """As if the run had been killed before its last save."""
+    """Deletes the last checkpoint, as if the run had been killed before."""
     shutil.rmtree(out / "step-00000004")
     (out / "LATEST").write_text("step-00000002\n")
 
 
-def test_a_run_learns_tells_and_resumes(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_resumes(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, said, stderr = engine("run", recipe)
+    code, stdout, stderr = engine("run", recipe)
     assert code == 0, stderr
-    told = story(out)
-    evaluations, steps = ([record for record in told if record["kind"] == kind] for kind in ("evaluation", "step"))
+    records = metric_records(out)
+    evaluations, steps = ([record for record in records if record["kind"] == kind] for kind in ("evaluation", "step"))
     assert [record["step"] for record in evaluations] == [0, 4]
     assert evaluations[0]["policy/loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is the reference
     assert steps[-1]["policy/loss"] < 0.65
@@ -101,25 +101,25 @@ def test_a_run_learns_tells_and_resumes(recipe: Path, tmp_path: Path) -> None:
         assert record["reward/margin"] == pytest.approx(record["reward/chosen"] - record["reward/rejected"], abs=1e-5)
         assert -1 <= record["reward/length_bias"] <= 1
         assert record.keys() >= {"reward/accuracy", "logps/chosen", "logps/rejected", "length/chosen", "length/rejected"}
-    assert "train.jsonl: 12 rows, 0 truncated, 0 dropped;" in said
-    assert "held-out reward/accuracy" in said
-    assert "logps/chosen" not in said  # details are for the file
+    assert "train.jsonl: 12 rows, 0 truncated, 0 dropped;" in stdout
+    assert "held-out reward/accuracy" in stdout
+    assert "logps/chosen" not in stdout  # details are only in the file
 
     reference = (out / "reference" / "logprobs.bin").read_bytes()
     forget_last_step(out)
-    code, said, stderr = engine("run", recipe)
+    code, stdout, stderr = engine("run", recipe)
     assert code == 0, stderr
-    assert "reference log-probs of" not in said  # they are there
-    assert story(out) == told
+    assert "reference log-probs of" not in stdout  # they exist already
+    assert metric_records(out) == records
 
     forget_last_step(out)
-    shutil.rmtree(out / "reference")  # computed again by the weights of the start, not by those of step 2
+    shutil.rmtree(out / "reference")  # computed again with the initial weights, not those of step 2
     assert engine("run", recipe)[0] == 0
     assert (out / "reference" / "logprobs.bin").read_bytes() == reference
-    assert story(out) == told
+    assert metric_records(out) == records
 
 
-def test_the_reference_is_what_score_says(recipe: Path, tmp_path: Path) -> None:
+def test_reference_logprobs_equal_engine_score(recipe: Path, tmp_path: Path) -> None:
     assert engine("run", recipe, "steps=1", size=2)[0] == 0
     rows = [json.loads(line) for name in ("train", "held_out") for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     halves = [{"prompt": row["prompt"], "response": row[half]} for row in rows for half in ("chosen", "rejected")]
@@ -138,8 +138,8 @@ LAYOUTS = [(1, Parallel()), (2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(p
 
 
 @pytest.mark.parametrize(("size", "parallel"), LAYOUTS, ids=str)
-def test_interrupted_it_goes_on(size: int, parallel: Parallel, recipe: Path, tmp_path: Path) -> None:
-    blocks, whole, _ = keep(tmp_path / "whole", tmp_path)
+def test_an_interrupted_computation_resumes(size: int, parallel: Parallel, recipe: Path, tmp_path: Path) -> None:
+    blocks, full, _ = keep(tmp_path / "whole", tmp_path)
     assert blocks >= 6
     folder = tmp_path / "kept"
     assert keep(folder, tmp_path, size, parallel, die_after=2) == (2, [], "killed here")
@@ -150,7 +150,7 @@ def test_interrupted_it_goes_on(size: int, parallel: Parallel, recipe: Path, tmp
     (folder / "done.tmp").write_text("9")
     rest, values, _ = keep(folder, tmp_path)
     assert 0 < rest < blocks
-    assert values == pytest.approx(whole, abs=5e-6)
+    assert values == pytest.approx(full, abs=5e-6)
     assert keep(folder, tmp_path, size, parallel) == (0, values, "")
 
 
@@ -163,18 +163,18 @@ STALE: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), STALE, ids=[reason for _, reason in STALE])
-def test_of_something_else_it_is_refused(change: dict[str, Any], reason: str, recipe: Path, tmp_path: Path) -> None:
+def test_reference_logprobs_of_other_data_are_refused(change: dict[str, Any], reason: str, recipe: Path, tmp_path: Path) -> None:
     keep(tmp_path / "kept", tmp_path)
     assert reason in keep(tmp_path / "kept", tmp_path, **change)[2]
 
 
-def test_of_other_weights_it_is_refused_in_one_line(recipe: Path, tmp_path: Path) -> None:
+def test_reference_logprobs_of_other_weights_are_refused(recipe: Path, tmp_path: Path) -> None:
     assert engine("run", recipe, "steps=1")[0] == 0
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1e-3
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    said = complaint("run", recipe, "steps=1")
-    assert f"{tmp_path / 'out' / 'reference'} holds log-probs of other weights than this run's; delete it" in said
+    message = complaint("run", recipe, "steps=1")
+    assert f"{tmp_path / 'out' / 'reference'} holds log-probs of other weights than this run's; delete it" in message
 
 
 def test_a_short_file_is_refused(recipe: Path, tmp_path: Path) -> None:
@@ -194,19 +194,21 @@ BAD: list[tuple[dict[str, str], tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize(("row", "settings", "expected"), BAD, ids=[expected[:30] for *_, expected in BAD])
-def test_bad_input_is_one_line(row: dict[str, str], settings: tuple[str, ...], expected: str, recipe: Path, tmp_path: Path) -> None:
+def test_bad_input_is_reported_in_one_line(
+    row: dict[str, str], settings: tuple[str, ...], expected: str, recipe: Path, tmp_path: Path
+) -> None:
     rows = pairs(12, 0)
     write(tmp_path / "train.jsonl", [rows[0], row, *rows[1:]])
     assert expected in complaint("run", recipe, *settings)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_rows_dropped_are_told(recipe: Path, tmp_path: Path) -> None:
+def test_dropped_bad_rows_are_reported(recipe: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [*pairs(12, 0), BAD[0][0], BAD[1][0]])
-    code, said, stderr = engine("run", recipe, "steps=1", "algorithm.bad_rows=drop")
+    code, stdout, stderr = engine("run", recipe, "steps=1", "algorithm.bad_rows=drop")
     assert code == 0, stderr
-    assert "14 rows, 0 truncated, 0 dropped, 2 bad (" in said
-    assert "train.jsonl:14: chosen is empty" in said
+    assert "14 rows, 0 truncated, 0 dropped, 2 bad (" in stdout
+    assert "train.jsonl:14: chosen is empty" in stdout
 
 
 @pytest.mark.parametrize(
@@ -218,5 +220,5 @@ def test_bad_rows_dropped_are_told(recipe: Path, tmp_path: Path) -> None:
         ("algorithm.nll_weight=-1", "nll_weight=-1.0 at least 0"),
     ],
 )
-def test_bad_settings(setting: str, expected: str, recipe: Path) -> None:
+def test_bad_settings_are_refused(setting: str, expected: str, recipe: Path) -> None:
     assert expected in complaint("run", recipe, setting)

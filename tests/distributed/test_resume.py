@@ -1,4 +1,4 @@
-"""A stopped run goes on as if it had not stopped; and no accident while saving, nor a wrong byte afterwards, trains on a bad checkpoint."""
+"""Resume is bitwise, and a run never continues from a checkpoint that is incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def train(size: int, parallel: Parallel, out: Path, **steps: Any) -> list[dict[s
     ids=str,
 )
 def test_resumed_is_bitwise_uninterrupted(size: int, parallel: Parallel, tmp_path: Path) -> None:
-    whole = train(size, parallel, tmp_path / "run", first=0, last=5, save_at=2)
+    full = train(size, parallel, tmp_path / "run", first=0, last=5, save_at=2)
     rest = train(size, parallel, tmp_path / "run", first=2, last=5)
-    assert rest == whole[2:]
+    assert rest == full[2:]
 
 
 @pytest.mark.parametrize(
@@ -48,20 +48,20 @@ def test_resumed_is_bitwise_uninterrupted(size: int, parallel: Parallel, tmp_pat
     [(1, Parallel()), (2, Parallel()), (2, Parallel(pp=2)), (2, Parallel(pp=2, vpp=2)), (4, Parallel(tp=2, pp=2)), (4, Parallel(tp=4))],
     ids=str,
 )
-def test_resumed_on_another_grid(size: int, parallel: Parallel, tmp_path: Path) -> None:
-    whole = train(2, Parallel(tp=2), tmp_path / "run", first=0, last=5, save_at=2)
+def test_resume_on_another_grid(size: int, parallel: Parallel, tmp_path: Path) -> None:
+    full = train(2, Parallel(tp=2), tmp_path / "run", first=0, last=5, save_at=2)
     rest = train(size, parallel, tmp_path / "run", first=2, last=5)
-    for got, expected in zip(rest, whole[2:], strict=True):
-        assert got == pytest.approx(expected, rel=1e-5)
+    for actual, expected in zip(rest, full[2:], strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
 
 
-def test_sharded_state_does_not_load_into_a_whole_optimizer(tmp_path: Path) -> None:
+def test_sharded_state_does_not_load_into_an_unsharded_optimizer(tmp_path: Path) -> None:
     train(2, Parallel(), tmp_path / "run", first=0, last=1, save_at=1)
     with pytest.raises(RuntimeError, match=r"ValueError: .*distributed_optimizer=True.*False"):
         train(2, Parallel(distributed_optimizer=False), tmp_path / "run", first=1, last=2)
 
 
-def test_keeps_only_the_last(tmp_path: Path) -> None:
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in range(1, 5):
         train(1, Parallel(), tmp_path / "run", first=step - 1, last=step, save_at=step)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["LATEST", "step-00000003", "step-00000004"]
@@ -77,7 +77,7 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_flipped_byte_in_any_file_is_found(two_saved: Path) -> None:
+def test_a_flipped_byte_in_any_file_is_detected(two_saved: Path) -> None:
     from engine.megatron.checkpoint import damage_of
 
     newest = two_saved / "step-00000002"
@@ -92,7 +92,7 @@ def test_a_flipped_byte_in_any_file_is_found(two_saved: Path) -> None:
     assert damage_of(newest) is None
 
 
-def test_a_damaged_checkpoint_is_passed_over_loudly(two_saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(two_saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     victim = next((two_saved / "step-00000002").glob("tensors/*.distcp"))
     good = victim.read_bytes()
     victim.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(two_saved: Path, capfd: pyte
     victim.write_bytes(good)
 
 
-def test_all_damaged_is_an_error_not_a_fresh_start(two_saved: Path) -> None:
+def test_without_an_intact_checkpoint_the_run_stops(two_saved: Path) -> None:
     victims = {path: path.read_bytes() for path in two_saved.glob("step-*/tensors/*.distcp")}
     for path in victims:
         path.write_bytes(b"")
@@ -116,17 +116,16 @@ def test_a_checkpoint_of_another_model_is_refused(two_saved: Path) -> None:
         ranks(1).run(jobs.load, parallel=Parallel(), model=other, out=two_saved)
 
 
-def test_killed_at_any_instant_of_saving(tmp_path: Path) -> None:
-    """Two ranks save after every step; 20 times one of them, or both, is killed at a random instant, and the next life goes on
-    from what is on disk. Every step of every life has the numbers of a run that nobody killed: so what was loaded was always
-    whole, and never a mix."""
+def test_a_run_killed_while_saving_resumes_bitwise(tmp_path: Path) -> None:
+    """Two ranks save after every step. 20 times, one or both are killed at a random time, and a new run resumes from the checkpoint.
+    All steps equal those of an uninterrupted run, so every loaded checkpoint was complete and consistent."""
     script = [sys.executable, "-m", "tests.support.killed_saver", str(tmp_path)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    whole = train(2, Parallel(tp=2), tmp_path / "whole", first=0, last=max(r["step"] for r in told["steps"]) + 1)
-    for record in told["steps"]:
-        assert record["metrics"] == whole[record["step"]]
-    assert told["kills"] == 20
-    assert told["starts"][-1] > 0
-    assert told["starts"] == sorted(told["starts"])
+    records = json.loads(done.stdout)
+    full = train(2, Parallel(tp=2), tmp_path / "whole", first=0, last=max(r["step"] for r in records["steps"]) + 1)
+    for record in records["steps"]:
+        assert record["metrics"] == full[record["step"]]
+    assert records["kills"] == 20
+    assert records["starts"][-1] > 0
+    assert records["starts"] == sorted(records["starts"])

@@ -1,4 +1,4 @@
-"""The reward model: its loss by hand, the same numbers on any grid, and a folder that transformers scores alike."""
+"""The reward model: its loss against the definition, invariance to the layout, and equal scores in transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAYOUTS = [(2, Parallel()), (2, Parallel(tp=2)), (2, Parallel(pp=2)), (2, Parall
 
 
 def test_loss_and_gradient_are_those_of_the_definition() -> None:
-    """In float64, a pair at a time; with padding behind, which is no sequence of the batch."""
+    """In float64, one pair at a time, with trailing padding that belongs to no sequence."""
     (packed,) = batch(grouped(jobs.pairs_with_reference(0)), 1000, total_multiple=64)
     assert packed.index_S[-1] == -1
     draw = torch.Generator().manual_seed(0)
@@ -89,9 +89,9 @@ def one_rank(job: Any) -> Any:
 
 
 def check_same(size: int, parallel: Parallel, job: Any = jobs.reward_steps, **cut: Any) -> None:
-    for found in ranks(size).run(job, parallel=parallel, model=MODEL, **cut):
-        for got, expected in zip(found, one_rank(job), strict=True):
-            assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for results in ranks(size).run(job, parallel=parallel, model=MODEL, **cut):
+        for actual, expected in zip(results, one_rank(job), strict=True):
+            assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize(("size", "parallel"), [*LAYOUTS, (8, Parallel(tp=2, pp=2))], ids=str)
@@ -112,7 +112,7 @@ def test_the_same_in_any_order_of_pairs(parallel: Parallel) -> None:
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2), Parallel(pp=2)], ids=str)
 def test_a_critic_learns_by_the_same_contract(parallel: Parallel) -> None:
-    """A loss over the value of every counted token, as RLVR's critic has."""
+    """With a loss over the values of all tokens with mask 1, as in RLVR's critic."""
     check_same(2, parallel, jobs.critic_steps)
 
 
@@ -123,14 +123,14 @@ def train(size: int, parallel: Parallel, out: Path, model: Model = MODEL, **step
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), *LAYOUTS[1:2], *LAYOUTS[3:]], ids=str)
 def test_resumed_is_bitwise_uninterrupted(size: int, parallel: Parallel, tmp_path: Path) -> None:
-    whole = train(size, parallel, tmp_path / "run", first=0, last=4, save_at=2)
-    assert train(size, parallel, tmp_path / "run", first=2, last=4) == whole[2:]
+    full = train(size, parallel, tmp_path / "run", first=0, last=4, save_at=2)
+    assert train(size, parallel, tmp_path / "run", first=2, last=4) == full[2:]
 
 
 def test_resumed_on_another_grid_but_not_under_another_head(tmp_path: Path) -> None:
-    whole = train(2, Parallel(tp=2), tmp_path / "run", first=0, last=3, save_at=2)
+    full = train(2, Parallel(tp=2), tmp_path / "run", first=0, last=3, save_at=2)
     (rest,) = train(2, Parallel(pp=2), tmp_path / "run", first=2, last=3)
-    assert rest == pytest.approx(whole[2], rel=1e-5)
+    assert rest == pytest.approx(full[2], rel=1e-5)
     with pytest.raises(RuntimeError, match="another model \\(architectures="):
         train(1, Parallel(), tmp_path / "run", Model(init=jobs.TINY), first=2, last=3)
 
@@ -140,9 +140,9 @@ def test_the_head_starts_the_same_everywhere(tmp_path: Path) -> None:
     for number, (size, parallel) in enumerate([(1, Parallel()), (2, Parallel(tp=2)), (4, Parallel(tp=2, pp=2))]):
         (tmp_path / str(number)).mkdir()
         ranks(size).run(jobs.export, parallel=parallel, model=MODEL, folder=tmp_path / str(number))
-        found = read(tmp_path / str(number))
-        assert "lm_head.weight" not in found
-        heads.append(found["score.weight"])
+        results = read(tmp_path / str(number))
+        assert "lm_head.weight" not in results
+        heads.append(results["score.weight"])
     assert heads[0].shape == (1, 64)
     assert all(torch.equal(head, heads[0]) for head in heads)
     assert 0.7 < heads[0].std().item() * math.sqrt(65) < 1.3
@@ -150,13 +150,13 @@ def test_the_head_starts_the_same_everywhere(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model as transformers writes it."""
+    """A language model saved by transformers."""
     return make_folder(tmp_path_factory.mktemp("base") / "model", replace(jobs.TINY, tied=request.param, max_length=64))
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, Parallel()), (2, Parallel(tp=2)), (4, Parallel(tp=2, pp=2))], ids=str)
 def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, parallel: Parallel, tmp_path: Path) -> None:
-    """Two steps from the language model; what is written has transformers' values at every token, and comes back bit for bit."""
+    """After two steps from the language model, the export has transformers' values at every token and is imported bit for bit."""
     first, second = tmp_path / "first", tmp_path / "second"
     shape = from_hf(json.loads((base / "config.json").read_text())).with_scalar_head()
     for folder in (first, second):
@@ -170,13 +170,13 @@ def test_from_a_language_model_to_transformers_and_back(base: Path, size: int, p
     assert not torch.equal(written["model.norm.weight"], original["model.norm.weight"])
     model: Any = AutoModelForSequenceClassification.from_pretrained(first, dtype=torch.float32)
     assert model.num_labels == 1
-    found: dict[int, list[float]] = {}
+    results: dict[int, list[float]] = {}
     for part in ranks(size).run(jobs.logprobs, parallel=parallel, model=Model(str(first))):
-        found |= part
+        results |= part
     for i, sample in enumerate(jobs.samples(7)):
         with torch.no_grad():
             hidden = model.model(torch.from_numpy(sample.tokens[:-1]).long()[None]).last_hidden_state
-            assert found[i] == pytest.approx(model.score(hidden)[0, :, 0].tolist(), abs=1e-4)
+            assert results[i] == pytest.approx(model.score(hidden)[0, :, 0].tolist(), abs=1e-4)
 
 
 SHAPE = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260, max_length=512)"
@@ -214,9 +214,9 @@ def lines(path: Path) -> list[Any]:
 
 def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
     """Rows of three kinds are scored in order, on two other layouts, as transformers scores them in one padded batch."""
-    code, told, complained = engine("run", recipe)
-    assert code == 0, complained
-    assert "held-out reward/accuracy" in told
+    code, stdout, stderr = engine("run", recipe)
+    assert code == 0, stderr
+    assert "held-out reward/accuracy" in stdout
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     (problem,) = problems(1, 5)
@@ -227,18 +227,18 @@ def test_train_export_and_score(recipe: Path, tmp_path: Path) -> None:
     for size, layout in ((1, "tp=1"), (2, "tp=2"), (2, "pp=2")):
         out = tmp_path / f"{layout}.jsonl"
         words = ["score", str(tmp_path / "model"), "--reward", "--data", str(tmp_path / "rows.jsonl"), "--out", str(out)]
-        assert all(found[0] == 0 for found in ranks(size).run(jobs.command, words=[*words, f"parallel.{layout}"]))
+        assert all(results[0] == 0 for results in ranks(size).run(jobs.command, words=[*words, f"parallel.{layout}"]))
     scores = {layout: lines(tmp_path / f"{layout}.jsonl") for layout in ("tp=1", "tp=2", "pp=2")}
     messages = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in texts]
-    whole = [tokenizer.apply_chat_template(turns, return_dict=False) for turns in [*messages, problem["messages"]]]
-    assert [score["tokens"] for score in scores["tp=1"]] == [*whole, *(row["tokens"] for row in rows[4:])]
-    assert whole[0][-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
+    full = [tokenizer.apply_chat_template(turns, return_dict=False) for turns in [*messages, problem["messages"]]]
+    assert [score["tokens"] for score in scores["tp=1"]] == [*full, *(row["tokens"] for row in rows[4:])]
+    assert full[0][-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
     padded = tokenizer.pad({"input_ids": [score["tokens"] for score in scores["tp=1"]]}, return_tensors="pt")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     with torch.no_grad():
         expected = model(**padded).logits[:, 0].tolist()
-    for found in scores.values():
-        assert [score["reward"] for score in found] == pytest.approx(expected, abs=1e-4)
+    for results in scores.values():
+        assert [score["reward"] for score in results] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, base: Path, tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ def test_a_language_model_is_not_a_reward_model_nor_the_reverse(recipe: Path, ba
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_a_fresh_head_is_told_of_in_one_line(tmp_path: Path) -> None:
-    """And config.json says what transformers needs to know: one label, and a padding that ends no sequence."""
+def test_a_new_head_is_reported_in_one_line(tmp_path: Path) -> None:
+    """And config.json has one label and a padding token that ends no sequence, which transformers needs."""
     base = make_folder(tmp_path / "base", replace(jobs.TINY, vocab=260, max_length=512))
-    code, told, complained = engine("run", make_recipe(tmp_path, f"Model({str(base)!r}, head='scalar', tokenizer='bytes')"), "steps=1")
-    assert code == 0, complained
-    told_of = f"{base} is a language model: its scalar head is initialized from N(0, 1 / sqrt(65))"
-    assert [line for line in told.splitlines() if "scalar head" in line] == [told_of]
+    code, stdout, stderr = engine("run", make_recipe(tmp_path, f"Model({str(base)!r}, head='scalar', tokenizer='bytes')"), "steps=1")
+    assert code == 0, stderr
+    expected_line = f"{base} is a language model: its scalar head is initialized from N(0, 1 / sqrt(65))"
+    assert [line for line in stdout.splitlines() if "scalar head" in line] == [expected_line]
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (config["pad_token_id"], len(config["id2label"]), config["tie_word_embeddings"]) == (256, 1, False)
 
@@ -285,7 +285,7 @@ def test_a_scalar_head_ties_nothing() -> None:
 
 
 def test_generated_pairs() -> None:
-    """Right against wrong on the same problem, as many steps in both; the same rows each time; held-out problems are others."""
+    """Right and wrong answers to the same problem with equally many steps, the same rows each time, and other held-out problems."""
     rows, held_out = pairs(300, 0), pairs(100, 1, held_out=True)
     assert rows == pairs(300, 0)
     answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in problems(300, 0)}
@@ -304,11 +304,11 @@ def test_the_last_token_is_read_also_of_an_answer_cut_short(max_length: int, tmp
     write(tmp_path / "data.jsonl", [{"prompt": "Which?", "chosen": "right " * 8, "rejected": "wrong " * 9}])
     chat = ChatTemplate(load_tokenizer("bytes"))
     source = Source(str(tmp_path / "data.jsonl"))
-    found = prepare_pairs(source, chat, max_length=max_length, too_long="truncate", whole=True, cache=tmp_path / "cache")
+    results = prepare_pairs(source, chat, max_length=max_length, too_long="truncate", whole=True, cache=tmp_path / "cache")
     predicting = prepare_pairs(source, chat, max_length=200, cache=tmp_path / "cache")
-    for judged, whole in zip(found[0], predicting[0], strict=True):
-        assert np.array_equal(judged.tokens[:-1], whole.tokens[:max_length])
-        assert judged.mask.sum() == whole.mask[:max_length].sum()
+    for judged, full in zip(results[0], predicting[0], strict=True):
+        assert np.array_equal(judged.tokens[:-1], full.tokens[:max_length])
+        assert judged.mask.sum() == full.mask[:max_length].sum()
 
 
 def test_real_pairs_share_no_problem_with_those_held_out() -> None:

@@ -1,4 +1,4 @@
-"""Losses that the output layer computes itself give what they give from its log-probs, on every layout."""
+"""Losses computed in the output layer equal those computed from its log-probs, on every layout."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LAYOUTS = [
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("size", "parallel"), LAYOUTS, ids=str)
 def test_the_output_layer_computes_the_same_loss(size: int, parallel: Parallel, tied: bool) -> None:
-    """Metrics and the norm of the gradient, also of a step from weights that the first one made."""
-    for found in ranks(size).run(jobs.learned, parallel=parallel, model=Model(init=replace(TINY, tied=tied))):
-        assert found.keys() == jobs.LOSSES.keys()
-        for name, (by_layer, by_autograd) in found.items():
+    """Metrics and gradient norms of two steps."""
+    for results in ranks(size).run(jobs.learned, parallel=parallel, model=Model(init=replace(TINY, tied=tied))):
+        assert results.keys() == jobs.LOSSES.keys()
+        for name, (by_layer, by_autograd) in results.items():
             for layer, autograd in zip(by_layer, by_autograd, strict=True):
                 assert layer == pytest.approx(autograd, rel=2e-5, abs=1e-6), name

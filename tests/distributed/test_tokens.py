@@ -1,4 +1,4 @@
-"""Messages of drawn tokens: when they are received, and what ends them. What they contain is tested by test_sampler."""
+"""Messages with sampled tokens: when receives are posted, and when sends are completed. Contents are tested by test_sampler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAWN = torch.tensor([[3.0, 5.0], [-0.5, -1.5]], dtype=torch.float64)
 
 
 class Sending:
-    """A send whose receiver may be gone."""
+    """A send whose receiver may not exist any more."""
 
     def __init__(self) -> None:
         self.waited = False
@@ -37,7 +37,7 @@ def sender(pp: int, pp_rank: int, in_thread: bool, monkeypatch: pytest.MonkeyPat
     return TokenSender(Grid(0, 1, GROUP, pp_rank, pp, GROUP, GROUP, 0, 1, GROUP), in_thread=in_thread), sends
 
 
-def test_a_receive_is_posted_when_the_result_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_receive_is_posted_when_the_result_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     posted: list[int] = []
     own, _ = sender(4, 1, True, monkeypatch)
     monkeypatch.setattr(Grid, "last_stage", 3)
@@ -49,7 +49,7 @@ def test_a_receive_is_posted_when_the_result_is_asked_for(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_only_a_generation_that_succeeded_waits_for_its_receivers(in_thread: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_generation_does_not_wait_for_receivers(in_thread: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     own, sends = sender(3, 2, in_thread, monkeypatch)
     assert torch.equal(own.send(DRAWN)(), DRAWN)
     assert len(sends) == 2
@@ -63,7 +63,7 @@ def test_only_a_generation_that_succeeded_waits_for_its_receivers(in_thread: boo
     own.close()
 
 
-def test_old_messages_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completed_messages_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
     own, sends = sender(2, 1, False, monkeypatch)
     for _ in range(40):
         own.send(DRAWN)

@@ -1,4 +1,4 @@
-"""Weight gradients that the product adds to their fp32 sums: the numbers of the two passes, over layouts, heads and precisions."""
+"""Weight gradients with fused accumulation into fp32: equal to separate product and addition, for layouts, heads and precisions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import jobs, jobs_gradients
 from tests.support.pool import ranks
 
 UNTIED, TIED, SCALAR = (Model(init=llama) for llama in (jobs.TINY, replace(jobs.TINY, tied=True), jobs.TINY.with_scalar_head()))
-WHOLE = Parallel(distributed_optimizer=False)  # every replica has all of the gradient
+WHOLE = Parallel(distributed_optimizer=False)  # every replica has the full gradient
 CASES = [
     (1, WHOLE, UNTIED),
     (1, WHOLE, TIED),
@@ -38,44 +38,44 @@ def gradients(size: int, parallel: Parallel, model: Model, fused: bool) -> list[
 
 
 def check_near(found: list[float], wanted: list[float], tolerance: float) -> None:
-    """Of the largest in each weight's gradient."""
+    """The tolerance is relative to the largest entry of each weight's gradient."""
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=tolerance * max(map(abs, wanted)))
 
 
 @pytest.mark.parametrize(("size", "parallel", "model"), CASES, ids=str)
 def test_gradients_are_those_of_two_passes(size: int, parallel: Parallel, model: Model) -> None:
-    """To 1e-6 in fp32, on every rank, whether a weight's gradient is its layer's alone or the embedding's too."""
+    """To 1e-6 in fp32, on every rank, with untied and tied embeddings."""
     pairs = zip(*(gradients(size, parallel, model, fused) for fused in (True, False)), strict=True)
     for (fused, layers_), (apart, _) in pairs:
-        assert layers_ >= 4 * 4 // parallel.pp  # four in each of the rank's layers
+        assert layers_ >= 4 * 4 // parallel.pp  # four in each layer of the rank
         assert fused.keys() == apart.keys()
-        for name, wanted in apart.items():
-            assert any(wanted), name
-            check_near(fused[name], wanted, 1e-6)
+        for name, expected in apart.items():
+            assert any(expected), name
+            check_near(fused[name], expected, 1e-6)
 
 
 def test_bf16_weights_lose_one_rounding() -> None:
-    """Apart, the product of each microbatch is rounded to bf16, by up to 2^-9 of it, before it is added; fused, it is added in fp32."""
+    """Not fused, the product of each microbatch is rounded to bf16 before the addition, by up to 2^-9; fused, it is added in fp32."""
     model = replace(UNTIED, dtype="bf16")
     ((fused, _),), ((apart, _),) = (gradients(1, WHOLE, model, fused) for fused in (True, False))
-    differing = [name for name, wanted in apart.items() if fused[name] != wanted]
+    differing = [name for name, expected in apart.items() if fused[name] != expected]
     assert differing
     assert all("linear" in name for name in differing)
-    for name, wanted in apart.items():
-        check_near(fused[name], wanted, 2**-8)
+    for name, expected in apart.items():
+        check_near(fused[name], expected, 2**-8)
 
 
 def test_without_an_optimizer_gradients_are_autograds_own() -> None:
-    """Nothing has a main_grad to add to; frozen weights have no gradient at all."""
-    (whole,) = ranks(1).run(jobs_gradients.read_only_gradients, parallel=Parallel(), model=UNTIED)
-    assert all(whole.values())
+    """There is no main_grad to accumulate into, and frozen weights have no gradient."""
+    (full,) = ranks(1).run(jobs_gradients.read_only_gradients, parallel=Parallel(), model=UNTIED)
+    assert all(full.values())
     (some,) = ranks(1).run(jobs_gradients.read_only_gradients, parallel=Parallel(), model=UNTIED, frozen="linear")
-    assert some == {name: None if "linear" in name else value for name, value in whole.items()}
+    assert some == {name: None if "linear" in name else value for name, value in full.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_against_float64(dtype: torch.dtype) -> None:
-    """To the rounding of fp32 in every type: what is multiplied exactly is summed up in fp32."""
+    """To the precision of fp32 for every input dtype: products are exact and summed in fp32."""
     draw = torch.Generator().manual_seed(0)
     given, grad, before = (torch.randn(shape, generator=draw) for shape in ((37, 20), (37, 12), (12, 20)))
     given, grad = given.to(dtype), grad.to(dtype)
@@ -88,8 +88,8 @@ def test_against_float64(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_shapes_it_is_one_product(dtype: torch.dtype) -> None:
-    """As on a GPU: no pass over the gradient, and nothing made."""
+def test_on_meta_tensors_it_is_one_product(dtype: torch.dtype) -> None:
+    """As on a GPU: no additional pass over the gradient, and no allocation."""
     given, grad = (torch.empty(shape, device="meta", dtype=dtype) for shape in ((37, 20), (37, 12)))
     sums = torch.empty(12, 20, device="meta")
     with Meter(torch.device("meta"), {}) as meter:
@@ -100,7 +100,7 @@ def test_on_shapes_it_is_one_product(dtype: torch.dtype) -> None:
 
 
 class Apex:
-    """Stands for Apex's module."""
+    """A fake of Apex's module."""
 
 
 @pytest.mark.parametrize(("place", "installed", "wanted"), [

@@ -1,4 +1,4 @@
-"""Calibration finds again what was put in, and describes the machine that the tests run on in a file that loads."""
+"""Calibration recovers known constants, and measures this machine into a file that loads."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def test_products_are_fitted_by_shape() -> None:
     shapes = [Matmul(m, k, n) for m in (128, 1024, 8192) for k in (256, 4096) for n in (512, 8192)]
     true = Gemm(0.7, 1e5, 100.0)
     measured = [true.ceiling / (1 + true.wave / (s.m * s.n)) / (1 + true.fill / s.k) for s in shapes]
-    found = fit_gemm(shapes, measured)
-    again = [found.ceiling / (1 + found.wave / (s.m * s.n)) / (1 + found.fill / s.k) for s in shapes]
+    results = fit_gemm(shapes, measured)
+    again = [results.ceiling / (1 + results.wave / (s.m * s.n)) / (1 + results.fill / s.k) for s in shapes]
     assert again == pytest.approx(measured, rel=0.04)
-    assert found.ceiling == pytest.approx(0.7, rel=0.03)
+    assert results.ceiling == pytest.approx(0.7, rel=0.03)
     flat = fit_gemm(shapes, [0.5] * len(shapes))
     assert (flat.ceiling, flat.wave, flat.fill) == (pytest.approx(0.5), 0.0, 0.0)
 
 
-def test_kernels_cost_by_the_byte_and_by_the_launch() -> None:
+def test_kernel_costs_are_fitted_per_byte_and_per_launch() -> None:
     works = [Work(traffic=traffic, kernels=kernels) for traffic, kernels in ((1e6, 10), (1e8, 10), (1e7, 100))]
     rests = [work.traffic * 1e-9 + work.kernels * 1e-4 for work in works]
     assert fit_kernels(works, rests, rests) == pytest.approx((1e-9, 1e-4))
     assert fit_kernels(works, [work.traffic * 1e-9 for work in works], rests) == (pytest.approx(1e-9), pytest.approx(0, abs=1e-9))
-    fewer = [work.kernels * 1e-4 - work.traffic * 1e-11 for work in works]  # no byte gives time back
+    fewer = [work.kernels * 1e-4 - work.traffic * 1e-11 for work in works]  # negative costs per byte are not fitted
     assert fit_kernels(works, fewer, rests)[0] == 0
 
 
@@ -51,11 +51,11 @@ def measured(world: World) -> Hardware:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_machine_is_measured_and_written_down(size: int, tmp_path: Path) -> None:
-    found = ranks(size).run(measured)
-    for each in found:  # every rank has the same numbers but for its own memory
-        assert (each.peak, each.gemm, each.inside) == (found[0].peak, found[0].gemm, found[0].inside)
-    machine = found[0]
+def test_a_machine_is_measured_and_saved(size: int, tmp_path: Path) -> None:
+    results = ranks(size).run(measured)
+    for each in results:  # all ranks have the same numbers, except for their own memory
+        assert (each.peak, each.gemm, each.inside) == (results[0].peak, results[0].gemm, results[0].inside)
+    machine = results[0]
     numbers = [machine.peak, machine.attention, machine.bandwidth, machine.streaming, machine.memory, machine.inside.bandwidth]
     assert all(np.isfinite(number) and number > 0 for number in numbers)
     assert 1e-5 < machine.decode_layer < 1  # busy or not

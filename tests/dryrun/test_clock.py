@@ -1,4 +1,4 @@
-"""The clock's rules on works small enough to reckon by hand."""
+"""The rules of the cost model, on work that is small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.dryrun.decoding import decode_work, generation_time, round_seconds
 from engine.dryrun.hardware import Gemm, Hardware, Link
 from engine.dryrun.types import Collective, Matmul, Overlapped, Stage, Work
 
-# One FLOP and one byte of memory take a second each; a byte inside a node 10, across nodes 100. Nothing else costs anything.
+# A FLOP and a byte of memory traffic take 1 s each, a byte sent within a node 10 s, between nodes 100 s. Everything else is free.
 PLAIN = Hardware(
     name="plain",
     peak=1.0,
@@ -54,7 +54,7 @@ def test_small_products_are_less_efficient() -> None:
     h100 = clock(Hardware.load("h100"))
     rates = [m * 16384 * 13312 * 2 / h100.product(Matmul(m, 16384, 13312)) for m in (16, 256, 2048, 8192)]
     assert rates == sorted(rates)
-    assert rates[0] < 0.1 * rates[-1]  # a few rows cost as much as reading the weights
+    assert rates[0] < 0.1 * rates[-1]  # few rows take as long as reading the weights
     assert rates[2] > 0.93 * rates[-1]
 
 
@@ -63,17 +63,17 @@ def test_rings() -> None:
     gather = Collective("all_gather", "tp", 800, True)
     assert inside.collective(gather) == pytest.approx(7 / 8 * 800 / 0.1)
     assert inside.collective(gather._replace(kind="all_reduce")) == pytest.approx(2 * 7 / 8 * 800 / 0.1)
-    assert across.collective(gather._replace(axis="dp")) == pytest.approx(7 / 8 * 800 / 0.01)  # one rank a node: one adapter
-    together = clock(world_size=64, tp=2)  # four of a node's ranks are replicas of each other: they share four adapters
+    assert across.collective(gather._replace(axis="dp")) == pytest.approx(7 / 8 * 800 / 0.01)  # one rank per node: one network adapter
+    together = clock(world_size=64, tp=2)  # four ranks of a node are replicas of each other and share four adapters
     assert together.collective(gather._replace(axis="dp")) == pytest.approx(31 / 32 * 800 / 0.04)
     assert clock(world_size=64).collective(gather._replace(axis="dp")) == pytest.approx(63 / 64 * 800 / 0.08)
-    assert inside.collective(gather._replace(axis="dp")) == 0  # alone
+    assert inside.collective(gather._replace(axis="dp")) == 0  # a group of one
     late = replace(PLAIN, inside=Link(0.1, latency=3.0, step=0.5, message=7.0), across=Link(0.01, latency=5.0, step=2.0, message=0.0))
     assert clock(late, tp=4).collective(gather._replace(size=0)) == pytest.approx(3 + 3 * 0.5)
     assert clock(late, world_size=16).collective(Collective("all_reduce", "dp", 0, True)) == pytest.approx(5 + 2 * (2 + 14 * 0.5))
 
 
-def test_where_axes_lie() -> None:
+def test_which_axes_are_within_a_node() -> None:
     grid = clock(world_size=64, tp=8, pp=4)
     assert [grid.crosses_nodes(axis) for axis in ("tp", "dp", "pp")] == [False, True, True]
     assert clock(world_size=32, tp=16, pp=2).crosses_nodes("tp")
@@ -84,23 +84,23 @@ def test_where_axes_lie() -> None:
     assert clock().hop(100) == 0
 
 
-def test_a_work_adds_up_and_hides_what_does_not_wait() -> None:
+def test_work_adds_up_and_overlaps_nonblocking_communication() -> None:
     def work(waits: bool, size: int) -> Work:
         return Work(Counter({Matmul(10, 10, 10): 2}), 500.0, 300.0, 10, Counter({Collective("all_gather", "tp", size, waits): 1}))
 
     busy, grid = 4000 + 500 + 300, clock(tp=2)
     assert grid.seconds(work(True, 40)) == busy + 200
     assert grid.seconds(work(False, 40)) == busy
-    assert grid.seconds(work(False, 2000)) == 10000  # what is longer than all computation shows
+    assert grid.seconds(work(False, 2000)) == 10000  # communication longer than all computation is visible
     assert clock(replace(PLAIN, overlap=0.25), tp=2).seconds(work(False, 400)) == busy + 2000 - 0.25 * busy
     assert clock(replace(PLAIN, launch=2.0), tp=2).seconds(work(True, 40)) == busy + 200 + 20
-    assert clock(replace(PLAIN, dispatch=1000.0), tp=2).seconds(work(True, 40)) == 10_000  # the host is the slower
+    assert clock(replace(PLAIN, dispatch=1000.0), tp=2).seconds(work(True, 40)) == 10_000  # the host is slower
 
 
 def test_an_overlapped_product_waits_for_its_first_block_or_for_messages() -> None:
-    matmul = Matmul(20, 10, 10)  # 4000 seconds, 1000 a block
+    matmul = Matmul(20, 10, 10)  # 4000 seconds, 1000 per block
     grid = clock(tp=4)
-    assert grid.overlapped(Overlapped(matmul, 400)) == 4000  # 1000 a message
+    assert grid.overlapped(Overlapped(matmul, 400)) == 4000  # 1000 per message
     assert grid.overlapped(Overlapped(matmul, 800)) == 1000 + 3 * 2000
     late = clock(replace(PLAIN, inside=Link(0.1, latency=3.0, step=0.5, message=7.0)), tp=4)
     assert late.overlapped(Overlapped(matmul, 400)) == 4000 + 3 + 2 * 3 * 0.5
@@ -117,33 +117,33 @@ def stage(pp: int = 0, chunk: int = 0, seconds: float = 100.0, parameters: int =
     return Stage(pp, chunk, 1, parameters, **sizes, forward=forward, backward=backward, inference=forward, held=1, peak=1, inference_peak=1)
 
 
-def test_an_update_alone() -> None:
-    found = clock(world_size=1).update([stage()], 5, 0.0)
-    assert found.timeline.seconds == 5 * 300
-    assert found.reduction == 0
-    assert found.optimizer == 3 * 40 + 2 * 120 + 4 * 40 + 20
-    assert found.seconds == 1500 + found.optimizer
+def test_an_update_on_one_gpu() -> None:
+    results = clock(world_size=1).update([stage()], 5, 0.0)
+    assert results.timeline.seconds == 5 * 300
+    assert results.reduction == 0
+    assert results.optimizer == 3 * 40 + 2 * 120 + 4 * 40 + 20
+    assert results.seconds == 1500 + results.optimizer
 
 
-def test_replicas_reduce_behind_the_last_backward_where_they_must() -> None:
+def test_gradients_are_reduced_after_or_during_the_last_backward() -> None:
     reduce, gather = 40 / 2 / 0.1, 20 / 2 / 0.1  # of 40 and 20 bytes between two replicas in a node
     hidden = clock(world_size=2).update([stage(seconds=150.0)], 5, 0.0)
-    assert hidden.reduction == 0  # 200 seconds beside a backward of 300
-    assert hidden.timeline.seconds == 5 * 450 + gather  # a single bucket, for which the first forward waits
+    assert hidden.reduction == 0  # 200 seconds during a backward of 300
+    assert hidden.timeline.seconds == 5 * 450 + gather  # the first forward waits for a single bucket
     assert clock(world_size=2).update([stage(seconds=50.0)], 5, 0.0).reduction == reduce - 100
     staged = clock(world_size=4, pp=2).update([stage(0), stage(1)], 4, 0.0).timeline
-    assert staged.seconds == (4 + 1) * 300 + gather  # stages gather beside each other, at the start
-    whole = clock(world_size=2)
-    whole = replace(whole, parallel=replace(whole.parallel, distributed_optimizer=False)).update([stage(seconds=50.0)], 5, 0.0)
-    assert (whole.reduction, whole.timeline.seconds) == (2 * reduce - 100, 5 * 150)
+    assert staged.seconds == (4 + 1) * 300 + gather  # stages gather concurrently at the start
+    full = clock(world_size=2)
+    full = replace(full, parallel=replace(full.parallel, distributed_optimizer=False)).update([stage(seconds=50.0)], 5, 0.0)
+    assert (full.reduction, full.timeline.seconds) == (2 * reduce - 100, 5 * 150)
     shared = clock(world_size=2).update([stage()], 1, 0.0).optimizer
-    assert shared == 3 * 40 + 2 * 120 + 4 * 40 / 2 + 20 / 2 + 6 * 2 * 8 / 2 / 0.1  # the Stage's optimizer is a share already
+    assert shared == 3 * 40 + 2 * 120 + 4 * 40 / 2 + 20 / 2 + 6 * 2 * 8 / 2 / 0.1  # Stage.optimizer is already sharded
 
 
 def test_pipeline_ranks_reduce_in_their_bubble() -> None:
-    found = clock(world_size=4, pp=2).update([stage(0, seconds=100.0), stage(1, seconds=100.0)], 4, 0.0)
-    # The last stage ends 200 before the first, as long as its reduction takes; the first hides its own beside its last backward.
-    assert found.reduction == 0
+    results = clock(world_size=4, pp=2).update([stage(0, seconds=100.0), stage(1, seconds=100.0)], 4, 0.0)
+    # The last stage ends 200 before the first, which is the time of its reduction; the first overlaps its own with its last backward.
+    assert results.reduction == 0
     virtual = clock(world_size=4, pp=2, vpp=2)
     stages = [stage(r, c, seconds=100.0) for r in range(2) for c in range(2)]
     assert virtual.update(stages, 4, 0.0).reduction == 200  # of chunk 0, all at once
@@ -151,7 +151,7 @@ def test_pipeline_ranks_reduce_in_their_bubble() -> None:
         virtual.update(stages, 5, 0.0)
 
 
-def test_forward_alone() -> None:
+def test_forward_only() -> None:
     assert clock(world_size=2, pp=2).forward([stage(0), stage(1)], 4, 1.0).seconds == 5 * 100 + 1 / 0.1
 
 
@@ -164,10 +164,10 @@ def test_decoding_reads_weights_and_cache() -> None:
     weights, sequence = 2 * (LLAMA8B.parameters - LLAMA8B.vocab * LLAMA8B.hidden), 2 * 2 * 32 * 8 * 128
     floor = (weights + 16 * 1000 * sequence) / (0.8 * 3.35e12)
     assert floor < round_seconds(h100, LLAMA8B, 16, 1000, graphs=True) < 1.6 * floor
-    assert round_seconds(h100, LLAMA8B, 16, 1000, graphs=False) == pytest.approx(32 * 1e-3 + 30 * 8e-6)  # the host sets the pace
+    assert round_seconds(h100, LLAMA8B, 16, 1000, graphs=False) == pytest.approx(32 * 1e-3 + 30 * 8e-6)  # host-bound
     short = clock(replace(h100.hardware, bandwidth=1e18, peak=1e21, launch=0.0), world_size=1)
     assert round_seconds(short, LLAMA8B, 16, 1000, graphs=True) == pytest.approx(10 * 8e-6)
-    assert round_seconds(short, LLAMA8B, 16, 1000, [100], graphs=True) == pytest.approx(32 * 1e-3 + 30 * 8e-6)  # prompts are in no graph
+    assert round_seconds(short, LLAMA8B, 16, 1000, [100], graphs=True) == pytest.approx(32 * 1e-3 + 30 * 8e-6)  # prefill uses no graph
     assert decode_work(LLAMA8B, 1, 32, 16, 0, head=True).flops == pytest.approx(2 * 16 * weights / 2, rel=1e-4)
 
 
@@ -179,19 +179,19 @@ def test_a_prompt_costs_what_a_forward_does() -> None:
     assert sum(times for c, times in work.collectives.items() if c.kind == "reduce_scatter") == 64
 
 
-def test_slots_are_filled_anew() -> None:
+def test_finished_sequences_are_replaced() -> None:
     machine = clock(Hardware.load("h100"), world_size=1)
-    found = generation_time(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=2, graphs=False)
-    assert (found.rounds, found.tokens) == (100, 155)
-    assert found.decode == pytest.approx(100 * (32 * 1e-3 + 30 * 8e-6))  # as long as the host sets the pace
-    assert found.prefill == 0  # and few tokens more take it no longer
+    results = generation_time(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=2, graphs=False)
+    assert (results.rounds, results.tokens) == (100, 155)
+    assert results.decode == pytest.approx(100 * (32 * 1e-3 + 30 * 8e-6))  # host-bound
+    assert results.prefill == 0  # few additional tokens are free
     assert generation_time(machine, LLAMA8B, [3000] * 4, [5, 100, 20, 30], slots=2, graphs=False).prefill > 0
     assert generation_time(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=1, graphs=False).rounds == 155
     two = clock(Hardware.load("h100"), world_size=2, pp=2)
     assert generation_time(two, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=1, graphs=False).rounds == 100
     replayed = generation_time(machine, LLAMA8B, [10] * 4, [5, 100, 20, 30], slots=2, graphs=True)
-    assert replayed.decode < 0.3 * found.decode
-    assert replayed.prefill > 0  # what takes a prompt in is launched kernel by kernel
+    assert replayed.decode < 0.3 * results.decode
+    assert replayed.prefill > 0  # prefill is launched kernel by kernel
 
 
 def test_tokens_come_back_to_the_first_stage() -> None:

@@ -1,4 +1,4 @@
-"""What is assumed of machines: every device is whole, a file comes back as it was written, and mistakes are named."""
+"""Hardware files: every device is complete, a saved file loads unchanged, and invalid files are refused."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_every_device_is_plausible(name: str) -> None:
     assert device.node == 8
 
 
-def test_every_number_of_the_first_device_says_where_it_is_from() -> None:
+def test_every_number_of_the_first_device_has_a_source() -> None:
     section = OWN.read_text(encoding="utf-8").split("[h100]")[1].split("[h200]")[0]
     numbers = [line for line in section.splitlines() if re.match(r"\w+ = ", line)]
     assert len(numbers) == 13 + 3 + 8
-    assert [line for line in numbers if "#" not in line] == ["latency = 6.6e-6"]  # as the one before
+    assert [line for line in numbers if "#" not in line] == ["latency = 6.6e-6"]  # same source as the line before
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_saved_hardware_loads_unchanged(tmp_path: Path) -> None:
     mine = replace(Hardware.load("h200"), name="mine", gemm=Gemm(0.5, 12345.0, 32.0), width=4)
     mine.save(tmp_path / "mine.toml", {"gemm.wave": "measured", "peak": "assumed"})
     assert Hardware.load(str(tmp_path / "mine.toml")) == mine
@@ -43,7 +43,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert re.search(r"peak = .*# assumed", text)
 
 
-def test_the_file_travels_with_the_distribution() -> None:
+def test_the_file_is_part_of_the_distribution() -> None:
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert OWN.name in packaged["engine.dryrun"]
 
@@ -58,7 +58,7 @@ def test_the_file_travels_with_the_distribution() -> None:
         ("[a]\npeak = 1.0\n", "a.across is missing"),
     ],
 )
-def test_a_file_that_is_no_device_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "x.toml"
     if text is not None:
         path.write_text(text)

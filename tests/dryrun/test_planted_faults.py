@@ -1,5 +1,5 @@
-"""The rehearsal finds planted faults: wrong launches of the 405B recipes, each refused in one line that names the field, its value and a
-value that works; and that value works. So do warnings."""
+"""Invalid launches of the 405B recipes are refused in one line that names the field, its value and a value that works. That value works.
+The same holds for warnings."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.support.pool import ranks
 
 
 class Fault(NamedTuple):
-    """A wrong launch: what its complaint says, and the settings that mend it, each of which the complaint names."""
+    """An invalid launch: its error, and the settings that fix it, each of which is named in the error."""
 
     recipe: str
     settings: list[str]
     says: str
     mended: list[str]
     world: int = 256
-    tokens: int = 0  # of the tokenizer, where it is not the model's own
-    named: str = ""  # how the complaint names it, where not as it is set
+    tokens: int = 0  # of the tokenizer, if it is not the model's
+    named: str = ""  # the setting's name in the error, if different
 
 
 FAULTS = [
@@ -94,7 +94,7 @@ FAULTS = [
         "405b_rlvr",
         ["algorithm.critic.model.path=meta-llama/Llama-3.1-8B", "algorithm.critic.model.head=scalar"],
         "has a vocabulary of 128256 and the policy one of 128264, but both must use the same token ids",
-        ["algorithm.critic.model.path=allenai/Llama-3.1-Tulu-3-8B-SFT"],  # which has it
+        ["algorithm.critic.model.path=allenai/Llama-3.1-Tulu-3-8B-SFT"],  # which has a scalar head
         named="a critic with a vocabulary of 128264",
     ),
     Fault(
@@ -152,7 +152,7 @@ def complaints(fault: Fault, settings: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.recipe} {' '.join(fault.settings)}"[:60])
-def test_a_planted_fault_is_found_and_mended_as_it_says(fault: Fault) -> None:
+def test_a_fault_is_refused_and_the_suggestion_fixes_it(fault: Fault) -> None:
     (line,) = complaints(fault, fault.settings)
     assert fault.says in line
     assert "\n" not in line
@@ -164,7 +164,7 @@ def test_a_planted_fault_is_found_and_mended_as_it_says(fault: Fault) -> None:
 
 
 def test_run_refuses_before_a_weight_is_read(tmp_path: Path) -> None:
-    """Weights that cannot be read are not what it complains of."""
+    """The error is about the setting, not about missing weights."""
     settings = [*prepared(tmp_path), "parallel.tp=1", "parallel.pp=1", f"out={tmp_path / 'out'}", "algorithm.rollout.kv_cache_gb=1e-6"]
     for name in ("policy", "critic"):
         (tmp_path / name / "model.safetensors").write_bytes(b"no weights")
@@ -174,7 +174,7 @@ def test_run_refuses_before_a_weight_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_size_of_the_world_is_one() -> None:
+def test_the_world_size_is_checked() -> None:
     (line,) = problems(recipe("405b_rlvr"), shape_of, 250)
     assert line.startswith("parallel.tp=8 x parallel.pp=16 = 128 must divide the world size of 250")
     assert "128 or 256 ranks" in line
@@ -182,7 +182,7 @@ def test_the_size_of_the_world_is_one() -> None:
     assert problems(recipe("405b_rlvr"), shape_of, 128) == []
 
 
-def test_several_faults_are_all_told() -> None:
+def test_several_faults_are_all_reported() -> None:
     run = override(
         recipe("405b_rlvr"), ["algorithm.prompts_per_step=24", "algorithm.rollout.kv_cache_gb=0.1", "algorithm.max_response_tokens=4096"]
     )
@@ -238,7 +238,7 @@ WARNED = [
 
 
 @pytest.mark.parametrize(("name", "settings", "how", "says", "mended"), WARNED, ids=lambda value: str(value)[:40])
-def test_a_warning_is_given_and_goes_when_heeded(name: str, settings: list[str], how: dict[str, float], says: str, mended: str) -> None:
+def test_a_warning_disappears_with_its_suggestion(name: str, settings: list[str], how: dict[str, float], says: str, mended: str) -> None:
     def said(*more: str) -> list[str]:
         run = override(recipe(name), [*settings, *more])
         assert problems(run, shape_of, 64 if name.startswith("70b") else 256) == []

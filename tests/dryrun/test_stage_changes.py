@@ -1,4 +1,4 @@
-"""The page of changes to the model path: what it puts back is what was there, and nothing stays changed."""
+"""The benchmark of changes to the model: undoing a change restores the previous operations, and nothing stays patched."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ def found() -> list[Row]:
     return rows("none", TOKENS)
 
 
-def test_each_change_saves_what_it_says() -> None:
-    """By hand, on each of 8 ranks: tokens cut in 8, each of 16384 numbers in bf16; 16 heads of queries, one of keys and one of values, of
-    128 numbers each."""
+def test_each_change_saves_the_expected_bytes() -> None:
+    """By hand, on each of 8 ranks: an eighth of the tokens with 16384 bf16 numbers each; 16 query heads, one key head and one value head of
+    size 128."""
     stages = [row.stage for row in found()]
     traffic = [stage.forward.traffic + stage.backward.traffic for stage in stages]
     saved = [before - after for before, after in pairwise(traffic)]
     hidden, head, angles = TOKENS // 8 * 16384 * 2, TOKENS * 128 * 2, TOKENS * 64 * 4
     matrices = stages[0].parameters - LAYERS * 2 * 16384
-    # A head of keys and one of values, each repeated 16 times and in backward summed up: read 1 and write 16, read 16 and write 1.
+    # A key head and a value head, repeated 16 times forward and summed backward: read 1 and write 16, read 16 and write 1.
     assert saved[0] == LAYERS * 2 * 2 * 17 * head
     assert stages[0].held - stages[1].held == LAYERS * 2 * 15 * head
-    # A gradient in bf16 is read, and added to four bytes that are read and written.
+    # A bf16 gradient is read, and four bytes of the sum are read and written.
     assert saved[1] == 10 * matrices
-    # A sum that is written and read again is only written; backward reads what it adds, and does not write and read the sum first.
+    # Forward, a sum is only written, not read again. Backward reads its operands, and does not write and read a sum.
     assert saved[2] == (2 * LAYERS - 1) * (1 + 2) * hidden
-    # Gradients of 17 turned heads are not written and read again to stand in one tensor with the values, and angles are read once.
+    # Gradients of 17 rotated heads are not copied into one tensor with the values, and angles are read once.
     assert saved[3] == LAYERS * ((36 - 2) * head + 2 * 2 * angles)
-    # Blocks that are gathered are copied first; those that are scattered are written by their product, and read and summed by who gets
-    # them. In a layer's forward two are gathered and two scattered, in its backward two are gathered. In the place of each of four weights'
-    # gradients autograd is given a zero.
+    # Gathered blocks are copied first. Scattered blocks are written by their product, and read and summed by the receiver. Two products
+    # gather and two scatter in a layer's forward, two gather in its backward. Autograd gets zeros instead of the four weight gradients.
     assert saved[4] == -LAYERS * ((4 * 2 + 2 * (8 + 1)) * hidden + 4 * 2)
 
 
-def test_the_last_row_is_the_engine_as_it_is() -> None:
-    whole = simulate_stages(SHAPES[MODEL], GRID, GPUS, (TOKENS,), optim=Optim(lr=1e-5))[1]
-    assert found()[-1].stage == whole
+def test_the_last_row_equals_the_unpatched_engine() -> None:
+    full = simulate_stages(SHAPES[MODEL], GRID, GPUS, (TOKENS,), optim=Optim(lr=1e-5))[1]
+    assert found()[-1].stage == full
 
 
-def test_every_change_is_worth_it() -> None:
+def test_every_change_saves_time() -> None:
     for before, after in pairwise(found()):
         assert after.mfu(0.59, attention=False) > before.mfu(0.59, attention=False)
         assert sum(after.seconds(0.59)) < sum(before.seconds(0.59))

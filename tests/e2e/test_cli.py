@@ -1,4 +1,4 @@
-"""The command line, whole; and bad input: one clear line each, exit code 1, and nothing overwritten."""
+"""The command line from end to end, and bad input: a one-line error, exit code 1, and no overwritten files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SMALL = "ModelShape(layers=2, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=260
 
 
 def engine(*words: object, **limits: Any) -> tuple[int, str, str]:
-    """One rank: exit code, stdout, stderr."""
+    """Runs the command on one rank. Returns exit code, stdout, stderr."""
     return ranks(1).run(jobs.command, words=[str(w) for w in words], **limits)[0]
 
 
 def complaint(*words: object, **limits: Any) -> str:
-    """The one line that a bad command leaves on stderr."""
+    """The single line on stderr of a failing command."""
     code, _, stderr = engine(*words, **limits)
     lines = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert code == 1
@@ -61,8 +61,8 @@ run = Run(
     return path
 
 
-def story(folder: Path) -> list[list[Any]]:
-    """What metrics.jsonl tells, without times."""
+def metric_records(folder: Path) -> list[list[Any]]:
+    """The records of metrics.jsonl, without times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [[record.get(name) for name in ("kind", "step", "policy/loss", "policy/grad_norm", "policy/lr")] for record in records]
 
@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_train_export_and_score_under_torchrun(recipe: Path, tmp_path: Path) -> None:
-    """The real thing: two processes train; the export scores in the engine, on two other layouts, as transformers does."""
+    """Two processes train with torchrun. Scores of the export, on two other layouts, equal those of transformers."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "engine"]
     alone = [sys.executable, "-m", "engine"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -105,26 +105,26 @@ def test_train_export_and_score_under_torchrun(recipe: Path, tmp_path: Path) -> 
         assert score["logprobs"] == pytest.approx(expected.tolist(), abs=2e-5)
 
 
-def test_a_stopped_run_goes_on_and_tells_one_story(recipe: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_metrics(recipe: Path, tmp_path: Path) -> None:
     assert engine("run", recipe, f"out={tmp_path / 'whole'}")[0] == 0
     assert engine("run", recipe)[0] == 0
     out = tmp_path / "out"
-    shutil.rmtree(out / "step-00000003")  # as if it had stopped after the checkpoint of step 2
+    shutil.rmtree(out / "step-00000003")  # as if the run had stopped after the checkpoint of step 2
     code, stdout, _ = engine("run", recipe)
     assert code == 0
     assert "resumed from step 2" in stdout
-    whole, resumed = (
+    full, resumed = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path / "whole", out)
     )
     numbers = ("kind", "step", "policy/loss", "policy/grad_norm", "policy/lr")
-    assert [{k: r.get(k) for k in numbers} for r in resumed] == [{k: r.get(k) for k in numbers} for r in whole]
+    assert [{k: r.get(k) for k in numbers} for r in resumed] == [{k: r.get(k) for k in numbers} for r in full]
 
 
 def test_score_takes_rows_of_ids_in_order(recipe: Path, tmp_path: Path) -> None:
     assert engine("run", recipe)[0] == 0
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
     for file in (tmp_path / "model").glob("tokenizer*"):
-        file.unlink()  # ids need none
+        file.unlink()  # rows of ids need no tokenizer
     rows = [{"tokens": [1, 2, 3, 4]}, {"tokens": [7]}, {"tokens": [5, 6], "mask": [0]}, {"tokens": list(range(200))}]
     data = tmp_path / "ids.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -148,7 +148,7 @@ def test_score_takes_rows_of_ids_in_order(recipe: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_rows(recipe: Path, tmp_path: Path, line: str, expected: str) -> None:
+def test_bad_rows_are_named(recipe: Path, tmp_path: Path, line: str, expected: str) -> None:
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write(line + "\n")
     assert expected in complaint("run", recipe)
@@ -156,7 +156,7 @@ def test_bad_rows(recipe: Path, tmp_path: Path, line: str, expected: str) -> Non
 
 
 @pytest.mark.parametrize(("policy", "fate"), [("truncate", "1 truncated, 0 dropped"), ("drop", "0 truncated, 1 dropped")])
-def test_long_rows_are_cut_or_dropped_when_asked_and_counted(recipe: Path, tmp_path: Path, policy: str, fate: str) -> None:
+def test_long_rows_are_truncated_or_dropped_and_counted(recipe: Path, tmp_path: Path, policy: str, fate: str) -> None:
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x" * 200, "response": "y" * 200}) + "\n")
     code, stdout, _ = engine("run", recipe, f"algorithm.too_long={policy}")
@@ -164,7 +164,7 @@ def test_long_rows_are_cut_or_dropped_when_asked_and_counted(recipe: Path, tmp_p
     assert f"data.jsonl: 41 rows, {fate}; " in stdout
 
 
-def test_an_empty_file(recipe: Path, tmp_path: Path) -> None:
+def test_an_empty_file_is_an_error(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("")
     assert "has no rows" in complaint("run", recipe)
 
@@ -184,12 +184,12 @@ def test_an_empty_file(recipe: Path, tmp_path: Path) -> None:
         ("model.tokenizer=nowhere", "tokenizer='nowhere' is neither 'bytes', 'words' nor a folder"),
     ],
 )
-def test_bad_settings(recipe: Path, tmp_path: Path, override: str, expected: str) -> None:
+def test_bad_settings_are_refused(recipe: Path, tmp_path: Path, override: str, expected: str) -> None:
     assert expected in complaint("run", recipe, override)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_another_run(recipe: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_refused(recipe: Path, tmp_path: Path) -> None:
     assert engine("run", recipe)[0] == 0
     before = contents(tmp_path / "out")
     assert "already holds another run (its optim differ)" in complaint("run", recipe, "optim.lr=2e-3")
@@ -205,7 +205,7 @@ def test_a_finished_run_started_again_changes_no_checkpoint(recipe: Path, tmp_pa
 
 
 def test_a_full_disk_while_saving(recipe: Path, tmp_path: Path) -> None:
-    """Files may not grow past 100 kB, which a checkpoint's do: the older checkpoint stays, and no half of the new one."""
+    """Files are limited to 100 kB, which a checkpoint exceeds. The older checkpoint stays, and no part of the new one."""
     assert engine("run", recipe, "keep_last=5")[0] == 0
     out = tmp_path / "out"
     shutil.rmtree(out / "step-00000003")
@@ -217,7 +217,7 @@ def test_a_full_disk_while_saving(recipe: Path, tmp_path: Path) -> None:
     assert {name: data for name, data in contents(out).items() if name.startswith("step")} == before
 
 
-def test_a_damaged_checkpoint_is_passed_over_loudly(recipe: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(recipe: Path, tmp_path: Path) -> None:
     assert engine("run", recipe)[0] == 0
     victim = next((tmp_path / "out" / "step-00000003" / "tensors").glob("*.distcp"))
     damaged = bytearray(victim.read_bytes())
@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(recipe: Path, tmp_path: Path
     assert "resumed from step 2" in stdout
 
 
-def test_export_refuses(recipe: Path, tmp_path: Path) -> None:
+def test_export_refuses_invalid_folders(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     assert "already exists" in complaint("export", tmp_path / "out", tmp_path / "there")
     assert "is not the folder of a run" in complaint("export", tmp_path / "out", tmp_path / "new")
@@ -244,7 +244,7 @@ def test_export_refuses(recipe: Path, tmp_path: Path) -> None:
         ("", "has no rows"),
     ],
 )
-def test_bad_rows_to_score(recipe: Path, tmp_path: Path, rows: str, expected: str) -> None:
+def test_bad_rows_to_score_are_named(recipe: Path, tmp_path: Path, rows: str, expected: str) -> None:
     assert engine("run", recipe, "steps=1")[0] == 0
     assert engine("export", tmp_path / "out", tmp_path / "model")[0] == 0
     (tmp_path / "rows.jsonl").write_text(rows)
@@ -253,7 +253,7 @@ def test_bad_rows_to_score(recipe: Path, tmp_path: Path, rows: str, expected: st
     assert list(tmp_path.glob("o.jsonl*")) == []
 
 
-def test_a_recipe_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.py").write_text("x = 1\n")
     assert "does not define run = Run(...)" in complaint("run", tmp_path / "no.py")
     assert "is not a file" in complaint("run", tmp_path / "nowhere.py")
@@ -336,7 +336,7 @@ def test_a_critic_is_switched_off_by_settings(settings: list[str], expected: str
 
 
 def test_a_mistake_under_torchrun_is_reported_once_at_the_end() -> None:
-    """As torchrun's root cause: its own report cannot be avoided from inside a process that it started."""
+    """In torchrun's root-cause report, which a process that it started cannot suppress."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "engine"]
     words += ["run", "recipes/tiny_sft.py", "optim.lr=9"]
     done = subprocess.run(

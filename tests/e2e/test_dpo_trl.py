@@ -1,4 +1,4 @@
-"""The loss and its gradient in every weight are those of TRL's DPOTrainer: same weights, same real pairs, same reference."""
+"""The DPO loss and its gradients equal those of TRL's DPOTrainer for the same weights, pairs and reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KINDS = {"sigmoid_norm": {"beta": 5.0, "normalize": True}, "sigmoid": {"beta": 0
 
 
 def real_pairs(folder: Path, count: int) -> list[Pair]:
-    """Right and wrong solutions of the same problems, through the tokenizer of `folder`."""
+    """Pairs of right and wrong solutions of the same problems, tokenized with the tokenizer of `folder`."""
     chat = ChatTemplate(load_tokenizer(str(folder)))
     made = [row for row in preferences.pairs(row for _, row in read_rows(Source(str(SOLUTIONS)))) if len(row["prompt"]) < 300]
     halves = [[Sample(*half) for half in encode_pair(chat, row)] for row in made[:count]]
@@ -48,12 +48,12 @@ def real_pairs(folder: Path, count: int) -> list[Pair]:
 
 
 def ours(world: World, folder: Path, pairs: list[Pair]) -> tuple[list[Pair], dict[str, tuple[float, dict[str, Tensor]]]]:
-    """The pairs with the log-probs of a reference that is a little off the policy; and by kind the loss, and its gradient by the names of
-    transformers."""
+    """The pairs with the log-probs of a reference that differs slightly from the policy; and by kind the loss, and its gradients by the
+    names of transformers."""
     from engine.megatron import weights
     from engine.megatron.policy import Policy
 
-    found = {}
+    results = {}
     with closing(Policy(Model(str(folder)), Optim(lr=0.0, max_grad_norm=0.0), Parallel(), world)) as policy:
         samples, draw = grouped(pairs), np.random.default_rng(0)
         step = batch(samples, 4096)
@@ -61,28 +61,28 @@ def ours(world: World, folder: Path, pairs: list[Pair]) -> tuple[list[Pair], dic
         off = [v + draw.normal(0.0, 0.2, len(v)).astype(np.float32) for v in logprobs]
         samples = [replace(sample, ref_logprob=values) for sample, values in zip(samples, off, strict=True)]
         for kind, settings in KINDS.items():
-            told = policy.update(batch(samples, 2048), partial(losses.dpo, **settings), 0.0)
+            records = policy.update(batch(samples, 2048), partial(losses.dpo, **settings), 0.0)
             gradient: dict[str, Tensor] = {}
             for name, parameter in weights.named_parameters(policy.chunks):
                 for piece in families.slices(name, policy.model, 1, 0):
-                    whole = gradient.setdefault(piece.name, torch.empty(families.tensor_shapes(policy.model)[piece.name]))
+                    full = gradient.setdefault(piece.name, torch.empty(families.tensor_shapes(policy.model)[piece.name]))
                     part = parameter.main_grad.narrow(piece.dim, piece.offset, piece.length)  # type: ignore[attr-defined]
-                    whole.narrow(piece.dim, piece.source_offset, piece.length).copy_(part)
-            found[kind] = told["loss"], gradient
-    return list(zip(samples[::2], samples[1::2], strict=True)), found
+                    full.narrow(piece.dim, piece.source_offset, piece.length).copy_(part)
+            results[kind] = records["loss"], gradient
+    return list(zip(samples[::2], samples[1::2], strict=True)), results
 
 
 def theirs(folder: Path, pairs: list[Pair], kind: str, out: Path) -> tuple[float, dict[str, Tensor]]:
-    """The same by TRL."""
+    """The same with TRL."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     embedding: Any = model.get_input_embeddings()
-    embedding.padding_idx = None  # SmolLM2 pads with <|im_end|>: torch would leave that token's row without its gradient
+    embedding.padding_idx = None  # SmolLM2 pads with <|im_end|>, whose embedding would get no gradient
     rows = dpo_baselines.rows(pairs)
     settings = {"loss_type": [kind], "beta": KINDS[kind]["beta"], "gradient_checkpointing": False}
     trainer = dpo_baselines.trainer(model, load_tokenizer(str(folder)), rows, str(out), **settings)
     trainer.model.train()
     total = 0.0
-    for row in rows:  # one by one: padded together, a real model's logits would take gigabytes
+    for row in rows:  # one at a time, because the logits of a padded batch would take gigabytes
         loss = trainer.compute_loss(trainer.model, trainer.data_collator([row])) / len(rows)
         loss.backward()
         total += loss.item()
@@ -90,10 +90,10 @@ def theirs(folder: Path, pairs: list[Pair], kind: str, out: Path) -> tuple[float
 
 
 def difference(folder: Path, out: Path, count: int = 32) -> dict[str, tuple[float, float]]:
-    """By kind: how far the losses are apart, and the cosine of the gradients over all weights."""
-    pairs, found = ranks(1).run(ours, folder=folder, pairs=real_pairs(folder, count))[0]
+    """By kind: the difference of the losses, and the cosine of the gradients over all weights."""
+    pairs, results = ranks(1).run(ours, folder=folder, pairs=real_pairs(folder, count))[0]
     result = {}
-    for kind, (loss, gradient) in found.items():
+    for kind, (loss, gradient) in results.items():
         expected, grads = theirs(folder, pairs, kind, out)
         assert gradient.keys() >= grads.keys()
         a, b = (torch.cat([g[name].flatten().double() for name in grads]) for g in (gradient, grads))
@@ -113,23 +113,23 @@ def tiny(folder: Path) -> Path:
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 @pytest.mark.skipif(not SOLUTIONS.exists(), reason="the solutions are not here")
-def test_loss_and_gradient_are_trls(tmp_path: Path) -> None:
+def test_loss_and_gradient_equal_trls(tmp_path: Path) -> None:
     for kind, (apart, cosine) in difference(tiny(tmp_path / "model"), tmp_path / "trl").items():
         assert apart <= 1e-5, kind
         assert cosine >= 0.99999, kind
 
 
 def page(model: str, count: int, found: dict[str, tuple[float, float]]) -> str:
-    """What `difference` found, and where."""
+    """The page with the results of `difference` and the environment."""
     rows = [[kind, f"{apart:.1e}", f"{1 - cosine:.1e}"] for kind, (apart, cosine) in found.items()]
     facts = environment() | {"date": date.today().isoformat(), "command": f"python -m tests.e2e.test_dpo_trl {model} {count}"}
     where = [f"- {key}: {value}" for key, value in facts.items()]
-    said = f"{model}, fp32, {count} real pairs, references a little off the policy. How far this engine is from TRL's DPOTrainer:"
+    summary = f"{model}, fp32, {count} real pairs, references that differ slightly from the policy. Differences from TRL's DPOTrainer:"
     header = ["loss", "difference of the losses", "1 - cosine of the gradients"]
-    return "\n".join(["# DPO's loss and gradient beside TRL's", "", said, "", *table(header, rows), "", *where]) + "\n"
+    return "\n".join(["# DPO's loss and gradient compared with TRL's", "", summary, "", *table(header, rows), "", *where]) + "\n"
 
 
-if __name__ == "__main__":  # python -m tests.e2e.test_dpo_trl smollm2-135m-instruct 32: the same with a real model, some minutes
+if __name__ == "__main__":  # python -m tests.e2e.test_dpo_trl smollm2-135m-instruct 32: a real model, takes minutes
     text = page(sys.argv[1], int(sys.argv[2]), difference(resolve(sys.argv[1]), Path("runs/trl"), int(sys.argv[2])))
     (RESULTS / f"dpo_equal_{date.today().isoformat()}.md").write_text(text, encoding="utf-8")
     print(text)

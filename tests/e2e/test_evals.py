@@ -1,4 +1,4 @@
-"""Evaluation: prompts as published, answers judged as published, numbers with the right errors, and every suite end to end."""
+"""Evaluation: published prompts and scoring rules, standard errors, and every suite end to end."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers that reads bytes, and says ASCII: text that differs where tokens do."""
+    """A random two-layer Llama with the byte tokenizer that generates ASCII only, so that different tokens give different text."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -69,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Where each suite's rows are."""
+    """The paths of the rows of each suite."""
     folder = tmp_path_factory.mktemp("data")
     paths = {}
     for name, rows in ROWS.items():
@@ -87,8 +87,8 @@ def exam(name: str, model: Path, data: dict[str, str], chat: bool = False) -> Ex
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_the_first_prompt_is_the_published_one(name: str, model: Path, data: dict[str, str]) -> None:
-    """Golden files hold the prompts letter by letter, without and with a chat template."""
+def test_the_first_prompt_equals_the_published_one(name: str, model: Path, data: dict[str, str]) -> None:
+    """Golden files contain the exact prompts, without and with a chat template."""
     for chat in (False, True):
         golden = GOLDEN / f"eval_{name}{'_chat' if chat else ''}.txt"
         assert exam(name, model, data, chat).prompt_text(0) == golden.read_text()
@@ -130,27 +130,27 @@ def test_ifeval_counts_prompts_and_instructions_strictly_and_loosely(model: Path
 def test_humaneval_runs_completions_and_blocks(model: Path, data: dict[str, str]) -> None:
     right, wrong = "    return 2 * x\n", "    return x\n"
     block = "Here:\n```python\ndef double(x):\n    return x + x\n```\nDone."
-    found = metrics(exam("humaneval", model, data), right, block, *[wrong] * 10)
-    assert found == {"pass@1": pytest.approx(2 / 12), "pass@10": pytest.approx(1 - 1 / 66)}
+    results = metrics(exam("humaneval", model, data), right, block, *[wrong] * 10)
+    assert results == {"pass@1": pytest.approx(2 / 12), "pass@10": pytest.approx(1 - 1 / 66)}
     assert metrics(exam("humaneval", model, data), right) == {"pass@1": 1}
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
-def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one(correct: list[bool], draw: st.DataObject) -> None:
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(correct: list[bool], draw: st.DataObject) -> None:
     k = draw.draw(st.integers(1, len(correct)))
     draws = list(combinations(correct, k))
     assert pass_at_k(len(correct), sum(correct), k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50))
-def test_one_value_an_item_has_the_binomial_error(values: list[bool]) -> None:
+def test_one_value_per_item_has_the_binomial_error(values: list[bool]) -> None:
     p, n = sum(values) / len(values), len(values)
     estimate = Estimate.of([[float(value)] for value in values])
     assert estimate == (pytest.approx(p), pytest.approx((p * (1 - p) / n) ** 0.5), n)
 
 
-def test_values_of_one_item_are_no_independent_ones() -> None:
-    """Each value written four times says nothing new, and the error must not halve. Independent values in pairs hardly change it."""
+def test_values_of_one_item_are_not_independent() -> None:
+    """Repeating each value four times must not halve the error. Pairs of independent values hardly change it."""
     values = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
     assert Estimate.of([[x] * 4 for x in values]) == pytest.approx(Estimate.of([[x] for x in values]))
     free = np.random.default_rng(0).integers(0, 2, 4000).astype(float)
@@ -162,10 +162,10 @@ def test_wilsons_interval_at_known_points() -> None:
     assert Estimate.of([[0.0]] * 200).interval() == pytest.approx((0.0, 0.01885), abs=1e-5)
 
 
-def told(folder: Path) -> dict[str, Any]:
-    """results.json, and each suite's lines."""
-    found = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
-    return found | {"results": json.loads((folder / "results.json").read_text())["suites"]}
+def results_of(folder: Path) -> dict[str, Any]:
+    """results.json, and the lines of each suite."""
+    results = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+    return results | {"results": json.loads((folder / "results.json").read_text())["suites"]}
 
 
 def test_every_suite_end_to_end(model: Path, data: dict[str, str], tmp_path: Path) -> None:
@@ -173,26 +173,26 @@ def test_every_suite_end_to_end(model: Path, data: dict[str, str], tmp_path: Pat
     words = [model, "--suite", ",".join(data), *pairs, "--limit", 1, "--no-chat", "--out", tmp_path / "o", "max_tokens=4", "samples=2"]
     code, stdout, stderr = engine("eval", *words)
     assert code == 0, stderr
-    found = told(tmp_path / "o")
+    results = results_of(tmp_path / "o")
     for name in data:
         assert name in stdout
-        (line,) = found[name]
+        (line,) = results[name]
         assert line["prompt"] == (GOLDEN / f"eval_{name}.txt").read_text()
         assert len(line["responses"]) == (1 if name == "mmlu" else 2)
         assert all(0 < r["tokens"] <= 4 and r["verdicts"] for r in line["responses"])
-        for metric in found["results"][name]["metrics"].values():
+        for metric in results["results"][name]["metrics"].values():
             assert 0 <= metric["value"] <= 1
             assert metric["items"] == 1
 
 
-def test_two_ranks_answer_as_one_does(model: Path, data: dict[str, str], tmp_path: Path) -> None:
-    """Sampled responses and log-probabilities are the same whoever computes them, however many at once."""
+def test_two_ranks_equal_one(model: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """Sampled responses and log-probs do not depend on the number of ranks or the batch size."""
     pairs = [word for name in ("gsm8k", "mmlu") for word in ("--data", f"{name}={data[name]}")]
     words = ["eval", str(model), "--suite", "gsm8k,mmlu", *pairs, "--no-chat", "max_tokens=6", "samples=3", "temperature=1"]
     for size, more in ((1, ["rollout.max_num_seqs=1"]), (2, ["parallel.tp=2"])):
-        found = ranks(size).run(jobs.command, words=[*words, "--out", str(tmp_path / str(size)), *more])
-        assert [code for code, _, _ in found] == [0] * size, found
-    one, two = told(tmp_path / "1"), told(tmp_path / "2")
+        results = ranks(size).run(jobs.command, words=[*words, "--out", str(tmp_path / str(size)), *more])
+        assert [code for code, _, _ in results] == [0] * size, results
+    one, two = results_of(tmp_path / "1"), results_of(tmp_path / "2")
     assert one["gsm8k"] == two["gsm8k"]
     assert len({r["text"] for r in one["gsm8k"][0]["responses"]}) > 1
     for a, b in zip(one["mmlu"], two["mmlu"], strict=True):
@@ -200,15 +200,15 @@ def test_two_ranks_answer_as_one_does(model: Path, data: dict[str, str], tmp_pat
 
 
 def numbers(line: dict[str, Any]) -> list[float]:
-    """The four log-probabilities that a chosen answer's reason tells."""
+    """The four log-probs in the reason of a chosen answer."""
     reason = line["responses"][0]["verdicts"][0]["reason"]
     return [float(word.split()[1]) for word in reason.removeprefix("log-probabilities ").split(", ")]
 
 
-def test_choices_are_weighed_by_their_log_probabilities(model: Path, data: dict[str, str], tmp_path: Path) -> None:
-    """Against transformers: " A" to " D" behind the golden prompt."""
+def test_choices_are_compared_by_log_probs(model: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """Against transformers: " A" to " D" after the golden prompt."""
     assert engine("eval", model, "--suite", "mmlu", "--data", f"mmlu={data['mmlu']}", "--no-chat", "--out", tmp_path / "o")[0] == 0
-    lines = told(tmp_path / "o")["mmlu"]
+    lines = results_of(tmp_path / "o")["mmlu"]
     assert len(lines) == 3
     network = LlamaForCausalLM.from_pretrained(model)
     for line in lines:
@@ -236,7 +236,7 @@ def test_choices_are_weighed_by_their_log_probabilities(model: Path, data: dict[
         (["--suite", "gsm8k", "smaples=3"], "unknown setting 'smaples'; nearest: samples"),
     ],
 )
-def test_bad_words_are_answered_in_one_line(words: list[object], expected: str, model: Path, data: dict[str, str]) -> None:
+def test_bad_arguments_are_reported_in_one_line(words: list[object], expected: str, model: Path, data: dict[str, str]) -> None:
     given = [] if "--data" in words else ["--data", f"gsm8k={data['gsm8k']}"]
     assert expected in complaint("eval", model, *words, *given)
 
@@ -263,13 +263,13 @@ def test_results_are_not_overwritten(model: Path, data: dict[str, str], tmp_path
     assert "results.json already exists" in complaint("eval", model, *words)
 
 
-def test_a_model_that_is_none(data: dict[str, str], tmp_path: Path) -> None:
+def test_an_invalid_model_is_refused(data: dict[str, str], tmp_path: Path) -> None:
     words = ["--suite", "gsm8k", "--data", f"gsm8k={data['gsm8k']}"]
     assert "has no config.json" in complaint("eval", tmp_path, *words)
 
 
-def test_mmlu_as_a_dataset_asks_as_its_tables_do(model: Path, data: dict[str, str], tmp_path: Path) -> None:
-    """With subjects mixed: examples are those of the question's own subject."""
+def test_mmlu_as_a_dataset_equals_its_tables(model: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """With mixed subjects: the examples are those of the question's subject."""
 
     def row(subject: str, n: int) -> dict[str, Any]:
         return {"subject": subject, "question": f"{n} + 1, is?", "choices": [str(n + i) for i in range(4)], "answer": 1}
@@ -285,7 +285,7 @@ def test_mmlu_as_a_dataset_asks_as_its_tables_do(model: Path, data: dict[str, st
     )
 
 
-def test_a_broken_table_of_choices(model: Path, tmp_path: Path) -> None:
+def test_an_invalid_table_of_choices_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "x_dev.csv").write_text("a question,1,2,3,4,E\n")
     assert "x_dev.csv:1: a row must be a question, four choices and a letter from A to D" in complaint(
         "eval", model, "--suite", "mmlu", "--data", f"mmlu={tmp_path}"

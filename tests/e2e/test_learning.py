@@ -1,4 +1,4 @@
-"""Reward teaches: from a random model, PPO makes what the verifier asks for common. Small, but with every part of RLVR in it."""
+"""PPO learns from rewards: starting from a random model, rewarded responses become frequent. A small run with all parts of RLVR."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     out = tmp_path_factory.mktemp("learning") / "run"
     run = replace(load_recipe("recipes/tiny_rlvr.py"), out=str(out), steps=STEPS, logging=Logging(tensorboard=False))
     ranks(2).run(jobs_rlvr.trained, run=run)
     return [record for record in read_metrics(Path(out)) if record["kind"] == "step"]
 
 
-def test_what_is_rewarded_becomes_common(told: list[dict[str, float]]) -> None:
-    """At 64 responses a step the standard error of a rate is at most 0.0625: five steps together, 0.028."""
-    first, last = (np.mean([record["reward/solve_rate"] for record in part]) for part in (told[:1], told[-5:]))
+def test_rewarded_responses_become_frequent(metrics: list[dict[str, float]]) -> None:
+    """With 64 responses per step, the standard error of a rate is at most 0.0625; over five steps it is 0.028."""
+    first, last = (np.mean([record["reward/solve_rate"] for record in part]) for part in (metrics[:1], metrics[-5:]))
     assert last - first > 0.5
 
 
-def test_responses_learn_to_stop(told: list[dict[str, float]]) -> None:
-    assert told[0]["rollout/no_stop"] > 0.5
-    assert told[-1]["rollout/no_stop"] < 0.1
+def test_responses_learn_to_stop(metrics: list[dict[str, float]]) -> None:
+    assert metrics[0]["rollout/no_stop"] > 0.5
+    assert metrics[-1]["rollout/no_stop"] < 0.1
 
 
-def test_clip_and_critic_had_work_to_do(told: list[dict[str, float]]) -> None:
-    assert max(record["policy/clip_fraction"] for record in told) > 0.05
-    assert told[-1]["critic/loss"] < told[0]["critic/loss"]
+def test_clipping_and_the_critic_were_active(metrics: list[dict[str, float]]) -> None:
+    assert max(record["policy/clip_fraction"] for record in metrics) > 0.05
+    assert metrics[-1]["critic/loss"] < metrics[0]["critic/loss"]
 
 
-def test_the_sampler_is_the_trainer(told: list[dict[str, float]]) -> None:
-    assert max(record["rollout/logprob_diff_max"] for record in told) < 1e-4
+def test_sampler_logprobs_equal_the_trainers(metrics: list[dict[str, float]]) -> None:
+    assert max(record["rollout/logprob_diff_max"] for record in metrics) < 1e-4

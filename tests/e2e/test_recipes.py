@@ -1,4 +1,4 @@
-"""The recipes of Tülu 3 at 8B, 70B and 405B: the paper's numbers, and nothing that would be refused on their GPUs."""
+"""The Tülu 3 recipes for 8B, 70B and 405B: they have the paper's numbers and pass all checks on their GPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from engine.dryrun.search import ROOM
 from engine.dryrun.stages import simulate_stages
 from engine.dryrun.workload import StageBuilder
 from tests.support import jobs_rlvr
-from tests.support.launch_405b import RECIPE, check_same, prepared, told
+from tests.support.launch_405b import RECIPE, check_same, metric_records, prepared
 from tests.support.paths import ROOT
 from tests.support.pool import ranks
 
@@ -41,30 +41,30 @@ def gpus(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_wrong_and_only_the_padding_is_worth_a_word(name: str) -> None:
+def test_recipes_are_valid_and_warn_only_about_padding(name: str) -> None:
     run = recipe(name)
     assert problems(run, shape_of, gpus(name)) == []
-    said = warnings(run, shape_of, gpus(name))
-    assert [line.split(" over ")[0] for line in said] == ["model.vocab=128264"] * (shape_of(run.model).vocab == 128264)
+    message = warnings(run, shape_of, gpus(name))
+    assert [line.split(" over ")[0] for line in message] == ["model.vocab=128264"] * (shape_of(run.model).vocab == 128264)
 
 
 @lru_cache
 def composed() -> StageBuilder:
-    """Stages of all recipes, those that are alike rehearsed once."""
+    """Stages of all recipes; equal stages are simulated once."""
     return composer(simulate_stages)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_fits_were_every_sequence_as_long_as_may_be(name: str) -> None:
+def test_it_fits_with_sequences_of_the_maximum_length(name: str) -> None:
     run = recipe(name)
-    found = forecast(run, gpus(name), Hardware.load("h100"), given=longest(run), rehearse=composed(), seek=False)
-    assert found.fits
-    assert all(line.startswith("model.vocab=128264 over ") for line in found.warnings)
+    results = forecast(run, gpus(name), Hardware.load("h100"), given=longest(run), rehearse=composed(), seek=False)
+    assert results.fits
+    assert all(line.startswith("model.vocab=128264 over ") for line in results.warnings)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_forecast_is_on_the_page_and_nearly_the_best(name: str) -> None:
-    """benchmarks/results/dryrun_recipes_*: of the recipe as it is now, with room to spare, no slower than the search's best by 5 %."""
+def test_its_prediction_is_on_the_page_and_nearly_the_best(name: str) -> None:
+    """benchmarks/results/dryrun_recipes_*: of the current recipe, which fits with a margin and is at most 5 % slower than the best."""
     facts = json.loads(max((ROOT / "benchmarks/results").glob("dryrun_recipes_*.json")).read_text())
     fact, run = facts["recipes"][name], recipe(name)
     assert fact["layout"] == layout(run, fact["gpus"])
@@ -75,7 +75,7 @@ def test_its_forecast_is_on_the_page_and_nearly_the_best(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stages_hold_the_model_whole(name: str) -> None:
+def test_stages_have_all_layers_of_the_model(name: str) -> None:
     run = recipe(name)
     layers = run.parallel.layers_per_stage(shape_of(run.model))
     assert sum(layers) == shape_of(run.model).layers
@@ -85,8 +85,8 @@ def test_stages_hold_the_model_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_cut_as_the_schedule_needs_it(name: str) -> None:
-    """Microbatches of a step on its replicas: equally many, within the budget, and a multiple of the stages where these take turns."""
+def test_microbatches_fit_the_schedule(name: str) -> None:
+    """All replicas have equally many microbatches, within the budget, and a multiple of the stages if there are virtual stages."""
     run = recipe(name)
     grid, dp = run.parallel, gpus(name) // run.parallel.model_ranks
     turns = grid.pp if grid.vpp > 1 else 1
@@ -143,11 +143,11 @@ RLVR = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_numbers_are_the_papers(name: str) -> None:
+def test_settings_equal_the_papers(name: str) -> None:
     run = recipe(name)
     where = {**vars(run.algorithm), **vars(run.optim), "steps": run.steps}
-    wanted = PUBLISHED[name.removeprefix("tulu3_")] | (RLVR if name.endswith("rlvr") else {"weight_decay": 0.0, "steps": 0})
-    assert {field: where[field] for field in wanted} == wanted
+    expected = PUBLISHED[name.removeprefix("tulu3_")] | (RLVR if name.endswith("rlvr") else {"weight_decay": 0.0, "steps": 0})
+    assert {field: where[field] for field in expected} == expected
     assert (run.optim.schedule, run.optim.max_grad_norm, run.optim.betas, run.optim.eps) == ("linear", 1.0, (0.9, 0.999), 1e-8)
     assert run.algorithm.chat_template == "tulu"
     if name.endswith("rlvr"):
@@ -158,10 +158,10 @@ def test_the_numbers_are_the_papers(name: str) -> None:
 
 
 def test_the_405b_recipe_on_four_ranks(tmp_path: Path) -> None:
-    """With a tiny model in the place of 405B, by settings alone; python -m tests.support.launch_405b does it by torchrun on 16."""
+    """With settings that replace 405B by a tiny model. python -m tests.support.launch_405b does the same with torchrun on 16 ranks."""
     run = override(load_recipe(str(ROOT / RECIPE)), prepared(tmp_path))
     alone, four = (replace(run, parallel=replace(run.parallel, tp=n, pp=n), out=str(tmp_path / f"out-{n}")) for n in (1, 2))
     assert four.parallel == Parallel(tp=2, pp=2, count_embedding=True, count_loss=True)
     ranks(1).run(jobs_rlvr.trained, run=alone)
     ranks(4).run(jobs_rlvr.trained, run=four)
-    check_same(told(tmp_path / "out-2"), told(tmp_path / "out-1"))
+    check_same(metric_records(tmp_path / "out-2"), metric_records(tmp_path / "out-1"))

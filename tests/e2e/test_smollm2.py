@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M's log-probs on real text, by any layout, are those of transformers."""
+"""Log-probs of SmolLM2-135M on real text equal those of transformers with any layout."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.support.paths import SHARED
 from tests.support.pool import ranks
 
 GSM8K = SHARED / "gsm8k_test.jsonl"
-ROWS = 6  # 64 rows of the same take minutes a layout, and agree as well
+ROWS = 6  # 64 rows take minutes per layout, and agree too
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short and long rows of GSM8K where it is there, else generated problems."""
+    """Short and long rows of GSM8K if the file exists, else generated problems."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     if GSM8K.exists():
         real = [json.loads(line) for line in GSM8K.read_text().splitlines()[:100]]
@@ -36,12 +36,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[tuple[int, ...], list[float]]:
-    """Log-probs by transformers, by tokens, computed once each."""
+    """Cached log-probs of transformers, by tokens."""
     return {}
 
 
 @pytest.mark.parametrize(("size", "layout"), [(1, "tp=1"), (2, "pp=2"), (2, "tp=1"), (3, "tp=3")])
-def test_score(size: int, layout: str, rows: Path, expected: dict[tuple[int, ...], list[float]], tmp_path: Path) -> None:
+def test_score_equals_transformers(
+    size: int, layout: str, rows: Path, expected: dict[tuple[int, ...], list[float]], tmp_path: Path
+) -> None:
     out = tmp_path / "scores.jsonl"
     words = ["score", SMOLLM2, "--data", str(rows), "--out", str(out), f"parallel.{layout}"]
     assert all(code == 0 for code, _, _ in ranks(size).run(jobs.command, words=words))
@@ -58,10 +60,10 @@ def test_score(size: int, layout: str, rows: Path, expected: dict[tuple[int, ...
         assert score["logprobs"] == pytest.approx(expected[tuple(score["tokens"])], abs=2e-4)
 
 
-def test_tp2_is_refused_with_what_works(rows: Path, tmp_path: Path) -> None:
+def test_tp2_is_refused_with_a_suggestion(rows: Path, tmp_path: Path) -> None:
     words = ["score", SMOLLM2, "--data", str(rows), "--out", str(tmp_path / "o"), "parallel.tp=2"]
-    found = ranks(2).run(jobs.command, words=words)
-    for code, _, stderr in found:
+    results = ranks(2).run(jobs.command, words=words)
+    for code, _, stderr in results:
         assert code == 1
         assert "parallel.tp=2 must divide model.heads=9, model.kv_heads=3 and model.ffn=1536; use parallel.tp=1" in stderr
 

@@ -1,1 +1,1 @@
-"""What only a GPU can show of the kernels: real sizes, real products, real memory. `make gpu` runs these and tests/kernels/interpreted."""
+"""Kernel tests that need a GPU: real sizes, real matrix products, real memory. `make gpu` runs these and tests/kernels/interpreted."""

@@ -1,4 +1,4 @@
-"""Decoding in CUDA graphs, on a GPU: what is replayed is what would have been computed."""
+"""Decoding with CUDA graphs on a GPU: replayed results equal those without graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
-pytest.importorskip("engine._C")  # make gpu builds it where there is a compiler
+pytest.importorskip("engine._C")  # make gpu builds it if there is a compiler
 
 from engine.batching.build import batch, scatter
 from engine.config import Model, ModelShape, Parallel
@@ -33,31 +33,31 @@ PROMPT, MOST = 24, 40  # tokens
 
 @pytest.fixture(autouse=True)
 def on_the_gpu() -> None:
-    """The engine says itself where its tensors are."""
+    """Overrides the fixture of conftest.py, because the engine sets devices itself."""
 
 
 @pytest.fixture(scope="module")
 def policy() -> Iterator[Policy]:
     world = World.start("cuda")
     try:
-        with closing(Policy(Model(init=MODEL), None, Parallel(), world)) as found:
-            yield found
+        with closing(Policy(Model(init=MODEL), None, Parallel(), world)) as results:
+            yield results
     finally:
         world.close()
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by what is captured."""
-    found: list[Any] = []
+    """A list to which each capture is appended."""
+    results: list[Any] = []
     capture = graphs.Graphs.capture
 
     def counted(own: graphs.Graphs, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        found.append(capture(own, compute))
-        return found[-1]
+        results.append(capture(own, compute))
+        return results[-1]
 
     monkeypatch.setattr(graphs.Graphs, "capture", counted)
-    return found
+    return results
 
 
 def responses(
@@ -70,45 +70,47 @@ def responses(
 ) -> tuple[list[Prompt], list[Response]]:
     draw = np.random.default_rng(0)
     asked = [Prompt(draw.integers(0, MODEL.vocab, PROMPT, dtype=np.int32), id=i) for i in range(count)]
-    found = generate(policy, asked, sampling, RolloutConfig(slots, kv_cache_gb=1.0, cuda_graphs=setting))
-    return asked, [response for (response,) in found]
+    results = generate(policy, asked, sampling, RolloutConfig(slots, kv_cache_gb=1.0, cuda_graphs=setting))
+    return asked, [response for (response,) in results]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("slots", [1, 4, 16])
-def test_replayed_tokens_are_those_computed_one_by_one(policy: Policy, captures: list[Any], slots: int, temperature: float) -> None:
-    """All rows go on to the end together: with and without graphs, products have the same shapes."""
-    how = SamplingParams(MOST, stop=(MODEL.vocab,), temperature=temperature)
-    _, plain = responses(policy, slots, slots, how, setting="off")
+def test_tokens_with_and_without_graphs_are_equal(policy: Policy, captures: list[Any], slots: int, temperature: float) -> None:
+    """All rows end at the same step, so that matrix products have the same shapes with and without graphs."""
+    options = SamplingParams(MOST, stop=(MODEL.vocab,), temperature=temperature)
+    _, plain = responses(policy, slots, slots, options, setting="off")
     assert not captures
-    _, replayed = responses(policy, slots, slots, how, setting="on")
+    _, replayed = responses(policy, slots, slots, options, setting="on")
     assert len(captures) == 1
-    for got, wanted in zip(replayed, plain, strict=True):
-        assert got.tokens.tolist() == wanted.tokens.tolist()
-        np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-3)
+    for actual, expected in zip(replayed, plain, strict=True):
+        assert actual.tokens.tolist() == expected.tokens.tolist()
+        np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-3)
 
 
-def test_rows_that_come_and_go_are_said_as_the_trainer_says_them(policy: Policy, captures: list[Any]) -> None:
-    """More responses than slots, of ragged lengths: mixed waves in between, rows that pad, every size down to one row."""
-    asked, found = responses(policy, 30, 11, SamplingParams(MOST, stop=tuple(range(24))), setting="on")
+def test_logprobs_with_changing_batches_equal_the_trainers(policy: Policy, captures: list[Any]) -> None:
+    """More responses than concurrent rows, of different lengths: mixed batches, padding rows, and every batch size down to one."""
+    asked, results = responses(policy, 30, 11, SamplingParams(MOST, stop=tuple(range(24))), setting="on")
     assert len(captures) >= 4
-    assert len({len(response.tokens) for response in found}) > 5
+    assert len({len(response.tokens) for response in results}) > 5
     samples = [
         Sample(np.concatenate([prompt.tokens, response.tokens]), _mask(len(prompt.tokens), len(response.tokens)))
-        for prompt, response in zip(asked, found, strict=True)
+        for prompt, response in zip(asked, results, strict=True)
     ]
     step = batch(samples, 4096, **policy.batch_options)
-    for response, values in zip(found, scatter(policy.logprobs(step), step, len(samples)), strict=True):
+    for response, values in zip(results, scatter(policy.logprobs(step), step, len(samples)), strict=True):
         assert values is not None
-        np.testing.assert_allclose(response.logprobs, values[PROMPT - 1 :].numpy(), atol=0.05)  # bfloat16, in products of other shapes
+        np.testing.assert_allclose(
+            response.logprobs, values[PROMPT - 1 :].numpy(), atol=0.05
+        )  # bfloat16, and matrix products of different shapes
 
 
-def test_what_graphs_held_is_given_back(policy: Policy) -> None:
-    """After a first call, which leaves cuBLAS its workspaces."""
-    how = SamplingParams(MOST, stop=(MODEL.vocab,))
+def test_memory_of_graphs_is_released(policy: Policy) -> None:
+    """Compared with the memory after a first call, which allocates cuBLAS workspaces."""
+    options = SamplingParams(MOST, stop=(MODEL.vocab,))
     held = []
     for _ in range(3):
-        responses(policy, 16, 16, how, setting="on")
+        responses(policy, 16, 16, options, setting="on")
         held.append(torch.cuda.memory_allocated())
     assert held[2] <= held[1]
 

@@ -1,7 +1,7 @@
-"""Attention behind a shared prefix, on a GPU: what tests/unit/test_prefix_attention.py says of the host."""
+"""Attention with a shared prefix on a GPU: the checks of tests/unit/test_prefix_attention.py."""
 
 from __future__ import annotations
 
-from tests.unit.test_prefix_attention import test_attention_behind_a_prefix
+from tests.unit.test_prefix_attention import test_attention_with_a_prefix
 
-__all__ = ["test_attention_behind_a_prefix"]
+__all__ = ["test_attention_with_a_prefix"]

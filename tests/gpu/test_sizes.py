@@ -1,4 +1,4 @@
-"""The kernels at the sizes of real models: against float64, bitwise from run to run, and a row's bits whatever batch it came in."""
+"""The kernels at the sizes of real models: accuracy against float64, run-to-run determinism, and batch invariance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRADIENT = 1e-2  # relative error of a bfloat16 gradient
 
 
 def output_layer(rows: int, vocab: int = SHARD) -> tuple[Tensor, Tensor, Tensor]:
-    """bfloat16 hidden states and weight, whose logits are of size 3.5, and targets."""
+    """bfloat16 hidden states, a weight such that logits have a standard deviation of 3.5, and targets."""
     hidden, weight, target = linear.problem(rows, vocab, WIDTH)
     return hidden.bfloat16(), (weight * (3.5 / WIDTH**0.5)).bfloat16(), target
 
@@ -43,8 +43,8 @@ def test_logprob_of_16_bits(dtype: torch.dtype) -> None:
     given, target, upstream = logits.problem(40, 128256)
     given = given.to(dtype)
     expected, expected_grad = logits.reference(given, target, upstream)
-    found, grad = logits.run(given, target, upstream)
-    logits.check_close(found, expected)
+    results, grad = logits.run(given, target, upstream)
+    logits.check_close(results, expected)
     assert relative(grad, expected_grad) <= GRADIENT
 
 
@@ -59,7 +59,7 @@ def test_a_row_of_logits_has_the_same_bits_in_any_batch() -> None:
 
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_hidden_states_has_the_same_bits_in_any_batch(logits_dtype: torch.dtype) -> None:
-    """The product has one shape, whatever the batch. The same as old, as reference and as policy: PPO's first ratio is exactly 1."""
+    """The product has the same shape in any batch. So old, reference and policy log-probs are equal, and PPO's first ratio is exactly 1."""
     hidden, weight, target = output_layer(5000)
     together, _, lse = linear_logprob(hidden, weight, target, mode="nograd", logits_dtype=logits_dtype)
     for part in (slice(0, 1), slice(1, 18), slice(17, 4113), slice(4999, 5000)):
@@ -74,23 +74,23 @@ def test_a_row_of_hidden_states_has_the_same_bits_in_any_batch(logits_dtype: tor
 def test_linear_logprob(rows: int, vocab: int, mode: Mode) -> None:
     hidden, weight, target = output_layer(rows, vocab)
     expected, *expected_grads = linear.reference(hidden, weight, target, torch.ones(rows))
-    found, *grads = gradients(lambda h, w: linear_logprob(h, w, target, mode=mode)[0], hidden, weight)
-    assert float((found - expected).abs().max()) <= 2e-3
-    for got, wanted in zip(grads, expected_grads, strict=True):
-        assert relative(got, wanted) <= GRADIENT
+    results, *grads = gradients(lambda h, w: linear_logprob(h, w, target, mode=mode)[0], hidden, weight)
+    assert float((results - expected).abs().max()) <= 2e-3
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        assert relative(actual, wanted) <= GRADIENT
 
 
 def test_policy_loss() -> None:
     hidden, weight, target = output_layer(5000)
     expected, *expected_grads = linear.reference(hidden, weight, target, torch.full((5000,), -1.0))
-    found, *grads = gradients(lambda h, w: linear_policy_loss(h, w, target, torch.ones(5000))[0], hidden, weight)
-    assert float(found) == pytest.approx(-float(expected.sum()), rel=1e-4)
-    for got, wanted in zip(grads, expected_grads, strict=True):
-        assert relative(got, wanted) <= GRADIENT
+    results, *grads = gradients(lambda h, w: linear_policy_loss(h, w, target, torch.ones(5000))[0], hidden, weight)
+    assert float(results) == pytest.approx(-float(expected.sum()), rel=1e-4)
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        assert relative(actual, wanted) <= GRADIENT
 
 
 def test_the_weight_gradient_is_added_to_the_callers() -> None:
-    """Over two microbatches of several chunks, in float32."""
+    """For two microbatches of several chunks, in float32."""
     hidden, weight, target = output_layer(9000)
     *_, expected = linear.reference(hidden, weight, target, torch.ones(9000))
     total = torch.zeros(weight.shape)
@@ -109,17 +109,17 @@ def test_two_runs_have_the_same_bits(how: dict[str, Any]) -> None:
 
 
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """What `function` gives, and the gradients of its sum."""
+    """The result of `function`, and the gradients of its sum."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    found = function(*leaves)
-    return found.detach(), *torch.autograd.grad(found.sum(), leaves)
+    results = function(*leaves)
+    return results.detach(), *torch.autograd.grad(results.sum(), leaves)
 
 
-def test_a_target_outside_the_vocabulary_is_nan_and_no_fault_of_the_device() -> None:
+def test_a_target_outside_the_vocabulary_gives_nan_without_a_device_fault() -> None:
     hidden, weight, target = output_layer(20)
     target[7], target[13] = -100, SHARD
-    for found in (linear_logprob(hidden, weight, target)[0], logprob((hidden @ weight.T).float(), target)[0]):
-        assert found.isnan().nonzero()[:, 0].tolist() == [7, 13]
+    for results in (linear_logprob(hidden, weight, target)[0], logprob((hidden @ weight.T).float(), target)[0]):
+        assert results.isnan().nonzero()[:, 0].tolist() == [7, 13]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +144,7 @@ def test_decode_attention(heads: int, group: int, size: int, dtype: torch.dtype)
 
 
 def test_attention_of_a_row_has_the_same_bits_in_any_batch_and_run() -> None:
-    decoding.check_a_row_does_not_know_its_batch()
+    decoding.check_batch_invariance()
     given = decoding.problem([2000] * 64, 8, 4, 128, 2048, torch.bfloat16)
     assert torch.equal(decode_attention(*given), decode_attention(*given))
 
@@ -159,7 +159,7 @@ def test_slots_beyond_2_31_elements() -> None:
 
 @pytest.mark.parametrize("layer", [lambda x: rmsnorm(x, torch.ones(8), 1e-5), swiglu, lambda x: rope(x[:, None], *layers.angles(4, 8))])
 def test_rows_beyond_2_31_elements(layer: Callable[[Tensor], Tensor]) -> None:
-    """Row 3 begins 3 * 2^30 elements in: its offset does not fit 32 bits."""
+    """Row 3 starts at element 3 * 2^30, an offset that does not fit in 32 bits."""
     far = torch.empty(3 * 2**30 + 8, dtype=torch.bfloat16).as_strided((4, 8), (2**30, 1))
     near = layers.drawn(4, 8, dtype=torch.bfloat16)
     far.copy_(near)

@@ -15,11 +15,11 @@ from triton_kernels.aot import CHIPS, AotCase, AotReport, all_cases, compile_cas
 @pytest.mark.parametrize(
     ("case", "arch"), [pytest.param(case, arch, id=f"{case.name}-{arch}") for case in all_cases() for arch in case.archs]
 )
-def test_shipped_kernels_pass_the_gate(case: AotCase, arch: int) -> None:
+def test_shipped_kernels_pass_all_checks(case: AotCase, arch: int) -> None:
     assert not compile_case(case, arch).faults
 
 
-def test_every_kernel_file_states_cases_with_names_of_their_own() -> None:
+def test_every_kernel_file_has_cases_with_unique_names() -> None:
     names = [case.name for case in all_cases()]
     assert len(set(names)) == len(names)
     assert {"rmsnorm", "rope", "swiglu"} <= {name.split()[0] for name in names}
@@ -63,7 +63,7 @@ def test_a_kernel_that_spills_fails(arch: int) -> None:
     assert spilling.faults[0] == f"centre on sm_{arch} spills {spilling.spill_bytes} bytes"
 
 
-def test_rows_said_to_be_aligned_want_128_bit_loads() -> None:
+def test_aligned_rows_need_128_bit_loads() -> None:
     """4096 floats over 128 threads are 8 loads of 4 per thread; if the width may be odd, the mask splits them into single loads."""
     assert compile_case(centre_case(), 90).vector_loads == 8
     narrow = compile_case(centre_case(divisible=("X", "Y", "stride")), 90)
@@ -73,11 +73,11 @@ def test_rows_said_to_be_aligned_want_128_bit_loads() -> None:
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
-def test_matrix_instructions_are_seen(arch: int, instruction: str) -> None:
+def test_matrix_instructions_are_detected(arch: int, instruction: str) -> None:
     case = AotCase("square", square, {"X": "*fp16", "Y": "*fp32"}, {"SIZE": 64}, ("X", "Y"), num_warps=4)
-    found = compile_case(case, arch)
-    assert found.matrix_instructions == (instruction,)
-    assert found.shared > 0
+    results = compile_case(case, arch)
+    assert results.matrix_instructions == (instruction,)
+    assert results.shared > 0
     assert compile_case(centre_case(), arch).matrix_instructions == ()
 
 
@@ -86,13 +86,13 @@ def test_shared_memory_beyond_a_block_fails() -> None:
     assert report(shared=200_000, arch=80).faults == ("centre on sm_80 needs 200000 bytes of shared memory where a block has 166912",)
 
 
-def test_a_kernel_that_prefetches_has_copies_that_nobody_waits_for() -> None:
+def test_a_kernel_that_prefetches_needs_asynchronous_copies() -> None:
     assert report(case=centre_case(prefetches=True)).faults == ("centre on sm_90 has no asynchronous copy though it prefetches",)
     assert report(case=centre_case(prefetches=True), async_copies=1).passes
     assert compile_case(centre_case(), 90).async_copies == 0
 
 
-def test_occupancy_is_what_the_scarcest_resource_admits() -> None:
+def test_occupancy_is_limited_by_the_scarcest_resource() -> None:
     """Of 64 warps: 65536 registers hold 4 blocks of 4 warps at 128 per thread; 228 KiB hold 2 blocks of 100 KiB; 32 blocks of one warp."""
     assert report().occupancy == 1.0
     assert report(registers=128).occupancy == 16 / 64

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.support.check_dpo import (  # noqa: F401 (collected here as tests)
-    test_a_pair_does_not_know_its_batch,
     test_against_float64,
+    test_batch_invariance,
     test_bf16,
+    test_empty_input,
     test_far_margins,
     test_masked_tokens_are_not_read,
-    test_nothing_at_all,
     test_seq_logps,
 )
 from tests.support.float64 import normal, packed

@@ -14,7 +14,7 @@ from triton_kernels.draw import exponential
 
 @pytest.mark.parametrize(("rows", "vocab", "valid"), [(1, 1, None), (17, 1000, None), (5, 4104, 4100), (3, 16033, 16001)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_the_winner_wins(rows: int, vocab: int, valid: int | None, temperature: float) -> None:
+def test_the_highest_score_is_sampled(rows: int, vocab: int, valid: int | None, temperature: float) -> None:
     check(rows, vocab, temperature, valid)
 
 
@@ -22,7 +22,7 @@ def test_no_rows() -> None:
     assert draw(torch.zeros(0, 8), torch.zeros(0, 2, dtype=torch.int32)).shape == (0,)
 
 
-def test_tokens_come_as_often_as_they_are_likely() -> None:
+def test_frequencies_equal_probabilities() -> None:
     """chi-square of 100,000 samples from 32 tokens: with 31 degrees of freedom, a correct sampler exceeds 61 with probability 1/1000."""
     logits = torch.randn(32, generator=torch.Generator().manual_seed(1))
     draws = 100_000
@@ -32,7 +32,7 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
     assert float(((counts - expected) ** 2 / expected).sum()) < 61
 
 
-def test_neighbouring_keys_and_ids_are_not_alike() -> None:
+def test_adjacent_keys_and_ids_are_independent() -> None:
     keys = torch.stack([torch.arange(2000), torch.zeros(2000)], 1).int()
     uniform = (-exponential(keys, 0, 64)).exp()
     across = torch.corrcoef(torch.stack([uniform[:-1].flatten(), uniform[1:].flatten()]))[0, 1]
@@ -42,7 +42,7 @@ def test_neighbouring_keys_and_ids_are_not_alike() -> None:
     assert float(uniform.mean()) == pytest.approx(0.5, abs=0.005)
 
 
-def test_limits() -> None:
+def test_top_k_and_top_p() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
     keys = torch.randint(-(2**31), 2**31, (4000, 2), generator=torch.Generator().manual_seed(3)).int()
     assert set(draw(logits, keys, top_k=2).tolist()) == {0, 1}
@@ -55,11 +55,11 @@ def test_limits() -> None:
 
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.4}], ids=str)
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_agree_with_one(size: int, how: dict[str, float]) -> None:
+def test_several_ranks_equal_one(size: int, how: dict[str, float]) -> None:
     logits, keys = problem(9, 1000)
     alone = draw(logits, keys, vocab_valid=990, **how).tolist()  # type: ignore[arg-type]
-    for found in ranks(size).run(jobs_rollout.drawn, logits=logits, keys=keys, vocab_valid=990, **how):
-        assert found == alone
+    for results in ranks(size).run(jobs_rollout.drawn, logits=logits, keys=keys, vocab_valid=990, **how):
+        assert results == alone
 
 
 @pytest.mark.parametrize(

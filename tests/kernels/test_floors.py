@@ -13,7 +13,7 @@ def milliseconds(operation: str, shape: str) -> float:
     return OPERATIONS[operation](SHAPES[shape]).floor(H200) * 1e3
 
 
-def test_chips_sustain_what_an_h200_did_of_its_data_sheet() -> None:
+def test_sustained_rates_have_the_efficiency_of_an_h200() -> None:
     assert H200.memory == pytest.approx(4.3e12)
     assert H200.matrix == H100.matrix == pytest.approx(790e12)
     assert H100.memory == pytest.approx(3.0e12, rel=1e-3)
@@ -27,7 +27,7 @@ def test_logits_are_read_once_and_then_read_and_written() -> None:
     assert milliseconds("logprob forward", "70b-tp8") == pytest.approx(0.489 / 8, rel=2e-3)
 
 
-def test_the_output_layer_is_one_product_forward_and_three_in_all() -> None:
+def test_the_output_layer_has_one_product_forward_and_three_in_total() -> None:
     """2 x 8192 x 4096 x 128256 FLOP are 10.9 ms at 790 TFLOP/s; on each of 8 ranks of 405B, four times as wide, half of that."""
     assert milliseconds("linear_logprob forward", "8b-tp1") == pytest.approx(10.9, rel=2e-3)
     assert milliseconds("linear_logprob forward and backward", "8b-tp1") == pytest.approx(32.7, rel=2e-3)
@@ -47,13 +47,13 @@ def test_layers_move_each_tensor_once() -> None:
     assert OPERATIONS["rope_qkv backward"](SHAPES["405b-tp8"]).bytes == 2 * 8192 * 18 * 128 * 2 + 8192 * 128 * 2
 
 
-def test_decoding_reads_what_is_looked_at() -> None:
+def test_decoding_reads_the_attended_positions() -> None:
     """256 rows of 8 to 2048 positions, 1028 on average: 8 heads of 128 bfloat16 keys and values each."""
     assert sum(reaches()) == 256 * 1028
     assert OPERATIONS["decode_attention"](SHAPES["8b-tp1"]).bytes == 256 * (1028 * 2 * 8 * 128 * 2 + 2 * 32 * 128 * 2)
 
 
-def test_what_a_floor_goes_to() -> None:
+def test_what_limits_a_floor() -> None:
     assert [OPERATIONS[name](SHAPES["8b-tp1"]).bound(H200) for name in ("ppo_loss", "swiglu forward", "linear_logprob forward")] == [
         "launch",
         "memory",

@@ -10,10 +10,10 @@ import torch
 from tests.support import check_gae
 from tests.support.check_gae import (  # noqa: F401 (collected here as tests)
     test_a_long_gap,
-    test_a_sequence_does_not_know_its_batch,
     test_against_float64,
+    test_batch_invariance,
     test_bf16,
-    test_nothing_at_all,
+    test_empty_input,
     test_sparse_reward,
 )
 from triton_kernels import gae, merge_partials
@@ -43,8 +43,8 @@ def test_operator_keeps_the_rules_of_torch() -> None:
 def test_compiles_whole() -> None:
     inputs = check_gae.problem([4, 0, -2, 5])
     compiled = torch.compile(gae, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*inputs, 1.0, 0.95), gae(*inputs, 1.0, 0.95), strict=True):
-        assert torch.equal(got, expected)
+    for actual, expected in zip(compiled(*inputs, 1.0, 0.95), gae(*inputs, 1.0, 0.95), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def ratios(what: str) -> list[float]:
     return [change.after / change.floor for change in changes() if what in change.what]
 
 
-def test_the_page_is_what_is_counted() -> None:
+def test_the_page_equals_the_counts() -> None:
     assert (ROOT / "docs/kernels.md").read_text() == page()
 
 
@@ -28,16 +28,16 @@ def test_the_page_is_what_is_counted() -> None:
     ],
 )
 def test_ratios_to_the_floor(what: str, most: float) -> None:
-    found = ratios(what)
-    assert found
-    assert all(1 <= ratio <= most for ratio in found)
+    results = ratios(what)
+    assert results
+    assert all(1 <= ratio <= most for ratio in results)
 
 
-def test_no_change_made_it_worse() -> None:
+def test_no_change_increases_a_count() -> None:
     assert all(change.after < change.before for change in changes())
 
 
-def test_the_weights_gradient_moves_once_where_one_chunk_is_all() -> None:
+def test_the_weight_gradient_is_written_once_with_one_chunk() -> None:
     """8192 rows are one chunk for 405B's shard: the gradient is written once, in bfloat16. For 8B's vocabulary they are two chunks: it is
     written in fp32, added to, and rounded."""
     for name, each in (("405b-tp8", 2), ("8b-tp1", 4 + 8 + 4 + 2)):

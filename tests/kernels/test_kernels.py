@@ -16,9 +16,9 @@ from triton_kernels import aot
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> aot.AotCase:
     """SwiGLU's forward kernel, as the only case."""
-    found = next(case for case in aot.all_cases() if case.name == "swiglu forward bf16")
-    monkeypatch.setattr(aot, "all_cases", lambda: [found])
-    return found
+    results = next(case for case in aot.all_cases() if case.name == "swiglu forward bf16")
+    monkeypatch.setattr(aot, "all_cases", lambda: [results])
+    return results
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -26,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return main()
 
 
-def test_page_and_file_say_the_same(
+def test_page_and_file_have_the_same_numbers(
     case: aot.AotCase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     written = tmp_path / "results" / "kernels.json"
@@ -53,7 +53,7 @@ def test_a_fault_is_named_and_fails_the_command(
     assert "- swiglu forward bf16 on sm_90 has no 128-bit load though its rows are aligned" in capsys.readouterr().out
 
 
-def test_an_unknown_shape_is_answered_with_the_known_ones(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_shape_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, "--shape", "9b")
     assert "choose from" in capsys.readouterr().err

@@ -60,14 +60,14 @@ def test_a_kernel_runs_on_the_device_of_its_first_tensor(monkeypatch: pytest.Mon
     assert events == [*entered, ((2, 1), (absent, tensor, other, 7), {"BLOCK": 4})]
 
 
-def test_a_kernel_on_the_host_asks_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_on_the_host_sets_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked for a GPU"))
     launch(Recorded(events), (1,), tensor := torch.zeros(2))
     assert events == [((1,), (tensor,), {})]
 
 
-def test_a_grid_of_nothing_is_not_launched() -> None:
+def test_an_empty_grid_is_not_launched() -> None:
     events: list[Any] = []
     launch(Recorded(events), (0, 3), torch.zeros(0))
     assert not events

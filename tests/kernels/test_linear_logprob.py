@@ -40,15 +40,15 @@ def check_close(got: Tensor, expected: Tensor) -> None:
     assert float((got.double() - expected).abs().max() if got.numel() else 0.0) <= 2e-6 * scale
 
 
-def check_gradients(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> None:
+def check_gradients(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, **options: Any) -> None:
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, upstream)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    got, entropy, _ = linear_logprob(hidden, weight, target, **how)
+    actual, entropy, _ = linear_logprob(hidden, weight, target, **options)
     assert entropy is None
-    got.backward(upstream)
+    actual.backward(upstream)
     assert hidden.grad is not None
     assert weight.grad is not None
-    check_close(got.detach(), logprob)
+    check_close(actual.detach(), logprob)
     check_close(hidden.grad, grad_hidden)
     check_close(weight.grad, grad_weight)
 
@@ -57,14 +57,14 @@ def check_low_precision(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     """Logits of 16-bit hidden states and weights stay in fp32; the gradients are rounded."""
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, torch.ones(len(target)))
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    got, _, _ = linear_logprob(hidden, weight, target, chunk=8)
-    got.sum().backward()
-    assert got.dtype == torch.float32
+    actual, _, _ = linear_logprob(hidden, weight, target, chunk=8)
+    actual.sum().backward()
+    assert actual.dtype == torch.float32
     assert hidden.grad is not None
     assert weight.grad is not None
-    check_close(got.detach(), logprob)
-    for got, expected in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
-        torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-2 * float(expected.abs().max()))
+    check_close(actual.detach(), logprob)
+    for actual, expected in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
+        torch.testing.assert_close(actual.double(), expected, rtol=0.0, atol=1e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
@@ -76,17 +76,17 @@ def test_whole_vocabulary(rows: int, vocab: int, chunk: int, mode: str) -> None:
     check_gradients(hidden, weight, target, torch.randn(rows, generator=torch.Generator().manual_seed(1)), mode=mode, chunk=chunk)
 
 
-def test_only_the_wanted_rows() -> None:
+def test_a_subset_of_rows() -> None:
     hidden, weight, target = problem(12, 300)
     rows = torch.tensor([7, 2, 11])
-    wanted = torch.zeros(12).index_fill(0, rows, 1.0)
-    logprob, grad_hidden, grad_weight = reference(hidden, weight, target, wanted)
+    expected = torch.zeros(12).index_fill(0, rows, 1.0)
+    logprob, grad_hidden, grad_weight = reference(hidden, weight, target, expected)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    got, _, _ = linear_logprob(hidden, weight, target, rows=rows)
-    got.sum().backward()
+    actual, _, _ = linear_logprob(hidden, weight, target, rows=rows)
+    actual.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    check_close(got.detach(), logprob * wanted.double())
+    check_close(actual.detach(), logprob * expected.double())
     check_close(hidden.grad, grad_hidden)
     check_close(weight.grad, grad_weight)
 
@@ -97,11 +97,11 @@ def test_padding_of_the_vocabulary_has_no_probability_and_no_gradient() -> None:
     upstream = torch.ones(9)
     logprob, grad_hidden, _ = reference(hidden, weight, target, upstream)
     hidden, padded = hidden.requires_grad_(), padded.requires_grad_()
-    got, _, _ = linear_logprob(hidden, padded, target, vocab_valid=250)
-    got.sum().backward()
+    actual, _, _ = linear_logprob(hidden, padded, target, vocab_valid=250)
+    actual.sum().backward()
     assert hidden.grad is not None
     assert padded.grad is not None
-    check_close(got.detach(), logprob)
+    check_close(actual.detach(), logprob)
     check_close(hidden.grad, grad_hidden)
     assert not padded.grad[250:].any()
 
@@ -109,8 +109,8 @@ def test_padding_of_the_vocabulary_has_no_probability_and_no_gradient() -> None:
 def test_logits_far_apart() -> None:
     """A target 160 nats below the maximum: exp(logit - maximum) is 0 in fp32, but its log-prob is finite."""
     weight = torch.tensor([[80.0], [-80.0], [0.0]])
-    got, _, _ = linear_logprob(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
-    assert got.tolist() == [0.0, -160.0, -80.0]
+    actual, _, _ = linear_logprob(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
+    assert actual.tolist() == [0.0, -160.0, -80.0]
 
 
 def test_bf16_keeps_logits_in_fp32() -> None:
@@ -123,8 +123,8 @@ def test_bf16_logits() -> None:
     hidden, weight, target = problem(33, 500)
     hidden, weight = hidden.bfloat16() * 0.3, weight.bfloat16()
     logprob, _, _ = reference(hidden, weight, target, torch.ones(33))
-    got, _, _ = linear_logprob(hidden, weight, target, logits_dtype=torch.bfloat16)
-    assert 1e-4 < float((got - logprob).abs().max()) < 3e-2
+    actual, _, _ = linear_logprob(hidden, weight, target, logits_dtype=torch.bfloat16)
+    assert 1e-4 < float((actual - logprob).abs().max()) < 3e-2
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([7, 2, 11])])
@@ -132,22 +132,22 @@ def test_entropy_temperature_and_lse(rows: Tensor | None) -> None:
     """All three outputs and their gradients equal those of logprob on the full logits."""
     inputs = problem(12, 300)
     upstream = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
-    wanted = torch.arange(12) if rows is None else rows
-    found = []
+    expected = torch.arange(12) if rows is None else rows
+    results = []
     for fused in (True, False):
         hidden, weight, target = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(), inputs[2]
         if fused:
-            got = linear_logprob(hidden, weight, target, rows=rows, inv_temp=0.7, entropy=True, chunk=5)
+            actual = linear_logprob(hidden, weight, target, rows=rows, inv_temp=0.7, entropy=True, chunk=5)
         else:
-            got = logprob(hidden @ weight.T, target, inv_temp=0.7, entropy=True)
-        assert got[1] is not None
-        values = torch.stack([got[0], got[1], got[2]])
+            actual = logprob(hidden @ weight.T, target, inv_temp=0.7, entropy=True)
+        assert actual[1] is not None
+        values = torch.stack([actual[0], actual[1], actual[2]])
         if fused:
-            assert not values.detach()[:, ~torch.zeros(12, dtype=torch.bool).index_fill(0, wanted, True)].any()
-        values = values[:, wanted]
-        (values * upstream[:, wanted]).sum().backward()
-        found.append((values.detach(), hidden.grad, weight.grad))
-    for fused_part, whole_part in zip(*found, strict=True):
+            assert not values.detach()[:, ~torch.zeros(12, dtype=torch.bool).index_fill(0, expected, True)].any()
+        values = values[:, expected]
+        (values * upstream[:, expected]).sum().backward()
+        results.append((values.detach(), hidden.grad, weight.grad))
+    for fused_part, whole_part in zip(*results, strict=True):
         assert fused_part is not None
         assert whole_part is not None
         check_close(fused_part, whole_part.double())
@@ -185,7 +185,7 @@ def test_frozen_parts() -> None:
     check_close(weight.grad, grad_weight)
 
 
-def test_nograd_and_what_is_kept() -> None:
+def test_which_modes_save_logits() -> None:
     """Logits stay in memory until backward only with mode="save"."""
     hidden, weight, target = problem(6, 50)
     weight.requires_grad_()
@@ -193,13 +193,13 @@ def test_nograd_and_what_is_kept() -> None:
     for mode in get_args(Mode):
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t):
-            got, _, _ = linear_logprob(hidden, weight, target, mode=mode)
+            actual, _, _ = linear_logprob(hidden, weight, target, mode=mode)
         kept[mode] = sum(t.numel() for t in saved if t.shape == (6, 50))
-        assert got.requires_grad == (mode != "nograd")
+        assert actual.requires_grad == (mode != "nograd")
     assert kept == {"save": 300, "recompute": 0, "nograd": 0}
 
 
-def test_saved_logits_serve_twice() -> None:
+def test_saved_logits_can_be_used_twice() -> None:
     """Backward does not modify saved logits, as autograd requires."""
     hidden, weight, target = problem(6, 50)
     total = linear_logprob(hidden, weight.requires_grad_(), target, chunk=4)[0].sum()
@@ -207,7 +207,7 @@ def test_saved_logits_serve_twice() -> None:
     assert torch.equal(first, second)
 
 
-def test_backward_holds_a_chunk_and_no_gradient_of_the_weight() -> None:
+def test_backward_allocates_one_chunk() -> None:
     """Backward allocates, in addition to the caller's accumulator, the gradient of a chunk's logits and the reference's temporaries."""
     hidden, weight, target = problem(64, 1000, width=512)
     total, chunk = torch.zeros_like(weight), 8 * weight[:, 0].nbytes
@@ -221,14 +221,14 @@ def test_backward_holds_a_chunk_and_no_gradient_of_the_weight() -> None:
 
 def test_on_meta_tensors() -> None:
     hidden, weight, target = (each.to("meta") for each in problem(6, 50))
-    got, _, _ = linear_logprob(hidden, weight.requires_grad_(), target)
-    got.sum().backward()
+    actual, _, _ = linear_logprob(hidden, weight.requires_grad_(), target)
+    actual.sum().backward()
     assert weight.grad is not None
     assert weight.grad.shape == (50, 32)
 
 
 @pytest.mark.parametrize(("mode", "products"), [("save", 3), ("recompute", 4)])
-def test_flop_are_counted(mode: Mode, products: int) -> None:
+def test_flops_are_counted(mode: Mode, products: int) -> None:
     hidden, weight, target = problem(6, 50)
     with FlopCounterMode(display=False) as counter:
         linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), target, mode=mode)[0].sum().backward()
@@ -249,41 +249,41 @@ def test_flop_are_counted(mode: Mode, products: int) -> None:
         ("target is torch.int64 (3,); pass torch.int64 (6,)", {"target": torch.zeros(3, dtype=torch.int64)}),
     ],
 )
-def test_complaints(complaint: str, change: dict[str, Any]) -> None:
+def test_bad_input_is_named(complaint: str, change: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {**dict(zip(("hidden", "weight", "target"), problem(6, 50), strict=True)), **change}
     with pytest.raises(ValueError, match=re.escape(complaint)):
         linear_logprob(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("target"), **arguments)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_vocabulary_over_ranks(size: int) -> None:
+def test_sharded_vocabulary(size: int) -> None:
     """Sharded over 2 and 4 ranks, the last shard with padding: the results of one rank, with the same bits on every rank."""
     hidden, weight, target = problem(21, 250)
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, torch.ones(21))
-    found = ranks(size).run(jobs.sharded_logprob, hidden=hidden, weight=weight, target=target, valid=250, padded=256)
-    for got, _, _ in found:
-        assert torch.equal(got, found[0][0])
-    check_close(found[0][0], logprob)
-    check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
-    check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
+    results = ranks(size).run(jobs.sharded_logprob, hidden=hidden, weight=weight, target=target, valid=250, padded=256)
+    for actual, _, _ in results:
+        assert torch.equal(actual, results[0][0])
+    check_close(results[0][0], logprob)
+    check_close(torch.stack([part for _, part, _ in results]).sum(0), grad_hidden)
+    check_close(torch.cat([part for _, _, part in results])[:250], grad_weight)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_policy_loss_over_ranks(size: int) -> None:
+def test_policy_loss_with_a_sharded_vocabulary(size: int) -> None:
     """Negative log-likelihood with its gradient computed in forward: the results of one rank."""
     hidden, weight, target = problem(21, 250)
     token_weight = torch.rand(21, generator=torch.Generator().manual_seed(1))
     logprob, grad_hidden, grad_weight = reference(hidden, weight, target, -token_weight)
     case = {"hidden": hidden, "weight": weight, "target": target, "valid": 250, "padded": 256}
-    found = ranks(size).run(jobs.sharded_policy_loss, **case, token_weight=token_weight)
-    for total, _, _ in found:
+    results = ranks(size).run(jobs.sharded_policy_loss, **case, token_weight=token_weight)
+    for total, _, _ in results:
         check_close(total, -(logprob * token_weight.double()).sum())
-    check_close(torch.stack([part for _, part, _ in found]).sum(0), grad_hidden)
-    check_close(torch.cat([part for _, _, part in found])[:250], grad_weight)
+    check_close(torch.stack([part for _, part, _ in results]).sum(0), grad_hidden)
+    check_close(torch.cat([part for _, _, part in results])[:250], grad_weight)
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
-def test_no_gradient_starts_from_what_memory_held(chunk: int) -> None:
+def test_no_uninitialized_memory_is_read(chunk: int) -> None:
     """One chunk, several chunks and no rows: with deterministic algorithms, new memory is filled with NaN."""
     hidden, weight, target = problem(20, 300)
     torch.use_deterministic_algorithms(True)
@@ -299,7 +299,7 @@ def test_no_gradient_starts_from_what_memory_held(chunk: int) -> None:
 
 
 @pytest.mark.parametrize(("vocab", "rows"), [(16032, 8192), (32064, 8192), (64128, 4096), (128256, 4096)])
-def test_chunks_are_as_large_as_a_gibibyte_allows(vocab: int, rows: int) -> None:
+def test_chunk_logits_take_at_most_a_gibibyte(vocab: int, rows: int) -> None:
     assert chunk_rows(vocab) == rows
 
 

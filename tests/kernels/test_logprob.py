@@ -35,21 +35,21 @@ def reference(logits: Tensor, target: Tensor, upstream: Tensor, inv_temp: float 
     logits = logits.detach().double().requires_grad_()
     log_p = torch.log_softmax(logits * inv_temp, -1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    found = torch.stack([log_p.gather(1, target[:, None])[:, 0], entropy, torch.logsumexp(logits * inv_temp, -1)])
-    (found * upstream.double()).sum().backward()
+    results = torch.stack([log_p.gather(1, target[:, None])[:, 0], entropy, torch.logsumexp(logits * inv_temp, -1)])
+    (results * upstream.double()).sum().backward()
     assert logits.grad is not None
-    return found.detach(), logits.grad
+    return results.detach(), logits.grad
 
 
-def run(logits: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+def run(logits: Tensor, target: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """The same, from logprob."""
     logits = logits.detach().requires_grad_()
-    logp, entropy, lse = logprob(logits, target, entropy=True, **how)
+    logp, entropy, lse = logprob(logits, target, entropy=True, **options)
     assert entropy is not None
-    found = torch.stack([logp, entropy, lse])
-    (found * upstream).sum().backward()
+    results = torch.stack([logp, entropy, lse])
+    (results * upstream).sum().backward()
     assert logits.grad is not None
-    return found.detach(), logits.grad
+    return results.detach(), logits.grad
 
 
 def check_close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
@@ -63,12 +63,12 @@ def check_close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
 def check_against_float64(rows: int, vocab: int, inv_temp: float = 1.0) -> None:
     logits, target, upstream = problem(rows, vocab)
     expected, expected_grad = reference(logits, target, upstream, inv_temp)
-    found, grad = run(logits, target, upstream, inv_temp=inv_temp)
-    check_close(found, expected)
+    results, grad = run(logits, target, upstream, inv_temp=inv_temp)
+    check_close(results, expected)
     check_close(grad, expected_grad)
     logp, entropy, lse = logprob(logits, target, inv_temp=inv_temp)
     assert entropy is None
-    assert torch.equal(torch.stack([logp, lse]), found[[0, 2]])
+    assert torch.equal(torch.stack([logp, lse]), results[[0, 2]])
 
 
 def check_extremes() -> None:
@@ -83,10 +83,10 @@ def check_extremes() -> None:
     target = torch.tensor([1, 0, 7, 39, 0, 3])
     upstream = torch.ones(3, 6).index_fill(1, torch.tensor([3]), 0.5)
     expected, expected_grad = reference(logits, target, upstream)
-    found, grad = run(logits, target, upstream)
-    assert found[0, 3] == -inf
+    results, grad = run(logits, target, upstream)
+    assert results[0, 3] == -inf
     assert expected[0, 3] == -inf
-    check_close(found[:, [0, 1, 2, 4, 5]], expected[:, [0, 1, 2, 4, 5]])
+    check_close(results[:, [0, 1, 2, 4, 5]], expected[:, [0, 1, 2, 4, 5]])
     check_close(grad, expected_grad)
 
 
@@ -95,8 +95,8 @@ def check_padding(inv_temp: float = 0.7) -> None:
     logits, target, upstream = problem(5, 1000)
     padded = torch.cat([logits, torch.full((5, 24), 1e4)], 1)
     expected, expected_grad = reference(logits, target, upstream, inv_temp)
-    found, grad = run(padded, target, upstream, inv_temp=inv_temp, vocab_valid=1000)
-    check_close(found, expected)
+    results, grad = run(padded, target, upstream, inv_temp=inv_temp, vocab_valid=1000)
+    check_close(results, expected)
     check_close(grad[:, :1000], expected_grad)
     assert not grad[:, 1000:].any()
 
@@ -108,8 +108,8 @@ def check_strides() -> None:
     for width in (1001, 1003):
         held = torch.full((4, width), torch.nan)
         held[:, 1:1001].copy_(logits)
-        for got, wanted in zip(run(held[:, 1:1001], target, upstream), expected, strict=True):
-            assert torch.equal(got, wanted)
+        for actual, wanted in zip(run(held[:, 1:1001], target, upstream), expected, strict=True):
+            assert torch.equal(actual, wanted)
     repeated, _ = run(logits[1:2].expand(4, 1000), target[1].expand(4), upstream)
     assert torch.equal(repeated, expected[0][:, 1:2].expand(3, 4))
 
@@ -123,9 +123,9 @@ def check_far_rows() -> None:
     rows = memory.as_strided((2, 1000), (2**31 + 2, 1))
     logits, target, upstream = problem(2, 1000)
     rows.copy_(logits)
-    found, grad = run(rows, target, upstream)
+    results, grad = run(rows, target, upstream)
     expected, expected_grad = run(logits.bfloat16(), target, upstream)
-    assert torch.equal(found, expected)
+    assert torch.equal(results, expected)
     assert torch.equal(grad, expected_grad)
 
 
@@ -134,13 +134,13 @@ def check_low_precision(dtype: torch.dtype) -> None:
     logits, target, upstream = problem(5, 1000)
     logits = logits.to(dtype)
     expected, expected_grad = reference(logits, target, upstream)
-    found, grad = run(logits, target, upstream)
+    results, grad = run(logits, target, upstream)
     assert grad.dtype == dtype
-    check_close(found, expected)
+    check_close(results, expected)
     check_close(grad, expected_grad, 1e-2)
 
 
-def check_alone_and_together() -> None:
+def check_batch_invariance() -> None:
     """A row's bits do not depend on other rows, and are the same in every run."""
     logits, target, upstream = problem(9, 4104)
     together, grad = run(logits, target, upstream)
@@ -152,20 +152,20 @@ def check_alone_and_together() -> None:
         assert torch.equal(alone_grad, grad[part])
 
 
-def check_worlds(vocab: int, sizes: tuple[int, ...]) -> None:
+def check_shards(vocab: int, sizes: tuple[int, ...]) -> None:
     """The segments of 1, 2, 4 and 8 ranks have the same bits, in the same order."""
     logits, target, _ = problem(3, vocab)
-    whole = segment_parts(logits, target, Shard.of(vocab, "", 0, None), 0.7, True)
+    full = segment_parts(logits, target, Shard.of(vocab, "", 0, None), 0.7, True)
     for size in sizes:
         width = vocab // size
         shards = [Shard(rank * width, width, 0, vocab, size, "") for rank in range(size)]
         cut = [segment_parts(logits[:, s.start : s.start + width].contiguous(), target, s, 0.7, True) for s in shards]
-        found = torch.cat(cut)
-        assert torch.equal(found[:, [0, 1, 3]], whole[:, [0, 1, 3]])
-        assert torch.equal(found[:, 2].sum(0), whole[:, 2].sum(0))  # the target's logit, and zeros
+        results = torch.cat(cut)
+        assert torch.equal(results[:, [0, 1, 3]], full[:, [0, 1, 3]])
+        assert torch.equal(results[:, 2].sum(0), full[:, 2].sum(0))  # the target's logit, and zeros
 
 
-def check_other_worlds(size: int) -> None:
+def check_other_shards(size: int) -> None:
     """If ranks do not divide 8, segments differ but results are correct."""
     logits, target, upstream = problem(3, 1008)
     width = 1008 // size
@@ -176,10 +176,10 @@ def check_other_worlds(size: int) -> None:
     check_close(stats[:3], reference(logits, target, upstream)[0])
 
 
-def check_nothing() -> None:
+def check_empty_and_infinite() -> None:
     """No rows, and rows in which all logits are -inf."""
-    found, grad = run(*problem(0, 50))
-    assert found.shape == (3, 0)
+    results, grad = run(*problem(0, 50))
+    assert results.shape == (3, 0)
     assert grad.shape == (0, 50)
     logp, _, _ = logprob(torch.full((2, 50), -torch.inf), torch.zeros(2, dtype=torch.int64))
     assert logp.isnan().all()
@@ -212,44 +212,44 @@ def test_low_precision(dtype: torch.dtype) -> None:
     check_low_precision(dtype)
 
 
-def test_alone_and_together() -> None:
-    check_alone_and_together()
+def test_batch_invariance() -> None:
+    check_batch_invariance()
 
 
 @pytest.mark.parametrize(("vocab", "sizes"), [(1000, (2, 4, 8)), (4104, (2, 4, 8)), (4100, (2, 4)), (4102, (2,))])
-def test_worlds(vocab: int, sizes: tuple[int, ...]) -> None:
-    check_worlds(vocab, sizes)
+def test_shards(vocab: int, sizes: tuple[int, ...]) -> None:
+    check_shards(vocab, sizes)
 
 
 @pytest.mark.parametrize("size", [3, 6, 16])
-def test_other_worlds(size: int) -> None:
-    check_other_worlds(size)
+def test_other_numbers_of_shards(size: int) -> None:
+    check_other_shards(size)
 
 
-def test_nothing() -> None:
-    check_nothing()
+def test_no_rows_and_infinite_logits() -> None:
+    check_empty_and_infinite()
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_ranks(size: int) -> None:
+def test_on_several_ranks(size: int) -> None:
     """Forward: the bits of one rank. Backward: each rank gets its columns of the full gradient."""
     logits, target, upstream = problem(7, 1016)
     target = target % 1003
     alone, grad = run(logits, target, upstream, inv_temp=0.7, vocab_valid=1003)
-    found = ranks(size).run(jobs.sharded_rows, logits=logits, target=target, upstream=upstream, inv_temp=0.7, vocab_valid=1003)
-    for got, _ in found:
-        assert torch.equal(got, alone)
-    assert torch.equal(torch.cat([part for _, part in found], 1), grad)
+    results = ranks(size).run(jobs.sharded_rows, logits=logits, target=target, upstream=upstream, inv_temp=0.7, vocab_valid=1003)
+    for actual, _ in results:
+        assert torch.equal(actual, alone)
+    assert torch.equal(torch.cat([part for _, part in results], 1), grad)
 
 
 @pytest.mark.parametrize(("vocab", "ahead"), [(128256, 3), (32016, 1), (32008, 1), (32001, 1)])
-def test_columns_are_fetched_alike_for_every_number_of_ranks(vocab: int, ahead: int) -> None:
+def test_prefetching_is_the_same_for_every_number_of_ranks(vocab: int, ahead: int) -> None:
     """And without prefetching if segments are not 16-byte aligned, even if rows are: an eighth of 32016 is 4002."""
-    found = {_stages(vocab // ranks, *divmod(vocab // ranks, 8 // ranks)) for ranks in (1, 2, 4, 8) if vocab % ranks == 0}
-    assert found == {ahead}
+    results = {_stages(vocab // ranks, *divmod(vocab // ranks, 8 // ranks)) for ranks in (1, 2, 4, 8) if vocab % ranks == 0}
+    assert results == {ahead}
 
 
-def test_registered_well() -> None:
+def test_the_operator_passes_opcheck() -> None:
     logits, target, _ = problem(5, 100)
     arguments = (logits.requires_grad_(), target % 90, "", 0, 97, 0.7, True)
     torch.library.opcheck(torch.ops.trivet.logprob.default, arguments)
@@ -257,7 +257,7 @@ def test_registered_well() -> None:
     torch.library.opcheck(torch.ops.trivet.logprob_backward.default, (logits.detach(), arguments[1], stats, stats, *arguments[2:]))
 
 
-def test_linear_registered_well() -> None:
+def test_the_linear_operator_passes_opcheck() -> None:
     hidden, weight, target = torch.randn(5, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True), torch.arange(5)
     for weight_grad in (None, torch.zeros(100, 8)):
         for keep in (False, True):
@@ -265,12 +265,12 @@ def test_linear_registered_well() -> None:
             torch.library.opcheck(torch.ops.trivet.linear_logprob.default, arguments)
             stats, kept = (each.detach() for each in torch.ops.trivet.linear_logprob(*arguments))
             given = (hidden.detach(), weight.detach(), target, stats, stats, kept if keep else None, weight_grad, True, True)
-            how = ("", 0, None, 0.7, True, 2, torch.float32)
-            torch.library.opcheck(torch.ops.trivet.linear_logprob_backward.default, (*given, *how))
+            options = ("", 0, None, 0.7, True, 2, torch.float32)
+            torch.library.opcheck(torch.ops.trivet.linear_logprob_backward.default, (*given, *options))
 
 
-def loss(hidden: Tensor, weight: Tensor, target: Tensor, **how: Any) -> Tensor:
-    logp, entropy, _ = linear_logprob(hidden, weight, target, entropy=True, chunk=2, **how)
+def loss(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    logp, entropy, _ = linear_logprob(hidden, weight, target, entropy=True, chunk=2, **options)
     assert entropy is not None
     rows_logp, _, lse = logprob(hidden @ weight.T, target, inv_temp=0.7)
     return (logp - 0.1 * entropy).sum() + (rows_logp + lse).sum()
@@ -281,14 +281,14 @@ def test_compiled(how: dict[str, Any]) -> None:
     """One graph, the same results."""
     draw = torch.Generator().manual_seed(0)
     arguments = torch.randn(5, 8, generator=draw), torch.randn(100, 8, generator=draw)
-    found = []
+    results = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         hidden, weight = (each.clone().requires_grad_() for each in arguments)
         how = how | {"weight_grad": torch.zeros(100, 8)} if "weight_grad" in how else how
         total = function(hidden, weight, torch.arange(5), **how)
         total.backward()
-        found.append([total.detach(), hidden.grad, weight.grad, how.get("weight_grad", torch.zeros(0))])
-    for eager, compiled in zip(*found, strict=True):
+        results.append([total.detach(), hidden.grad, weight.grad, how.get("weight_grad", torch.zeros(0))])
+    for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
 
 
@@ -304,18 +304,18 @@ def test_compiled(how: dict[str, Any]) -> None:
         ("inv_temp=0.0 must be positive", {"inv_temp": 0.0}),
     ],
 )
-def test_complaints(complaint: str, change: dict[str, Any]) -> None:
+def test_bad_input_is_named(complaint: str, change: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"logits": torch.zeros(3, 5), "target": torch.zeros(3, dtype=torch.int64)} | change
     with pytest.raises(ValueError, match=re.escape(complaint)):
         logprob(arguments.pop("logits"), arguments.pop("target"), **arguments)
 
 
-def test_complaint_of_a_rank() -> None:
+def test_bad_input_of_a_rank_is_named() -> None:
     assert ranks(2).run(jobs.misplaced)[1] == "vocab_start=5 of rank 1 must be 4: ranks hold 4 ids each, in order"
 
 
 @pytest.mark.parametrize("case", {case.kernel: case for case in aot_cases()}.values(), ids=lambda case: case.name)
-def test_rows_are_found_with_64_bits(case: AotCase) -> None:
+def test_row_offsets_have_64_bits(case: AotCase) -> None:
     """In Triton's first IR of a kernel, the row index is extended to 64 bits before it is used."""
     source = ASTSource(case.kernel, case.signature, case.constexprs)
     form = str(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"])

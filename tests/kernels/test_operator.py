@@ -40,7 +40,7 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_a_plain_call_does_without_the_dispatcher(dispatched: list[Any], requires_grad: bool) -> None:
+def test_a_plain_call_bypasses_the_dispatcher(dispatched: list[Any], requires_grad: bool) -> None:
     swiglu(torch.randn(3, 4, requires_grad=requires_grad))
     swiglu(torch.nn.Parameter(torch.randn(3, 4)))
     assert not dispatched

@@ -26,7 +26,7 @@ def tokens(logp: Tensor, seed: int = 0) -> dict[str, Any]:
     return {"token_weight_N": weight, "old_logp_N": old, "advantage_N": torch.randn(count, generator=draw)}
 
 
-def written_out(
+def reference_loss(
     logp: Tensor,
     token_weight_N: Tensor,
     old_logp_N: Tensor | None = None,
@@ -46,9 +46,9 @@ def written_out(
     return (token_weight_N * term).sum()
 
 
-def check_loss(loss: str = "ppo", kl: str = "", **how: Any) -> None:
+def check_loss(loss: str = "ppo", kl: str = "", **options: Any) -> None:
     """Value, log-probs, entropy and gradients, scaled by the upstream gradient. `loss`: nll, ppo, or first, with a ratio of 1."""
-    found = []
+    results = []
     for fused in (True, False):
         hidden, weight, target = problem(33, 300)
         hidden, weight = hidden.mul_(0.3).requires_grad_(), weight.requires_grad_()
@@ -58,14 +58,14 @@ def check_loss(loss: str = "ppo", kl: str = "", **how: Any) -> None:
         if kl:
             given |= {"ref_logp_N": given["token_weight_N"] - 4.0, "kl": kl, "kl_coef": 0.3}
         if fused:
-            total, logp, entropy = linear_policy_loss(hidden, weight, target, clip_high=0.3, chunk=8, entropy=True, **given, **how)
+            total, logp, entropy = linear_policy_loss(hidden, weight, target, clip_high=0.3, chunk=8, entropy=True, **given, **options)
         else:
-            logp, entropy, _ = linear_logprob(hidden, weight, target, inv_temp=how.get("inv_temp", 1.0), chunk=64, entropy=True)
-            total = written_out(logp, **given)
+            logp, entropy, _ = linear_logprob(hidden, weight, target, inv_temp=options.get("inv_temp", 1.0), chunk=64, entropy=True)
+            total = reference_loss(logp, **given)
         (3 * total).backward()
         assert entropy is not None
-        found.append((total.detach(), logp.detach(), entropy.detach(), hidden.grad, weight.grad))
-    for fused_part, written_part in zip(*found, strict=True):
+        results.append((total.detach(), logp.detach(), entropy.detach(), hidden.grad, weight.grad))
+    for fused_part, written_part in zip(*results, strict=True):
         assert fused_part is not None
         assert written_part is not None
         check_close(fused_part, written_part.double())
@@ -83,26 +83,26 @@ def test_loss_with_a_kl_term(kl: str) -> None:
     check_loss("first", kl)
 
 
-def test_only_the_wanted_rows() -> None:
+def test_a_subset_of_rows() -> None:
     hidden, weight, target = problem(12, 300)
     rows = torch.tensor([7, 2, 11])
     weights = torch.rand(12, generator=torch.Generator().manual_seed(0))
-    found = []
+    results = []
     choices: tuple[dict[str, Any], ...] = ({"rows": rows}, {})
-    for how in choices:
+    for options in choices:
         hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        wanted = weights if how else weights * torch.zeros(12).index_fill(0, rows, 1.0)
-        total, logp, entropy = linear_policy_loss(hidden, weight, target, wanted, entropy=True, **how)
+        expected = weights if options else weights * torch.zeros(12).index_fill(0, rows, 1.0)
+        total, logp, entropy = linear_policy_loss(hidden, weight, target, expected, entropy=True, **options)
         total.backward()
         assert entropy is not None
-        found.append((total.detach(), logp[rows], entropy[rows], hidden.grad, weight.grad))
-    for some, all_ in zip(*found, strict=True):
+        results.append((total.detach(), logp[rows], entropy[rows], hidden.grad, weight.grad))
+    for some, all_ in zip(*results, strict=True):
         assert some is not None
         assert all_ is not None
         check_close(some, all_.double())
 
 
-def test_tokens_of_weight_0_do_not_count() -> None:
+def test_tokens_of_weight_0_have_no_effect() -> None:
     """Not even tokens of probability 0."""
     hidden, weight, target = torch.ones(2, 1, requires_grad=True), torch.tensor([[1.0], [-torch.inf]]), torch.tensor([0, 1])
     total, logp, _ = linear_policy_loss(hidden, weight, target, torch.tensor([1.0, 0.0]))
@@ -138,7 +138,7 @@ def test_an_accumulated_gradient_is_not_scaled_afterwards() -> None:
         (0.5 * total).backward()
 
 
-def test_nothing_is_made_for_nobody() -> None:
+def test_gradients_that_are_not_needed_are_not_computed() -> None:
     hidden, weight, target = problem(6, 50)
     _, _, grad_hidden, grad_weight = torch.ops.trivet.linear_policy_loss(
         hidden, weight, target, torch.ones(6), None, None, None, None, *SETTINGS, False, False
@@ -151,7 +151,7 @@ def test_nothing_is_made_for_nobody() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_registered_well_and_compiled(accumulate: bool) -> None:
+def test_the_operator_passes_opcheck_and_compiles(accumulate: bool) -> None:
     hidden, weight, target = problem(6, 50)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     given = tokens(torch.zeros(6))
@@ -178,7 +178,7 @@ def test_registered_well_and_compiled(accumulate: bool) -> None:
         ("chunk=0 must be 1 to 1024 rows", {"chunk": 0}),
     ],
 )
-def test_complaints(complaint: str, change: dict[str, Any]) -> None:
+def test_bad_input_is_named(complaint: str, change: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"token_weight_N": torch.ones(3), **change}
     with pytest.raises(ValueError, match=re.escape(complaint)):
         linear_policy_loss(*problem(3, 50), **arguments)

@@ -14,20 +14,20 @@ from tests.support.check_ppo import (  # noqa: F401 (collected here as tests)
     test_against_float64,
     test_bf16,
     test_both_clips,
+    test_empty_input,
     test_far_ratios,
-    test_nothing_at_all,
     test_runs_repeat,
     test_small_divergences_keep_their_digits,
-    test_tokens_without_weight_are_not_computed_with,
+    test_tokens_of_weight_0_are_not_read,
     test_value_against_float64,
-    test_values_without_weight_are_not_computed_with,
+    test_values_of_weight_0_are_not_read,
     value_problem,
 )
 from tests.support.float64 import sums
 from triton_kernels import ppo_loss, value_loss
 
 
-def test_a_way_of_averaging_is_a_weight() -> None:
+def test_averages_are_expressed_as_weights() -> None:
     """Token mean, sequence mean and a constant denominator, for one batch and for the same batch in two microbatches."""
     ends = torch.tensor([0, 3, 13, 20])
     inputs = problem(20)
@@ -44,9 +44,9 @@ def test_a_way_of_averaging_is_a_weight() -> None:
     }
     for weight, expected in ways.values():
         policy: dict[str, Any] = {name: inputs[name] for name in ("logp", "old_logp", "advantage")} | {"weight": weight.float()}
-        whole, _ = ppo_loss(**policy)
+        full, _ = ppo_loss(**policy)
         parts = [ppo_loss(**{name: x[part] for name, x in policy.items()})[0] for part in (slice(0, 3), slice(3, 20))]
-        assert float(whole) == pytest.approx(float(expected), rel=1e-5)
+        assert float(full) == pytest.approx(float(expected), rel=1e-5)
         assert float(sum(parts)) == pytest.approx(float(expected), rel=1e-5)
 
 

@@ -17,7 +17,7 @@ def test_against_float64(rows: int, width: int, dtype: torch.dtype, fused: bool)
     check_rmsnorm(rows, width, dtype, fused)
 
 
-def test_fused_bits_are_those_of_the_two_steps_apart() -> None:
+def test_fused_bits_equal_those_of_separate_steps() -> None:
     """In bfloat16 too, where x + residual is rounded before the norm."""
     x, residual, weight = drawn(9, 64, dtype=torch.bfloat16), drawn(9, 64, seed=1, dtype=torch.bfloat16), drawn(64, seed=2)
     normed, total = rmsnorm(x, weight, EPS, residual)
@@ -25,7 +25,7 @@ def test_fused_bits_are_those_of_the_two_steps_apart() -> None:
     assert torch.equal(normed, rmsnorm(x + residual, weight, EPS))
 
 
-def test_an_output_that_goes_nowhere_costs_and_changes_nothing() -> None:
+def test_an_unused_output_has_no_cost() -> None:
     """No gradient of zeros is allocated for it."""
     x, weight, residual = (drawn(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(((5, 16), (16,), (5, 16))))
     normed, total = rmsnorm(x, weight, EPS, residual)
@@ -35,7 +35,7 @@ def test_an_output_that_goes_nowhere_costs_and_changes_nothing() -> None:
     assert torch.equal(*torch.autograd.grad(total.sum(), (x, residual), retain_graph=True))
     with Meter(torch.device("cpu"), {}) as meter:
         normed.backward(torch.ones(5, 16))
-    assert meter.taken().kernels == 3 + 1  # the operator's, and a copy: x and residual each have their own gradient
+    assert meter.taken().kernels == 3 + 1  # those of the operator, and a copy, because x and residual have separate gradients
 
 
 def test_any_leading_dimensions() -> None:

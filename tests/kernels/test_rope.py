@@ -21,7 +21,7 @@ def test_a_product_against_float64(tokens: int, groups: int, queries: int, size:
     check_rope_qkv(tokens, groups, queries, size, dtype)
 
 
-def test_what_comes_of_a_product_is_not_part_of_it() -> None:
+def test_outputs_do_not_share_the_products_memory() -> None:
     """Attention saves query, key and value for backward; none of them may keep the projection output alive."""
     qkv = drawn(5, 2, 6, 8)
     three = rope_qkv(qkv, *angles(5, 8))
@@ -29,12 +29,12 @@ def test_what_comes_of_a_product_is_not_part_of_it() -> None:
     assert torch.equal(three[2], qkv[:, :, -1])
 
 
-def test_the_negative_angle_turns_back() -> None:
+def test_the_negative_angle_inverts_the_rotation() -> None:
     x, (cos, sin) = drawn(9, 2, 16), angles(9, 16)
     torch.testing.assert_close(rope(rope(x, cos, sin), cos, -sin), x, rtol=1e-6, atol=1e-6)
 
 
-def test_a_score_depends_on_the_distance_alone() -> None:
+def test_a_score_depends_only_on_the_distance() -> None:
     """<x rotated by m, y rotated by n> depends only on m - n, which makes the embedding relative."""
     query, key = drawn(1, 1, 32), drawn(1, 1, 32, seed=1)
     turns = torch.arange(8)[:, None] * 10000 ** -(torch.arange(0, 32, 2) / 32)

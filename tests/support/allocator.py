@@ -1,4 +1,4 @@
-"""What torch's CPU allocator recorded. Resident memory says less: it moves with malloc's heap, which keeps what tensors gave back."""
+"""Memory from the records of torch's CPU allocator. Resident memory is less exact, because malloc's heap keeps freed memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HELD = "what is held is read here"
 
 
 def allocated(compute: Callable[[], Any]) -> tuple[int, int]:
-    """(bytes at the mark HELD, at the worst moment) above what was there before, as torch's CPU allocator recorded them."""
+    """(bytes at the mark HELD, peak bytes) in addition to earlier allocations, from the records of torch's CPU allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         compute()
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What tests of batching share: arguments that a plan must accept, and slow Python that says what it must look like."""
+"""Helpers of the batching tests: valid arguments of plan(), and slow reference implementations in Python."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Case:
         return self.token_budget // self.total_multiple * self.total_multiple
 
     def units(self) -> list[list[int]]:
-        """What must stay together: the sequences of a group, or one on its own."""
+        """The units that must stay together: the sequences of a group, or a single one."""
         units: dict[tuple[str, int], list[int]] = {}
         for i, group in enumerate(self.group_ids):
             units.setdefault(("group", group) if group >= 0 else ("alone", i), []).append(i)
@@ -76,7 +76,7 @@ def round_up(value: int, multiple: int) -> int:
 
 @st.composite
 def cases(draw: st.DrawFn, max_size: int = 40) -> Case:
-    """Cases that plan() accepts; what is oversize is only drawn where it is allowed."""
+    """Cases that plan() accepts. Oversize units are only generated if they are allowed."""
     total_multiple, seq_multiple = draw(st.integers(1, 9)), draw(st.sampled_from([1, 1, 2, 5]))
     token_budget = draw(st.integers(max(total_multiple, seq_multiple), 80))
     capacity = token_budget // total_multiple * total_multiple
@@ -105,7 +105,7 @@ def cases(draw: st.DrawFn, max_size: int = 40) -> Case:
 
 
 def _possible_groups(case: Case) -> list[int]:
-    """A sequence of another step than its group's goes alone, and one that its group has no room for, unless that is allowed."""
+    """A sequence gets its own group if its step differs from the group's, or if the group has no room and oversize is not allowed."""
     groups, held, step = list(case.group_ids), dict.fromkeys(case.group_ids, 0), {}
     for i, group in enumerate(groups):
         fits = case.on_oversize != "error" or held[group] + case.padded(i) <= case.capacity
@@ -117,7 +117,7 @@ def _possible_groups(case: Case) -> list[int]:
 
 
 def microbatches_of(planned: Plan) -> list[list[list[int]]]:
-    """Sequence ids by rank and microbatch, read from order and offsets as their contract states it."""
+    """Sequence ids by rank and microbatch, read from order and offsets."""
     m = planned.microbatches
     bounds = planned.offsets.tolist()
     order = planned.order.tolist()
@@ -132,7 +132,7 @@ def steps_of(planned: Plan) -> Iterator[tuple[int, list[list[list[int]]]]]:
 
 
 def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> int:
-    """How many bins it needs, by looking at every bin for every unit."""
+    """The number of bins of best fit decreasing, by trying every bin for every unit."""
     rooms: list[int] = []
     for size in sorted(sizes, reverse=True):
         fitting = [b for b, room in enumerate(rooms) if room >= size]
@@ -144,7 +144,7 @@ def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> int:
 
 
 def make_samples(case: Case, fields: Sequence[str] = OPTIONAL_FIELDS) -> list[Sample]:
-    """One sample for each length, with token ids, masks and values that are all different."""
+    """One sample for each length, with different token ids, masks and values."""
     rng = np.random.default_rng(len(case.lengths))
     samples = []
     for n, group in zip(case.lengths, case.group_ids, strict=True):
@@ -155,5 +155,5 @@ def make_samples(case: Case, fields: Sequence[str] = OPTIONAL_FIELDS) -> list[Sa
 
 
 def lognormal(count: int) -> np.ndarray:
-    """Lengths of rollouts as they are, int64 [count]: long-tailed, from 32 to 8192."""
+    """Realistic rollout lengths, int64 [count]: long-tailed, from 32 to 8192."""
     return np.clip(np.random.default_rng(0).lognormal(6.72, 0.9, count), 32, 8192).astype(np.int64)

@@ -22,7 +22,7 @@ def problem(
     spare: int = 0,
     beyond: float = torch.nan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values (`spare` slots more than rows) and lengths; `beyond` is where no row may look."""
+    """Queries, keys, values (`spare` more slots than rows) and lengths. Positions after a row's length are filled with `beyond`."""
     generator = torch.Generator().manual_seed(0)
     slots = len(lengths) + spare
     query = torch.randn(len(lengths), heads * group, size, generator=generator).to(dtype)
@@ -43,22 +43,22 @@ def expected(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Te
     return out
 
 
-def check(*shape: Any, dtype: torch.dtype = torch.float32, **how: Any) -> None:
-    given = problem(*shape, dtype=dtype, **how)
-    got = decode_attention(*given)
+def check(*shape: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    given = problem(*shape, dtype=dtype, **options)
+    actual = decode_attention(*given)
     wanted = expected(*given)
-    assert got.dtype == dtype
-    assert got.shape == wanted.shape
+    assert actual.dtype == dtype
+    assert actual.shape == wanted.shape
     if wanted.numel():
-        assert float((got.double() - wanted).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
+        assert float((actual.double() - wanted).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
 
 
-def check_a_row_does_not_know_its_batch() -> None:
-    """Its bits are the same alone, in a longer cache, and in a second run."""
+def check_batch_invariance() -> None:
+    """The bits of a row are the same alone, with a longer cache, and in a second run."""
     query, keys, values, lengths = problem([300, 5, 0, 513, 256], 2, 3, 16, 520)
-    whole = decode_attention(query, keys, values, lengths)
+    full = decode_attention(query, keys, values, lengths)
     more_keys, more_values = (torch.nn.functional.pad(kept, (0, 0, 0, 4000)) for kept in (keys, values))
-    assert torch.equal(decode_attention(query, more_keys, more_values, lengths), whole)
+    assert torch.equal(decode_attention(query, more_keys, more_values, lengths), full)
     for row in range(len(query)):
         part = slice(row, row + 1)
-        assert torch.equal(decode_attention(query[part], keys[part], values[part], lengths[part].long()), whole[part])
+        assert torch.equal(decode_attention(query[part], keys[part], values[part], lengths[part].long()), full[part])

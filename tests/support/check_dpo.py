@@ -1,4 +1,4 @@
-"""What dpo_norm and seq_logps promise, whichever way they compute: these tests run on the references (test_dpo.py) and on the kernels."""
+"""Checks of dpo_norm and seq_logps, which run on the references (test_dpo.py) and on the kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support import float64
 from tests.support.float64 import check_close, normal, packed
 from triton_kernels import dpo_norm, seq_logps
 
-# Halves whose lengths differ 100 times, an empty sequence, one that is masked, a sequence in two pairs, and the same one twice.
+# Halves whose lengths differ by a factor of 100, an empty sequence, a masked one, a sequence in two pairs, and a pair of one sequence.
 LENGTHS = [2300, 23, 0, -40, 64, 1, 200]
 PAIRS = torch.tensor([[0, 1], [4, 2], [3, 4], [5, 6], [6, 6]])
 
@@ -32,12 +32,12 @@ def check_against_float64(normalize: bool, smoothing: float, ref_is: str, dtype:
     assert exact.grad is not None
 
     logp.requires_grad_()
-    got, metrics = dpo_norm(logp, ref, mask, cu_seqlens, PAIRS, beta, smoothing, normalize, ref_is=ref_is)  # type: ignore[arg-type]
-    got.backward(upstream)
-    assert got.dtype == torch.float32
+    actual, metrics = dpo_norm(logp, ref, mask, cu_seqlens, PAIRS, beta, smoothing, normalize, ref_is=ref_is)  # type: ignore[arg-type]
+    actual.backward(upstream)
+    assert actual.dtype == torch.float32
     assert logp.grad is not None
     assert logp.grad.dtype == dtype
-    check_close(got.detach(), loss.detach(), tolerance)
+    check_close(actual.detach(), loss.detach(), tolerance)
     check_close(logp.grad, exact.grad, tolerance)
     check_close(metrics.chosen, chosen.detach(), tolerance)
     check_close(metrics.rejected, rejected.detach(), tolerance)
@@ -58,7 +58,7 @@ def test_bf16() -> None:
 
 
 def test_far_margins() -> None:
-    """Sequences of one token make the margin what we like: the loss keeps all digits at both ends, and nothing overflows."""
+    """With sequences of one token, any margin can be set: the loss is exact at both ends, and nothing overflows."""
     margins = torch.tensor([-100.0, -80.0, -20.0, -1e-3, 0.0, 1e-3, 1.0, 9.0, 20.0, 80.0, 100.0])
     count = len(margins)
     logp = torch.cat([margins, torch.zeros(count)]).requires_grad_()
@@ -69,7 +69,7 @@ def test_far_margins() -> None:
     exact = -torch.nn.functional.logsigmoid(margins.double())
     assert torch.equal(metrics.margin, margins)
     torch.testing.assert_close(loss.detach().double()[:-1], exact[:-1], rtol=2e-6, atol=0.0)
-    assert 0 <= loss[-1] < 1e-43  # exp(-100) is denormal in float32; a chip may flush it
+    assert 0 <= loss[-1] < 1e-43  # exp(-100) is denormal in float32; hardware may flush it to 0
     assert logp.grad is not None
     torch.testing.assert_close(logp.grad.double()[: count - 1], -torch.sigmoid(-margins.double())[:-1], rtol=2e-6, atol=0.0)
     assert torch.equal(logp.grad[:count], -logp.grad[count:])
@@ -89,8 +89,8 @@ def test_masked_tokens_are_not_read() -> None:
     assert dirty_logp.grad[mask].isfinite().all()
 
 
-def test_a_pair_does_not_know_its_batch() -> None:
-    """The same bits alone as behind other sequences, and in a second run."""
+def test_batch_invariance() -> None:
+    """The bits of a pair are the same alone, after other sequences, and in a second run."""
     cu_seqlens, mask = packed([37, 1500, 900, 13])
     logp, ref = normal(len(mask), 1).requires_grad_(), normal(len(mask), 2)
     first = int(cu_seqlens[1])
@@ -105,7 +105,7 @@ def test_a_pair_does_not_know_its_batch() -> None:
         assert torch.equal(grad_together[rest], grad_alone[rest])
 
 
-def test_nothing_at_all() -> None:
+def test_empty_input() -> None:
     """No tokens, no pairs, no sequences: empty results and gradients of zero."""
     none, no_mask, no_pairs = torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0, 2, dtype=torch.int32)
     logp = torch.zeros(0, requires_grad=True)

@@ -1,4 +1,4 @@
-"""draw against a definition in numpy with its own integers: the same checks for the kernel and for the torch reference."""
+"""draw against an independent implementation in numpy: the same checks for the kernel and for the torch reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def noise(keys_R2: Tensor, count: int) -> np.ndarray:
 
 
 def problem(rows: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits and keys; some logits -inf, one row all alike."""
+    """Logits and keys. Some logits are -inf, and one row has equal logits."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, vocab, generator=generator) * 3
     logits[:, ::7] = -torch.inf
@@ -31,15 +31,15 @@ def problem(rows: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def check(rows: int, vocab: int, temperature: float, valid: int | None = None) -> None:
-    """The winner is one whose score, in float64, no other exceeds by more than fp32 can tell."""
+    """No other score in float64 exceeds that of the sampled token by more than the precision of fp32."""
     logits, keys = problem(rows, vocab)
-    got = draw(logits, keys, temperature=temperature, vocab_valid=valid)
-    assert got.dtype == torch.int64
-    assert got.shape == (rows,)
+    actual = draw(logits, keys, temperature=temperature, vocab_valid=valid)
+    assert actual.dtype == torch.int64
+    assert actual.shape == (rows,)
     scores = logits.double().cpu().numpy()[:, :valid]
     if temperature:
         scores = scores / temperature - np.log(noise(keys, scores.shape[1]))
-    for row, token in enumerate(got.tolist()):
+    for row, token in enumerate(actual.tolist()):
         assert token < scores.shape[1]
         assert scores[row, token] >= scores[row].max() - 1e-5
         if not temperature:

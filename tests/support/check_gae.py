@@ -1,4 +1,4 @@
-"""What gae promises, whichever way it computes: these tests run on the reference (test_gae.py) and on the kernel."""
+"""Checks of gae, which run on the reference (test_gae.py) and on the kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support import float64
 from tests.support.float64 import check_close, normal, packed
 from triton_kernels import gae, merge_partials
 
-LENGTHS = [37, 0, 1300, -40, 1, 512, 513, -1, 11]  # one, just one more and several blocks of the kernel's
+LENGTHS = [37, 0, 1300, -40, 1, 512, 513, -1, 11]  # one block of the kernel, one token more, and several blocks
 
 
 def problem(lengths: list[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,13 +31,13 @@ def check_against_float64(gamma: float, lam: float, dtype: torch.dtype = torch.f
 
 
 def check_partials(partials: Tensor, advantage: Tensor, mask: Tensor, cu_seqlens: Tensor) -> None:
-    """Of each sequence, and merged: those of all tokens."""
+    """Statistics of each sequence, and merged those of all tokens."""
     ones = torch.ones(len(mask))
     n = float64.sums(ones, mask, cu_seqlens)
     mean = float64.sums(advantage, mask, cu_seqlens) / n.clamp(min=1)
     spread = float64.sums(advantage**2, mask, cu_seqlens) - n * mean**2
     assert partials[0].tolist() == n.tolist()
-    size = mean.abs() + (spread.clamp(min=0) / n.clamp(min=1)).sqrt()  # a mean of numbers that cancel is known no better
+    size = mean.abs() + (spread.clamp(min=0) / n.clamp(min=1)).sqrt()  # cancellation limits the precision of a mean
     assert ((partials[1] - mean).abs() <= 2e-6 * size).all()
     check_close(partials[2], spread)
     got_n, got_mean, got_m2 = merge_partials(partials)
@@ -57,7 +57,7 @@ def test_bf16() -> None:
 
 
 def test_sparse_reward() -> None:
-    """The recipe of Tülu 3: gamma 1, lam 0.95, one score on the last token that counts; and what masked tokens hold is not read."""
+    """Tülu 3's settings: gamma 1, lam 0.95, one score on the last unmasked token. Values of masked tokens are not read."""
     cu_seqlens = torch.tensor([0, 6])
     mask = torch.tensor([True, True, False, True, False, False])
     value = torch.tensor([0.5, 1.0, torch.nan, 2.0, torch.inf, 7.0])
@@ -71,7 +71,7 @@ def test_sparse_reward() -> None:
 
 
 def test_a_long_gap() -> None:
-    """A tool's output longer than a block of the kernel's: what follows it reaches what precedes it unchanged."""
+    """Advantages propagate through masked tokens, such as a tool's output, that span more than a block of the kernel."""
     reward, value, mask, cu_seqlens = problem([1900])
     mask[300:1500] = False
     expected, _ = float64.gae(reward, value, mask, cu_seqlens, 1.0, 0.95)
@@ -80,8 +80,8 @@ def test_a_long_gap() -> None:
     check_partials(partials, expected, mask, cu_seqlens)
 
 
-def test_a_sequence_does_not_know_its_batch() -> None:
-    """Cut in two microbatches, one of them padded: the same bits a token, and merged the same statistics."""
+def test_batch_invariance() -> None:
+    """Split into two microbatches, one of them padded: the same bits per token, and the same merged statistics."""
     reward, value, mask, cu_seqlens = problem([100, 700, 30, 5])
     advantage, returns, partials = gae(reward, value, mask, cu_seqlens, 1.0, 0.95)
     cut, parts = int(cu_seqlens[2]), []
@@ -96,7 +96,7 @@ def test_a_sequence_does_not_know_its_batch() -> None:
     assert merge_partials(torch.cat(parts, 1)) == merge_partials(partials)
 
 
-def test_nothing_at_all() -> None:
+def test_empty_input() -> None:
     none, mask = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
     for sequences in (0, 2):
         advantage, returns, partials = gae(none, none, mask, torch.zeros(sequences + 1, dtype=torch.int32), 1.0, 0.95)

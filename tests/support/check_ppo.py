@@ -1,4 +1,4 @@
-"""What ppo_loss promises, whichever way it computes: these tests run on the reference (test_ppo.py) and on the kernel."""
+"""Checks of ppo_loss and value_loss, which run on the reference (test_ppo.py) and on the kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def problem(tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Inputs of ppo_loss; a third of the weights are 0. Log-ratios are of size 0.3, so that both clips are in play."""
+    """Inputs of ppo_loss. A third of the weights are 0. Log-ratios are of size 0.3, so that both clips are active."""
     logp = normal(tokens, 1) - 2
     inputs = {
         "logp": logp,
@@ -46,7 +46,7 @@ def weights(tokens: int) -> Tensor:
 
 
 def exact_terms(inputs: dict[str, Tensor], kl: str) -> dict[str, Tensor]:
-    """Every statistic but the loss, as a term of each token [T]."""
+    """Every statistic except the loss, as a term per token [T]."""
     logp, old = inputs["logp"], inputs["old_logp"]
     advantage = (inputs["advantage"] - SETTINGS["mean"]) * SETTINGS["rstd"]
     policy = float64.clipped_policy(logp, old, advantage, SETTINGS["clip_low"], SETTINGS["clip_high"])
@@ -72,7 +72,7 @@ def check_against_float64(tokens: int, kl: Any, dtype: torch.dtype = torch.float
     assert loss.dtype == torch.float32
     assert torch.equal(loss, stats.loss)
     for name, term in (terms | {"loss": loss_T}).items():
-        size = (exact["weight"] * term.abs()).sum()  # sums whose terms differ in sign may be small themselves
+        size = (exact["weight"] * term.abs()).sum()  # relative to the terms, because their signs may cancel
         assert (getattr(stats, name) - (exact["weight"] * term).sum()).abs() <= 2e-6 * size, name
     assert not any(stat.requires_grad for stat in stats)
     check_grad(inputs["logp"], exact["logp"], dtype, tolerance)
@@ -108,7 +108,7 @@ def test_bf16() -> None:
     check_value_against_float64(300, torch.bfloat16)
 
 
-def test_tokens_without_weight_are_not_computed_with() -> None:
+def test_tokens_of_weight_0_are_not_read() -> None:
     inputs = problem(50)
     expected, _ = ppo_loss(**inputs, **SETTINGS)
     dirty = with_nan(inputs, "logp")
@@ -119,7 +119,7 @@ def test_tokens_without_weight_are_not_computed_with() -> None:
     check_off(dirty["logp"].grad, inputs["weight"])
 
 
-def test_values_without_weight_are_not_computed_with() -> None:
+def test_values_of_weight_0_are_not_read() -> None:
     inputs = value_problem(50)
     expected = value_loss(**inputs)  # type: ignore[arg-type]
     dirty = with_nan(inputs, "value")
@@ -144,7 +144,7 @@ def check_off(grad: Tensor | None, weight: Tensor) -> None:
 
 
 def test_both_clips() -> None:
-    """Ratios 0.7 and 1.5 under advantages of both signs: the clip decides where it makes the loss worse, and then there is no gradient."""
+    """Ratios 0.7 and 1.5 with advantages of both signs: clipping applies if it increases the loss, and then the gradient is 0."""
     ratio = torch.tensor([0.7, 0.7, 1.5, 1.5, 1.25])
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     logp = ratio.log().requires_grad_()
@@ -158,7 +158,7 @@ def test_both_clips() -> None:
 
 
 def test_small_divergences_keep_their_digits() -> None:
-    """k3 of x = 1e-4 is 5e-9, of which exp(x) - 1 - x in float32 keeps nothing."""
+    """k3 of x = 1e-4 is 5e-9, for which exp(x) - 1 - x in float32 has no correct digit."""
     for size in (1e-4, 1e-2, 0.5, 0.99, 1.01, 5.0):
         for x in (size, -size):
             logp, other, weight = torch.zeros(1, requires_grad=True), torch.tensor([x]), torch.ones(1)
@@ -172,7 +172,7 @@ def test_small_divergences_keep_their_digits() -> None:
 
 
 def test_far_ratios() -> None:
-    """Log-ratios of 1000 nats: finite, and beyond the cut without gradient from the exponential."""
+    """Log-ratios of 1000 nats give finite results, and beyond the cutoff no gradient from the exponential."""
     logp = torch.tensor([1000.0, -1000.0]).requires_grad_()
     loss, stats = ppo_loss(logp, torch.zeros(2), -torch.ones(2), torch.ones(2), ref_logp=torch.zeros(2), kl="k3", kl_coef=1.0)
     loss.backward()
@@ -195,7 +195,7 @@ def test_runs_repeat() -> None:
     assert torch.equal(*(torch.autograd.grad(loss, inputs["logp"])[0] for loss in (first, second)))
 
 
-def test_nothing_at_all() -> None:
+def test_empty_input() -> None:
     for tokens in (0, 5):
         inputs = problem(tokens) | {"weight": torch.zeros(tokens)}
         inputs["logp"].requires_grad_()

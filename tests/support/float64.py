@@ -1,6 +1,6 @@
-"""The losses over packed tokens once more, as their formulas read, in float64, with autograd for gradients and loops for recursions.
+"""Float64 implementations of the losses over packed tokens: direct formulas, autograd for gradients, loops for recursions.
 
-References and kernels are both held against these.
+References and kernels are both compared with these.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 
 def packed(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """cu_seqlens [S + 1] and mask [T], in which about a third of the tokens do not count; of a sequence of negative length, none."""
+    """cu_seqlens [S + 1] and mask [T]. About a third of the tokens are masked; a negative length means a fully masked sequence."""
     cu_seqlens = torch.tensor([0, *map(abs, lengths)]).cumsum(0).int()
     mask = torch.rand(int(cu_seqlens[-1]), generator=torch.Generator().manual_seed(seed)) > 0.3
     for s, length in enumerate(lengths):
@@ -33,7 +33,7 @@ def check_close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
 
 
 def sums(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The sum over each sequence's counting tokens [S]."""
+    """The sum over each sequence's unmasked tokens [S]."""
     parts = zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
     return torch.stack([values[a:b][mask[a:b]].double().sum() for a, b in parts])
 

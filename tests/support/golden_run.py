@@ -1,11 +1,11 @@
-"""What small runs compute, to the last bit: a restructuring must leave it as it is.
+"""Golden runs: small runs whose results must not change in a refactoring.
 
-    python -m tests.support.golden_run --write FILE     # before: run them all, and keep their numbers
-    python -m tests.support.golden_run FILE             # after: run them all, and compare
+    python -m tests.support.golden_run --write FILE     # before: run all and save their results
+    python -m tests.support.golden_run FILE             # after: run all and compare
 
-The tiny recipes run for four steps each in a temporary folder, about a minute in all; with --demo the whole demo (seed 0) runs as well.
-Compared are all metrics but times and rates, and the sampled responses with their rewards: bit for bit on the same CPU and version of
-torch; elsewhere metrics to 1e-4, and responses not at all. Exit status: 0 equal, 1 different.
+The tiny recipes run for four steps each in a temporary folder, about a minute in total. --demo also runs the demo (seed 0). All metrics
+except times and rates are compared, and the sampled responses with their rewards: bitwise on the same CPU and torch version. On others,
+metrics are compared to 1e-4 and responses are not compared. Exit status: 0 if equal, 1 if different.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tests.support.paths import ROOT
 FILE = ROOT / "tests/golden/runs.json"
 TINY = [f"tiny_{name}" for name in ("sft", "reward", "dpo", "rlvr")]
 CHAIN = [f"chain_{name}" for name in ("sft", "reward", "dpo", "rlvr")]
-MACHINE_METRICS = re.compile(r"^(time|time/.*|.*per_second|memory_gb)$")  # of a machine, not of a run
+MACHINE_METRICS = re.compile(r"^(time|time/.*|.*per_second|memory_gb)$")  # depend on the machine
 
 Record = dict[str, Any]
 
 
 def record(folder: Path, *, demo: bool) -> dict[str, Record]:
-    """Run everything in `folder`; for each run its lines of metrics and its responses."""
+    """Run everything in `folder`. Returns metrics and responses of each run."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "TRIVET_CACHE": str(folder)}
 
     def python(*words: str) -> None:
@@ -57,7 +57,7 @@ def _found(out: Path) -> Record:
 
 
 def metrics_of(file: Path) -> list[Record]:
-    """Each line's numbers, without those of the machine."""
+    """The metrics of each record, without those that depend on the machine."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if not MACHINE_METRICS.match(name)} for line in lines]
 
@@ -69,7 +69,7 @@ def responses_of(folder: Path) -> str:
 
 
 def to_json(runs: dict[str, Record]) -> str:
-    """With one line for each line of metrics, for readable diffs."""
+    """JSON with one line per record, for readable diffs."""
     parts = []
     for name, run in runs.items():
         lines = ",\n".join(json.dumps(line) for line in run["metrics"])
@@ -78,15 +78,15 @@ def to_json(runs: dict[str, Record]) -> str:
 
 
 def machine() -> Record:
-    """What bits depend on."""
+    """CPU and torch version, on which bits depend."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     capability = torch.backends.cpu.get_cpu_capability()
     return {"cpu": model[1] if model else platform.processor(), "capability": capability, "torch": torch.__version__}
 
 
 def differences(before: dict[str, Record], after: dict[str, Record], *, exact: bool) -> list[str]:
-    """A line for each number that is not as before; of each run the first few."""
-    found = []
+    """A line for each number that differs, for the first few of each run."""
+    results = []
     for name, old in before.items():
         if (new := after.get(name)) is None:  # without --demo
             continue
@@ -97,8 +97,8 @@ def differences(before: dict[str, Record], after: dict[str, Record], *, exact: b
             lines += _differing(was, now, exact)
         if exact and old["responses"] != new["responses"]:
             lines.append("the sampled responses or their rewards differ")
-        found += [f"{name}: {line}" for line in lines[:5]]
-    return found
+        results += [f"{name}: {line}" for line in lines[:5]]
+    return results
 
 
 def _differing(was: Record, now: Record, exact: bool) -> list[str]:
@@ -123,13 +123,13 @@ def main() -> int:
     parser.add_argument("--demo", action="store_true", help="the demo too: five minutes more")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = record(Path(folder), demo=arguments.demo)
+        results = record(Path(folder), demo=arguments.demo)
     if arguments.write:
-        arguments.write.write_text(to_json(found), encoding="utf-8")
+        arguments.write.write_text(to_json(results), encoding="utf-8")
         return 0
     kept = json.loads(arguments.file.read_text(encoding="utf-8"))
     exact = kept["machine"] == machine()
-    lines = differences(kept["runs"], found, exact=exact)
+    lines = differences(kept["runs"], results, exact=exact)
     print("\n".join(lines) or f"all equal, {'bit for bit' if exact else 'to 1e-4: the file is of another machine'}")
     return int(bool(lines))
 

@@ -1,4 +1,4 @@
-"""What tests run on ranks. Each job is job(world, ...) -> plain values; every rank runs it."""
+"""Jobs that tests run on ranks: job(world, ...) -> plain values. Every rank runs the job."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from engine.losses import SFT_LOSS, nll, reward_bt
 from engine.types import Loss, LossFunction, Packed, Sample, Step, TokenLoss, TokenTerms
 from tests.support.allocator import allocated
 
-TINY = ModelShape(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # 250: padded to 256 in every layout
+TINY = ModelShape(layers=4, hidden=64, ffn=128, heads=8, kv_heads=4, vocab=250)  # padded to 256 in every layout
 OPTIM = Optim(lr=1e-3, weight_decay=0.1)
 
 
 def samples(seed: int, count: int = 16, longest: int = 24, vocab: int = 250) -> list[Sample]:
-    """Random sequences of ragged length with random masks, a function of the arguments."""
+    """Random sequences of different lengths with random masks, determined by the arguments."""
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, longest + 1, count)
     return [Sample(draw.integers(0, vocab, n + 1, dtype=np.int32), (draw.random(n) < 0.7).astype(np.uint8)) for n in lengths]
 
 
 def pairs_with_reference(seed: int, count: int = 8) -> list[Pair]:
-    """Random pairs with a prompt in common and the log-probs of an imagined reference, a function of the arguments."""
+    """Random pairs with common prompts and random reference log-probs, determined by the arguments."""
     draw = np.random.default_rng(seed)
 
     def half(prompt: np.ndarray) -> Sample:
@@ -57,17 +57,17 @@ DPO_LOSSES = (
 
 
 def dpo_steps(world: World, parallel: Parallel, model: Model, *, budget: int = 64, order: int = 0) -> list[dict[str, float]]:
-    """Metrics of two steps with each of DPO_LOSSES, and of held-out pairs after them."""
+    """Metrics of two steps with each of DPO_LOSSES, and of held-out pairs afterwards."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
-        found = []
+        results = []
         for step in range(4):
             shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
             batch_ = pairs_with_reference(step)
             samples_ = grouped([batch_[i] for i in shuffled])
-            found.append(policy.update(batch(samples_, budget, **policy.batch_options), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
-        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.batch_options), DPO_LOSSES[0])]
+            results.append(policy.update(batch(samples_, budget, **policy.batch_options), DPO_LOSSES[step // 2], OPTIM.lr_at(step, 10)))
+        return [*results, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.batch_options), DPO_LOSSES[0])]
 
 
 def keep_reference(
@@ -81,8 +81,9 @@ def keep_reference(
     max_length: int = 256,
     other_data: bool = False,
 ) -> tuple[int, list[float], str]:
-    """Keep the log-probs of root/train.jsonl and root/held_out.jsonl (other_data: the former alone) under root/model in `folder`, in blocks
-    of one microbatch a replica, or die after some: how many blocks were computed, all values, and a complaint if there was one."""
+    """Compute the log-probs of root/train.jsonl and root/held_out.jsonl (other_data: only the former) with root/model and save them in
+    `folder`, in blocks of one microbatch per replica, optionally failing after some. Returns the number of computed blocks, all values, and
+    the error if there was one."""
     from engine.data.pairs import prepare_pairs
     from engine.data.rows import Source
     from engine.data.template import ChatTemplate
@@ -113,7 +114,7 @@ def keep_reference(
 
 
 def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
-    """This rank's microbatches: packed to `budget`, or every sequence a microbatch of its own."""
+    """This rank's microbatches: packed to `budget`, or one sequence each."""
     if not alone:
         return batch(batch_, budget, **policy.batch_options)
     cut = policy.batch_options | {"rank": 0, "ranks": 1, "microbatch_multiple": 1}
@@ -124,38 +125,38 @@ def _cut(policy: Any, batch_: list[Sample], budget: int, alone: bool) -> Step:
 def sft_steps(
     world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, alone: bool = False, order: int = 0
 ) -> list[dict[str, float]]:
-    """Metrics of `steps` optimizer steps, and the held-out loss after them."""
+    """Metrics of `steps` optimizer steps, and the held-out loss afterwards."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
-        found = []
+        results = []
         for step in range(steps):
             shuffled = np.random.default_rng(order).permutation(16) if order else range(16)
             batch_ = samples(step)
-            found.append(policy.update(_cut(policy, [batch_[i] for i in shuffled], budget, alone), SFT_LOSS, OPTIM.lr_at(step, 10)))
+            results.append(policy.update(_cut(policy, [batch_[i] for i in shuffled], budget, alone), SFT_LOSS, OPTIM.lr_at(step, 10)))
         held_out = batch(samples(99), budget, **policy.batch_options)
-        return [*found, policy.evaluate(held_out, SFT_LOSS)]
+        return [*results, policy.evaluate(held_out, SFT_LOSS)]
 
 
 def reward_steps(
     world: World, parallel: Parallel, model: Model, *, steps: int = 3, budget: int = 64, order: int = 0
 ) -> list[dict[str, float]]:
-    """Metrics of `steps` steps on pairs, and on held-out pairs after them."""
+    """Metrics of `steps` steps on pairs, and of held-out pairs afterwards."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
-        found = []
+        results = []
         for step in range(steps):
             batch_ = pairs_with_reference(step)
             shuffled = np.random.default_rng(order).permutation(8) if order else range(8)
             halves = grouped([batch_[i] for i in shuffled])
-            # A tenth of the usual rate: AdamW divides by moments next to nothing, and single sequences feel what a mean over tokens hides.
-            found.append(policy.update(batch(halves, budget, **policy.batch_options), reward_bt, OPTIM.lr_at(step, 10) / 10))
-        return [*found, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.batch_options), reward_bt)]
+            # A tenth of the usual learning rate: AdamW divides by moments that are nearly 0, and a loss per sequence has a larger variance.
+            results.append(policy.update(batch(halves, budget, **policy.batch_options), reward_bt, OPTIM.lr_at(step, 10) / 10))
+        return [*results, policy.evaluate(batch(grouped(pairs_with_reference(99)), budget, **policy.batch_options), reward_bt)]
 
 
 def critic_steps(world: World, parallel: Parallel, model: Model) -> list[dict[str, float]]:
-    """Metrics of three steps of regression of the values of all counted tokens on 1."""
+    """Metrics of three steps that fit the values of all tokens with mask 1 to 1."""
     from engine.megatron.policy import Policy
 
     def squares(value_T: Tensor, packed: Packed) -> Loss:
@@ -170,14 +171,14 @@ def _lesson(policy: Any, step: int) -> tuple[list[Sample], LossFunction]:
     return (grouped(pairs_with_reference(step)), reward_bt) if policy.model.head == "scalar" else (samples(step), SFT_LOSS)
 
 
-def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, **how: Any) -> dict[int, list[Any]]:
-    """The log-probs, or values, of samples(7) that this rank's replica computed."""
+def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64, **options: Any) -> dict[int, list[Any]]:
+    """The log-probs, or values, of samples(7) computed by this rank's replica."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, None, parallel, world)) as policy:
         batch_ = samples(7)
         step = batch(batch_, budget, **policy.batch_options)
-        per_token = policy.values(step) if policy.model.head == "scalar" else policy.logprobs(step, **how)
+        per_token = policy.values(step) if policy.model.head == "scalar" else policy.logprobs(step, **options)
         values = scatter(per_token, step, len(batch_))
         return {i: v.tolist() for i, v in enumerate(values) if v is not None}
 
@@ -185,20 +186,20 @@ def logprobs(world: World, parallel: Parallel, model: Model, *, budget: int = 64
 def train_and_save(
     world: World, parallel: Parallel, model: Model, out: Path, *, first: int, last: int, save_at: int = 0
 ) -> list[dict[str, float]]:
-    """Go on from the newest checkpoint under `out` (or from the start), to `last`; save after `save_at` steps. Metrics of steps
-    from `first`."""
+    """Train from the newest checkpoint in `out`, or from the start, to step `last`; save after `save_at` steps. Returns the metrics of the
+    steps from `first` on."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
         start = policy.load_latest(out)
         assert start == first, (start, first)
-        found = []
+        results = []
         for step in range(start, last):
             batch_, loss = _lesson(policy, step)
-            found.append(policy.update(batch(batch_, 64, **policy.batch_options), loss, OPTIM.lr_at(step, 10)))
+            results.append(policy.update(batch(batch_, 64, **policy.batch_options), loss, OPTIM.lr_at(step, 10)))
             if step + 1 == save_at:
                 policy.save(out, save_at)
-        return found
+        return results
 
 
 def load(world: World, parallel: Parallel, model: Model, out: Path) -> int:
@@ -210,7 +211,7 @@ def load(world: World, parallel: Parallel, model: Model, out: Path) -> int:
 
 
 def hf_weights(world: World, parallel: Parallel, model: Model) -> dict[str, bytes]:
-    """The bytes of every Hugging Face tensor that this rank is given, sent in small buckets."""
+    """The bytes of every Hugging Face tensor that this rank receives, sent in small buckets."""
     from engine.megatron import weight_sync
     from engine.megatron.policy import Policy
 
@@ -219,7 +220,7 @@ def hf_weights(world: World, parallel: Parallel, model: Model) -> dict[str, byte
 
 
 def export(world: World, parallel: Parallel, model: Model, folder: Path, *, steps: int = 0) -> None:
-    """Write the weights of `model`, after `steps` steps, into `folder`."""
+    """Export the weights of `model`, after `steps` steps, to `folder`."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, OPTIM if steps else None, parallel, world)) as policy:
@@ -230,25 +231,25 @@ def export(world: World, parallel: Parallel, model: Model, folder: Path, *, step
 
 
 def command(world: World, words: list[str], largest_file: int = 0) -> tuple[int, str, str]:
-    """`python -m engine words...` within this world: exit code, stdout, stderr. largest_file: bytes that a file may have here; 0: any."""
+    """Runs `python -m engine words...` in this world: exit code, stdout, stderr. largest_file: limit of file sizes in bytes; 0: none."""
     from engine.__main__ import main
 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    said, complained = io.StringIO(), io.StringIO()
+    message, complained = io.StringIO(), io.StringIO()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(World, "start", return_value=world))
         stack.enter_context(mock.patch.object(World, "close", return_value=None))
-        stack.enter_context(redirect_stdout(said))
+        stack.enter_context(redirect_stdout(message))
         stack.enter_context(redirect_stderr(complained))
         stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limit[1]))
-        return main(words), said.getvalue(), complained.getvalue()
+        return main(words), message.getvalue(), complained.getvalue()
 
 
 def bad_step(world: World, parallel: Parallel, model: Model, by_layer: bool) -> tuple[str, dict[str, float], dict[str, float]]:
-    """The complaint about a step with a NaN in one sequence's loss, which the output layer computes or autograd; the metrics of the next
-    step; those without the bad step in between."""
+    """The error of a step with a NaN in one sequence's loss, computed by the output layer or by autograd; the metrics of the next step; and
+    the metrics of that step without the bad one before."""
     from engine.megatron.policy import Policy
 
     def spoiled(logprob_T: Tensor, packed: Packed) -> Loss:
@@ -274,8 +275,8 @@ def bad_step(world: World, parallel: Parallel, model: Model, by_layer: bool) -> 
     return complaint, results[0], results[1]
 
 
-def asked_ahead(world: World, parallel: Parallel, model: Model) -> list[bool]:
-    """Of every time that a forward of a second step waits for gathered weights: whether their gathering had been started."""
+def gather_started_early(world: World, parallel: Parallel, model: Model) -> list[bool]:
+    """For each wait for gathered weights in the forward of a second step: whether gathering had been started before."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     from engine.megatron.policy import Policy
@@ -299,16 +300,16 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
-def _from_here() -> int:
-    """Let the peak of resident memory start again; what is resident now."""
+def _reset_peak() -> int:
+    """Resets the peak of resident memory. Returns what is resident now."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier must not hide what comes
+    ctypes.CDLL(None).malloc_trim(0)  # returns memory freed earlier, which would hide new allocations
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
 
 def longest(world: World, parallel: Parallel, model: Model) -> float:
-    """The largest position in a batch, as a loss says it of each microbatch."""
+    """The largest position in a batch, from a metric with the maximum of each microbatch."""
     from engine.megatron.policy import Policy
 
     def loss(logprob_T: Tensor, packed: Packed) -> Loss:
@@ -319,18 +320,19 @@ def longest(world: World, parallel: Parallel, model: Model) -> float:
 
 
 def load_memory(world: World, parallel: Parallel, model: Model) -> float:
-    """The peak of resident memory while `model` is built and filled, over the bytes of this rank's parameters."""
+    """The peak of resident memory while `model` is built and loaded, divided by the bytes of this rank's parameters."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(Model(init=replace(TINY, heads=6, kv_heads=3, head_dim=8, ffn=96)), None, parallel, world)):
-        pass  # imports and groups are warm now
-    before = _from_here()
+        pass  # warm-up of imports and process groups
+    before = _reset_peak()
     with closing(Policy(model, None, parallel, world)) as policy:
         return (_resident("VmHWM") - before) / sum(p.nbytes for chunk in policy.chunks for p in chunk.parameters())
 
 
 def step_memory(world: World, parallel: Parallel, model: Model) -> tuple[float, float]:
-    """MiB that a step takes at its worst moment beyond what stays: of SFT, and of DPO on the same sequences, references at hand."""
+    """Peak MiB of a step in addition to what is allocated between steps: for SFT, and for DPO on the same sequences with known reference
+    log-probs."""
     from engine.megatron.policy import Policy
 
     draw = np.random.default_rng(0)
@@ -341,18 +343,18 @@ def step_memory(world: World, parallel: Parallel, model: Model) -> tuple[float, 
         def worst(loss: LossFunction) -> float:
             return allocated(lambda: policy.update(batch(samples_, 1024, **policy.batch_options), loss, OPTIM.lr))[1] / 2**20
 
-        worst(SFT_LOSS)  # the first time makes what stays
+        worst(SFT_LOSS)  # the first step allocates what is kept
         return worst(SFT_LOSS), worst(DPO_LOSSES[0])
 
 
 def threads_after(world: World, parallel: Parallel, model: Model, policies: int) -> list[int]:
-    """How many threads this process has after each of `policies` policies came and went."""
+    """The number of threads of this process after each of `policies` policies has been created and closed."""
     from engine.megatron.policy import Policy
 
-    found = []
+    results = []
     for _ in range(policies):
         with closing(Policy(model, OPTIM, parallel, world)) as policy:
             policy.update(batch(samples(0), 64, **policy.batch_options), SFT_LOSS, OPTIM.lr)
         gc.collect()
-        found.append(len(list(Path("/proc/self/task").iterdir())))
-    return found
+        results.append(len(list(Path("/proc/self/task").iterdir())))
+    return results

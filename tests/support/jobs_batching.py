@@ -1,4 +1,4 @@
-"""What tests of batching run on ranks."""
+"""Jobs of the batching tests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support import jobs
 
 
 def step_of_many_ranks(world: World, model: Model, ranks: int, count: int) -> tuple[dict[str, float], int]:
-    """Metrics of one optimizer step on what each of `ranks` ranks builds of samples(3, count), one share after the other; the loss's
-    denominator by the plan."""
+    """Metrics of one optimizer step on samples(3, count), planned for `ranks` ranks whose shares are built one after the other, and the
+    plan's denominator of the loss."""
     from engine.megatron.policy import Policy
 
     samples = jobs.samples(3, count)

@@ -1,4 +1,4 @@
-"""What tests of the dry run measure on ranks: the memory of real steps, by torch's own record of allocations."""
+"""Jobs of the dry-run tests: the memory of real steps, from the records of torch's allocator."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support import jobs
 from tests.support.allocator import HELD, allocated
 
 
-def passage_memory(world: World, parallel: Parallel, model: ModelShape, lengths: list[int]) -> dict[str, tuple[int, int]]:
-    """(held, peak) of one microbatch through this rank's stage on real tensors: by the allocator, and by the meter."""
+def stage_memory(world: World, parallel: Parallel, model: ModelShape, lengths: list[int]) -> dict[str, tuple[int, int]]:
+    """(held, peak) bytes of one microbatch in this rank's stage on real tensors: from the allocator, and from the meter."""
     from engine.dryrun.stages import meter_of, microbatch
     from engine.megatron.policy import Policy
     from engine.megatron.single_stage import SingleStage
@@ -26,13 +26,13 @@ def passage_memory(world: World, parallel: Parallel, model: ModelShape, lengths:
         def compute() -> SingleStage:
             passage = SingleStage(policy, 0, packed)
             passage.forward()
-            time.sleep(0.2)  # until gloo's threads have let go of what they gathered
+            time.sleep(0.2)  # until gloo's threads have released gathered tensors
             with record_function(HELD):
                 pass
             passage.backward()
             return passage
 
-        shared = compute().shared  # the first time makes what stays, too
+        shared = compute().shared  # the first run also allocates what is kept
         held, peak = allocated(compute)
         passage = SingleStage(policy, 0, packed)
         with meter_of(policy) as meter:
@@ -43,8 +43,7 @@ def passage_memory(world: World, parallel: Parallel, model: ModelShape, lengths:
 
 
 def step_memory(world: World, parallel: Parallel, model: ModelShape, lengths: list[int], microbatches: int) -> int:
-    """Bytes that a whole step takes on this rank at its worst moment, by the allocator: the less of two steps, for gloo's threads may be
-    late in letting go."""
+    """Peak bytes of a step on this rank, from the allocator. The smaller of two steps, because gloo's threads may release tensors late."""
     from megatron.core.parallel_state import get_global_memory_buffer
 
     from engine.dryrun.stages import microbatch
@@ -57,8 +56,8 @@ def step_memory(world: World, parallel: Parallel, model: ModelShape, lengths: li
             policy.update(step, SFT_LOSS, 0.0)
 
         def worst() -> int:
-            get_global_memory_buffer().buffer.clear()  # made again in the step
+            get_global_memory_buffer().buffer.clear()  # allocated again in the step
             return allocated(learn)[1]
 
-        learn()  # the first time makes what stays
+        learn()  # the first step allocates what is kept
         return min(worst(), worst())

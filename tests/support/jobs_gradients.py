@@ -1,4 +1,4 @@
-"""What tests of gradients run on ranks."""
+"""Jobs of the gradient tests."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support import jobs
 
 
 def main_grads(world: World, parallel: Parallel, model: Model, *, fused: bool) -> tuple[dict[str, list[float]], int]:
-    """The gradients of this rank's weights after a step of several microbatches, whose learning rate is 0, and how many linear layers add
-    theirs by the product."""
+    """The gradients of this rank's weights after a step of several microbatches with a learning rate of 0, and the number of linear layers
+    with fused accumulation."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, replace(jobs.OPTIM, max_grad_norm=0.0), parallel, world)) as policy:
@@ -37,8 +37,7 @@ def squares(value_T: Tensor, packed: Packed) -> Loss:
 
 
 def read_only_gradients(world: World, parallel: Parallel, model: Model, *, frozen: str = "") -> dict[str, Any]:
-    """By autograd alone, of a policy without an optimizer, whose weights with `frozen` in their name want none: name -> their sum, or
-    None."""
+    """Gradients from autograd of a policy without an optimizer; weights with `frozen` in their name are frozen. Name -> sum, or None."""
     from engine.megatron.policy import Policy
 
     with closing(Policy(model, None, parallel, world)) as policy:

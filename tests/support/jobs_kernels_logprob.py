@@ -1,4 +1,4 @@
-"""What the tests of log-probs run on ranks: the vocabulary cut over the world; and the engine's output layer."""
+"""Jobs of the log-prob tests: a vocabulary sharded over the world, and the engine's output layer."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ def group_name() -> str:
 
 
 def sharded_logprob(world: World, hidden: Tensor, weight: Tensor, target: Tensor, valid: int, padded: int) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprob: log-probs, this rank's part of hidden's gradient, its shard's gradient."""
-    hidden, mine, how = _shard(world, hidden, weight, valid, padded)
-    got, _, _ = linear_logprob(hidden, mine, target, **how)
-    grad_hidden, grad_weight = torch.autograd.grad(got.sum(), (hidden, mine))
-    return got.detach(), grad_hidden, grad_weight
+    """linear_logprob: log-probs, this rank's part of the gradient of hidden, and the gradient of its shard."""
+    hidden, mine, options = _shard(world, hidden, weight, valid, padded)
+    actual, _, _ = linear_logprob(hidden, mine, target, **options)
+    grad_hidden, grad_weight = torch.autograd.grad(actual.sum(), (hidden, mine))
+    return actual.detach(), grad_hidden, grad_weight
 
 
 def sharded_policy_loss(
     world: World, hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, valid: int, padded: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_policy_loss: the total, and the same gradients."""
-    hidden, mine, how = _shard(world, hidden, weight, valid, padded)
-    total, _, _ = linear_policy_loss(hidden, mine, target, token_weight, **how)
+    """linear_policy_loss: the total loss, and the same gradients."""
+    hidden, mine, options = _shard(world, hidden, weight, valid, padded)
+    total, _, _ = linear_policy_loss(hidden, mine, target, token_weight, **options)
     grad_hidden, grad_weight = torch.autograd.grad(total, (hidden, mine))
     return total.detach(), grad_hidden, grad_weight
 
 
 def _shard(world: World, hidden: Tensor, weight: Tensor, valid: int, padded: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Leaves of hidden and of this rank's rows of the padded weight, and what says whose they are."""
+    """Leaf tensors of hidden and of this rank's rows of the padded weight, and the Shard."""
     size = padded // world.size
     start = world.rank * size
     mine = F.pad(weight, (0, 0, 0, padded - valid))[start:][:size].clone().requires_grad_()
     return hidden.clone().requires_grad_(), mine, {"group": group_name(), "vocab_start": start, "vocab_valid": valid, "chunk": 8}
 
 
-def sharded_rows(world: World, logits: Tensor, target: Tensor, upstream: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+def sharded_rows(world: World, logits: Tensor, target: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """logprob: (logp, entropy, lse) stacked [3, N], and the gradient of this rank's columns for `upstream` [3, N]."""
     width = logits.shape[1] // world.size
     mine = logits[:, world.rank * width :][:, :width].clone().requires_grad_()
-    logp, entropy, lse = logprob(mine, target, group=group_name(), vocab_start=world.rank * width, entropy=True, **how)
+    logp, entropy, lse = logprob(mine, target, group=group_name(), vocab_start=world.rank * width, entropy=True, **options)
     assert entropy is not None
-    found = torch.stack((logp, entropy, lse))
-    (found * upstream).sum().backward()
+    results = torch.stack((logp, entropy, lse))
+    (results * upstream).sum().backward()
     assert mine.grad is not None
-    return found.detach(), mine.grad
+    return results.detach(), mine.grad
 
 
 def misplaced(world: World) -> str:
-    """What is said where a rank's columns do not start where its rank says."""
+    """The error if a rank's columns do not start where its rank implies."""
     try:
         logprob(torch.zeros(1, 4), torch.tensor([0]), group=group_name(), vocab_start=1 + world.rank * 4)
     except ValueError as error:
@@ -75,7 +75,7 @@ def misplaced(world: World) -> str:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that `work` held at once of what it allocated."""
+    """The peak bytes allocated by `work`."""
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
     recorded: Any = profile.profiler
@@ -84,19 +84,19 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def output_layer(world: World, parallel: Parallel, model: Model) -> tuple[list[bool], int, int]:
-    """Of a step of three microbatches, on the last stage: whether each added the output layer's gradient to main_grad; the peak of what
-    the step allocated, and the size of main_grad, in bytes."""
+    """For a step of three microbatches, on the last stage: whether each added the output layer's gradient to main_grad; the peak bytes
+    allocated by the step; the bytes of main_grad."""
     from engine.megatron.policy import Policy
 
-    optim = replace(OPTIM, max_grad_norm=0.0)  # clipping makes a copy of the gradients on CPU
+    optim = replace(OPTIM, max_grad_norm=0.0)  # on CPU, clipping copies the gradients
     with closing(Policy(model, optim, parallel, world)) as policy:
         batch_ = samples(0, count=6, longest=4)
         step = [packed for i in range(0, 6, 2) for packed in batch(batch_[i : i + 2], 64, **policy.batch_options)]
-        policy.update(step, SFT_LOSS, optim.lr)  # what is made once is there now
+        policy.update(step, SFT_LOSS, optim.lr)  # warm-up: one-time allocations
         with mock.patch("engine.megatron.model.linear_policy_loss", wraps=linear_policy_loss) as called:
             peak = peak_bytes(lambda: policy.update(step, SFT_LOSS, optim.lr))
         if not policy.is_replica_writer:
             return [], 0, 0
         weight: Any = policy.chunks[-1].shared_embedding_or_output_weight()
-        found = [call.kwargs["weight_grad"] is weight.main_grad for call in called.call_args_list]
-        return found, peak, weight.main_grad.nbytes
+        results = [call.kwargs["weight_grad"] is weight.main_grad for call in called.call_args_list]
+        return results, peak, weight.main_grad.nbytes

@@ -1,4 +1,4 @@
-"""What tests of overlapped communication run on ranks."""
+"""Jobs of the tests of overlapped communication."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CALLED = ["fused_all_gather_matmul", "fused_matmul_reduce_scatter"]
 
 @contextmanager
 def symmetric_memory() -> Iterator[list[str]]:
-    """PyTorch's operations take CPU tensors, by its own definition of what they compute; and the engine calls them. The names of those
-    that were called."""
+    """Makes PyTorch's symmetric-memory operations accept CPU tensors, by its own reference implementation, and the engine call them. Yields
+    the names of called operations."""
     import torch.distributed._symmetric_memory as memory
 
     library, called = torch.library.Library("symm_mem", "IMPL"), []
@@ -41,30 +41,30 @@ def symmetric_memory() -> Iterator[list[str]]:
 
 
 def products(world: World, symmetric: bool) -> list[Tensor]:
-    """(whole, out, out without whole, scattered sums) on this rank, of rows and matrices that are functions of the rank."""
+    """(gathered rows, product, product without gathered rows, scattered sums) on this rank; inputs depend on the rank."""
     group = dist.group.WORLD
     assert group is not None
     draw = torch.Generator().manual_seed(world.rank)
     block, matrix, rows = (torch.randn(shape, generator=draw) for shape in ((3, 5), (5, 7), (3 * world.size, 5)))
     with symmetric_memory() if symmetric else mock.MagicMock():
-        whole, out = overlap.gather_multiply(block, matrix, group, keep=True)
+        full, out = overlap.gather_multiply(block, matrix, group, keep=True)
         nothing, again = overlap.gather_multiply(block, matrix, group, keep=False)
         scattered = overlap.multiply_scatter(rows, matrix, group)
-    assert whole is not None
+    assert full is not None
     assert nothing is None
-    return [whole, out, again, scattered]
+    return [full, out, again, scattered]
 
 
 def checked(world: World, fault: str) -> str:
-    """What `check` says: with PyTorch's operations as they are ("none"), wrong, or refused."""
+    """The error of `check` if PyTorch's operations are correct ("none"), wrong, or refused."""
     group = dist.group.WORLD
     assert group is not None
 
     def gather(rows: Tensor, matrix: Tensor, group: Any, *, keep: bool) -> tuple[Tensor, Tensor]:
         if fault == "refused":
             raise RuntimeError("no peer access\nand a trace")
-        whole = torch.cat([rows] * group.size())  # every block is one's own
-        return whole, whole @ matrix
+        full = torch.cat([rows] * group.size())  # every block is this rank's own
+        return full, full @ matrix
 
     with symmetric_memory(), mock.patch.object(overlap, "gather_multiply", overlap.gather_multiply if fault == "none" else gather):
         try:
@@ -75,13 +75,13 @@ def checked(world: World, fault: str) -> str:
 
 
 def gradients(world: World, symmetric: bool, least: int = 1, **asked: Any) -> tuple[dict[str, list[float]], int]:
-    """jobs_gradients.main_grads where blocks of `least` rows and more are overlapped, and how often PyTorch's operations were called."""
+    """jobs_gradients.main_grads, overlapping blocks of at least `least` rows, and the number of calls of PyTorch's operations."""
     with mock.patch.object(overlap, "LEAST_ROWS", least), symmetric_memory() if symmetric else mock.MagicMock() as called:
-        found, _ = jobs_gradients.main_grads(world, fused=True, **asked)
-    return found, len(called) if symmetric else 0
+        results, _ = jobs_gradients.main_grads(world, fused=True, **asked)
+    return results, len(called) if symmetric else 0
 
 
 def read_only(world: World, **asked: Any) -> dict[str, Any]:
-    """jobs_gradients.read_only_gradients, everything overlapped."""
+    """jobs_gradients.read_only_gradients with overlap of all products."""
     with mock.patch.object(overlap, "LEAST_ROWS", 1):
         return jobs_gradients.read_only_gradients(world, **asked)

@@ -1,4 +1,4 @@
-"""What the tests of generation on ranks of its own run on ranks."""
+"""Jobs of the tests of disaggregated generation."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from tests.support import jobs_rlvr
 
 
 @contextmanager
-def whole_again(world: World) -> Iterator[None]:
-    """Within it a job may part the world; the next job finds it whole."""
+def restored_world(world: World) -> Iterator[None]:
+    """A context in which a job may split the world; afterwards it is restored for the next job."""
     store = dist.distributed_c10d._get_default_store()
     turn = store.add(f"parted/{world.rank}", 1)
     yield
     dist.destroy_process_group()
-    gc.collect()  # each group that is still held somewhere has threads of its own
+    gc.collect()  # every group that is still referenced has threads
     dist.init_process_group("gloo", store=PrefixStore(f"whole-{turn}", store), rank=world.rank, world_size=world.size)
 
 
 def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> list[dict[str, Any]]:
-    """As jobs_rlvr.steps, on the ranks that train; nothing on the others."""
-    settings = jobs_rlvr.asked(folder, parallel, **changes)
-    with whole_again(world):
+    """jobs_rlvr.steps on the training ranks; nothing on the others."""
+    settings = jobs_rlvr.make_run(folder, parallel, **changes)
+    with restored_world(world):
         mine = settings.algorithm.split_world(settings, world)
         return [] if mine is None else jobs_rlvr.steps(mine, folder, parallel, **changes)
 
 
 class Sequential:
-    """A RolloutEngine on a single rank: what is generated ahead elsewhere is generated before the step here."""
+    """A RolloutEngine on one rank. It generates before each step what disaggregated ranks generate ahead."""
 
     def __init__(self, policy: Any, rollout: RolloutConfig):
         self.policy, self.rollout = policy, rollout
@@ -63,10 +63,10 @@ class Sequential:
 
 
 def sequential(world: World, folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    """As `steps`, by one rank that does one thing after the other."""
+    """`steps` with sequential generation on one rank."""
     from engine.megatron.policy import Policy
 
-    settings = jobs_rlvr.asked(folder, Parallel(), **changes)
+    settings = jobs_rlvr.make_run(folder, Parallel(), **changes)
     settings = replace(settings, out=f"{settings.out}-sequential")
     with (
         closing(Policy(settings.model, settings.optim, Parallel(), world, seed=settings.seed)) as policy,
@@ -76,48 +76,49 @@ def sequential(world: World, folder: Path, **changes: Any) -> list[dict[str, Any
 
 
 def whole_run(world: World, folder: Path, parallel: Parallel, **changes: Any) -> str:
-    """Through the loop, checkpoints and all; what is said to a run that cannot be."""
+    """A run of engine.train, with checkpoints. Returns the error of an invalid run."""
     from engine.train import train
 
-    with whole_again(world):
+    with restored_world(world):
         try:
-            train(jobs_rlvr.asked(folder, parallel, **changes), world)
+            train(jobs_rlvr.make_run(folder, parallel, **changes), world)
         except ValueError as error:
             return str(error)
     return ""
 
 
 def learned_after_the_next_is_drawn(world: World, folder: Path, **changes: Any) -> None:
-    """Three steps through the loop, each of which is learned only once the responses to the next are there."""
+    """Three steps of engine.train, each of which waits in its update for the responses of the next step."""
     from engine import train
 
     drawn = folder / "drawn"
     generate, learn = remote.respond, train.learn
 
-    def noted(*how: Any) -> Any:
-        responses = generate(*how)
+    def noted(*options: Any) -> Any:
+        responses = generate(*options)
         with drawn.open("a") as file:
             file.write("x")
         return responses
 
-    def late(algorithm: Any, step: int, *how: Any) -> dict[str, float]:
+    def late(algorithm: Any, step: int, *options: Any) -> dict[str, float]:
         deadline = time.monotonic() + 120
-        while step < 2 and drawn.stat().st_size < step + 2:  # one byte for each draw
+        while step < 2 and drawn.stat().st_size < step + 2:  # one byte per generation
             assert time.monotonic() < deadline, f"step {step + 1} is not drawn before step {step} is learned"
             time.sleep(0.01)
-        return learn(algorithm, step, *how)
+        return learn(algorithm, step, *options)
 
-    with mock.patch.object(remote, "respond", noted), mock.patch.object(train, "learn", late), whole_again(world):
-        train.train(jobs_rlvr.asked(folder, Parallel(), steps=3, **changes), world)
+    with mock.patch.object(remote, "respond", noted), mock.patch.object(train, "learn", late), restored_world(world):
+        train.train(jobs_rlvr.make_run(folder, Parallel(), steps=3, **changes), world)
 
 
 def weights_travel(world: World, parallel: Parallel, gpus: int) -> tuple[int, int, list[float]]:
-    """Once the first world has changed its weights and handed them on: this rank's place in its grid, bytes, a sum of each parameter."""
+    """After the training ranks have changed their weights and sent them: this rank's grid position, the bytes sent, the sum of each
+    parameter."""
     from engine.config import Model
     from engine.megatron import weight_sync
     from engine.megatron.policy import Policy
 
-    with whole_again(world), mock.patch.object(weight_sync, "BUCKET_BYTES", 1 << 14):
+    with restored_world(world), mock.patch.object(weight_sync, "BUCKET_BYTES", 1 << 14):
         mine = world.split(gpus)
         assert mine.parent is not None
         with closing(Policy(Model(init=jobs_rlvr.SHAPE), None, parallel, mine)) as policy:

@@ -1,4 +1,4 @@
-"""What the tests of RLVR run on ranks: a tiny random model, rewarded for brevity."""
+"""Jobs of the RLVR tests: a tiny random model that is rewarded for short responses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHORT = r"(?s)\A.{1,8}\Z"
 
 
 def tasks(path: Path, truths: Sequence[str] = (SHORT,) * 12) -> Source:
-    """Prompts of ragged length; a response is right when it is short, or matches another pattern."""
+    """Prompts of different lengths. A response is correct if it is short or matches another pattern."""
     draw = np.random.default_rng(5)
     lengths = draw.integers(2, 9, len(truths)).tolist()
     rows = [{"tokens": draw.integers(97, 123, n).tolist(), "truth": truth} for n, truth in zip(lengths, truths, strict=True)]
@@ -37,8 +37,8 @@ def tasks(path: Path, truths: Sequence[str] = (SHORT,) * 12) -> Source:
     return Source(str(path))
 
 
-def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
-    """Two steps of 8 prompts; `changes` are fields of RLVR, or of the run."""
+def make_run(folder: Path, parallel: Parallel, **changes: Any) -> Run:
+    """A run of two steps with 8 prompts each. `changes` are fields of RLVR or of Run."""
     ours = {name: changes.pop(name) for name in ("tokens_per_microbatch", "steps", "save_every", "seed") if name in changes}
     critic = Critic(Model(init=SMALLER), Optim(lr=1e-3, weight_decay=0.01), loss_coef=0.5)
     settings = {
@@ -51,7 +51,7 @@ def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
         "minibatches": 2,
         "max_prompt_tokens": 16,
         "max_response_tokens": 24,
-        # A random model ends a response once in 260 tokens: let it end at more.
+        # A random model samples a given stop token once in 260 tokens, so use several.
         "stop": tuple(f"<0x{byte:02X}>" for byte in range(16)),
         "rollout": RolloutConfig(max_num_seqs=6, kv_cache_gb=1.0, max_prefill_tokens=24),
     } | changes
@@ -69,16 +69,16 @@ def asked(folder: Path, parallel: Parallel, **changes: Any) -> Run:
 
 @dataclass(frozen=True)
 class ReadFirst(RLVR):
-    """Takes the trainer's log-probs before every update, though it be the only one."""
+    """Computes the trainer's log-probs before every update, even if there is only one per step."""
 
     single_update = False  # type: ignore[assignment]
 
 
 def read_first(world: World, folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    """`steps` on one rank, as ReadFirst takes them."""
+    """`steps` on one rank with ReadFirst."""
     from engine.megatron.policy import Policy
 
-    settings = asked(folder, Parallel(), **changes)
+    settings = make_run(folder, Parallel(), **changes)
     settings = replace(settings, algorithm=ReadFirst(**vars(settings.algorithm)), out=f"{settings.out}-first")
     with (
         closing(Policy(settings.model, settings.optim, Parallel(), world, seed=settings.seed)) as policy,
@@ -88,16 +88,16 @@ def read_first(world: World, folder: Path, **changes: Any) -> list[dict[str, Any
 
 
 def plain(samples: list[Sample]) -> list[dict[str, Any]]:
-    """Samples as lists, to be compared."""
+    """Samples as lists, for comparison."""
     fields = ("tokens", "mask", "reward", "advantage", "old_logprob", "ref_logprob", "value", "returns")
     return [{f: x.tolist() if isinstance(x := getattr(sample, f), np.ndarray) else x for f in fields} for sample in samples]
 
 
 def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> list[dict[str, Any]]:
-    """Of each step: its samples, what was said of them, and what the learners said."""
+    """For each step: samples, rollout metrics ("said") and update metrics ("learned")."""
     from engine.megatron.policy import Policy
 
-    settings = asked(folder, parallel, **changes)
+    settings = make_run(folder, parallel, **changes)
     settings = replace(settings, out=f"{settings.out}-{world.size}-{world.rank}")
     with (
         closing(Policy(settings.model, settings.optim, parallel, world, seed=settings.seed)) as policy,
@@ -107,30 +107,30 @@ def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> lis
 
 
 def learned(algorithm: Any, settings: Run) -> list[dict[str, Any]]:
-    """What `steps` returns."""
+    """The results of `steps`."""
     from engine.train import learn
 
-    found = []
+    results = []
     for step in range(settings.steps):
-        samples, said = algorithm.collect(step)
+        samples, collected = algorithm.collect(step)
         metrics, _ = learn(algorithm, step, 10, samples, settings.tokens_per_microbatch, Arena())
-        said = {name: value for name, value in said.items() if not MACHINE_METRICS.match(name)}
-        found.append({"samples": plain(samples), "said": said, "learned": metrics})
-    return found
+        collected = {name: value for name, value in collected.items() if not MACHINE_METRICS.match(name)}
+        results.append({"samples": plain(samples), "said": collected, "learned": metrics})
+    return results
 
 
 def whole_run(world: World, folder: Path, parallel: Parallel, **changes: Any) -> None:
-    """Through the loop, checkpoints and all."""
+    """A run of engine.train, with checkpoints."""
     from engine.train import train
 
-    train(asked(folder, parallel, **changes), world)
+    train(make_run(folder, parallel, **changes), world)
 
 
-def judged_by_mood(world: World, **how: Any) -> Any:
-    """`steps`, or what is said where they cannot be, with a verifier that does not always know."""
+def steps_with_missing_verdicts(world: World, **options: Any) -> Any:
+    """`steps` with a verifier that sometimes returns no verdict, or their error."""
     VERIFIERS["moody"] = "tests.verify.verify_faults:MOODY"
     try:
-        return steps(world, parallel=Parallel(), verifier="moody", **how)
+        return steps(world, parallel=Parallel(), verifier="moody", **options)
     except Unjudged as error:
         return str(error)
     finally:
@@ -138,18 +138,18 @@ def judged_by_mood(world: World, **how: Any) -> Any:
 
 
 def refused(world: World, folder: Path, **changes: Any) -> str:
-    """What is said to a run that cannot be."""
+    """The error of an invalid run."""
     from engine.train import train
 
     try:
-        train(asked(folder, Parallel(), **changes), world)
+        train(make_run(folder, Parallel(), **changes), world)
     except (ValueError, Unjudged) as error:
         return str(error)
     return ""
 
 
 def trained(world: World, run: Run) -> None:
-    """Any run, through the loop."""
+    """Any run of engine.train."""
     from engine.train import train
 
     train(run, world)

@@ -1,4 +1,4 @@
-"""What the tests of generation run on ranks."""
+"""Jobs of the generation tests."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from tests.support.jobs import OPTIM, samples
 from tests.support.jobs_kernels_logprob import group_name
 from triton_kernels import draw
 
-STOP = tuple(range(12))  # of 250 ids: responses of a random model end at ragged lengths
+STOP = tuple(range(12))  # of 250 ids, so that responses of a random model differ in length
 
 
-def drawn(world: World, logits: Tensor, keys: Tensor, **how: Any) -> list[int]:
-    """draw, the vocabulary cut over the world."""
+def drawn(world: World, logits: Tensor, keys: Tensor, **options: Any) -> list[int]:
+    """draw with the vocabulary sharded over the world."""
     width = logits.shape[1] // world.size
     start = world.rank * width
-    return draw(logits[:, start : start + width], keys, group=group_name(), vocab_start=start, **how).tolist()
+    return draw(logits[:, start : start + width], keys, group=group_name(), vocab_start=start, **options).tolist()
 
 
 def prompts(count: int = 12, longest: int = 20, prefix: int = 0) -> list[Prompt]:
-    """Random prompts of ragged length, the first `prefix` tokens of all the same."""
+    """Random prompts of different lengths with the first `prefix` tokens in common."""
     draw_ = np.random.default_rng(7)
-    found = [draw_.integers(12, 250, n, dtype=np.int32) for n in draw_.integers(1, longest, count)]
+    results = [draw_.integers(12, 250, n, dtype=np.int32) for n in draw_.integers(1, longest, count)]
     shared = draw_.integers(12, 250, prefix, dtype=np.int32)
-    return [Prompt(np.concatenate([shared, tokens]), id=100 + i) for i, tokens in enumerate(found)]
+    return [Prompt(np.concatenate([shared, tokens]), id=100 + i) for i, tokens in enumerate(results)]
 
 
 def responses(
@@ -61,30 +61,31 @@ def responses(
 ) -> dict[str, Any]:
     """Tokens and log-probs of every response, and the largest difference to the trainer's log-probs of the same tokens.
 
-    `trained`: after an optimizer step between two generations, of which the second is returned. `prefix`: tokens that all prompts begin
-    with.
+    `trained`: do an optimizer step between two generations and return the second. `prefix`: number of tokens that all prompts share.
     """
     from engine.megatron.policy import Policy
     from engine.rollout.config import RolloutConfig
     from engine.rollout.engine import SamplingParams
     from engine.rollout.sampler import generate
 
-    how = SamplingParams(max_tokens=24, stop=STOP, **sampling)
+    options = SamplingParams(max_tokens=24, stop=STOP, **sampling)
     rollout, asked = RolloutConfig(slots, cache_gb, prefill, prefix_caching=share, cuda_graphs=graphs), prompts(prefix=prefix)
     optim: Optim | None = OPTIM if trained else None
     with closing(Policy(model, optim, parallel, world)) as policy:
-        found = generate(policy, asked, how, rollout, samples=samples_each, seed=(3,))
+        results = generate(policy, asked, options, rollout, samples=samples_each, seed=(3,))
         if trained:
             policy.update(batch(samples(0), 64, **policy.batch_options), SFT_LOSS, 0.01)
-            found = generate(policy, asked, how, rollout, samples=samples_each, seed=(3,))
-        flat = [(prompt, response) for prompt, answers in zip(asked, found, strict=True) for response in answers]
-        whole = [
+            results = generate(policy, asked, options, rollout, samples=samples_each, seed=(3,))
+        flat = [(prompt, response) for prompt, answers in zip(asked, results, strict=True) for response in answers]
+        full = [
             Sample(np.concatenate([prompt.tokens, response.tokens]), _mask(len(prompt.tokens), len(response.tokens)))
             for prompt, response in flat
         ]
-        step = batch(whole, 64, **policy.batch_options)
+        step = batch(full, 64, **policy.batch_options)
         worst = 0.0
-        for (prompt, response), values in zip(flat, scatter(policy.logprobs(step, how.temperature or 1.0), step, len(whole)), strict=True):
+        for (prompt, response), values in zip(
+            flat, scatter(policy.logprobs(step, options.temperature or 1.0), step, len(full)), strict=True
+        ):
             if values is not None:
                 trainer = values[len(prompt.tokens) - 1 :]
                 worst = max(worst, float((trainer - torch.from_numpy(response.logprobs)).abs().max()))
@@ -97,15 +98,15 @@ def responses(
 
 
 class _NoReading(TorchDispatchMode):
-    """Fails on what reads a tensor's numbers, for which a GPU would be waited for."""
+    """Raises an error for operations that read a tensor's values, which would synchronize with a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), func
         return func(*args, **(kwargs or {}))
 
 
-def captured(world: World, **how: Any) -> dict[str, Any]:
-    """As `responses`, and how many shapes were captured; by a stand-in, which fails on what a GPU's capture would not survive."""
+def captured(world: World, **options: Any) -> dict[str, Any]:
+    """`responses`, and the number of captured shapes, with a fake capture that fails on operations that CUDA graphs do not allow."""
     from megatron.core.tensor_parallel import random
 
     from engine.megatron import graphs
@@ -122,11 +123,11 @@ def captured(world: World, **how: Any) -> dict[str, Any]:
         return compute
 
     with mock.patch.object(graphs.Graphs, "capture", capture):
-        return responses(world, graphs="on", **how) | {"captured": count}
+        return responses(world, graphs="on", **options) | {"captured": count}
 
 
-def sent_by_a_thread(world: World, **how: Any) -> dict[str, Any]:
-    """As `responses`, tokens sent as on GPUs: by a thread, over a group of their own."""
+def sent_by_a_thread(world: World, **options: Any) -> dict[str, Any]:
+    """`responses` with tokens sent as on GPUs: by a thread, over a separate group."""
     from engine.megatron import backend, tokens
 
     own, made = tokens.TokenSender, []
@@ -136,15 +137,15 @@ def sent_by_a_thread(world: World, **how: Any) -> dict[str, Any]:
         backend.make_host_groups(grid.pp, world.size)
         (hosts,) = backend._groups() - before
         assert dist.get_process_group_ranks(hosts) == dist.get_process_group_ranks(grid.pp_group)
-        found = own(replace(grid, pp_host_group=hosts), in_thread=True)
-        made.append(found)
-        return found
+        results = own(replace(grid, pp_host_group=hosts), in_thread=True)
+        made.append(results)
+        return results
 
     with mock.patch.object(tokens, "TokenSender", threaded):
-        found = responses(world, **how)
+        results = responses(world, **options)
     for each in made:
         dist.destroy_process_group(each.grid.pp_host_group)
-    return found | {"threads": sum(each.thread is not None for each in made)}
+    return results | {"threads": sum(each.thread is not None for each in made)}
 
 
 def _mask(prompt: int, response: int) -> np.ndarray:
@@ -152,16 +153,16 @@ def _mask(prompt: int, response: int) -> np.ndarray:
 
 
 def asked_twice(world: World, model: Model) -> tuple[list[list[int]], list[list[int]]]:
-    """Two samples of a prompt; and one sample of each of two prompts that are the same."""
+    """Two samples of one prompt, and one sample of each of two equal prompts."""
     from engine.megatron.policy import Policy
     from engine.rollout.config import RolloutConfig
     from engine.rollout.engine import SamplingParams
     from engine.rollout.sampler import generate
 
-    prompt, how, rollout = prompts()[0], SamplingParams(max_tokens=12, stop=(0,)), RolloutConfig(kv_cache_gb=1.0)
+    prompt, options, rollout = prompts()[0], SamplingParams(max_tokens=12, stop=(0,)), RolloutConfig(kv_cache_gb=1.0)
     with closing(Policy(model, None, Parallel(), world)) as policy:
-        once = generate(policy, [prompt], how, rollout, samples=2)
-        twice = generate(policy, [prompt, prompt], how, rollout)
+        once = generate(policy, [prompt], options, rollout, samples=2)
+        twice = generate(policy, [prompt, prompt], options, rollout)
     return [r.tokens.tolist() for r in once[0]], [group[0].tokens.tolist() for group in twice]
 
 
@@ -174,29 +175,29 @@ def written(
     rollout: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> list[list[tuple[Any, ...]]]:
-    """What an evaluation hears from the model in `folder`."""
+    """The responses of the model in `folder` in an evaluation."""
     from engine.data.stops import stop_tokens
     from engine.data.template import ChatTemplate
     from engine.evals.generation import Decoding, respond
     from engine.megatron.policy import Policy
     from engine.rollout.config import RolloutConfig
 
-    how = RolloutConfig(**{"kv_cache_gb": 1.0, "prefix_caching": True} | (rollout or {}))
+    options = RolloutConfig(**{"kv_cache_gb": 1.0, "prefix_caching": True} | (rollout or {}))
     asked = [np.array(prompt, np.int32) for prompt in prompts]
     with closing(Policy(Model(str(folder)), None, parallel, world)) as policy:
         tokenizer = load_tokenizer(str(folder))
-        found = respond(policy, tokenizer, asked, Decoding(**decoding), how, seed, stop_tokens(ChatTemplate(tokenizer), folder))
-    return [[tuple(response) for response in group] for group in found]
+        results = respond(policy, tokenizer, asked, Decoding(**decoding), options, seed, stop_tokens(ChatTemplate(tokenizer), folder))
+    return [[tuple(response) for response in group] for group in results]
 
 
-def refused(world: World, parallel: Parallel, model: Model, **how: Any) -> str:
-    """What is said to a generation that cannot be."""
+def refused(world: World, parallel: Parallel, model: Model, **options: Any) -> str:
+    """The error of an invalid generation."""
     from engine.megatron.policy import Policy
     from engine.rollout.config import RolloutConfig
     from engine.rollout.engine import SamplingParams
     from engine.rollout.sampler import generate
 
-    arguments = {"tokens": [1, 2], "max_tokens": 4, "kv_cache_gb": 1.0} | how
+    arguments = {"tokens": [1, 2], "max_tokens": 4, "kv_cache_gb": 1.0} | options
     with closing(Policy(model, None, parallel, world)) as policy:
         try:
             prompt = Prompt(np.array(arguments["tokens"], np.int32))

@@ -26,29 +26,29 @@ LOSSES: dict[str, TokenLoss] = {
 
 
 def rollouts(seed: int) -> list[Sample]:
-    """Random sequences with advantages, and log-probs near those of a model that knows nothing."""
+    """Random sequences with advantages, and log-probs close to those of an untrained model."""
     draw = np.random.default_rng(seed)
 
-    def near(size: int) -> np.ndarray:
+    def noisy_logprobs(size: int) -> np.ndarray:
         return draw.normal(-5.5, 0.3, size).astype(np.float32)
 
-    def told(sample: Sample) -> Sample:
+    def with_rollout_fields(sample: Sample) -> Sample:
         size = sample.length
         advantage = draw.normal(size=size).astype(np.float32)
-        return replace(sample, advantage=advantage, old_logprob=near(size), ref_logprob=near(size))
+        return replace(sample, advantage=advantage, old_logprob=noisy_logprobs(size), ref_logprob=noisy_logprobs(size))
 
-    return [told(sample) for sample in samples(seed)]
+    return [with_rollout_fields(sample) for sample in samples(seed)]
 
 
 def learned(world: World, parallel: Parallel, model: Model) -> dict[str, tuple[Any, Any]]:
-    """For each loss, by the output layer and by autograd from the log-probs: metrics of two steps, the second on what the first made."""
+    """Metrics of two steps for each loss, computed in the output layer and by autograd from the log-probs."""
     return {name: (_steps(world, parallel, model, loss), _steps(world, parallel, model, loss.loss)) for name, loss in LOSSES.items()}
 
 
 def _steps(world: World, parallel: Parallel, model: Model, loss: LossFunction) -> list[dict[str, float]]:
     from engine.megatron.policy import Policy
 
-    # An entropy beside the log-probs is what a loss of the policy that samples asks for.
+    # The policy loss also needs the entropy.
     entropy = loss is LOSSES["on policy"] or loss is LOSSES["on policy"].loss
     with closing(Policy(model, OPTIM, parallel, world)) as policy:
         update = partial(policy.update, loss=loss, lr=1e-2, temperature=0.8, entropy=entropy)
@@ -56,6 +56,6 @@ def _steps(world: World, parallel: Parallel, model: Model, loss: LossFunction) -
 
 
 def repeated(world: World, parallel: Parallel, model: Model, on: bool) -> list[list[dict[str, float]]]:
-    """Metrics of two steps with each loss, deterministic or not."""
+    """Metrics of two steps with each loss, with or without deterministic mode."""
     with deterministic(on):
         return [_steps(world, parallel, model, loss) for loss in LOSSES.values()]

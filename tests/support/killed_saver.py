@@ -1,6 +1,6 @@
-"""Two ranks that train, save after every step, and are killed: 20 lives, one after another. Prints what every step of every life measured.
+"""Two ranks train, save after every step, and are killed, 20 times in a row. Prints the metrics of all steps of all runs.
 
-Run as a program of its own: it forks after its imports and before any thread, so that a life costs a second, not ten.
+Run as a separate program: it forks after its imports and before it starts threads, so that a run takes a second instead of ten.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIVES, RANKS, FAR = 20, 2, 1000
 
 
 def live(rank: int, port: int, out: Path) -> None:
-    """One rank of one life: go on from the newest checkpoint for as long as nobody kills it."""
+    """One rank of one run: train from the newest checkpoint until killed."""
     environment = {"RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in environment.items()})
     world = World.start("cpu")
@@ -52,20 +52,20 @@ def tell(out: Path, record: dict[str, object], rank: int) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def told(out: Path) -> list[dict[str, object]]:
+def records_of(out: Path) -> list[dict[str, object]]:
     path = out / "told.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # no life need look through what is imported
+    gc.freeze()  # excludes imported modules from garbage collection
     draw = random.Random(0)
     for _ in range(LIVES):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        before = len(told(out))
+        before = len(records_of(out))
         children = []
         for rank in range(RANKS):
             child = os.fork()
@@ -76,16 +76,16 @@ def main(out: Path) -> None:
                     os._exit(1)
             children.append(child)
         began = time.monotonic()
-        while len(told(out)) < before + 2:  # until its first step, which may be the first that a save follows
+        while len(records_of(out)) < before + 2:  # until its first step, after which it saves
             assert time.monotonic() < began + 60, "a life did not start"
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, max(0.8, time.monotonic() - began)))  # on a busy machine saves take longer, too
+        time.sleep(draw.uniform(0, max(0.8, time.monotonic() - began)))  # saves take longer on a busy machine
         os.kill(draw.choice(children), signal.SIGKILL)
         time.sleep(draw.uniform(0, 0.05))
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    records = told(out)
+    records = records_of(out)
     starts = [r["start"] for r in records if "start" in r]
     print(json.dumps({"kills": len(starts), "starts": starts, "steps": [r for r in records if "step" in r]}))
 

@@ -25,7 +25,7 @@ def passes(layer: Layer, inputs: Sequence[Tensor], seed: int = 9) -> list[Tensor
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     outputs = layer(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    # Drawn alike for every precision, and exact in all of them.
+    # The same for every precision, and exact in all of them.
     upstream = [drawn(*output.shape, seed=seed + i, dtype=torch.bfloat16).to(output.dtype) for i, output in enumerate(outputs)]
     return [*(output.detach() for output in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
 
@@ -33,28 +33,28 @@ def passes(layer: Layer, inputs: Sequence[Tensor], seed: int = 9) -> list[Tensor
 def check(layer: Layer, reference: Layer, inputs: Sequence[Tensor]) -> None:
     """Outputs and gradients of `layer` are those of `reference` in float64, within the tolerance of the first input's dtype."""
     expected = passes(reference, [tensor.double() for tensor in inputs])
-    for got, wanted in zip(passes(layer, inputs), expected, strict=True):
-        assert got.shape == wanted.shape
-        assert got.dtype == inputs[0].dtype
-        if got.numel():
-            assert float((got.double() - wanted).abs().max()) <= TOLERANCE[got.dtype] * max(1.0, float(wanted.abs().max()))
+    for actual, wanted in zip(passes(layer, inputs), expected, strict=True):
+        assert actual.shape == wanted.shape
+        assert actual.dtype == inputs[0].dtype
+        if actual.numel():
+            assert float((actual.double() - wanted).abs().max()) <= TOLERANCE[actual.dtype] * max(1.0, float(wanted.abs().max()))
 
 
 def check_far_rows(layer: Layer, near: Tensor, folder: Path) -> None:
-    """Rows 2^30 elements apart, so that the offsets of the third on do not fit 32 bits, give the bits of rows that are close.
+    """Rows 2^30 elements apart, so that offsets from the third row on do not fit in 32 bits, give the same bits as adjacent rows.
 
-    The file is sparse: only the rows take room.
+    The file is sparse: only the rows take space.
     """
     size = (len(near) - 1) * 2**30 + near[0].numel()
     stored = torch.from_file(str(folder / "rows"), shared=True, size=size, dtype=near.dtype)
     far = stored.as_strided(near.shape, (2**30, *near.stride()[1:]))
     far.copy_(near)
-    for got, expected in zip(passes(layer, [far]), passes(layer, [near]), strict=True):
-        assert torch.equal(got, expected)
+    for actual, expected in zip(passes(layer, [far]), passes(layer, [near]), strict=True):
+        assert torch.equal(actual, expected)
 
 
-def check_a_row_does_not_know_its_batch(layer: Layer, inputs: Sequence[Tensor]) -> None:
-    """Each row alone, forward and backward, has the bits that it has among the others, and the same in a second run."""
+def check_batch_invariance(layer: Layer, inputs: Sequence[Tensor]) -> None:
+    """Each row has the same bits alone and among others, forward and backward, and in a second run."""
 
     def run(rows: slice) -> list[Tensor]:
         leaves = [tensor[rows].detach().requires_grad_() for tensor in inputs]
@@ -62,14 +62,14 @@ def check_a_row_does_not_know_its_batch(layer: Layer, inputs: Sequence[Tensor]) 
         assert isinstance(output, Tensor)
         return [output.detach(), *torch.autograd.grad(output.sum(), leaves[:1])]
 
-    whole = run(slice(None))
+    full = run(slice(None))
     for rows in (slice(None), *(slice(row, row + 1) for row in range(len(inputs[0])))):
-        assert all(torch.equal(got, expected[rows]) for got, expected in zip(run(rows), whole, strict=True))
+        assert all(torch.equal(actual, expected[rows]) for actual, expected in zip(run(rows), full, strict=True))
 
 
 def check_rmsnorm(rows: int, width: int, dtype: torch.dtype, fused: bool) -> None:
     x, weight, residual = drawn(rows, width), drawn(width, seed=1), drawn(rows, width, seed=2)
-    # What bfloat16 rounds away of x + residual is no error of the norm: these sums are exact.
+    # These sums are exact, because rounding of x + residual to bfloat16 is not an error of the norm.
     x, residual = (x * 8).round() / 8, (residual * 8).round() / 8
     inputs = [x, weight, residual] if fused else [x, weight]
     check(lambda x, weight, *rest: rmsnorm(x, weight, EPS, *rest), rmsnorm_reference, [tensor.to(dtype) for tensor in inputs])
@@ -95,7 +95,7 @@ def check_rope_qkv(tokens: int, groups: int, queries: int, size: int, dtype: tor
 
 
 def angles(tokens: int, size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [tokens, size / 2] of positions that start again within the batch, as packed sequences' do."""
+    """cos and sin [tokens, size / 2] of positions that restart within the batch, as in packed sequences."""
     turns = (torch.arange(tokens) % 5)[:, None] * 10000 ** -(torch.arange(0, size, 2) / size)
     return turns.cos(), turns.sin()
 
@@ -112,7 +112,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A pair as a complex number times e^(i angle)."""
+    """Each pair as a complex number, multiplied by e^(i angle)."""
     a, b = x.chunk(2, -1)
     turned = torch.complex(a, b) * torch.complex(cos.double(), sin.double())[:, None]
     return torch.cat([turned.real, turned.imag], -1)

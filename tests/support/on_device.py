@@ -1,4 +1,4 @@
-"""Tests written for the host, on another device: what they make is made there, from the numbers they would have drawn on the host."""
+"""Runs tests written for CPU on another device: new tensors are created there, with the random numbers of the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _DrawnOnHost(TorchFunctionMode):
-    """What comes from a generator of the host is drawn there, then moved."""
+    """Random numbers from a host generator are generated on the host, then moved."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -26,6 +26,6 @@ class _DrawnOnHost(TorchFunctionMode):
 
 @contextmanager
 def everything_on(device: torch.device) -> Iterator[None]:
-    """New tensors are on `device` unless they say otherwise."""
+    """New tensors are on `device` unless another is given."""
     with device, _DrawnOnHost(device):
         yield

@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that join one world, and run functions of tests/support/jobs.py until the test run ends.
+"""Ranks for tests: processes that join one world and run functions of tests/support/jobs.py until the test run ends.
 
 Starting processes is expensive (each imports torch and megatron-core), so all tests share one world per size, and all ranks are forked
 from one server process that has imported the heavy modules and has no threads yet.
@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 JOB_SECONDS = 240
-# Of other projects only: modules of this one must come from where the tests are.
+# Only modules of other projects: modules of this one must be imported from the tests' repository.
 PRELOADED = [
     "transformers.models.auto.modeling_auto",
     "megatron.core.models.gpt",
@@ -31,7 +31,7 @@ PRELOADED = [
 
 
 def warm() -> ForkServerContext:
-    """What starts processes that need not import what is heavy."""
+    """A multiprocessing context whose processes have the heavy modules already imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -56,7 +56,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, job: Callable[..., Any], **arguments: Any) -> list[Any]:
-        """job(world, **arguments) on every rank; what each returned, by rank. The first failure of any rank is raised here."""
+        """Runs job(world, **arguments) on every rank. Returns the results by rank, or raises the first error of any rank."""
         for pipe in self.pipes:
             pipe.send((job, arguments))
         results: dict[int, Any] = {}
@@ -71,12 +71,12 @@ class Pool:
                 rank = self.pipes.index(pipe)
                 failed, results[rank] = pipe.recv()
                 if failed:
-                    self.close()  # the other ranks may wait for this one for ever
+                    self.close()  # the other ranks may wait for this one forever
                     raise RuntimeError(f"{job.__name__} on rank {rank}:\n{results[rank]}")
         return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
-        """End the processes; the next call of `ranks` for as many starts others."""
+        """Ends the processes. The next call of `ranks` with this size starts new ones."""
         for process in self.processes:
             process.kill()
         POOLS.pop(len(self.processes), None)
@@ -103,12 +103,12 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     }
     os.environ.update({name: str(value) for name, value in environment.items()})
     warnings.filterwarnings("ignore")
-    gc.freeze()  # modules imported by the server stay: no collection needs to scan them
+    gc.freeze()  # modules imported by the server need no garbage collection
     from engine.distributed.world import World
 
     world = World.start("cpu")
     while True:
-        gc.collect()  # process groups of the last job: each has threads that wake up a hundred times a second, to the end of the run
+        gc.collect()  # destroys the last job's process groups, whose threads wake up a hundred times a second
         try:
             job, arguments = pipe.recv()
         except EOFError:

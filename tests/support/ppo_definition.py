@@ -1,4 +1,4 @@
-"""PPO against verifiable rewards, written out from the papers in float64 with loops: what advantages.py and losses.py must say.
+"""PPO with verifiable rewards, implemented from the papers in float64 with loops: the reference for advantages.py and losses.py.
 
 arXiv 2411.15124, section 6 (rewards, KL in the reward, score on the last token); arXiv 1506.02438, equation 16 (GAE); arXiv 1707.06347,
 equation 7 (the clip). A response is a dict of lists: mask, reward, old_logprob, ref_logprob, value, and for losses logprob, new_value.
@@ -13,7 +13,7 @@ Response = dict[str, Any]
 
 
 def tokens(response: Response) -> list[int]:
-    """Places of the response's tokens."""
+    """Positions of the response's tokens."""
     return [t for t, counts in enumerate(response["mask"]) if counts]
 
 
@@ -23,8 +23,8 @@ def kl(response: Response, t: int, kind: str) -> float:
 
 
 def advantages(responses: list[Response], beta: float, kind: str, gamma: float, lam: float) -> list[dict[int, float]]:
-    """Of each token of each response, not whitened."""
-    found = []
+    """Advantages of each token of each response, not whitened."""
+    results = []
     for response in responses:
         places, of, following, value_next = tokens(response), {}, 0.0, 0.0
         for t in reversed(places):
@@ -32,25 +32,25 @@ def advantages(responses: list[Response], beta: float, kind: str, gamma: float, 
             delta = reward + gamma * value_next - response["value"][t]
             following = delta + gamma * lam * following
             of[t], value_next = following, response["value"][t]
-        found.append(of)
-    return found
+        results.append(of)
+    return results
 
 
 def whitened(of: list[dict[int, float]], parts: int) -> list[dict[int, float]]:
-    """Mean 0 and variance 1 over all tokens of each of `parts` equal parts of the responses (the first ones larger)."""
-    found: list[dict[int, float]] = []
+    """Scaled to mean 0 and variance 1 over all tokens of each of `parts` equal parts of the responses (the first ones may be larger)."""
+    results: list[dict[int, float]] = []
     small, larger = divmod(len(of), parts)
     for part in range(parts):
-        mine = of[len(found) : len(found) + small + (part < larger)]
+        mine = of[len(results) : len(results) + small + (part < larger)]
         flat = [a for each in mine for a in each.values()]
         mean = sum(flat) / len(flat)
         variance = sum((a - mean) ** 2 for a in flat) / (len(flat) - 1)
-        found += [{t: (a - mean) / math.sqrt(variance + 1e-8) for t, a in each.items()} for each in mine]
-    return found
+        results += [{t: (a - mean) / math.sqrt(variance + 1e-8) for t, a in each.items()} for each in mine]
+    return results
 
 
 def mean_over(responses: list[Response], average: str, of: Any) -> float:
-    """`of(response, t)` averaged over all tokens, or over each response's tokens and then over responses."""
+    """The mean of `of(response, t)` over all tokens, or over each response's tokens and then over responses."""
     sums = [(sum(of(r, t) for t in tokens(r)), len(tokens(r))) for r in responses]
     if average == "token":
         return sum(s for s, _ in sums) / sum(n for _, n in sums)
@@ -63,7 +63,7 @@ def policy_loss(r: Response, t: int, clip_low: float, clip_high: float) -> float
 
 
 def policy_slope(r: Response, t: int, clip_low: float, clip_high: float) -> float:
-    """Of policy_loss in logprob: nothing where the clip decides."""
+    """The derivative of policy_loss by logprob: 0 if clipping applies."""
     ratio, a = math.exp(r["logprob"][t] - r["old_logprob"][t]), r["advantage"][t]
     free = -a * ratio >= -a * min(max(ratio, 1 - clip_low), 1 + clip_high)
     return -a * ratio if free else 0.0
@@ -85,5 +85,5 @@ def value_slope(r: Response, t: int, clip: float) -> float:
 
 
 def importance(r: Response, t: int, most: float) -> float:
-    """How much likelier the token is to the policy that starts to learn than to the one that drew it, `most` at most."""
+    """The probability of the token under the policy before the update over that under the sampling policy, at most `most`."""
     return min(math.exp(r["old_logprob"][t] - float(r["sampler"][t])), most)

@@ -1,4 +1,4 @@
-"""Plans against slow Python: every sequence once, within the budget, equally many microbatches on every rank, of nearly equal cost."""
+"""Plans against slow Python: every sequence once, within the budget, and equally many microbatches of nearly equal cost on every rank."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def test_a_plan_tiles_the_sequences_within_its_limits(case: Case) -> None:
     assert planned.stats.dropped == (len(oversize) if case.on_oversize == "drop" else 0)
     for unit in case.kept():
         (home,) = [ids for ids in slots if set(unit) & set(ids)]
-        assert home[home.index(unit[0]) :][: len(unit)] == unit  # whole, in one piece, in order
+        assert home[home.index(unit[0]) :][: len(unit)] == unit  # complete, contiguous, in order
         assert case.tokens(home) <= case.capacity if unit[0] not in oversize else home == unit
 
 
@@ -55,7 +55,7 @@ def _bins_needed(case: Case, units: list[list[int]]) -> int:
 
 @given(cases())
 @many
-def test_statistics_are_what_they_say(case: Case) -> None:
+def test_statistics_equal_their_definitions(case: Case) -> None:
     planned = case.plan()
     lockstep, slowest, total = 0, 0, 0
     for _, ranks in steps_of(planned):
@@ -72,7 +72,7 @@ def test_statistics_are_what_they_say(case: Case) -> None:
 
 @given(cases())
 @many
-def test_denominators_count_the_whole_step_whatever_the_ranks(case: Case) -> None:
+def test_denominators_count_the_step_for_any_number_of_ranks(case: Case) -> None:
     trained = case.lengths if case.trained is None else case.trained
     for planned in (case.plan(), case.plan(ranks=case.ranks + 1, microbatch_multiple=1)):
         for s, step in enumerate(case.steps()):
@@ -104,7 +104,7 @@ def same(first: Plan, other: Plan) -> bool:
 
 @given(cases())
 @settings(deadline=None)
-def test_a_plan_is_a_function_of_its_arguments(case: Case) -> None:
+def test_planning_is_deterministic(case: Case) -> None:
     assert same(case.plan(), case.plan())
     narrow = case.plan(lengths=np.array(case.lengths, np.int32), group_ids=np.array(case.group_ids, np.int8))
     assert same(case.plan(), narrow)
@@ -112,11 +112,11 @@ def test_a_plan_is_a_function_of_its_arguments(case: Case) -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     planned = plan([4, 4, 4, 4, 4], ranks=2, token_budget=8)
-    # Levelled over four bins: [0, 4] [1] [2] [3]. Dealt from the costliest on: [0, 4] and [1], then [2] to the lighter rank 1.
+    # Balanced over four bins: [0, 4] [1] [2] [3]. Distributed by cost: [0, 4] and [1], then [2] to the less loaded rank 1.
     assert microbatches_of(planned) == [[[0, 4], [3]], [[1], [2]]]
 
 
-def test_a_plan_does_not_change_with_the_lengths_it_was_made_from() -> None:
+def test_a_plan_does_not_alias_its_lengths() -> None:
     lengths = np.array([3, 2])
     planned = plan(lengths, 1, 8)
     lengths[:] = 0
@@ -133,7 +133,7 @@ def test_a_plan_does_not_change_with_the_lengths_it_was_made_from() -> None:
         ([8, 8, 8], 1, 3),  # each as long as the budget
         ([4] * 12, 3, 2),  # all equal
         ([0, 0, 0], 2, 1),
-        ([8, 0], 1, 1),  # a sequence without tokens needs no room
+        ([8, 0], 1, 1),  # an empty sequence takes no space
     ],
 )
 def test_edges(lengths: list[int], ranks: int, microbatches: int, microbatch_multiple: int) -> None:
@@ -151,7 +151,7 @@ def test_all_oversize() -> None:
     assert alone.oversize.tolist() == dropped.oversize.tolist() == [0, 1, 2]
 
 
-def test_unequal_steps_stay_apart() -> None:
+def test_sequences_of_different_steps_are_not_mixed() -> None:
     planned = plan([8, 8, 8, 8, 1, 1], ranks=2, token_budget=8, step_ids=[5, 5, 5, 5, 9, 9])
     assert (planned.step_ids.tolist(), planned.step_offsets.tolist()) == ([5, 9], [0, 2, 3])
     assert [sorted(i for rank in ranks for ids in rank for i in ids) for _, ranks in steps_of(planned)] == [[0, 1, 2, 3], [4, 5]]
@@ -164,8 +164,8 @@ def test_a_step_without_sequences_left_has_no_microbatches() -> None:
     assert (planned.step_offsets.tolist(), planned.stats.algorithms) == ([0, 0, 1], ("none", "level"))
 
 
-def test_more_microbatches_where_they_cost_less() -> None:
-    """One microbatch each must hold {5, 1, 1, 1}, which costs 28; with two, the rank of the 5 has nothing else, and costs 25."""
+def test_more_microbatches_if_they_cost_less() -> None:
+    """With one microbatch per rank, one is {5, 1, 1, 1} and costs 28. With two, the rank with the 5 has nothing else and costs 25."""
     dear, cheap = (plan([5, 3] + [1] * 8, 2, 8, cost=(c0, 0, 1), sync="step") for c0 in (10, 1))
     assert (dear.microbatches, cheap.microbatches) == (1, 2)
     assert cheap.stats.imbalance == (25 + 2) / ((25 + 9 + 8) / 2 + 2)
@@ -190,7 +190,7 @@ def test_rollouts_are_balanced(count: int, ranks: int, budget: int, imbalance: f
     assert planned.totals.max() <= budget
 
 
-def test_bins_are_as_few_as_can_be() -> None:
+def test_number_of_bins_is_minimal() -> None:
     lengths = lognormal(65_536)
     assert plan(lengths, 1, 16_384).microbatches <= 1.001 * -(-int(lengths.sum()) // 16_384)
 
@@ -198,14 +198,14 @@ def test_bins_are_as_few_as_can_be() -> None:
 @pytest.mark.parametrize("budget", [8_192, 12_000, 32_768])
 @pytest.mark.parametrize("ranks", [1, 8, 32, 240])
 @pytest.mark.parametrize("count", [500, 4_096])
-def test_microbatches_are_as_few_as_can_be_up_to_99_8_percent(count: int, ranks: int, budget: int) -> None:
+def test_number_of_microbatches_is_minimal_up_to_99_8_percent_fill(count: int, ranks: int, budget: int) -> None:
     lengths = lognormal(count)
     fewest = math.ceil(lengths.sum() / budget / ranks)
     if lengths.sum() <= 0.998 * budget * ranks * fewest:
         assert plan(lengths, ranks, budget, cost=(0, 24576, 1)).microbatches == fewest
 
 
-def test_what_ranks_wait_for_decides() -> None:
+def test_lockstep_cost_is_minimized() -> None:
     lengths = lognormal(4_096)
     each, once = (plan(lengths, 240, 8_192, cost=(0, 24576, 1), sync=sync).stats for sync in ("microbatch", "step"))
     assert (each.algorithms, once.algorithms) == (("skewed",), ("by_rank",))
@@ -273,7 +273,7 @@ def test_costs_beyond_float64_are_exact() -> None:
         ({"on_oversize": "cut"}, "on_oversize='cut' is unknown; use 'error' or 'alone' or 'drop'"),
     ],
 )
-def test_plan_names_what_is_wrong(arguments: dict, message: str) -> None:
+def test_invalid_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
         plan(**{"lengths": [3, 4], "ranks": 1, "token_budget": 8, **arguments})
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Another distribution's triton_kernels on the path is named, before anything fails for want of ours."""
+"""If another distribution's triton_kernels is imported instead of ours, the error names it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder in which the other distribution is installed."""
+    """A folder with the other distribution installed."""
     (tmp_path / "triton_kernels").mkdir()
     (tmp_path / "triton_kernels" / "__init__.py").write_text("raise RuntimeError('imported')")
     installed = tmp_path / "triton_kernels-1.0.0.dist-info"
@@ -25,7 +25,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def complaint(code: str, *path: Path) -> str:
-    """The last line that a new Python says on stderr, with `path` in front of what is installed."""
+    """The last line on stderr of a new Python process with `path` first in its import path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run([sys.executable, "-c", code], cwd=path[0], env=environment, capture_output=True, text=True)
     return done.stderr.rstrip().rpartition("\n")[2]
@@ -39,7 +39,7 @@ def test_found_before_ours(site: Path) -> None:
 
 
 def test_imported_before_ours(site: Path) -> None:
-    """As by a library that carries a copy of its own and puts it under this name."""
+    """For example by a library that has its own copy and registers it under this name."""
     (site / "triton_kernels" / "__init__.py").write_text("")
     assert "is not the package of trivet" in complaint(
         f"import triton_kernels, sys; sys.path.insert(0, {str(ROOT)!r}); import engine", site, ROOT
@@ -52,10 +52,10 @@ def test_found_after_ours(site: Path) -> None:
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_installed_over_ours(site: Path, removed: bool) -> None:
-    """And uninstalled since, with the __init__.py that was ours."""
+    """And uninstalled afterwards, which also removed our __init__.py."""
     (site / "engine").symlink_to(ROOT / "engine")
     if removed:
         (site / "triton_kernels" / "__init__.py").unlink()
-    said = complaint("import engine", site)
-    assert said.startswith(f"ImportError: triton_kernels at {site / 'triton_kernels'} is not the package of trivet but that of")
-    assert said.endswith("it was installed over trivet's: uninstall the other one, then install trivet again")
+    message = complaint("import engine", site)
+    assert message.startswith(f"ImportError: triton_kernels at {site / 'triton_kernels'} is not the package of trivet but that of")
+    assert message.endswith("it was installed over trivet's: uninstall the other one, then install trivet again")

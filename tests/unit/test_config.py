@@ -1,4 +1,4 @@
-"""A run as a value: overrides, schedules, shapes, and what it refuses."""
+"""Run configs: overrides, schedules, model shapes, and errors."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RUN = Run(Model(init=SHAPE), None, Optim(1e-3))
     ],
 )
 def test_override(assignment: str, path: str, value: Any) -> None:
-    found: Any = override(RUN, [assignment])
+    results: Any = override(RUN, [assignment])
     for name in path.split("."):
-        found = getattr(found, name)
-    assert found == value
-    assert type(found) is type(value)
+        results = getattr(results, name)
+    assert results == value
+    assert type(results) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_override_refuses(assignment: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
-def test_overrides_are_taken_together_and_make_what_lies_in_tuples() -> None:
-    """Neither of two settings that need each other has to come first; a source is a path, or an object of its fields."""
+def test_overrides_are_applied_together_and_build_tuple_items() -> None:
+    """Two settings that depend on each other can be in any order. A source is a path, or an object with its fields."""
     assert override(RUN, ["parallel.vpp=2", "parallel.pp=3"]).parallel == Parallel(pp=3, vpp=2)
     run = replace(RUN, algorithm=SFT((Source("a.jsonl"),)))
     (named,) = override(run, ['algorithm.sources=["b.jsonl"]']).algorithm.sources
@@ -80,7 +80,7 @@ def test_overrides_are_taken_together_and_make_what_lies_in_tuples() -> None:
         override(RUN, ["parallel=1", "parallel.tp=2"])
 
 
-def test_layers_are_dealt() -> None:
+def test_layers_are_distributed_over_stages() -> None:
     assert Parallel(pp=2, vpp=2, count_embedding=True, count_loss=True).layers_per_stage(SHAPE) == [7, 8, 8, 7]
     assert Parallel(pp=3).layers_per_stage(SHAPE) == [10, 10, 10]
     assert Parallel(pp=2, stages=(18, 12)).layers_per_stage(SHAPE) == [18, 12]
@@ -98,7 +98,7 @@ def test_schedules() -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, tied=False, rope_scaling=RopeScaling(), head_dim=32, rope_theta=5e5)])
-def test_a_shape_goes_to_hugging_face_and_back(shape: ModelShape) -> None:
+def test_a_shape_round_trips_through_a_hugging_face_config(shape: ModelShape) -> None:
     assert from_hf(to_hf(shape)) == shape
     assert from_hf(LlamaConfig(**to_hf(shape)).to_dict()) == shape
 
@@ -117,7 +117,7 @@ def test_shapes_that_cannot_be_represented_are_refused(change: dict[str, Any], e
         from_hf(to_hf(SHAPE) | change)
 
 
-def test_parameters_are_those_of_the_known_models() -> None:
+def test_number_of_parameters_of_known_models() -> None:
     assert SHAPE.parameters == 134_515_008
     assert ModelShape(32, 4096, 14336, 32, 8, 128256).parameters == 8_030_261_248
     assert ModelShape(126, 16384, 53248, 128, 8, 128256).parameters == 405_853_388_800
@@ -164,7 +164,7 @@ def test_a_grid_that_does_not_fit_names_one_that_does(parallel: Parallel, world:
     assert expected in str(caught.value)
 
 
-def test_identity_is_what_is_computed_not_how() -> None:
+def test_identity_does_not_depend_on_the_layout() -> None:
     assert override(RUN, ["parallel.pp=2", "tokens_per_microbatch=9", "out=elsewhere", "save_every=3"]).identity() == RUN.identity()
     for change in ("optim.lr=1", "seed=3", "steps=7", "model.init.layers=6"):
         assert override(RUN, [change]).identity() != RUN.identity()

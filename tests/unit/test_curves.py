@@ -1,4 +1,4 @@
-"""The page of preference runs is made of their records alone."""
+"""The pages of learning curves are written from metrics.jsonl and run.json."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.learning import bench_curves
 
-RECORD = dict.fromkeys(bench_curves.PREFERENCES.told, 0.5)
+RECORD = dict.fromkeys(bench_curves.PREFERENCES.listed, 0.5)
 
 
 def run_folder(folder: Path, lr: float) -> Path:
     folder.mkdir()
     records = [{"kind": kind, "step": step, "time": 60.0 * step, **RECORD, "reward/accuracy": 0.5 + step / 10} for kind, step in
                (("evaluation", 0), ("step", 0), ("evaluation", 2))]  # fmt: skip
-    records[0]["reward/length_bias"] = None  # what was not finite
+    records[0]["reward/length_bias"] = None  # a non-finite value
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = {"optim": {"lr": lr}, "algorithm": {"is": "DPO", "normalize": lr < 1e-3, "sources": []}}
     (folder / "run.json").write_text(json.dumps({"run": run}))
@@ -35,8 +35,8 @@ def test_page_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert page.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_rlvr_runs_are_told_with_their_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice a hundred problems: 0.1 +- 0.03 and 0.5 +- 0.04 are 8 standard errors apart, since hypot(0.03, 0.04) is 0.05."""
+def test_rlvr_runs_are_shown_with_standard_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 +- 0.03 and 0.5 +- 0.04 are 8 standard errors apart, because hypot(0.03, 0.04) is 0.05."""
     monkeypatch.setattr(bench_curves, "RESULTS", tmp_path / "results")
     folder = tmp_path / "rewarded"
     folder.mkdir()
@@ -58,7 +58,7 @@ def test_rlvr_runs_are_told_with_their_errors(tmp_path: Path, monkeypatch: pytes
     assert page.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_kinds_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_different_kinds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_curves, "RESULTS", tmp_path / "results")
     one, two = run_folder(tmp_path / "one", 1e-5), run_folder(tmp_path / "two", 1e-5)
     (two / "run.json").write_text(json.dumps({"run": {"optim": {"lr": 1e-5}, "algorithm": {"is": "RLVR"}}}))

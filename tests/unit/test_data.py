@@ -136,7 +136,7 @@ def plain_rows(count: int, length: int = 3) -> list[dict]:
     return [{"tokens": [i % 256] * (length + 1)} for i in range(count)]
 
 
-def test_a_corpus_gives_back_every_row(tmp_path):
+def test_a_corpus_returns_every_row(tmp_path):
     chat = counting()
     rows = problems(20, seed=1)
     corpus = prepare(jsonl(tmp_path / "rows.jsonl", rows), chat, max_length=4096, cache=tmp_path / "deep" / "cache")
@@ -157,7 +157,7 @@ def test_a_corpus_gives_back_every_row(tmp_path):
         corpus[0].tokens[0] = 1
 
 
-def test_nothing_is_read_before_it_is_used(tmp_path):
+def test_corpora_are_memory_mapped(tmp_path):
     corpus = prepare(jsonl(tmp_path / "rows.jsonl", plain_rows(5)), counting(), max_length=9, cache=tmp_path)
     sample = corpus[3]
     base = sample.tokens
@@ -168,7 +168,7 @@ def test_nothing_is_read_before_it_is_used(tmp_path):
     assert sample.mask.base is not None
 
 
-def test_a_cache_is_reused_and_keyed_by_all_that_matters(tmp_path):
+def test_the_cache_key_covers_all_inputs(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", plain_rows(5))
     chat, cache = counting(), tmp_path / "cache"
     prepare(source, chat, max_length=9, cache=cache)
@@ -197,7 +197,7 @@ def test_a_dataset_is_keyed_by_its_content(tmp_path):
     assert lengths == [3, 3, 4, 4]
 
 
-def test_too_long_is_an_error_unless_told_otherwise(tmp_path):
+def test_too_long_is_an_error_by_default(tmp_path):
     rows = [
         {"tokens": [1, 2, 3, 4]},
         {"tokens": [1, 2, 3, 4, 5], "mask": [0, 0, 0, 1]},
@@ -229,7 +229,7 @@ def test_a_bad_row_names_its_line(tmp_path):
         prepare(source, counting(), max_length=9, cache=tmp_path / "cache")
 
 
-def test_a_line_of_a_megabyte_is_cut(tmp_path):
+def test_a_long_line_is_shortened_in_the_error(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", [{"messages": ask("q", "é<|end|>" * 100_000)}])
     corpus = prepare(source, counting(), max_length=64, too_long="truncate", cache=tmp_path)
     assert corpus.counts == Counts(rows=1, kept=1, truncated=1, tokens=64, trained=64 - 5)
@@ -250,14 +250,14 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path):
     assert len(prepare(source, chat, max_length=9, cache=cache)) == 5
 
 
-def test_two_may_prepare_the_same_at_once(tmp_path):
+def test_a_corpus_can_be_prepared_twice_at_the_same_time(tmp_path):
     source, chat, cache = jsonl(tmp_path / "rows.jsonl", plain_rows(5)), counting(), tmp_path / "cache"
     chat.at, chat.action = 3, lambda: prepare(source, counting(), max_length=9, cache=cache)
     assert len(prepare(source, chat, max_length=9, cache=cache)) == 5
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_damaged_cache_is_noticed(tmp_path):
+def test_a_damaged_cache_is_detected(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", plain_rows(5))
     prepare(source, counting(), max_length=9, cache=tmp_path / "cache")
     (file,) = (tmp_path / "cache").rglob("trained.bin")
@@ -282,7 +282,7 @@ def drawn(mixture: Mixture, start: int, end: int) -> list[tuple[int, ...]]:
     return [tuple(mixture.batch(index, 1)[0].tokens.tolist()) for index in range(start, end)]
 
 
-def test_an_epoch_holds_every_row_once_and_each_is_shuffled_anew(corpora):
+def test_an_epoch_has_every_row_once_in_a_new_order(corpora):
     mixture = Mixture(corpora, [1, 1, 1], seed=3)
     epochs = [drawn(mixture, epoch * 57, (epoch + 1) * 57) for epoch in range(3)]
     everything = {(c, i) for c, corpus in enumerate(corpora) for i in range(len(corpus))}
@@ -292,7 +292,7 @@ def test_an_epoch_holds_every_row_once_and_each_is_shuffled_anew(corpora):
         assert set(epoch) == everything
     assert epochs[0] != epochs[1] != epochs[2] != sorted(everything)
     assert {c for c, _ in epochs[0][:20]} == {0, 1, 2}, "mixed, not one corpus after the other"
-    assert [c for c, _ in epochs[0]] != [c for c, _ in epochs[1]], "nor mixed in the same pattern"
+    assert [c for c, _ in epochs[0]] != [c for c, _ in epochs[1]], "nor interleaved in the same pattern"
 
 
 def test_weights_set_the_proportions(corpora):
@@ -303,7 +303,7 @@ def test_weights_set_the_proportions(corpora):
         assert Counter(c for c, _ in samples) == {0: 25, 1: 7, 2: 10}
         assert set(Counter(sample for sample in samples if sample[0] == 0).values()) <= {2, 3}
     four = [sample for sample in drawn(mixture, 0, 4 * 42) if sample[0] == 2]
-    assert sorted(four) == [(2, i) for i in range(40)], "four quarters are the whole, each row once"
+    assert sorted(four) == [(2, i) for i in range(40)], "four quarters cover each row once"
 
 
 def test_over_epochs_every_row_is_seen_equally(corpora):
@@ -340,7 +340,7 @@ def test_bad_mixtures_are_errors(corpora):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
-def test_gsm8k_goes_through_whole(tmp_path):
+def test_all_of_gsm8k_is_encoded(tmp_path):
     rows = [row for _, row in read_rows(Source(str(SHARED / "gsm8k_test.jsonl")))]
     pairs = jsonl(tmp_path / "gsm8k.jsonl", [{"prompt": row["question"], "response": row["answer"]} for row in rows])
     corpus = prepare(pairs, ChatTemplate(load_tokenizer("bytes")), max_length=4096, cache=tmp_path)

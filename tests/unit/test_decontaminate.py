@@ -39,8 +39,8 @@ def test_the_index_finds_every_hit_and_no_other(instances: list[list[str]], prom
     """With three letters, many instances share n-grams, which the index omits where possible."""
     index = Index(instances, rule)
     shares = {i: share(tokens, prompt, rule.ngram) for i, tokens in enumerate(instances) if tokens}
-    found = dict(index.hits(prompt, index.candidates(prompt)))
-    assert found == {i: pytest.approx(value) for i, value in shares.items() if value > rule.instance}
+    results = dict(index.hits(prompt, index.candidates(prompt)))
+    assert results == {i: pytest.approx(value) for i, value in shares.items() if value > rule.instance}
 
 
 def test_words_are_those_of_tulus_analyzer() -> None:
@@ -145,6 +145,6 @@ def test_bad_input_is_answered_in_one_line(files: dict[str, str], tmp_path: Path
 def test_what_the_benchmark_plants_is_found(tmp_path: Path) -> None:
     expected = generate(tmp_path, prompts=5000, tests=200)
     evaluations = [Source(str(path)) for path in sorted(tmp_path.glob("eval*.jsonl"))]
-    found = Search(evaluations, Rule()).finding(Source(str(tmp_path / "train.jsonl")))
-    assert set(found.hitting) == expected
+    results = Search(evaluations, Rule()).finding(Source(str(tmp_path / "train.jsonl")))
+    assert set(results.hitting) == expected
     assert len(expected) == REPEATS

@@ -26,14 +26,14 @@ def anchors(page: Path) -> set[str]:
 
 
 def examples(page: Path) -> list[list[str]]:
-    """The commands of the fenced blocks, as words from `engine`, `trivet` or `benchmarks` on."""
-    found = []
+    """The commands in fenced blocks, as lists of arguments that start with `engine`, `trivet` or `benchmarks`."""
+    results = []
     for block in re.findall(r"^```(?:bash)?\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in re.sub(r"\\\n", " ", block).splitlines():
             if match := re.match(r"(?:(?:python3?|torchrun) (?:.* )?-m (engine|benchmarks)|(trivet)) (.*)", line):
                 words = shlex.split(re.split(r"\s[<>&|]|&&", match[3])[0], comments=True)
-                found.append([match[1] or match[2], *words])
-    return found
+                results.append([match[1] or match[2], *words])
+    return results
 
 
 def test_the_readme_is_short() -> None:
@@ -41,7 +41,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_are_alive(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         if "://" in link:
             continue
@@ -66,7 +66,7 @@ def test_examples_parse(page: Path) -> None:
 
 
 def test_examples_are_found() -> None:
-    """Without this, a change of the pages' format would leave nothing to parse above."""
+    """Otherwise a change of the pages' format could leave test_examples_parse without examples."""
     counts = {page.name: len(examples(page)) for page in PAGES}
     assert counts["README.md"] >= 3
     assert counts["usage.md"] >= 6

@@ -1,4 +1,4 @@
-"""A GGUF file of a few hundred weights, written as llama.cpp writes one, and what the converter makes of it."""
+"""Conversion of a small GGUF file, written in llama.cpp's format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ1", "ab"]
 
 
 def llama_weights() -> dict[str, np.ndarray]:
-    """Random weights of a one-layer Llama, under llama.cpp's names and in Hugging Face's row order."""
+    """Random weights of a one-layer Llama, with llama.cpp's names and Hugging Face's row order."""
     draw = np.random.default_rng(0).standard_normal
     shapes = {
         "token_embd": (len(TOKENS), HIDDEN),
@@ -40,13 +40,13 @@ def llama_weights() -> dict[str, np.ndarray]:
 
 
 def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What convert_hf_to_gguf.py does to q and k: row i and row i + K/2 of a head become neighbours."""
+    """The permutation of q and k in convert_hf_to_gguf.py: rows i and i + K/2 of a head become adjacent."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
     return halves.transpose(0, 2, 1, 3).reshape(weight.shape)
 
 
 def write_gguf(path: Path, weights: dict[str, np.ndarray], **changes: Any) -> Path:
-    """The file that llama.cpp would make of `weights`; `changes` replace what its metadata says."""
+    """Writes `weights` as llama.cpp does. `changes` replace entries of the metadata."""
     says = {
         "architecture": "llama",
         "model": "gpt2",
@@ -88,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_weights_come_back_in_hugging_face_names_and_row_order(tmp_path: Path, folder: Path):
+def test_weights_have_hugging_face_names_and_row_order(tmp_path: Path, folder: Path):
     weights = llama_weights()
     convert(write_gguf(tmp_path / "tiny.gguf", weights), folder)
     converted = load_file(folder / "model.safetensors")
@@ -126,7 +126,7 @@ def test_logits_equal_those_of_transformers_own_gguf_reader(tmp_path: Path, fold
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_config_is_the_shape_the_metadata_tells(tmp_path: Path, folder: Path, tied: bool):
+def test_config_equals_the_metadata(tmp_path: Path, folder: Path, tied: bool):
     weights = llama_weights() | ({} if tied else {"output.weight": np.ones((len(TOKENS), HIDDEN), np.float32)})
     convert(write_gguf(tmp_path / "tiny.gguf", weights), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -138,13 +138,13 @@ def test_config_is_the_shape_the_metadata_tells(tmp_path: Path, folder: Path, ti
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
 
 
-def test_digits_stand_alone_whatever_the_merges_offer(tmp_path: Path, folder: Path):
+def test_digits_are_separate_tokens_despite_merges(tmp_path: Path, folder: Path):
     convert(write_gguf(tmp_path / "tiny.gguf", llama_weights()), folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode("ab 11<|end|>").tokens == ["ab", "Ġ", "1", "1", "<|end|>"]
 
 
-def test_record_says_where_the_weights_come_from(tmp_path: Path, folder: Path):
+def test_the_source_of_the_weights_is_recorded(tmp_path: Path, folder: Path):
     record = convert(write_gguf(tmp_path / "tiny.gguf", llama_weights()), folder)
     assert (record["source"], record["tensor_types"], record["licence"]) == ("tiny.gguf", {"F32": 11}, "apache-2.0")
 

@@ -1,4 +1,4 @@
-"""The comparison of golden runs finds what differs. The runs themselves take a minute and are started by hand."""
+"""The comparison of golden runs detects differences. The runs take a minute and are started manually."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def changed(**values: Any) -> dict[str, Any]:
     return after
 
 
-@pytest.mark.parametrize(("after", "exact", "said"), [
+@pytest.mark.parametrize(("after", "exact", "expected"), [
     (changed(), True, []),
     (changed(loss=5.25 + 1e-12), True, ["tiny: step 0: loss was 5.25, and is 5.250000000001"]),
     (changed(loss=5.25 + 1e-12), False, []),
@@ -28,13 +28,13 @@ def changed(**values: Any) -> dict[str, Any]:
     ({"tiny": BEFORE["tiny"] | {"responses": "abd"}}, True, ["tiny: the sampled responses or their rewards differ"]),
     ({"tiny": BEFORE["tiny"] | {"responses": "abd"}}, False, []),
 ])  # fmt: skip
-def test_differences_are_named(after: dict[str, Any], exact: bool, said: list[str]) -> None:
-    assert differences(BEFORE, after, exact=exact) == said
+def test_differences_are_named(after: dict[str, Any], exact: bool, expected: list[str]) -> None:
+    assert differences(BEFORE, after, exact=exact) == expected
 
 
 @pytest.mark.parametrize(("name", "left_out"), [
     ("time", True), ("time/generate", True), ("rollout/tokens_per_second", True), ("memory_gb", True), ("policy/loss", False),
     ("policy/lr", False), ("tokens", False), ("rollout/length", False),
 ])  # fmt: skip
-def test_metrics_of_the_machine_are_left_out(name: str, left_out: bool) -> None:
+def test_metrics_of_the_machine_are_ignored(name: str, left_out: bool) -> None:
     assert bool(MACHINE_METRICS.match(name)) == left_out

@@ -1,4 +1,4 @@
-"""The proof that decoding in CUDA graphs is given before it is relied on, with a stand-in for what captures."""
+"""The check that replayed CUDA graphs equal launched kernels before decoding uses them, with a fake capture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def wrong(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: compute() + 1
 
 
-def test_the_first_graph_is_proven_and_the_others_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_graph_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = 0
 
     def compute() -> Tensor:
@@ -51,7 +51,7 @@ def test_the_first_graph_is_proven_and_the_others_are_taken(monkeypatch: pytest.
     own = graphs(monkeypatch, replayed)
     assert own.enabled("auto") is own
     assert torch.equal(own.capture(compute)(), HIDDEN)
-    assert runs == 3  # launched, replayed to be compared, replayed
+    assert runs == 3  # launched, replayed for comparison, replayed
     own.capture(compute)
     assert runs == 3
     assert own.checked
@@ -62,13 +62,13 @@ def test_the_first_graph_is_proven_and_the_others_are_taken(monkeypatch: pytest.
     (failing, "capture failed: operation not permitted when stream is capturing;"),
     (wrong, "the captured graph's results differ from eager execution;"),
 ])  # fmt: skip
-def test_what_is_not_proven_is_launched_one_by_one(monkeypatch: pytest.MonkeyPatch, captured: Any, why: str) -> None:
-    """With one line why, once; where graphs are insisted on, it is the end."""
+def test_without_a_passed_check_kernels_are_launched(monkeypatch: pytest.MonkeyPatch, captured: Any, why: str) -> None:
+    """With one warning that gives the reason. If cuda_graphs=on, it is an error."""
     own = graphs(monkeypatch, captured)
     assert own.enabled("auto") is own
-    with pytest.warns(UserWarning, match=f"rollout.cuda_graphs=auto: {why} decoding without CUDA graphs") as said:
+    with pytest.warns(UserWarning, match=f"rollout.cuda_graphs=auto: {why} decoding without CUDA graphs") as message:
         launched = own.capture(lambda: HIDDEN)
-    assert len(said) == 1
+    assert len(message) == 1
     assert torch.equal(launched(), HIDDEN)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -82,15 +82,15 @@ def test_what_is_not_proven_is_launched_one_by_one(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("setting", "on_gpu", "taken"), [
     ("auto", True, True), ("auto", False, False), ("on", False, True), ("on", True, True), ("off", True, False),
 ])  # fmt: skip
-def test_who_decodes_in_graphs(monkeypatch: pytest.MonkeyPatch, setting: CudaGraphs, on_gpu: bool, taken: bool) -> None:
+def test_when_graphs_are_used(monkeypatch: pytest.MonkeyPatch, setting: CudaGraphs, on_gpu: bool, taken: bool) -> None:
     own = graphs(monkeypatch, replayed, on_gpu)
     assert (own.enabled(setting) is own) == taken
-    if not on_gpu:  # there is nothing to capture with
+    if not on_gpu:  # capture needs a GPU
         assert own.capture(HIDDEN.clone)().equal(HIDDEN)
         assert not own.checked
 
 
-def test_tokens_must_be_the_same_and_the_rest_nearly() -> None:
+def test_tokens_must_be_equal_and_floats_close() -> None:
     assert _equal(HIDDEN * (1 + 2**-8), HIDDEN)
     assert not _equal(HIDDEN * (1 + 2**-5), HIDDEN)
     padded = torch.where(HIDDEN == 3, torch.nan, HIDDEN)
@@ -104,8 +104,8 @@ def test_tokens_must_be_the_same_and_the_rest_nearly() -> None:
     assert not _equal(other, DRAWN)
 
 
-def test_ranks_agree_on_any_rank_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank whose own graph is good does as the one whose is not."""
+def test_all_ranks_follow_a_failed_check_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose own check passed does not use graphs either."""
     own = graphs(monkeypatch, replayed)
     own.group = SimpleNamespace(size=lambda: 2)  # type: ignore[assignment]
     reasons = iter([["", ""], ["", "the captured graph's results differ from eager execution"]])

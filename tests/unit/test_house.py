@@ -1,4 +1,4 @@
-"""The house stands: imports go downstairs, one room knows megatron, and the README shows every room."""
+"""The code layout: imports follow the layers, only one package imports megatron, files and functions are short, and names are standard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-# An import may go to the same floor or down. The longest matching name decides.
+# A module may import from its own floor (layer) or a lower one. The longest matching name decides.
 FLOORS = {
     "engine": 0,
     "engine.types": 0,
@@ -65,7 +65,7 @@ def name_of(path: Path) -> str:
 
 
 def floor_of(module: str) -> int | None:
-    """None for modules that are not of this house."""
+    """None for modules of other packages."""
     parts = module.split(".")
     for length in range(len(parts), 0, -1):
         if (prefix := ".".join(parts[:length])) in FLOORS:
@@ -76,7 +76,7 @@ def floor_of(module: str) -> int | None:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Every module that is imported, at any depth of the file, with its line."""
+    """Every imported module with its line, including imports inside functions."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -94,30 +94,30 @@ def by_name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=by_name)
-def test_imports_go_downstairs(path: Path) -> None:
-    here = name_of(path)
-    floor = floor_of(here)
+def test_imports_go_to_the_same_floor_or_lower(path: Path) -> None:
+    importer = name_of(path)
+    floor = floor_of(importer)
     assert floor is not None
     for module, line in imports(path):
-        there = floor_of(module)
-        assert there is None or there <= floor, f"{path}:{line}: {here} (floor {floor}) imports {module} (floor {there})"
+        imported = floor_of(module)
+        assert imported is None or imported <= floor, f"{path}:{line}: {importer} (floor {floor}) imports {module} (floor {imported})"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=by_name)
-def test_rooms_keep_to_themselves(path: Path) -> None:
-    here = name_of(path)
+def test_packages_import_only_what_they_may(path: Path) -> None:
+    importer = name_of(path)
     for module, line in imports(path):
         top = module.split(".")[0]
-        where = f"{path}:{line}: {here} imports {module}"
-        assert top != "megatron" or here.startswith("engine.megatron"), where
-        assert top != "triton" or here.startswith("triton_kernels"), where
-        assert not (here.startswith("triton_kernels") and top == "engine"), where
-        assert not (floor_of(here) == 1 and module.startswith("torch.distributed")), where
-        if here.startswith("engine.algorithms.") and module.startswith("engine.algorithms."):
-            assert module.split(".")[2] in (here.split(".")[2], "supervised", "workload"), where
+        where = f"{path}:{line}: {importer} imports {module}"
+        assert top != "megatron" or importer.startswith("engine.megatron"), where
+        assert top != "triton" or importer.startswith("triton_kernels"), where
+        assert not (importer.startswith("triton_kernels") and top == "engine"), where
+        assert not (floor_of(importer) == 1 and module.startswith("torch.distributed")), where
+        if importer.startswith("engine.algorithms.") and module.startswith("engine.algorithms."):
+            assert module.split(".")[2] in (importer.split(".")[2], "supervised", "workload"), where
 
 
-def said(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def strings(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Strings that are not docstrings, and attributes."""
     docstrings = {
         id(node.body[0].value)
@@ -132,15 +132,15 @@ def said(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=by_name)
-def test_only_the_seats_say_cuda(path: Path) -> None:
+def test_only_backends_name_cuda(path: Path) -> None:
     if by_name(path) in SAYS_CUDA or "benchmarks" in path.parts:
         return
-    for text, line in said(tree_of(path)):
+    for text, line in strings(tree_of(path)):
         assert "cuda" not in text.replace("cuda_graphs", ""), f"{path}:{line} says {text!r}; ask world.on_gpu or world.device"
 
 
 @pytest.mark.parametrize("path", ALL, ids=by_name)
-def test_rooms_are_small(path: Path) -> None:
+def test_files_and_functions_are_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= 400 or by_name(path) in LONG_FILES, f"{path} has {lines} lines"
     for node in ast.walk(tree_of(path)):
@@ -149,7 +149,7 @@ def test_rooms_are_small(path: Path) -> None:
             assert length <= 60 or f"{by_name(path)}:{node.name}" in LONG_FUNCTIONS, f"{path}:{node.lineno}: {node.name} has {length} lines"
 
 
-# Names of earlier versions. The field's words are used instead: docs/architecture.md and CHANGELOG.md.
+# Names of earlier versions, replaced by standard terms: docs/architecture.md and CHANGELOG.md.
 GONE = {
     *("Line", "Apart", "Ask", "Asked", "Demands", "Drawn", "Parting", "Slotting", "Flight", "Landing", "Wave", "Ring", "Passage"),
     *("seat", "imagined", "parted", "speaks", "agree", "tell", "say", "described", "settle", "bridge", "scene", "telling", "passage"),
@@ -158,7 +158,7 @@ GONE = {
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("engine", "recipes")], ids=by_name)
-def test_names_are_the_fields(path: Path) -> None:
+def test_former_names_are_not_used(path: Path) -> None:
     assert not GONE & set(path.relative_to(ROOT).with_suffix("").parts)
     for node in ast.walk(tree_of(path)):
         names = {getattr(node, field, None) for field in ("name", "id", "attr", "arg") if isinstance(getattr(node, field, None), str)}
@@ -166,20 +166,20 @@ def test_names_are_the_fields(path: Path) -> None:
 
 
 def test_class_names_are_unique() -> None:
-    """One name, one meaning."""
+    """A class name has one meaning in the engine."""
     sources = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("engine", "triton_kernels")]
     names = [node.name for path in sources for node in tree_of(path).body if isinstance(node, ast.ClassDef)]
     assert {name for name in names if names.count(name) > 1} == set()
 
 
 def test_the_dry_run_knows_no_algorithm() -> None:
-    """It asks an algorithm for its workload, whichever it is."""
+    """It only uses the algorithm's workload()."""
     for path in sorted((ROOT / "engine/dryrun").glob("*.py")):
         for module, line in imports(path):
             assert not module.startswith("engine.algorithms.") or module == "engine.algorithms.workload", f"{path}:{line}"
 
 
-def test_functions_are_short() -> None:
+def test_the_median_function_is_short() -> None:
     nodes = [node for path in SOURCES for node in ast.walk(tree_of(path))]
     lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in nodes if isinstance(node, ast.FunctionDef)]
     assert statistics.median(lengths) <= 10
@@ -193,15 +193,15 @@ def test_recipes_fit_a_screen_and_load(path: Path) -> None:
     assert load_recipe(str(path)).out == f"runs/{path.stem}"
 
 
-def test_the_readme_shows_every_room() -> None:
+def test_the_architecture_page_lists_every_file() -> None:
     readme = (ROOT / "docs/architecture.md").read_text()
     for path in (*SOURCES, *sorted((ROOT / "csrc").iterdir())):
         if path.name != "__init__.py":
             assert path.name in readme or path.stem in readme, f"docs/architecture.md does not mention {by_name(path)}"
 
 
-def test_nothing_says_where_it_was_written() -> None:
+def test_no_file_contains_a_path_of_one_machine() -> None:
     homes = tuple(f"/{name}/" for name in ("home", "root", "work", "mnt"))
     for path in ALL:
-        for text, line in said(tree_of(path)):
+        for text, line in strings(tree_of(path)):
             assert not text.startswith(homes), f"{path}:{line}: {text!r} is a path of one machine"

@@ -1,4 +1,4 @@
-"""docs/launch.md can be typed: every command parses, every recipe and setting in it is there, and none would be refused on its GPUs."""
+"""docs/launch.md: every command parses, every recipe and setting exists, and no launch is refused on its GPUs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PAGE = (ROOT / "docs" / "launch.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of the page."""
+    """The contents of the page's fenced blocks."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 class Command(NamedTuple):
-    """One line of torchrun: how many processes it starts, and what of."""
+    """A torchrun command: its number of processes, and the arguments of the engine."""
 
     line: str
     processes: int
@@ -37,15 +37,15 @@ class Command(NamedTuple):
 
 
 def commands() -> list[Command]:
-    """Every line of torchrun on the page."""
-    found = []
+    """All torchrun commands of the page."""
+    results = []
     for line in (line for block in blocks("bash") for line in block.splitlines() if "torchrun" in line):
         words = shlex.split(line[line.index("torchrun") :].split("&&")[0])[1:]
         asked = get_args_parser().parse_args(words)
         assert asked.module
         assert asked.training_script == "engine"
-        found.append(Command(line, int(asked.nnodes.split(":")[-1]) * int(asked.nproc_per_node), asked.training_script_args))
-    return found
+        results.append(Command(line, int(asked.nnodes.split(":")[-1]) * int(asked.nproc_per_node), asked.training_script_args))
+    return results
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.words[:2]))
@@ -62,8 +62,8 @@ def test_a_command_starts(command: Command) -> None:
     assert command.processes == {"8b": 8, "70b": 64, "405b": 256}[Path(arguments.recipe).stem.split("_")[1]]
 
 
-def test_every_stage_starts_from_what_another_left() -> None:
-    """Folders are read under the names they were written by, in the order of the page."""
+def test_every_stage_starts_from_the_output_of_another() -> None:
+    """A folder that a command reads is written by an earlier command on the page."""
     written, read = set(), set()
     for command in commands():
         words = " ".join(command.words)
@@ -73,7 +73,7 @@ def test_every_stage_starts_from_what_another_left() -> None:
     assert read == {"/shared/models/tulu3-405B-SFT", "/shared/models/tulu3-405B-DPO"}
 
 
-def test_settings_and_recipes_that_the_page_names_exist() -> None:
+def test_settings_and_recipes_of_the_page_exist() -> None:
     run = load_recipe(str(ROOT / "recipes/tulu3_405b_rlvr.py"))
     for name in sorted(set(re.findall(r"`((?:parallel|algorithm|optim)\.[a-z_.]+)", PAGE)) - {"algorithm.batch_size", "algorithm.sources"}):
         value = run
@@ -94,8 +94,10 @@ def test_the_slurm_script_is_shell() -> None:
     assert [command.processes for command in commands() if command.line in script] == [nodes * gpus]
 
 
-def test_rows_are_prepared_as_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The page's program on small recipes: the second time, as a run, it finds what the first has made."""
+def test_the_pages_program_prepares_the_rows_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On small recipes: a run that starts afterwards finds the prepared files."""
     (program,) = blocks("python")
     small = program.replace("tulu3_405b_", "tiny_").replace("/shared/models/Llama-3.1-405B", "bytes")
     assert small.count("recipes/tiny_{name}") == 1
@@ -104,13 +106,13 @@ def test_rows_are_prepared_as_a_run_would(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     for _ in range(2):
         exec(compile(small, "docs/launch.md", "exec"), {})
-        said = capsys.readouterr().out
+        message = capsys.readouterr().out
         for line in ("2000 rows, 0 truncated", "1000 rows, 0 truncated", "tasks.jsonl: 64 prompts"):
-            assert line in said
+            assert line in message
         assert len(list((tmp_path / "corpora").iterdir())) == 2
 
 
-def test_the_launch_in_small_is_where_the_page_says() -> None:
+def test_the_small_launch_of_the_page_exists() -> None:
     assert "python -m tests.support.launch_405b" in PAGE
     assert (ROOT / "tests/support/launch_405b.py").exists()
     assert "launch:" in (ROOT / "Makefile").read_text()

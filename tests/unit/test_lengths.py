@@ -1,4 +1,4 @@
-"""The page of answer lengths is made of the answers alone."""
+"""The page of response lengths is written from the outputs of `engine generate`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def test_differences_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "| plain | 4 | 6.5 ± 1.0 | 1.5 ± 0.5 (+30 %) | 50 % |" in page.read_text()
 
 
-def test_other_prompts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_numbers_of_answers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lengths", answers(tmp_path / "a.jsonl", [1, 2]), answers(tmp_path / "b.jsonl", [1])]) == 2
     assert "have [2, 1] answers" in capsys.readouterr().err

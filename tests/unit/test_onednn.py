@@ -1,4 +1,4 @@
-"""aten::mm by oneDNN: the same products as float64's, whatever the strides, and nothing else changed."""
+"""aten::mm with oneDNN: products equal float64's for all strides, and no other operation changes."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ OPERANDS = {
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("name", OPERANDS)
-def test_products_are_those_of_float64(name: str) -> None:
+def test_products_equal_float64(name: str) -> None:
     a, b = OPERANDS[name]
-    got = a @ b
-    assert got.dtype == torch.float32
-    assert got.is_contiguous()
+    actual = a @ b
+    assert actual.dtype == torch.float32
+    assert actual.is_contiguous()
     if a.dim() == 2:
-        assert torch.equal(torch.mm(a, b, out=torch.full_like(got, torch.nan)), got)
-    torch.testing.assert_close(got.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(torch.mm(a, b, out=torch.full_like(actual, torch.nan)), actual)
+    torch.testing.assert_close(actual.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("onednn")
-def test_gradients_go_through_it() -> None:
+def test_gradients_use_onednn() -> None:
     a, b = random(7, 5).requires_grad_(), random(5, 6).requires_grad_()
     (a @ b).square().sum().backward()
     c, d = (x.detach().double().requires_grad_() for x in (a, b))
@@ -66,7 +66,7 @@ def computed_by() -> set[str]:
     return {event.key for event in profile.key_averages()}
 
 
-def test_it_is_onednn_that_computes_while_the_seat_is_taken_and_no_longer() -> None:
+def test_onednn_is_used_only_inside_the_backend() -> None:
     before = computed_by()
     with use_onednn():
         with use_onednn():
@@ -77,7 +77,7 @@ def test_it_is_onednn_that_computes_while_the_seat_is_taken_and_no_longer() -> N
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32])
-def test_other_types_are_left_alone(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_unchanged(dtype: torch.dtype) -> None:
     assert (torch.ones(2, 3, dtype=dtype) @ torch.ones(3, 2, dtype=dtype)).tolist() == [[3, 3], [3, 3]]
 
 

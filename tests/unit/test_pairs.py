@@ -1,4 +1,4 @@
-"""Preference rows: all formats give the same pair, and each invalid row one clear error."""
+"""Preference rows: all formats give the same pair, and each invalid row gives one clear error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def trained(tokens: np.ndarray, mask: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize("row", SHAPES, ids=lambda row: "-".join(f"{k}:{type(v).__name__}" for k, v in row.items()))
-def test_every_shape_is_the_same_pair(row: dict[str, Any]) -> None:
+def test_every_format_gives_the_same_pair(row: dict[str, Any]) -> None:
     for (tokens, mask), answer in zip(encode_pair(CHAT, row), (GOOD, BAD), strict=True):
         expected_tokens, expected_mask = CHAT.encode([Q, answer])
         assert tokens.tolist() == expected_tokens.tolist()
@@ -61,7 +61,7 @@ def test_a_system_prompt_comes_before_messages() -> None:
     assert tokens.tolist() == CHAT.encode([turn("system", "Brief."), Q, GOOD])[0].tolist()
 
 
-def test_only_what_the_two_do_not_share_is_trained() -> None:
+def test_only_tokens_after_the_common_prefix_are_trained() -> None:
     shared = [Q, turn("assistant", "four"), turn("user", "digits!")]
     (chosen, rejected) = encode_pair(CHAT, {"chosen": [*shared, GOOD], "rejected": [*shared, BAD]})
     eos = TOKENIZER.eos_token
@@ -98,14 +98,14 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("row", "complaint"), BROKEN, ids=[complaint[:40] for _, complaint in BROKEN])
-def test_a_bad_row_is_one_line(row: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_reported_in_one_line(row: dict[str, Any], complaint: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)) as error:
         prepared(tmp_path, [SHAPES[0], row])
     assert "pairs.jsonl:2: " in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_bad_rows_dropped_are_counted_and_told(tmp_path: Path) -> None:
+def test_dropped_bad_rows_are_counted_and_reported(tmp_path: Path) -> None:
     pairs = prepared(tmp_path, [SHAPES[0], BROKEN[0][0], SHAPES[5], BROKEN[2][0]], bad_rows="drop")
     assert len(pairs) == 2
     assert (pairs.counts.rows, pairs.counts.kept, pairs.counts.bad) == (4, 2, 2)
@@ -117,7 +117,7 @@ def test_bad_rows_dropped_are_counted_and_told(tmp_path: Path) -> None:
         prepared(tmp_path, [BROKEN[0][0]], bad_rows="drop")
 
 
-def test_too_long_is_an_error_unless_told_otherwise(tmp_path: Path) -> None:
+def test_too_long_is_an_error_by_default(tmp_path: Path) -> None:
     long_answer = {"prompt": "q", "chosen": "a" * 70, "rejected": "b"}
     long_prompt = {"prompt": "q" * 90, "chosen": "a", "rejected": "b"}
     same_when_cut = {"prompt": "q", "chosen": "a" * 70, "rejected": "a" * 71}

@@ -1,4 +1,4 @@
-"""What build() makes, from flat buffers, lists and samples, against list appends: token for token."""
+"""build() from flat buffers, lists and samples equals a naive implementation, token for token."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from tests.support.cases import Case, cases, make_samples, microbatches_of, roun
 
 
 def naive_pack(ids: list[int], samples: Sequence[Sample], case: Case) -> dict:
-    """One microbatch by list appends, as a dict of the fields of Packed."""
+    """One microbatch built with list appends, as a dict of the fields of Packed."""
     packed: dict[str, list] = {name: [] for name in ("tokens", "targets", "positions", "mask", *OPTIONAL_FIELDS)}
     cu_seqlens, index = [0], []
 
@@ -71,7 +71,7 @@ def test_build_equals_a_naive_build_token_for_token(case: Case, threads: int) ->
         assert [len(packed.tokens_T) for packed in step] == [planned.total(rank, j) for j in range(planned.microbatches)]
 
 
-def test_any_number_of_threads_builds_the_same() -> None:
+def test_the_number_of_threads_does_not_change_the_result() -> None:
     lengths = np.random.default_rng(0).integers(0, 300, 400).tolist()
     case = Case(lengths, [-1] * 400, 2, 512, 8)
     samples, planned = make_samples(case), case.plan()
@@ -110,13 +110,13 @@ def test_no_samples_make_an_empty_step() -> None:
     assert build(plan([], 1, 8), 0, Ragged.of([], [])) == []
 
 
-def test_a_sequence_without_tokens_keeps_its_place() -> None:
+def test_an_empty_sequence_keeps_its_position() -> None:
     (packed,) = batch(make_samples(Case([2, 0], [-1, -1], 1, 8)), 8)
     assert packed.index_S == (0, 1)
     assert packed.cu_seqlens.tolist() == [0, 2, 2]
 
 
-def test_an_optional_field_needs_every_sample_of_the_rank() -> None:
+def test_an_optional_field_must_be_set_in_all_samples_of_the_rank() -> None:
     samples = make_samples(Case([3, 2], [-1, -1], 1, 8), fields=("advantage", "value"))
     (packed,) = batch([samples[0], dataclasses.replace(samples[1], value=None)], 8)
     assert packed.advantage_T is not None
@@ -124,7 +124,7 @@ def test_an_optional_field_needs_every_sample_of_the_rank() -> None:
     assert packed.old_logprob_T is None
 
 
-def test_a_value_of_a_sequence_is_given_to_its_tokens_and_nan_keeps_its_bits() -> None:
+def test_sequence_values_are_repeated_for_tokens_and_nan_keeps_its_bits() -> None:
     odd = np.array([0x7FC12345, 0xFF812345], np.uint32).view(np.float32)
     ragged = Ragged.of([[1, 2, 3], [4, 5]], [[1, 0], [1]], {"old_logprob": [odd, odd[:1]]}, {"advantage": [0.5, -2.0]})
     (packed,) = build(plan(ragged.lengths, 1, 8, total_multiple=4), 0, ragged)
@@ -135,7 +135,7 @@ def test_a_value_of_a_sequence_is_given_to_its_tokens_and_nan_keeps_its_bits() -
 
 
 class OwnSamples(Sequence[Sample]):
-    """A sequence that refuses to hand out the samples of other ranks."""
+    """A sequence that raises an error if samples of other ranks are read."""
 
     def __init__(self, samples: list[Sample], allowed: set[int]) -> None:
         self.samples, self.allowed = samples, allowed
@@ -157,7 +157,7 @@ def test_build_reads_only_the_samples_of_its_rank() -> None:
         build(planned, rank, OwnSamples(make_samples(case), own))
 
 
-def test_views_and_wider_types_are_read_right() -> None:
+def test_views_and_wider_dtypes_are_read_correctly() -> None:
     strided = Sample(tokens=np.arange(10, dtype=np.int32)[::2], mask=np.array([True, False, True, True]))
     wide = Sample(tokens=np.array([7, 8, 9]), mask=np.array([2, 0], np.uint8), advantage=np.array([0.5, 1.5]))
     unaligned = np.frombuffer(b"\0" + np.array([5, 6], np.int32).tobytes(), np.uint8)[1:].view(np.int32)
@@ -167,7 +167,7 @@ def test_views_and_wider_types_are_read_right() -> None:
     assert packed.mask_T.view(torch.uint8).tolist() == [1, 0, 1, 1, 1, 0, 1]  # 2 became 1, as a bool must be
 
 
-def test_lists_arrays_and_tensors_make_the_same() -> None:
+def test_lists_arrays_and_tensors_give_the_same_result() -> None:
     rows, masks, values = [[1, 2, 3], [4], [5, 6]], [[True, False], [], [2]], [[0.5, 1], [], [-3]]
     lists = Ragged.of(rows, masks, {"value": values}, {"advantage": [1, 2, 3]})
     arrays = Ragged.of([np.array(row) for row in rows], [np.array(row, np.uint8) for row in masks], {"value": values})
@@ -217,7 +217,7 @@ def test_ragged_refuses_buffers_that_do_not_fit() -> None:
         build(plan([3, 0], 1, 8), 0, Ragged(tokens, offsets, mask))
 
 
-def test_an_arena_is_used_again() -> None:
+def test_an_arena_reuses_its_memory() -> None:
     case, small = Case([5, 4, 3], [-1] * 3, 1, 8), Case([2], [-1], 1, 8)
     arena = Arena()
     first = build(case.plan(), 0, make_samples(case), arena)
@@ -244,7 +244,7 @@ def test_batch_names_the_sample_and_the_field(change: Callable[[Sample], Sample]
     assert message in str(error.value)
 
 
-def test_build_refuses_what_was_not_planned() -> None:
+def test_build_refuses_samples_that_do_not_match_the_plan() -> None:
     case = Case([2, 3], [-1, -1], 2, 8)
     planned, samples = case.plan(), make_samples(case)
     with pytest.raises(ValueError, match=r"rank=2 is not in a plan for 2 ranks; use 0 to 1"):
@@ -257,7 +257,7 @@ def test_build_refuses_what_was_not_planned() -> None:
 
 @given(cases(max_size=15))
 @settings(deadline=None, max_examples=50)
-def test_scatter_undoes_the_packing(case: Case) -> None:
+def test_scatter_inverts_packing(case: Case) -> None:
     samples, planned = make_samples(case), case.plan()
     seen: list[int] = []
     for rank in range(case.ranks):
@@ -284,7 +284,7 @@ def test_batch_keeps_a_pair_together() -> None:
     assert sorted(packed.index_S for rank in range(2) for packed in batch(samples, 8, rank=rank, ranks=2)) == [(0, 2), (1, 3)]
 
 
-def test_the_extension_refuses_what_would_overrun_memory() -> None:
+def test_the_extension_refuses_out_of_bounds_access() -> None:
     def collate(**changes: Any) -> Any:
         ids = {name: np.zeros(4, np.int32) for name in ("tokens_out", "targets_out", "positions_out")}
         share = {"order": np.array([0], np.int32), "offsets": np.array([0, 1]), "lengths": np.array([3]), "totals": np.array([4])}

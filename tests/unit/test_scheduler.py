@@ -1,4 +1,4 @@
-"""Continuous batching as a pure function: every request gets its tokens, whatever the slots."""
+"""Continuous batching: the tokens of a request do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ STOP = 7
 
 
 def token_of(history: tuple[int, ...]) -> int:
-    """A stand-in for a model: the next token as a function of all before it, as read from the cache."""
+    """A fake model: the next token is a function of all tokens in the cache."""
     return hash(history) % 10
 
 
 class Rows:
-    """A stand-in for the cache: what each row has seen."""
+    """A fake cache: the tokens of each row."""
 
     def __init__(self, count: int):
         self.seen: list[list[int]] = [[] for _ in range(count)]
@@ -40,7 +40,7 @@ class Rows:
         assert place == len(wave.tokens)
         live = len(wave.sampled_R)
         for source, target, positions in slots.update([token_of(tuple(seen)) for seen in self.seen[:live]], [0.0] * live):
-            # The token just drawn is not in the cache yet: it is the next wave's.
+            # The token just sampled is not in the cache yet; it is an input of the next decode batch.
             assert positions == len(self.seen[source]) + 1
             self.seen[target] = list(self.seen[source])
         return True
@@ -60,13 +60,11 @@ def alone(prompt: list[int], limit: int) -> list[int]:
     st.integers(1, 3),
     st.integers(1, 12),
 )
-def test_every_request_gets_the_tokens_it_gets_alone(
-    asked: list[tuple[list[int], int, int]], count: int, groups: int, prefill: int
-) -> None:
+def test_tokens_do_not_depend_on_the_batch(asked: list[tuple[list[int], int, int]], count: int, groups: int, prefill: int) -> None:
     requests = [Request(p, limit, rng_stream(i, k), (i, k)) for i, (p, limit, n) in enumerate(asked) for k in range(n)]
     queue = deque(requests)
     pairs = [(Scheduler(count, queue, frozenset([STOP]), prefill), Rows(count)) for _ in range(groups)]
-    while sum(rows.step(slots) for slots, rows in pairs):  # a sum, for every group is to take its step
+    while sum(rows.step(slots) for slots, rows in pairs):  # a sum, so that every group does its step
         assert all(len(slots.running) <= count for slots, _ in pairs)
     for request in requests:
         assert request.tokens == alone(request.prompt, request.max_tokens)
@@ -74,18 +72,18 @@ def test_every_request_gets_the_tokens_it_gets_alone(
         assert len(request.logprobs) == len(request.tokens)
 
 
-def test_a_request_may_stop_by_what_its_tokens_say() -> None:
-    """At the token that completes it, however many stand beside it; one that never says it goes on to its limit."""
+def test_a_request_can_stop_at_a_stop_condition() -> None:
+    """It stops at the token that completes the condition, in any batch. Without it, the request runs to its limit."""
     requests = [Request([0], 6, rng_stream(i), (i, 0)) for i in range(3)]
     slots = Scheduler(2, deque(requests), frozenset([STOP]), 4, until=lambda tokens: tokens[-2:] == [1, 2])
-    said = {0: [1, 1, 2, 5], 1: [2, 1, 3, 1, 1, 0], 2: [1, STOP, 1]}
+    message = {0: [1, 1, 2, 5], 1: [2, 1, 3, 1, 1, 0], 2: [1, STOP, 1]}
     while slots.plan():
-        slots.update([said[request.index[0]][len(request.tokens)] for request in slots.running], [0.0] * len(slots.running))
+        slots.update([message[request.index[0]][len(request.tokens)] for request in slots.running], [0.0] * len(slots.running))
     assert [request.tokens for request in requests] == [[1, 1, 2], [2, 1, 3, 1, 1, 0], [1, STOP]]
     assert [request.stopped for request in requests] == [True, False, True]
 
 
-def test_streams_differ_in_every_name_and_in_their_order() -> None:
+def test_random_streams_differ_in_every_key_and_in_their_order() -> None:
     names = [(s, p, k) for s in range(4) for p in range(20) for k in range(4)]
     assert len({int(rng_stream(*name)) for name in names}) == len(names)
     assert rng_stream(1, 2) != rng_stream(2, 1)

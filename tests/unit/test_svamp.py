@@ -1,4 +1,4 @@
-"""SVAMP as demonstrations and tasks: worked answers end in the truth, and the files share no problem."""
+"""The SVAMP data: worked answers end in the right answer, and the files share no problem."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def test_worked_answers() -> None:
     assert svamp.worked("( 4700.0 * 4700.0 )")[1] == ["4700 * 4700 = 22090000"]
 
 
-def test_a_problem_with_a_wrong_answer_is_left_out() -> None:
+def test_a_problem_with_a_wrong_answer_is_dropped() -> None:
     row = {"Body": "Ann has 4 eggs", "Question": "How many?", "Equation": "( 4.0 - 2.0 )"}
     assert not any(svamp.parts([row | {"Answer": 3.0}]).values())
-    (found,) = (rows for rows in svamp.parts([row | {"Answer": 2.0}]).values() if rows)
-    assert found[0]["prompt"] == "Ann has 4 eggs, How many?"
+    (results,) = (rows for rows in svamp.parts([row | {"Answer": 2.0}]).values() if rows)
+    assert results[0]["prompt"] == "Ann has 4 eggs, How many?"
 
 
 @pytest.mark.skipif(not SVAMP.exists(), reason="needs shared/data")
 def test_no_problem_is_in_two_files() -> None:
-    found = svamp.parts(row for _, row in read_rows(Source(str(SVAMP))))
-    assert sum(map(len, found.values())) == 799, "one of the 800 has an equation that does not give its answer"
-    assert len({row["prompt"] for rows in found.values() for row in rows}) == 799
-    assert len(found["held_out"]) >= 150
+    results = svamp.parts(row for _, row in read_rows(Source(str(SVAMP))))
+    assert sum(map(len, results.values())) == 799, "one of the 800 has an equation that does not give its answer"
+    assert len({row["prompt"] for rows in results.values() for row in rows}) == 799
+    assert len(results["held_out"]) >= 150
     judged_by = verifier("gsm8k")
-    for row in found["tasks"] + found["held_out"]:
+    for row in results["tasks"] + results["held_out"]:
         assert judged_by.verify(row["truth"], row["truth"]).correct

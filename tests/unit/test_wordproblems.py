@@ -42,16 +42,16 @@ def test_held_out_problems_share_no_arithmetic(tmp_path):
     assert [row for _, row in read_rows(Source(str(tmp_path / "rows.jsonl")))] == training
 
 
-def test_long_problems_are_too_long_to_guess_and_plain_to_work_out():
-    """55 % of the demonstrations show no work; of 2000 rows, that share's standard error is 1.1 points."""
+def test_long_problems_cannot_be_guessed_but_worked_out():
+    """55 % of the demonstrations show no work; for 2000 rows, the standard error of this share is 1.1 points."""
     rows = demonstrations(2000, 0, kind=LONG)
-    asked, said = ([row["messages"][i]["content"] for row in rows] for i in (0, 1))
+    asked, message = ([row["messages"][i]["content"] for row in rows] for i in (0, 1))
     operands = [re.findall(r"\d+", question)[1:] for question in asked]
     assert all(len(set(each)) == len(each) for each in operands)
     assert {len(each) + question.count("doubles") for each, question in zip(operands, asked, strict=True)} == {3, 4}
     truths = [task["truth"] for task in tasks(300, 7, kind=LONG)]
     assert len(set(truths)) > 80
     assert all(1 <= int(truth) <= 99 for truth in truths)
-    worked = [answer for answer in said if "=" in answer]
-    assert all(re.fullmatch(r"Answer: \d+", answer) for answer in said if "=" not in answer)
+    worked = [answer for answer in message if "=" in answer]
+    assert all(re.fullmatch(r"Answer: \d+", answer) for answer in message if "=" not in answer)
     assert abs(len(worked) / len(rows) - 0.45) < 0.04

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.check_decode_attention import check, check_a_row_does_not_know_its_batch, problem
+from tests.support.check_decode_attention import check, check_batch_invariance, problem
 from triton_kernels import decode_attention
 
 SHAPES = [(1, 1, 2), (2, 4, 64), (1, 3, 80), (1, 16, 128), (1, 5, 96), (3, 17, 8)]
@@ -38,8 +38,8 @@ def test_scores_of_any_size() -> None:
     torch.testing.assert_close(decode_attention(query, keys, values, lengths)[0, 0], values[0, 0, 7])
 
 
-def test_a_row_does_not_know_its_batch() -> None:
-    check_a_row_does_not_know_its_batch()
+def test_batch_invariance() -> None:
+    check_batch_invariance()
 
 
 def test_slots_beyond_2_31_elements(tmp_path: Path) -> None:

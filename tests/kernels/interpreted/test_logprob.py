@@ -46,25 +46,25 @@ def test_low_precision(dtype: torch.dtype) -> None:
     checks.check_low_precision(dtype)
 
 
-def test_alone_and_together() -> None:
-    checks.check_alone_and_together()
+def test_batch_invariance() -> None:
+    checks.check_batch_invariance()
 
 
 @pytest.mark.parametrize(("vocab", "sizes"), [(1000, (2, 4, 8)), (4104, (2, 4, 8)), (4100, (2, 4)), (4102, (2,))])
-def test_worlds(vocab: int, sizes: tuple[int, ...]) -> None:
-    checks.check_worlds(vocab, sizes)
+def test_shards(vocab: int, sizes: tuple[int, ...]) -> None:
+    checks.check_shards(vocab, sizes)
 
 
 @pytest.mark.parametrize("size", [3, 16])
-def test_other_worlds(size: int) -> None:
-    checks.check_other_worlds(size)
+def test_other_numbers_of_shards(size: int) -> None:
+    checks.check_other_shards(size)
 
 
-def test_nothing() -> None:
-    checks.check_nothing()
+def test_no_rows_and_infinite_logits() -> None:
+    checks.check_empty_and_infinite()
 
 
-def test_unknown_targets_are_nan_where_nobody_looks() -> None:
+def test_invalid_targets_give_nan() -> None:
     """On a device targets are not checked before the launch; their log-prob is NaN."""
     logits, _, _ = checks.problem(3, 100)
     target = torch.tensor([5, -100, 97])

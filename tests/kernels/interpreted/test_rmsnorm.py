@@ -25,7 +25,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(0, 65536), (3, 16384), (1, 65536)])
-def test_rows_that_registers_do_not_hold(rows: int, width: int, fused: bool) -> None:
+def test_rows_wider_than_the_registers(rows: int, width: int, fused: bool) -> None:
     check_rmsnorm(rows, width, torch.float32, fused)
 
 
@@ -48,9 +48,9 @@ def test_more_rows_than_programs() -> None:
 
 def test_a_row_has_the_same_bits_in_any_batch() -> None:
     x, weight = drawn(5, 96), drawn(96, seed=1)
-    whole = rmsnorm(x, weight, EPS)
+    full = rmsnorm(x, weight, EPS)
     for row in range(5):
-        assert torch.equal(rmsnorm(x[row], weight, EPS), whole[row])
+        assert torch.equal(rmsnorm(x[row], weight, EPS), full[row])
 
 
 def test_two_runs_have_the_same_bits() -> None:
@@ -61,9 +61,9 @@ def test_two_runs_have_the_same_bits() -> None:
 
 def test_rows_of_a_wider_tensor_need_no_copy() -> None:
     wide, weight = drawn(6, 50), drawn(31, seed=1)
-    got = passes(lambda wide, weight: rmsnorm(wide[:, 3:34], weight, EPS), [wide, weight])
+    actual = passes(lambda wide, weight: rmsnorm(wide[:, 3:34], weight, EPS), [wide, weight])
     expected = passes(lambda wide, weight: rmsnorm(wide[:, 3:34].contiguous(), weight, EPS), [wide, weight])
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_rows_beyond_2_31_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

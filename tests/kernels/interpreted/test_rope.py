@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.layers import angles, check_a_row_does_not_know_its_batch, check_far_rows, check_rope, check_rope_qkv, drawn, passes
+from tests.support.layers import angles, check_batch_invariance, check_far_rows, check_rope, check_rope_qkv, drawn, passes
 from triton_kernels import rope, rope_qkv
 
 
@@ -25,9 +25,9 @@ def test_heads_of_a_packed_projection_need_no_copy() -> None:
     """Queries as a view of the fused projection: the token stride covers queries, keys and values."""
     fused = drawn(7, 6, 16)
     cos, sin = angles(7, 16)
-    got = passes(lambda fused: rope(fused[:, 1:5], cos, sin), [fused])
+    actual = passes(lambda fused: rope(fused[:, 1:5], cos, sin), [fused])
     expected = passes(lambda fused: rope(fused[:, 1:5].contiguous(), cos, sin), [fused])
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_tokens_beyond_2_31_elements(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_tokens_beyond_2_31_elements(tmp_path: Path) -> None:
 
 
 def test_a_token_has_the_same_bits_in_any_batch() -> None:
-    check_a_row_does_not_know_its_batch(rope, [drawn(4, 3, 16), *angles(4, 16)])
+    check_batch_invariance(rope, [drawn(4, 3, 16), *angles(4, 16)])
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_gradients_of_any_strides() -> None:
     """Heads-first gradients, as attention returns them."""
     cos, sin = angles(5, 8)
     three = [drawn(heads, 5, 8, seed=heads).transpose(0, 1) for heads in (6, 2, 2)]
-    got, expected = (torch.ops.trivet.rope_qkv_backward(*grads, cos, sin) for grads in (three, [x.contiguous() for x in three]))
-    assert torch.equal(got, expected)
+    actual, expected = (torch.ops.trivet.rope_qkv_backward(*grads, cos, sin) for grads in (three, [x.contiguous() for x in three]))
+    assert torch.equal(actual, expected)
 
 
 def test_products_beyond_2_31_elements(tmp_path: Path) -> None:

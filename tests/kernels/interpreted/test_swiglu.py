@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.layers import check_a_row_does_not_know_its_batch, check_far_rows, check_swiglu, drawn, passes
+from tests.support.layers import check_batch_invariance, check_far_rows, check_swiglu, drawn, passes
 from triton_kernels import swiglu
 
 
@@ -30,9 +30,9 @@ def test_gates_far_from_zero() -> None:
 
 def test_rows_of_a_wider_tensor_need_no_copy() -> None:
     wide = drawn(6, 50)
-    got = passes(lambda wide: swiglu(wide[:, 3:33]), [wide])
+    actual = passes(lambda wide: swiglu(wide[:, 3:33]), [wide])
     expected = passes(lambda wide: swiglu(wide[:, 3:33].contiguous()), [wide])
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_rows_beyond_2_31_elements(tmp_path: Path) -> None:
@@ -40,4 +40,4 @@ def test_rows_beyond_2_31_elements(tmp_path: Path) -> None:
 
 
 def test_a_row_has_the_same_bits_in_any_batch() -> None:
-    check_a_row_does_not_know_its_batch(swiglu, [drawn(4, 2 * 33)])
+    check_batch_invariance(swiglu, [drawn(4, 2 * 33)])
