@@ -34,12 +34,36 @@ COMMITS = [
     (r"\\boxed{7}", "7"),
     (r"\boxed{5} but \boxed{6", "5"),
     (r"\boxed{$7$}", "7"),
-    (r"\boxed{7}. The final answer is 8", "7"),
+    (r"\boxed5", "5"),
+    (r"\boxed \frac{1}{2}$", r"\frac{1}{2}"),
+    (r"\boxed{5}, by the \boxed command", "5"),
+    # the later statement counts
+    (r"\boxed{7}. The final answer is 8", "8"),
+    (r"\boxed{9}, so: The final answer is $12$.", "12"),
+    (r"\boxed{9}. The final answer is \(12\).", "12"),
+    ("\\boxed{9}\nThe final answer is:\n\\[\n12\n\\]", "12"),
+    (r"\boxed{9}. **Final Answer:** 12 inches.", "12 inches"),
+    (r"\boxed{9}. The final answer is –12.", "-12"),
+    (r"\boxed{9}. The final answer is 12, as shown above.", "12"),
+    (r"\boxed{A}. The final answer is (B)", "(B)"),
+    (r"The final answer is $9$. No: \boxed{12}", "12"),
+    (r"The final answer is \boxed{12}", "12"),
+    # but it must state an answer
+    (r"\boxed{5}. I hope my final answer is correct.", "5"),
+    (r"\boxed{5}. The final answer is a boxed number, found in 3 steps.", "5"),
+    (r"\boxed{5}. The final answer is (see above) 3", "5"),
+    (r"\boxed{5}. The final answer is $$.", "5"),
+    (r"\boxed{5}. The final answer is $\boxed{}$.", "5"),
+    (r"\boxed{5}. The final answer is \boxed{1", "5"),
+    (r"\boxed{5}. Final answer:", "5"),
     ("Final Answer: The final answer is $\\frac12$. I hope it is correct.", r"\frac12"),
     ("The final answer is 5. I hope it is correct.", "5"),
     ("the FINAL ANSWER is: 5.", "5"),
     ("The final answer is 4. No: the final answer is 5.\nBye.", "5"),
-    ("The final answer is 5, and $x$ was $3$\n", "3"),
+    ("The final answer is 5, and $x$ was $3$\n", "5"),
+    ("The final answer is that $x$ is $3$\n", "3"),
+    ("The final answer is 3.5.", "3.5"),
+    ("The final answer is 5!", "5!"),
     ("It is $3$ and then $4$.", "4"),
     ("It is $$4$$", "4"),
     (r"It is \(4\).", "4"),
@@ -50,7 +74,95 @@ COMMITS = [
     ("５", "5"),
     ("", ""),
     (r"\boxed{}", ""),
-    ("}{", "}{"),
+    ("}{", ""),
+    ("It is $4$ or $ $", "4"),
+    ("So the answer is 42.", "42"),
+    (r"\boxed{\{\}}", r"\{\}"),
+    (r"\boxed{\emptyset}", r"\emptyset"),
+    (r"\boxed{5}, \boxed{-}", "-"),
+]
+EMPTY_BOXES = [
+    *(
+        r"\boxed{}",
+        r"\boxed .",
+        r"\boxed{.}",
+        r"\boxed{\text{}}",
+        r"\boxed{ }",
+        "\\boxed{\n}",
+        r"\boxed{\quad}",
+        r"\boxed{\mathrm{}}",
+        r"\boxed{~}",
+    ),
+    *(
+        r"\boxed{\,}",
+        r"\boxed{\ }",
+        r"\boxed{\text{ }}",
+        r"\boxed{\textbf{\quad}}",
+        r"\boxed{$ $}",
+        r"\boxed{{}}",
+        r"\boxed{\boxed{}}",
+        r"\fbox{}",
+    ),
+    *(
+        r"\boxed{\phantom{5}}",
+        r"\boxed{\hspace{1cm}}",
+        r"\boxed{\displaystyle}",
+        r"\boxed{\left(\right)}",
+        r"\boxed{?}",
+        r"\boxed{\_\_}",
+        "\\boxed{\u200b}",
+    ),
+    *(
+        r"\boxed{\ldots}",
+        r"\boxed{\operatorname{}}",
+        r"\boxed{\underline{\hspace{1cm}}}",
+        r"\boxed{\color{red}}",
+        "\\boxed{\u00a0}",
+        r"\boxed{,}",
+    ),
+]
+
+# Exact at any magnitude, where math-verify drops differences below 1e-15.
+SMALL_RIGHT = [
+    ("2^{-60}", r"\frac{1}{1152921504606846976}"),
+    (r"\sqrt{12}\cdot 10^{-20}", r"2\sqrt{3}\cdot 10^{-20}"),
+    (r"10^{-40}(\sqrt{3}+1)^2", r"10^{-40}(4+2\sqrt{3})"),
+    ("e^{-50}", r"\frac{1}{e^{50}}"),
+    (r"\frac{x}{2^{60}}", "2^{-60}x"),
+    (r"(2^{-60}, 1)", r"(\frac{1}{2^{60}}, 1)"),
+    (r"2^{-1000}", r"(\frac{1}{2})^{1000}"),
+    (r"1.5\times 10^{-20}", r"15\times 10^{-21}"),
+    (r"1.5\times 10^{-8}", "0.000000015"),
+    (r"0.1\cdot 10^{-9}\pi", r"10^{-10}\pi"),
+    ("0.0000333333", r"\frac{1}{30000}"),
+    ("0.001235", r"\frac{1}{810}"),
+]
+SMALL_WRONG = [
+    ("2^{-60}", "2^{-61}"),
+    ("2^{-60}", "-2^{-60}"),
+    ("2^{-1000}", "2^{-1001}"),
+    ("2^{-100000}", "-2^{-100000}"),
+    ("0", "2^{-60}"),
+    ("2^{-60}x", "2^{-61}x"),
+    ("x^2+2^{-60}", "x^2"),
+    ("x=2^{-60}", "x=2^{-61}"),
+    ("x<2^{-60}", "x<2^{-61}"),
+    ("(2^{-60},1)", "(2^{-61},1)"),
+    ("[0,2^{-60}]", "[0,2^{-61}]"),
+    (r"\{2^{-60},3\}", r"\{2^{-61},3\}"),
+    (r"\begin{pmatrix}2^{-60}\\1\end{pmatrix}", r"\begin{pmatrix}2^{-61}\\1\end{pmatrix}"),
+    ("1+2^{-60}i", "1-2^{-60}i"),
+    ("e^{-50}", "e^{-60}"),
+    (r"\frac{1}{50!}", r"\frac{1}{51!}"),
+    (r"\sqrt{2}\cdot 10^{-20}", r"\sqrt{3}\cdot 10^{-20}"),
+    (r"\sqrt{2}+10^{-20}", r"\sqrt{2}"),
+    (r"1+\frac{1855077841}{1311738121}", r"1+\sqrt{2}"),
+    (r"1.5\cdot 10^{-20}", r"2.5\cdot 10^{-20}"),
+    (r"1.5\cdot 10^{-8}", r"2.5\cdot 10^{-8}"),
+    (r"1.5\cdot 10^{-8}", r"\frac{25}{10^9}"),
+    ("0.0000001", "2^{-25}"),
+    ("10^{20}+10^{-20}", "10^{20}"),
+    ("10^{30}+1", "10^{30}"),
 ]
 
 RIGHT = [
@@ -68,6 +180,25 @@ RIGHT = [
     (r"11,\! 111,\! 111", "11111111"),
     ("10^5", "100000"),
     ("5!", "120"),
+    (r"7,\!512", "7512"),
+    (r"7\,512", "7512"),
+    ("10,000, 20,000", "20000, 10000"),
+    ("7, 512", "512, 7"),
+    ("7, 512", r"\{7,512\}"),
+    ("(1,234)", "(1, 234)"),
+    ("x=1,000", "1000"),
+    # dashes
+    ("–8", "-8"),
+    ("‐8", "-8"),
+    ("‑8", "-8"),
+    ("‒8", "-8"),
+    ("﹣8", "-8"),
+    ("－8", "-8"),
+    (r"\frac{–1}{2}", r"-\frac{1}{2}"),
+    ("(–8, 1)", "(-8, 1)"),
+    ("10^{–2}", "0.01"),
+    # small numbers
+    *SMALL_RIGHT,
     # fractions
     (r"\frac{1}{2}", "0.5"),
     (r"\dfrac{1}{2}", r"\frac{1}{2}"),
@@ -137,6 +268,15 @@ WRONG = [
     (r"\frac{0}{0}", "5"),
     ("10000", "1,000"),
     ("1,00", "100"),
+    ("7, 512", "7512"),
+    ("7, 512", "7,512"),
+    ("1, 000", "1000"),
+    (r"7,\,512", "7512"),
+    (r"7,\ 512", "7512"),
+    ("3, 141, 592", "3141592"),
+    ("–8", "8"),
+    ("5–10", "-10"),
+    *SMALL_WRONG,
     ("(1,2)", "(2,1)"),
     ("(1,2)", "(1,2,3)"),
     ("[1,2)", "(1,2)"),
@@ -186,8 +326,26 @@ def test_wrong(answer: str, truth: str) -> None:
     assert not judge(answer, truth).correct
 
 
+@pytest.mark.parametrize("box", EMPTY_BOXES)
+def test_an_empty_box_hides_no_answer(box: str) -> None:
+    assert final_answer(rf"So \boxed{{12}} and {box}") == "12"
+    assert final_answer(f"So $12$, {box}") == "12"
+    assert final_answer(f"The final answer is $12$. {box}") == "12"
+    assert final_answer(f"{box} The final answer is 12.") == "12"
+    assert final_answer(rf"{box} \boxed{{12}}") == "12"
+    assert not verify(box, "12").correct
+    with pytest.raises(ValueError, match="must be a string with an answer"):
+        check(box)
+
+
 def test_an_answer_cannot_be_hedged() -> None:
-    assert not verify(r"$5$ \boxed{6} The final answer is 5.", "5").correct
+    offers = [
+        r"$5$ \boxed{5} The final answer is 6.",
+        r"$5$ The final answer is 5. \boxed{6}",
+        r"\boxed{5} \boxed{6} $5$",
+        "The answer is 5. $6$",
+    ]
+    assert [verify(response, "5").correct for response in offers] == [False] * 4
 
 
 def test_symbolic_checks_fire_on_any_thread() -> None:
