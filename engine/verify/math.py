@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.verify.expressions import equal
 from engine.verify.final_answer import final_answer
+from engine.verify.numbers import comma_separators
 from engine.verify.pool import alone
 from engine.verify.shown import shown
 from engine.verify.verdict import Verdict, Verifier
@@ -96,7 +97,6 @@ REWRITES = [
         (r"^\(([a-zA-Z])\)$", r"\1"),
     )
 ]
-SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*|\\,)(?=\d{3}(?!\d))")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 RATIONAL = re.compile(r"([-+]?)(?:(\d+(?:\.\d+)?)|\\frac\{(-?\d+)\}\{(-?\d+)\})", re.ASCII)
 
@@ -111,7 +111,7 @@ def normal_form(answer: str) -> str:
 
 def _join_thousands(answer: str) -> str:
     r"""1,000 · 1{,}000 · 1,\!000 as 1000. Not "7, 512", which is two numbers; nor (1,234), where a comma separates coordinates."""
-    answer = SEPARATOR.sub(",", answer)
+    answer = comma_separators(answer)
     return THOUSANDS.sub(lambda match: match[0] if _inside_brackets(answer[: match.start()]) else match[0].replace(",", ""), answer)
 
 

@@ -20,7 +20,7 @@ ASCII_TABLE = (
     | dict.fromkeys(map(ord, DASHES), "-")
     | {ord("⁄"): "/", ord("٫"): ".", ord("٬"): ","}
 )
-THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|[\u00a0\u2007\u2009\u202f])(?=\d{3}(?!\d))")
+SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\s?\\!\s?|[\u00a0\u2007\u2009\u202f])(?=\d{3}(?!\d))")
 LAST_DIGIT = re.compile(r"\d\D*\Z")
 NUMBER = re.compile(
     r"""(?:(?<![\w.,)\]}%])(?<!\d[$€£¥₹¢°'"′″])                 # after these, a minus separates
@@ -38,9 +38,14 @@ def ascii_signs(text: str) -> str:
     return text if text.isascii() else text.translate(ASCII_TABLE)
 
 
+def comma_separators(text: str) -> str:
+    """`text` with a comma for every thousands separator."""
+    return SEPARATOR.sub(",", text)
+
+
 def last_number(text: str) -> str | None:
     """The last number in `text`, without separators and currency, as Decimal accepts it or as "1/2"; None if there is none. Linear time."""
-    text = THOUSANDS.sub(",", ascii_signs(text))
+    text = comma_separators(ascii_signs(text))
     end = LAST_DIGIT.search(text)
     if end is None:
         return None
