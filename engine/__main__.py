@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.commands.arguments import SETTING, TORCHRUN
+from engine.commands.terminal import printable
 from engine.verify.verdict import Unjudged
 
 COMMANDS = {  # name -> its line in the help
@@ -40,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = _parsed(words)
         return importlib.import_module(f"engine.commands.{arguments.command}").main(arguments) or 0
     except (ValueError, OSError, FloatingPointError, Unjudged) as error:
-        _report(f"error: {' '.join(str(error).split())}")
+        _report(printable(f"error: {' '.join(str(error).split())}"))
         return 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.commands.arguments import SETTING, add_model, examples
+from engine.commands.terminal import printable
 from engine.config import Model, Parallel, override
 from engine.data.rows import Source, read_rows, whole_file
 from engine.rollout.config import RolloutConfig
@@ -90,7 +92,8 @@ def main(arguments: argparse.Namespace) -> None:
         else:
             lines = answer(generating, questions[0], world)
         if world.rank == 0:
-            print("\n\n".join(lines))
+            text = "\n\n".join(lines)
+            print(printable(text) if sys.stdout.isatty() else text)
 
 
 def answer(generating: GenerateConfig, question: str, world: World) -> list[str]:
