@@ -41,7 +41,7 @@ def test_rows_become_prompts(tmp_path: Path) -> None:
     ({"tokens": ["2"], "truth": "5"}, "tokens must be a list of integers"),
     ({"prompt": "2 + 3?"}, "a row needs truth, ground_truth or answer; this one has prompt"),
     ({"prompt": "2 + 3?", "truth": 5}, "truth=5 must be a string"),
-    ({"prompt": "2 + 3?", "truth": ["5"]}, "truth=[\"5\"] must be a string"),
+    ({"prompt": "2 + 3?", "truth": ["5"]}, "truth=['5'] must be a string"),
     ({"truth": "5"}, "a row needs tokens, messages or prompt; this one has truth"),
 ])  # fmt: skip
 def test_a_bad_row_is_refused_with_its_line(row: dict[str, Any], complaint: str, tmp_path: Path) -> None:
