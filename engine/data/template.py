@@ -120,10 +120,10 @@ class ChatTemplate:
         if not answers or answers[0] == 0:
             raise ValueError("messages needs an assistant turn with a turn before it; otherwise there is no response to train on")
         whole = self._render(chat.turns, chat.tools)
-        spans = {i: self._span(chat, i, whole) for i in chat.answers}
-        ids, starts = self._tokenize(whole, chat.mark, [start for start, _ in spans.values()])
+        spans = {i: self._span(chat, i, whole) for i in answers if chat.turns[i].get("weight", 1)}
+        ids, starts = self._tokenize(whole, chat.mark, self._cuts(chat, whole, spans))
         trained = np.zeros(len(ids), np.uint8)
-        for start, end in (spans[i] for i in answers if chat.turns[i].get("weight", 1)):
+        for start, end in spans.values():
             trained |= (starts >= start) & (starts < end)
         return some_trained(np.array(ids, np.int32), trained[1:])
 
@@ -131,9 +131,7 @@ class ChatTemplate:
         """Tokens int32 [L] of a conversation, ending in the template's generation prompt."""
         chat = self._read(messages, tools)
         whole = self._render(chat.turns, chat.tools, open_ended=True)
-        before = (self._render(chat.turns[:i], chat.tools, open_ended=True) for i in chat.answers)
-        cuts = [len(chat.unmarked(start)) for start in before if whole.startswith(start)]
-        return np.array(self._tokenize(whole, chat.mark, cuts)[0], np.int32)
+        return np.array(self._tokenize(whole, chat.mark, self._cuts(chat, whole, {}))[0], np.int32)
 
     def plain(self, text: str, continued: bool = False) -> np.ndarray:
         """Tokens int32 [L] of text without a template. Starts with bos if the tokenizer adds it, unless `continued`."""
@@ -229,6 +227,16 @@ class ChatTemplate:
         end = len(prompt) + closed.end() if closed else len(upto)
         return len(chat.unmarked(prompt)), len(chat.unmarked(upto[:end]))
 
+    def _cuts(self, chat: Conversation, whole: str, spans: Mapping[int, tuple[int, int]]) -> list[int]:
+        """Where assistant turns start in `whole` without its marks: as in `spans`, or else where the template only appended since."""
+        cuts = []
+        for i in chat.answers:
+            if i in spans:
+                cuts.append(spans[i][0])
+            elif whole.startswith(prompt := self._render(chat.turns[:i], chat.tools, open_ended=True)):
+                cuts.append(len(chat.unmarked(prompt)))
+        return cuts
+
     def _closed(self, turn: str, mark: str, closing: re.Pattern[str]) -> re.Match[str] | None:
         """The first of the tokens `closing` among the control tokens and blanks at the end of what is rendered for an assistant turn."""
         control = rf"(?<!{mark})(?:{self._any_control.pattern})"
@@ -257,12 +265,13 @@ class ChatTemplate:
     def _pieces(self, part: str, cuts: list[int], *, follows: bool) -> list[tuple[int, Tokens]]:
         """`part` encoded in pieces, each with its index: cut where the ids before a cut depend on the text after it."""
         pieces, begin = [], 0
+        last = None if cuts else self._encode_text(part, follows=follows)
         for cut, after in pairwise([*cuts, len(part)]):
-            head, longer = (self._encode_text(part[begin:end], follows=follows or begin > 0) for end in (cut, after))
-            if longer[0][: len(head[0])] != head[0]:
+            head, last = (self._encode_text(part[begin:end], follows=follows or begin > 0) for end in (cut, after))
+            if last[0][: len(head[0])] != head[0]:
                 pieces.append((begin, head))
-                begin = cut
-        pieces.append((begin, self._encode_text(part[begin:], follows=follows or begin > 0)))
+                begin, last = cut, None
+        pieces.append((begin, last or self._encode_text(part[begin:], follows=follows or begin > 0)))
         if begin:
             joined = self._encoder.decode([id for _, (ids, _) in pieces for id in ids], skip_special_tokens=False)
             if joined != self._encoder.decode(self._encode_text(part, follows=follows)[0], skip_special_tokens=False):

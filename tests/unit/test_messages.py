@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from engine.data.template import TULU, ChatTemplate
 from engine.data.tokenizer import load_tokenizer
-from tests.support.chat_templates import CHATS, ask, trained_text, word_tokenizer
+from tests.support.chat_templates import CHATS, FORMATS, ask, trained_text, word_tokenizer
 
 END = 259
 
@@ -76,6 +76,19 @@ def test_a_role_that_the_template_drops_is_refused_by_name():
     with pytest.raises(ValueError, match=r"does not render messages\[0\], whose role is system; remove it"):
         chat.encode([{"role": "system", "content": "Be brief."}, *ask("q", "a")])
     assert trained_text(chat, ask("q", "a")) == "a<|end|>"
+
+
+def test_earlier_turns_may_be_rewritten_if_they_are_not_trained():
+    """Qwen3 drops the reasoning of earlier turns: with weight 0 they need not be located."""
+    chat = ChatTemplate(FORMATS["qwen-3"].tokenizer())
+    messages = [*ask("q", "a"), *ask("r", "b")]
+    with pytest.raises(ValueError, match="differently as the conversation grows"):
+        chat.encode(messages)
+    messages[1]["weight"] = 0
+    tokens, mask = chat.encode(messages)
+    assert tokens.tolist() == chat.tokenizer.apply_chat_template(messages, return_dict=False)
+    assert chat.tokenizer.decode(tokens[1:][mask == 1]) == "<think>\n\n</think>\n\nb<|im_end|>"
+    assert chat.encode(messages, given=3)[1].tolist() == mask.tolist()
 
 
 def test_a_turn_of_weight_0_is_not_trained():
