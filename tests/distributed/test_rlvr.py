@@ -276,9 +276,9 @@ def metric_records(folder: Path) -> list[dict[str, Any]]:
     ("changes", "error"),
     [
         ({"verifier": "nonesuch"}, "verifier='nonesuch' is unknown"),
-        ({"max_prompt_tokens": 4}, "over max_prompt_tokens=4"),
-        ({"max_prompt_tokens": 120, "tokens_per_microbatch": 256}, "over the model's context"),
-        ({"stop": ("no such token",)}, "stop='no such token' is no token"),
+        ({"max_prompt_tokens": 4}, "more than max_prompt_tokens=4"),
+        ({"max_prompt_tokens": 120, "tokens_per_microbatch": 256}, "exceeds the model's context"),
+        ({"stop": ("no such token",)}, "stop='no such token' is not a token"),
         (
             {"critic": replace(jobs_rlvr.make_run(FOLDER, Parallel()).algorithm.critic, model=Model(init=jobs.TINY))},
             "a reward model is needed",
