@@ -25,7 +25,10 @@ from engine.data.rows import Source
 from engine.dryrun.model_shapes import shape_of
 from engine.losses import ppo_clip, ppo_first, ppo_terms, value_clip
 from engine.rollout.config import RolloutConfig
-from engine.types import LossFunction, Sample
+from engine.rollout.engine import Response
+from engine.rollout.verification import Rollout
+from engine.types import LossFunction, Prompt, Sample
+from engine.verify.verdict import Verdict
 from tests.distributed.test_rlvr import FOLDER, check_same, one_rank, told
 from tests.support import jobs_rlvr
 from tests.support import tulu3_definition as definition
@@ -193,6 +196,25 @@ def test_what_the_output_layer_computes_is_the_same_average() -> None:
         assert float(terms.weight_T.sum()) == pytest.approx(loss.count)
         assert bool((terms.weight_T > 0).eq(packed.mask_T).all())
         assert ppo_first(torch.zeros(2, len(packed.tokens_T)), packed, **how).count == loss.count
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize(
+    ("size", "stopped", "score", "slots"), [(1, True, 10.0, 1), (23, True, 10.0, 1), (24, True, 10.0, 0), (24, False, -10.0, 0)]
+)
+def test_a_response_gets_a_slot_where_there_is_room(compat: bool, size: int, stopped: bool, score: float, slots: int) -> None:
+    """Also one whose stop token is the last that fits gets its score there."""
+    trainer: Any = SimpleNamespace(config=jobs_rlvr.asked(FOLDER, Parallel(), tulu3_compat=compat).algorithm)
+    trainer._score = partial(RLVRTrainer._score, trainer)
+    logprobs = -np.arange(1, size + 1, dtype=np.float32)
+    response = Response(np.arange(50, 50 + size, dtype=np.int32), logprobs, stopped)
+    rollout = Rollout(Prompt(np.array([1, 2, 3], np.int32)), response, "", Verdict(True, ""))
+    sample, extra = RLVRTrainer._sample(trainer, rollout, 5), slots * compat
+    assert sample.old_logprob is not None
+    assert sample.tokens.tolist() == [1, 2, 3, *response.tokens.tolist(), *[49 + size] * extra]
+    assert sample.mask.tolist() == [0, 0, *[1] * size, *[0] * extra]
+    assert sample.old_logprob.tolist() == [0, 0, *logprobs.tolist(), *[0] * extra]
+    assert (sample.tokens.dtype, sample.reward, sample.version) == (np.int32, score, 5)
 
 
 def shares(step: int = 3, count: int = 24, **changes: Any) -> list[list[Sample]]:
