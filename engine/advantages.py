@@ -27,14 +27,14 @@ def kl_estimate(logprob: np.ndarray, ref_logprob: np.ndarray, kind: Kl) -> np.nd
     return ratio**2 / 2 if kind == "k2" else np.expm1(-ratio) + ratio
 
 
-def token_rewards(sample: Sample, kl_coef: float, kl: Kl) -> np.ndarray:
-    """-kl_coef * KL at each response token, plus the sample's score at the last one; float32 [L] (arXiv 2411.15124, section 6)."""
+def token_rewards(sample: Sample, kl_coef: float, kl: Kl, place: int) -> np.ndarray:
+    """-kl_coef * KL at each response token, plus the sample's score at position `place`; float32 [L] (arXiv 2411.15124, section 6)."""
     rewards = np.zeros(sample.length)
     if kl_coef:
         assert sample.old_logprob is not None
         assert sample.ref_logprob is not None
         rewards = -kl_coef * kl_estimate(sample.old_logprob, sample.ref_logprob, kl) * sample.mask
-    rewards[last_token(sample)] += _score(sample)
+    rewards[place] += _score(sample)
     return rewards.astype(np.float32)
 
 
@@ -51,31 +51,57 @@ def last_token(sample: Sample) -> int:
 
 
 def by_critic(
-    samples: Sequence[Sample], *, kl_coef: float, kl: Kl, gamma: float, lam: float, whiten: Whiten, ranks: int, device: torch.device
+    samples: Sequence[Sample],
+    *,
+    kl_coef: float,
+    kl: Kl,
+    gamma: float,
+    lam: float,
+    whiten: Whiten,
+    ranks: int,
+    device: torch.device,
+    score_slot: bool = False,
 ) -> list[Sample]:
     """`samples` with `advantage` and `returns`, by generalized advantage estimation from their `value` (arXiv 1506.02438).
 
     whiten: "batch" normalizes the advantages of all response tokens to mean 0 and variance 1; "rank" does so separately for each of
     `ranks` equal parts of the batch, like Tülu 3's trainer; "none" does not normalize. Returns always use the raw advantages.
+    score_slot: the score is the reward of each sample's last position, even if its mask is 0 (the slot after the stop token of Tülu 3's
+    trainer), instead of the last response token. Such a slot has a value and a return, but no advantage.
     Raises ValueError if a reward is not finite.
     """
     if not samples:
         return []
     values = [np.asarray(sample.value) for sample in samples]
-    rewards = [token_rewards(sample, kl_coef, kl) for sample in samples]
-    reward_T, value_T, mask_T = (
-        torch.from_numpy(np.concatenate(column)).to(device) for column in (rewards, values, [s.mask for s in samples])
-    )
+    places = [sample.length - 1 if score_slot else last_token(sample) for sample in samples]
+    rewards = [token_rewards(sample, kl_coef, kl, place) for sample, place in zip(samples, places, strict=True)]
+    masks = [_with_place(sample.mask, place) for sample, place in zip(samples, places, strict=True)]
+    reward_T, value_T, mask_T = (torch.from_numpy(np.concatenate(column)).to(device) for column in (rewards, values, masks))
     lengths = [sample.length for sample in samples]
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
     advantage_T, returns_T, partials_3S = gae(reward_T, value_T, mask_T, cu_seqlens, gamma, lam)
     advantages, returns = (list(x.cpu().split(lengths)) for x in (advantage_T, returns_T))
+    if score_slot:
+        advantages = [advantage * torch.from_numpy(s.mask) for advantage, s in zip(advantages, samples, strict=True)]
+        partials_3S = _partials(advantages, samples)
     parts = {"batch": 1, "rank": ranks, "none": 0}[whiten]
     for part in np.array_split(np.arange(len(samples)), parts) if parts else ():
         mean, scale = _whitening(partials_3S[:, part])
         for i in part:
             advantages[i] = (advantages[i] - mean) * scale * torch.from_numpy(samples[i].mask)
     return [replace(s, advantage=a.numpy(), returns=r.numpy()) for s, a, r in zip(samples, advantages, returns, strict=True)]
+
+
+def _with_place(mask: np.ndarray, place: int) -> np.ndarray:
+    mask = mask.copy()
+    mask[place] = 1
+    return mask
+
+
+def _partials(advantages: Sequence[torch.Tensor], samples: Sequence[Sample]) -> torch.Tensor:
+    """The partials that `gae` returns, over each sample's response tokens alone: float64 [3, S]."""
+    tokens = [advantage.double()[torch.from_numpy(s.mask > 0)] for advantage, s in zip(advantages, samples, strict=True)]
+    return torch.tensor([[len(x), x.mean(), (x - x.mean()).square().sum()] for x in tokens], dtype=torch.float64).T
 
 
 def _whitening(partials_3S: torch.Tensor) -> tuple[float, float]:

@@ -111,12 +111,20 @@ def _pairs(packed: Packed) -> Tensor:
 
 
 def ppo_clip(
-    logprob_T: Tensor, packed: Packed, *, average: Average, clip_low: float, clip_high: float, kl: Literal["k1", "k2", "k3"], kl_coef: float
+    logprob_T: Tensor,
+    packed: Packed,
+    *,
+    average: Average | int,
+    clip_low: float,
+    clip_high: float,
+    kl: Literal["k1", "k2", "k3"],
+    kl_coef: float,
 ) -> Loss:
     """PPO's clipped policy loss (arXiv 1707.06347, equation 7), plus kl_coef * KL(policy, reference).
 
-    average: "token" weights all response tokens equally, "sequence" all responses (Tülu 3's choice). The microbatch needs advantage_T,
-    old_logprob_T and, unless kl_coef is 0, ref_logprob_T.
+    average: "token" weights all response tokens equally, "sequence" all responses, and a number n all groups of n consecutive samples
+    of the batch, whose tokens are weighted equally within the group (Tülu 3's trainer, n responses per device). A group must not be split
+    over microbatches. The microbatch needs advantage_T, old_logprob_T and, unless kl_coef is 0, ref_logprob_T.
     """
     assert packed.advantage_T is not None
     assert packed.old_logprob_T is not None
@@ -136,7 +144,7 @@ def ppo_clip(
     return Loss(total, count, {name: (value, count) for name, value in named.items()})
 
 
-def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **options: Any) -> Loss:
+def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average | int, **options: Any) -> Loss:
     """`ppo_clip` for responses of the current weights: the ratio is 1, and its gradient is that of REINFORCE.
 
     output_2T: log-probs and entropies. old_logprob_T: the sampler's log-probs. Metrics in addition to those of ppo_clip, as means over
@@ -151,7 +159,7 @@ def ppo_first(output_2T: Tensor, packed: Packed, *, average: Average, **options:
     return replace(loss, metrics=loss.metrics | metrics, maxima={"rollout/logprob_diff_max": gap_T.max()})
 
 
-def ppo_terms(packed: Packed, *, average: Average, on_policy: bool = False, kl_coef: float, **options: Any) -> TokenTerms:
+def ppo_terms(packed: Packed, *, average: Average | int, on_policy: bool = False, kl_coef: float, **options: Any) -> TokenTerms:
     """`ppo_clip` as a sum over tokens; `on_policy`: `ppo_first`."""
     weight_T, _ = _weights(packed, average)
     old_T, ref_T = None if on_policy else packed.old_logprob_T, packed.ref_logprob_T if kl_coef else None
@@ -163,21 +171,37 @@ def ppo(on_policy: bool, **options: Any) -> TokenLoss:
     return TokenLoss(partial(ppo_first if on_policy else ppo_clip, **options), partial(ppo_terms, on_policy=on_policy, **options))
 
 
-def value_clip(value_T: Tensor, packed: Packed, *, average: Average, clip: float, coef: float) -> Loss:
-    """PPO's clipped value loss: coef * max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2, with the return R."""
+def value_clip(value_T: Tensor, packed: Packed, *, average: Average | int, clip: float, coef: float, score_slot: bool = False) -> Loss:
+    """PPO's clipped value loss: coef * max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2, with the return R.
+
+    `average` as in `ppo_clip`. score_slot: the last position of each sample is trained as well; see advantages.by_critic.
+    """
     assert packed.value_T is not None
     assert packed.returns_T is not None
-    weight_T, count = _weights(packed, average)
+    weight_T, count = _weights(_with_score_slots(packed) if score_slot else packed, average)
     total = value_loss(value_T, packed.value_T, packed.returns_T, weight_T, clip=clip)
     return Loss(coef * total, count, {"loss": (total.detach(), count)})
 
 
-def _weights(packed: Packed, average: Average) -> tuple[Tensor, int]:
-    """Weight of each token's loss, float32 [T], and the denominator of their sum: number of response tokens, or of responses."""
+def _with_score_slots(packed: Packed) -> Packed:
+    """The microbatch with mask 1 at the last position of each of its samples. Counting its tokens synchronizes with the device."""
+    ends = [end - 1 for index, end in zip(packed.index_S, packed.cu_seqlens[1:].tolist(), strict=True) if index >= 0]
+    mask_T = packed.mask_T.clone()
+    mask_T[torch.tensor(ends, dtype=torch.int64, device=mask_T.device)] = True
+    return replace(packed, mask_T=mask_T, counted_S=None)
+
+
+def _weights(packed: Packed, average: Average | int) -> tuple[Tensor, int]:
+    """Weight of each token's loss, float32 [T], and the denominator of their sum: number of response tokens, or of groups of responses."""
     mask_T, tokens_S = packed.mask_T.float(), packed.counts()
     if average == "token":
         return mask_T, int(tokens_S.sum())
-    share_S = torch.where(tokens_S > 0, 1 / tokens_S.clamp_min(1).double(), 0.0).float()
+    size = 1 if average == "sequence" else average
+    _, group_S = (
+        torch.tensor(packed.index_S, dtype=torch.int64).div(size, rounding_mode="floor").unique(return_inverse=True)
+    )  # -1: all padding
+    tokens_G = tokens_S.new_zeros(len(group_S)).index_add(0, group_S, tokens_S)
+    share_G = torch.where(tokens_G > 0, 1 / tokens_G.clamp_min(1).double(), 0.0).float()
     lengths_S = packed.cu_seqlens.diff().long()
-    share_T = share_S.repeat_interleave(lengths_S, output_size=len(mask_T))
-    return mask_T * share_T.to(mask_T.device, non_blocking=True), int((tokens_S > 0).sum())
+    share_T = share_G[group_S].repeat_interleave(lengths_S, output_size=len(mask_T))
+    return mask_T * share_T.to(mask_T.device, non_blocking=True), int((tokens_G > 0).sum())

@@ -120,11 +120,12 @@ def learn(algorithm: Algorithm, step: int, steps: int, samples: list[Sample], bu
     """Update every learner on every minibatch; returns the means of the updates' metrics, and the floating-point operations of all."""
     values: dict[str, list[float]] = {}
     flops = 0.0
-    for minibatch in algorithm.minibatches(step, samples):
+    minibatches = list(algorithm.minibatches(step, samples))
+    for update, minibatch in enumerate(minibatches):
         for learner in algorithm.learners:
             _, policy, loss, temperature, entropy = learner
             assert policy.optim is not None
-            lr = policy.optim.lr_at(step, steps)
+            lr = policy.optim.lr_at(step, steps, update, len(minibatches))
             packed = batch(minibatch, budget, **policy.batch_options, out=arena)
             metrics = policy.update(packed, loss, lr, temperature, entropy=entropy) | {"lr": lr}
             flops += 3 * forward_flops(learner, minibatch)

@@ -34,6 +34,7 @@ class DPO:
     normalize: bool = True  # rewards are means over the response's tokens; False: sums (plain DPO)
     label_smoothing: float = 0.0  # assumed share of pairs with swapped labels, in [0, 0.5)
     nll_weight: float = 0.0  # coefficient of the chosen response's negative log-likelihood per token; 0: no such term
+    tulu3_compat: bool = False  # Tülu 3's labels: all assistant turns are trained and counted, not only those that differ in a pair
     epochs: float = 1.0  # passes over the sources, by weight; may be fractional
     max_length: int = 2048  # predicted tokens of prompt and response, for chosen and rejected each
     too_long: TooLong = "error"  # for longer pairs: "error", "drop" or "truncate" (both on the right); dropped and truncated are counted
@@ -76,7 +77,7 @@ class DPO:
 
         chat = open_chat(run.model, policy.folder, self.chat_template)
         sources = (*self.sources, *self.held_out)
-        options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
+        options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows, "all_turns": self.tulu3_compat}
         prepared = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
         for source, pairs in zip(sources, prepared, strict=True):
             pairs.check_fit(source.path, run.microbatch_tokens)

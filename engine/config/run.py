@@ -19,6 +19,7 @@ class Optim:
     lr: float
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = 0.0  # warm-up steps / all steps
+    hf_schedule: bool = False  # Hugging Face's and Tülu 3's: warm-up starts at 0, not lr / warm-up steps; RLVR's updates each have a rate
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -34,11 +35,16 @@ class Optim:
         if not self.max_grad_norm >= 0:
             raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must not be negative; use 1.0, or 0 for no clipping")
 
-    def lr_at(self, step: int, steps: int) -> float:
-        """Learning rate of `step` (counted from 0) of `steps`: linear warm-up to `lr`, then the schedule."""
-        warmup = round(self.warmup_ratio * steps)
+    def lr_at(self, step: int, steps: int, update: int = 0, updates: int = 1) -> float:
+        """The learning rate of `update` of the `updates` of `step` (both from 0) of `steps`: linear warm-up to `lr`, then the schedule
+        down to 0. It is the same for all updates of a step; with hf_schedule, it is that of transformers.get_scheduler after as many
+        steps as there were updates, for int(warmup_ratio * all updates) warm-up steps.
+        """
+        if self.hf_schedule:
+            step, steps = step * updates + update, steps * updates
+        warmup = int(self.warmup_ratio * steps) if self.hf_schedule else round(self.warmup_ratio * steps)
         if step < warmup:
-            return self.lr * (step + 1) / warmup
+            return self.lr * (step + (not self.hf_schedule)) / warmup
         if self.schedule == "constant":
             return self.lr
         done = (step - warmup) / max(1, steps - warmup)

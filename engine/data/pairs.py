@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,16 @@ def prepare_pairs(
     too_long: TooLong = "error",
     bad_rows: BadRows = "error",
     whole: bool = False,
+    all_turns: bool = False,
     cache: Path,
 ) -> Pairs:
     """Tokenize the pairs of `source`, or open the cached ones of an equal call. Arguments and errors are those of corpus.prepare.
 
     `max_length` limits chosen and rejected each, prompt included. Both are truncated, or the pair is dropped. `whole` includes the last
-    token in the model's input, which a reward model needs and a language model does not.
+    token in the model's input, which a reward model needs and a language model does not. `all_turns`: as in encode_pair.
     """
-    reader = WHOLE_PAIR if whole else PAIR
+    assert not (whole and all_turns), "a reward model reads the last token only"
+    reader = WHOLE_PAIR if whole else ALL_TURNS_PAIR if all_turns else PAIR
     return Pairs(prepare(source, chat, max_length=max_length, too_long=too_long, bad_rows=bad_rows, cache=cache, reader=reader))
 
 
@@ -80,14 +83,14 @@ def grouped(pairs: Sequence[Pair]) -> list[Sample]:
     return [replace(half, group=p) for p, pair in enumerate(pairs) for half in pair]
 
 
-def encode_pair(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
+def encode_pair(chat: ChatTemplate, row: Mapping[str, Any], all_turns: bool = False) -> Sequences:
     """Tokens int32 [L + 1] and mask uint8 [L] of the chosen and of the rejected conversation of a row, in this order.
 
     Two formats are accepted:
     - chosen and rejected are responses: text, or messages that start with an assistant turn. `prompt` is the question (text) or the
       preceding conversation; `messages` is another name for the latter. If a row has both, prompt (such as a system turn) comes first.
     - chosen and rejected are full conversations with a common beginning, as in the Tülu mixtures. prompt and messages are ignored.
-    The mask is 1 for the assistant turns that the two do not share.
+    The mask is 1 for the assistant turns that the two do not share; with `all_turns`, for every assistant turn after the first message.
 
     Raises ValueError for any other format, an empty response, equal responses, and conversations that differ before an assistant turn.
     """
@@ -104,7 +107,8 @@ def encode_pair(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
         before = _before(row)
         halves = [[*before, *half] for half in halves]
     shared = _shared(*halves)
-    return _distinct([chat.encode(half, given=shared, tools=row.get("tools")) for half in halves])
+    first = 1 if all_turns else shared
+    return _distinct([chat.encode(half, given=first, tools=row.get("tools")) for half in halves])
 
 
 def _plain(chat: ChatTemplate, row: Mapping[str, Any]) -> Sequences:
@@ -177,4 +181,5 @@ def _distinct(sequences: Sequences) -> Sequences:
 
 
 PAIR = Reader("pair", 2, encode_pair)
+ALL_TURNS_PAIR = Reader("pair, all turns", 2, partial(encode_pair, all_turns=True))
 WHOLE_PAIR = Reader("whole pair", 2, lambda chat, row: [read_whole(*half) for half in encode_pair(chat, row)])

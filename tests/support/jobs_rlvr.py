@@ -106,6 +106,17 @@ def steps(world: World, folder: Path, parallel: Parallel, **changes: Any) -> lis
         return learned(algorithm, settings)
 
 
+def critic_values(world: World, folder: Path, tokens: list[list[int]]) -> list[list[float]]:
+    """The values that the critic of `asked` starts with, at each predicted token of the sequences."""
+    from engine.megatron.policy import Policy
+    from engine.rollout.token_values import token_values
+
+    settings = make_run(folder, Parallel())
+    critic, samples = settings.algorithm.critic, [Sample(np.array(t, np.int32), np.ones(len(t) - 1, np.uint8)) for t in tokens]
+    with closing(Policy(critic.model, None, Parallel(), world, seed=settings.seed)) as policy:
+        return [values.tolist() for values in token_values(policy, samples, 96, policy.values)]
+
+
 def learned(algorithm: Any, settings: Run) -> list[dict[str, Any]]:
     """The results of `steps`."""
     from engine.train import learn

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, get_scheduler
 
 from engine.algorithms.sft import SFT
 from engine.config import Model, ModelShape, Optim, Parallel, RopeScaling, Run, even_split, override, padded_vocab, to_dict
 from engine.data.rows import Source
 from engine.models.families import from_hf, to_hf
+from tests.support.tulu3_definition import learning_rates
 
 SHAPE = ModelShape(layers=30, hidden=576, ffn=1536, heads=9, kv_heads=3, vocab=49152, tied=True)
 RUN = Run(Model(init=SHAPE), None, Optim(1e-3))
@@ -95,6 +97,27 @@ def test_schedules() -> None:
     assert [cosine.lr_at(s, 20) for s in (0, 2, 11)] == pytest.approx([0.5, 1.0, 0.5])
     constant = replace(linear, schedule="constant")
     assert [constant.lr_at(s, 20) for s in (0, 2, 19)] == pytest.approx([0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "steps", "updates"), [(0.0, 7, 1), (0.1, 30, 1), (0.29, 25, 4), (0.03, 10, 2)])
+def test_hugging_faces_schedule(schedule: Any, warmup: float, steps: int, updates: int) -> None:
+    """The rates of transformers' schedulers, one step after each update; and, for the linear one, of Tülu 3's description."""
+    optim, count = Optim(lr=0.5, schedule=schedule, warmup_ratio=warmup, hf_schedule=True), steps * updates
+    rates = [optim.lr_at(step, steps, update, updates) for step in range(steps) for update in range(updates)]
+    theirs = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, theirs, num_warmup_steps=int(count * warmup), num_training_steps=count)
+    expected = []
+    for _ in range(count):
+        expected.append(scheduler.get_last_lr()[0])
+        theirs.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected, rel=1e-12)
+    if schedule == "linear":
+        assert rates == pytest.approx(learning_rates(0.5, warmup, count), rel=1e-12)
+    ours = replace(optim, hf_schedule=False)
+    assert {ours.lr_at(0, steps, update, updates) for update in range(updates)} == {ours.lr_at(0, steps)}
 
 
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, tied=False, rope_scaling=RopeScaling(), head_dim=32, rope_theta=5e5)])

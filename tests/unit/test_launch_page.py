@@ -75,7 +75,7 @@ def test_every_stage_starts_from_the_output_of_another() -> None:
 
 def test_settings_and_recipes_of_the_page_exist() -> None:
     run = load_recipe(str(ROOT / "recipes/tulu3_405b_rlvr.py"))
-    for name in sorted(set(re.findall(r"`((?:parallel|algorithm|optim)\.[a-z_.]+)", PAGE)) - {"algorithm.batch_size", "algorithm.sources"}):
+    for name in sorted(set(re.findall(r"`((?:parallel|algorithm|optim)\.[\w.]+)", PAGE)) - {"algorithm.batch_size", "algorithm.sources"}):
         value = run
         for part in name.split("."):
             value = getattr(value, part)

@@ -9,13 +9,18 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 
+from engine.batching.build import batch
 from engine.data.mixture import Mixture
 from engine.data.pairs import Pairs, encode_pair, grouped, prepare_pairs
 from engine.data.rows import Source
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer
 from engine.data.wordproblems import write
+from engine.losses import dpo
+from engine.types import Sample
+from tests.support import tulu3_definition
 
 TOKENIZER, BARE = load_tokenizer("bytes"), load_tokenizer("bytes")
 BARE.chat_template = None
@@ -68,6 +73,54 @@ def test_only_tokens_after_the_common_prefix_are_trained() -> None:
     assert (trained(*chosen), trained(*rejected)) == (f"4{eos}", f"five{eos}")
     early = encode_pair(CHAT, {"chosen": [Q, GOOD, turn("user", "so?"), GOOD], "rejected": [Q, BAD]})
     assert (trained(*early[0]), trained(*early[1])) == (f"4{eos}4{eos}", f"five{eos}")
+
+
+SYSTEM, SO, MORE = turn("system", "Brief."), turn("user", "so?"), turn("assistant", "four!")
+MANY_TURNS: list[tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, str]]]] = [  # shared, chosen, rejected
+    ([Q], [GOOD], [BAD]),
+    ([Q, MORE, SO], [GOOD], [BAD]),
+    ([SYSTEM, Q, MORE, SO, MORE, SO], [GOOD], [BAD]),
+    ([Q, MORE, SO], [GOOD, SO, MORE], [BAD]),
+    ([Q], [GOOD, SO, GOOD], [BAD, Q, MORE]),
+]
+
+
+@pytest.mark.parametrize(("shared", "chosen", "rejected"), MANY_TURNS)
+def test_all_turns_are_trained_as_in_tulu_3(shared: Any, chosen: Any, rejected: Any) -> None:
+    """Labels and loss: every answer is trained, and divides the sums of log-probs, the shared ones on both sides."""
+    chat, draw = ChatTemplate(TOKENIZER, "tulu"), np.random.default_rng(0)
+    whole = {"chosen": [*shared, *chosen], "rejected": [*shared, *rejected]}
+    apart = {"prompt": shared, "chosen": chosen, "rejected": rejected}
+    halves, sides, policy = encode_pair(chat, whole, all_turns=True), [], []
+    for (tokens, mask), again, half in zip(halves, encode_pair(chat, apart, all_turns=True), whole.values(), strict=True):
+        pieces = tulu3_definition.labelled(half, TOKENIZER.eos_token)
+        encoded = [(TOKENIZER.encode(text, add_special_tokens=False), is_trained) for text, is_trained in pieces]
+        assert tokens.tolist() == [token for ids, _ in encoded for token in ids] == again[0].tolist()
+        assert [0, *mask.tolist()] == [int(is_trained) for ids, is_trained in encoded for _ in ids] == [0, *again[1].tolist()]
+        pair = draw.normal(-1, 0.5, (2, len(mask))).astype(np.float32)
+        sides.append(Sample(tokens, mask, group=0, ref_logprob=pair[1]))
+        policy.append((pair[0], tuple(row[mask > 0].tolist() for row in pair)))
+    (packed,) = batch(sides, 1000)
+    loss = dpo(torch.from_numpy(np.concatenate([logprob for logprob, _ in policy])), packed, beta=5.0)
+    expected = tulu3_definition.dpo_norm(policy[0][1], policy[1][1], 5.0)
+    assert float(loss.total) == pytest.approx(expected, rel=1e-5)
+    trained_by_default = sum(int(mask.sum()) for _, mask in encode_pair(chat, whole))
+    assert (trained_by_default < sum(int(s.mask.sum()) for s in sides)) == (len(shared) > 1)
+
+
+def test_a_conversation_that_the_assistant_opens_is_kept() -> None:
+    """Its greeting answers nothing and stays untrained, in either mode; the answers after it are all trained."""
+    before = [turn("assistant", "Hello!"), Q, MORE, SO]
+    for all_turns, answers in ((False, "4"), (True, "four!|4")):
+        (chosen, _) = encode_pair(CHAT, {"prompt": before, "chosen": "4", "rejected": "five"}, all_turns=all_turns)
+        eos = str(TOKENIZER.eos_token)
+        assert trained(*chosen) == answers.replace("|", eos) + eos
+
+
+def test_all_turns_have_a_cache_of_their_own(tmp_path: Path) -> None:
+    row = {"prompt": [Q, MORE, SO], "chosen": "4", "rejected": "five"}
+    counts = [prepared(tmp_path, [row], all_turns=all_turns).counts.trained for all_turns in (False, True, False, True)]
+    assert counts == [len("4|five|"), len("four!|4|four!|five|")] * 2  # | for the end token
 
 
 def test_plain_text_without_a_template() -> None:

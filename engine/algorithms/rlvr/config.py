@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
     from engine.algorithms.rlvr.step import RLVRTrainer
     from engine.distributed.world import World
     from engine.megatron.policy import Policy
+
+
+_COUNTS = (
+    "prompts_per_step",
+    "samples_per_prompt",
+    "minibatches",
+    "epochs",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "tulu3_ranks",
+    "tulu3_per_device_batch",
+)
 
 
 @dataclass(frozen=True)
@@ -59,17 +72,20 @@ class RLVR:
     reference: Literal["resident", "offloaded"] = "resident"  # offloaded: reference weights are kept in host memory between uses
     gamma: float = 1.0  # discount of GAE
     gae_lambda: float = 0.95
-    whiten_advantages: Whiten = "batch"  # normalize over the batch, over each data-parallel rank's part ("rank", as in Tülu 3), or "none"
+    whiten_advantages: Whiten = "batch"  # normalize over the batch, over the part of each of this run's replicas ("rank"), or "none"
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
-    loss_average: Average = "token"  # token: mean over tokens; sequence: mean over responses of their token means (Tülu 3)
+    loss_average: Average = "token"  # token: mean over tokens; sequence: mean over responses of their token means
+    tulu3_compat: bool = False  # Tülu 3's trainer exactly: score slot, whitening, averages (docs/rlvr.md); needs advantage="critic"
+    tulu3_ranks: int = 1  # with tulu3_compat: GPUs of the run to reproduce; each whitens and shuffles its share of the responses
+    tulu3_per_device_batch: int = 1  # with tulu3_compat: responses whose tokens are averaged together, before the mean over such groups
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     chat_template: str = ""  # "tulu", "chatml" or Jinja source; "": the tokenizer's own
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
-        for name in ("prompts_per_step", "samples_per_prompt", "minibatches", "epochs", "max_prompt_tokens", "max_response_tokens"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must be at least 1")
         if self.temperature <= 0:
@@ -97,6 +113,30 @@ class RLVR:
             )
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
             raise ValueError(f"algorithm.minibatches={self.minibatches} exceeds the responses of a step; use {self._responses} or fewer")
+        self._check_compat()
+
+    def _check_compat(self) -> None:
+        ranks, group = self.tulu3_ranks, self.tulu3_per_device_batch
+        if not self.tulu3_compat:
+            if (ranks, group) != (1, 1):
+                raise ValueError(
+                    f"algorithm.tulu3_ranks={ranks} and tulu3_per_device_batch={group} have no effect without tulu3_compat; "
+                    "set algorithm.tulu3_compat=true, or both to 1"
+                )
+            return
+        if self.advantage != "critic":
+            raise ValueError(f"algorithm.tulu3_compat=True is PPO with a critic, and algorithm.advantage={self.advantage!r}; use 'critic'")
+        if self.prompts_per_step % ranks:
+            raise ValueError(
+                f"algorithm.tulu3_ranks={ranks} must divide prompts_per_step={self.prompts_per_step}: each GPU has as many prompts; "
+                f"use {math.gcd(ranks, self.prompts_per_step)}"
+            )
+        update = self._responses // ranks // self.minibatches
+        if self._responses != update * ranks * self.minibatches or update % group:
+            raise ValueError(
+                f"algorithm.tulu3_per_device_batch={group} times minibatches={self.minibatches} must divide the "
+                f"{self._responses // ranks} responses of each of tulu3_ranks={ranks}; use tulu3_per_device_batch=1 and minibatches=1"
+            )
 
     @property
     def _responses(self) -> int:
@@ -124,9 +164,19 @@ class RLVR:
             ),
             sequences_per_update=Limit(self._responses // self.minibatches, self._update, self._larger),
             context=whole,
-            problems=[*generation_problems(launch, self.rollout, whole), *critic],
+            problems=[*generation_problems(launch, self.rollout, whole), *critic, *self._group_problems(launch)],
             warnings=batch_size_warnings(launch, self.rollout, self._responses),
         )
+
+    def _group_problems(self, launch: Launch) -> Iterator[str]:
+        """Whether responses that are averaged together fit a microbatch."""
+        group, budget, tp = self.tulu3_per_device_batch, launch.run.microbatch_tokens, launch.run.parallel.tp
+        need = group * (self.max_prompt_tokens + self.max_response_tokens - 1)
+        if group > 1 and need > budget:
+            yield (
+                f"algorithm.tulu3_per_device_batch={group} responses share a microbatch and can have {need} tokens, over "
+                f"tokens_per_microbatch={budget}; use tokens_per_microbatch={-(-need // tp) * tp}"
+            )
 
     @property
     def _update(self) -> str:

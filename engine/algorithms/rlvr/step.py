@@ -67,14 +67,13 @@ class RLVRTrainer:
         """The policy, and the critic if there is one."""
         c = self.config
         kl_coef = c.kl_coef if c.advantage == "group" else 0.0
-        how = {"average": c.loss_average, "clip_low": c.clip_low, "clip_high": c.clip_high, "kl": c.kl_estimator, "kl_coef": kl_coef}
+        average = c.tulu3_per_device_batch if c.tulu3_compat else c.loss_average
+        how = {"average": average, "clip_low": c.clip_low, "clip_high": c.clip_high, "kl": c.kl_estimator, "kl_coef": kl_coef}
         learners = [Learner("policy", self.policy, ppo(c.single_update, **how), c.temperature, entropy=c.single_update)]
         if self.critic is not None and c.critic is not None:
-            learners.append(
-                Learner(
-                    "critic", self.critic, partial(value_clip, average=c.loss_average, clip=c.critic.value_clip, coef=c.critic.loss_coef)
-                )
-            )
+            clip, coef = c.critic.value_clip, c.critic.loss_coef
+            loss = partial(value_clip, average=average, clip=clip, coef=coef, score_slot=c.tulu3_compat)
+            learners.append(Learner("critic", self.critic, loss))
         return learners
 
     @property
@@ -117,11 +116,14 @@ class RLVRTrainer:
         return self.engine.extra_state()
 
     def _sample(self, rollout: Rollout, version: int) -> Sample:
+        """With tulu3_compat, a stopped response shorter than the limit gets a masked position after its stop token: the score slot."""
         prompt, response = rollout.prompt.tokens, rollout.response.tokens
-        mask = np.zeros(len(prompt) + len(response) - 1, np.uint8)
+        slots = int(self.config.tulu3_compat and rollout.response.stopped and len(response) < self.config.max_response_tokens)
+        tokens = np.concatenate([prompt, response, response[len(response) - slots :]])
+        answer = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        mask = np.zeros(len(tokens) - 1, np.uint8)
         logprob = np.zeros(len(mask), np.float32)
-        mask[len(prompt) - 1 :], logprob[len(prompt) - 1 :] = 1, rollout.response.logprobs
-        tokens = np.concatenate([prompt, response])
+        mask[answer], logprob[answer] = 1, rollout.response.logprobs
         return Sample(tokens, mask, reward=self._score(rollout), old_logprob=logprob, version=version)
 
     def _score(self, rollout: Rollout) -> float:
@@ -152,16 +154,16 @@ class RLVRTrainer:
         c = self.config
         if c.advantage == "group":
             return by_group(samples, [rollout.prompt.id for rollout in rollouts], c.group_scale)
-        device, ranks = self.policy.world.device, self.policy.grid.dp
         return by_critic(
             samples,
             kl_coef=c.kl_coef,
             kl=c.kl_estimator,
             gamma=c.gamma,
             lam=c.gae_lambda,
-            whiten=c.whiten_advantages,
-            ranks=ranks,
-            device=device,
+            whiten="rank" if c.tulu3_compat else c.whiten_advantages,
+            ranks=c.tulu3_ranks if c.tulu3_compat else self.policy.grid.dp,
+            device=self.policy.world.device,
+            score_slot=c.tulu3_compat,
         )
 
     def _importance_weighted(self, step: int, samples: list[Sample], rollouts: list[Rollout]) -> tuple[list[Sample], dict[str, float]]:
@@ -170,26 +172,35 @@ class RLVRTrainer:
         rollout/staleness     mean over responses of the optimizer steps between the weights that generated them and the current ones
         rollout/importance    mean of the tokens' truncated importance weights, and rollout/importance_max
         rollout/truncated     share of tokens whose weight was truncated to rollout.importance_cap
+
+        With tulu3_compat, advantages stay as they are, and only the staleness is reported.
         """
         rollout = self.config.rollout
         if not rollout.max_staleness:
             return samples, {}
-        samples, weights = off_policy(samples, [r.response.logprobs for r in rollouts], rollout.importance_cap)
-        truncated, staleness = np.mean(weights == rollout.importance_cap), np.mean([step - sample.version for sample in samples])
-        metrics = {"staleness": staleness, "importance": weights.mean(), "importance_max": weights.max(), "truncated": truncated}
+        metrics = {"staleness": np.mean([step - sample.version for sample in samples])}
+        if not self.config.tulu3_compat:
+            samples, weights = off_policy(samples, [r.response.logprobs for r in rollouts], rollout.importance_cap)
+            truncated = np.mean(weights == rollout.importance_cap)
+            metrics |= {"importance": weights.mean(), "importance_max": weights.max(), "truncated": truncated}
         return samples, {f"rollout/{name}": float(value) for name, value in metrics.items()}
 
     def minibatches(self, step: int, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Each epoch's optimizer steps: all samples once, shuffled by (seed, step, epoch) and cut in equal parts.
 
-        With skip_zero_std_groups, only samples with an advantage, if there are enough of them for every part.
+        With skip_zero_std_groups, only samples with an advantage, if there are enough of them for every part. With tulu3_compat, each of
+        tulu3_ranks shares is shuffled and cut by itself, and samples that are averaged together have the same group.
         """
-        taught = [sample for sample in samples if np.any(sample.advantage)] if self.config.skip_zero_std_groups else samples
-        samples = taught if len(taught) >= self.config.minibatches else samples
-        for epoch in range(self.config.epochs):
-            order = np.random.default_rng((self.run.seed, step, epoch)).permutation(len(samples))
-            for part in np.array_split(order, min(self.config.minibatches, len(samples))):  # fewer where responses were dropped
-                yield [samples[i] for i in part]
+        c, averaged = self.config, self.config.tulu3_per_device_batch
+        taught = [sample for sample in samples if np.any(sample.advantage)] if c.skip_zero_std_groups else samples
+        samples = taught if len(taught) >= c.minibatches else samples
+        for epoch in range(c.epochs):
+            generator = np.random.default_rng((self.run.seed, step, epoch))
+            shares = [generator.permutation(share) for share in np.array_split(np.arange(len(samples)), c.tulu3_ranks)]
+            count = min(c.minibatches, max(1, *map(len, shares)))  # fewer where responses were dropped
+            for parts in zip(*(np.array_split(share, count) for share in shares), strict=True):
+                part = np.concatenate(parts)
+                yield [replace(samples[i], group=n // averaged if averaged > 1 else -1) for n, i in enumerate(part)]
 
     def evaluate(self) -> dict[str, float]:
         """The share of held-out tasks that are solved, at the sampling temperature and greedily, with its standard error."""
