@@ -1,6 +1,6 @@
 """The tests process: runs the tests and requests the program's values through Remote objects.
 
-Input: a job {"nonce", "program", "setup", "tests", "entry_point"}. Output: a verdict {"nonce", "correct", "reason", "lost"}.
+Input: a job {"nonce", "program": [parts], "setup", "tests", "entry_point"}. Output: a verdict {"nonce", "correct", "reason", "lost"}.
 The tests come from the data set and are trusted. The program's values are plain data when they are compared in this process.
 Comparisons, arithmetic and `in` between a Remote and plain data are never sent to the program, because that would reveal the expected
 values. A test cannot await an object of the program, use it in a `with` statement, or derive from its classes.
@@ -8,19 +8,18 @@ values. A test cannot await an object of the program, use it in a `with` stateme
 
 from __future__ import annotations
 
-import ast
 import builtins
-import importlib
 import json
+import os
 import random
 import socket
-import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from engine.verify.sandbox.inside.names import modules, program_names
 from engine.verify.sandbox.inside.wire import Lost, decode, encode, receive, send
 
 REASON_MAX = 300  # characters
@@ -170,38 +169,15 @@ def _wrong(reason: str, error: BaseException) -> dict[str, Any]:
 def _run(judge: Judge, job: dict[str, Any]) -> None:
     namespace: dict[str, Any] = {"__name__": "tests"}
     exec(compile(job["setup"], "<setup>", "exec"), namespace)
-    entry_point = job["entry_point"]
-    for name in _program_names(job["tests"], namespace) | {entry_point} - {None}:
+    namespace |= modules(job["tests"], namespace)
+    names = program_names(job["tests"], job["entry_point"], bool(job["setup"]))
+    for name in names.read:
         reply = judge.request({"name": name})
         if not reply.get("missing"):
             namespace[name] = judge.decode(reply.get("ok"))
-        elif name == entry_point:
+        elif name == job["entry_point"]:
             raise NameError(f"the program defines no {name}")
     exec(compile(job["tests"], "<tests>", "exec"), namespace)
-    if entry_point is not None:
-        namespace["check"](namespace[entry_point])
-
-
-def _program_names(tests: str, namespace: dict[str, Any]) -> set[str]:
-    """Names that the tests read and only the program can define. Standard library modules are imported into `namespace` instead.
-
-    The name of a builtin means the builtin, so that a program cannot replace `sorted`, unless the tests read no other free name.
-    """
-    nodes = list(ast.walk(ast.parse(tests)))
-    read = {node.id for node in nodes if isinstance(node, ast.Name)} - _defined(nodes)
-    attributed = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
-    for name in (read & attributed & set(sys.stdlib_module_names)) - set(namespace):
-        namespace[name] = importlib.import_module(name)
-    free = read - set(namespace)
-    return free - set(dir(builtins)) or free
-
-
-def _defined(nodes: list[ast.AST]) -> set[str]:
-    """Names that the tests bind themselves, in any scope."""
-    names = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    return names | {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
 
 
 def _describe(error: BaseException) -> str:
@@ -213,13 +189,17 @@ def _failing_line(error: BaseException, tests: str) -> str:
     return f" at {tests.splitlines()[lines[-1] - 1].strip()}" if lines else ""
 
 
-def serve(channel: socket.socket, host: socket.socket) -> None:
-    """Reads the job, runs it and writes the verdict with the job's nonce to `host`, a descriptor the program process never has."""
+def serve(channel: socket.socket, host: socket.socket, started: int) -> None:
+    """Reads the job, reports on pipe `started` that its time begins, runs it, and writes the verdict with the job's nonce to `host`.
+
+    The program process has neither descriptor. From `started` on, every failure is the response's: it ends in a verdict.
+    """
     with host.makefile("rb") as lines:
         job = json.loads(lines.read())
     assert receive(channel) == "ready"  # otherwise the program process could not be isolated: a failure of the machine, no verdict
+    os.write(started, b"started")
     try:
         verdict = judge(channel, job)
-    except MemoryError:  # no memory left to describe the failure
-        verdict = {"correct": False, "reason": "the program's values exceed the memory limit", "lost": False}
+    except BaseException as error:  # no memory or stack left to describe the failure
+        verdict = {"correct": False, "reason": f"the program's values cause {type(error).__name__} in the tests", "lost": False}
     host.sendall(json.dumps({"nonce": job["nonce"], **verdict}).encode())

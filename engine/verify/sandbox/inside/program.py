@@ -46,7 +46,8 @@ class ProgramServer:
     def reply_to(self, request: Any) -> dict[str, Any]:
         try:
             if "load" in request:
-                exec(compile(request["load"], "<program>", "exec"), self.module.__dict__)
+                for part in request["load"]:
+                    exec(compile(part, "<program>", "exec"), self.module.__dict__)
                 return {"ok": None}
             if "name" in request:
                 value = self.module.__dict__.get(request["name"], Lost)
