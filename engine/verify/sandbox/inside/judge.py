@@ -1,147 +1,163 @@
-"""The tests process: runs the tests and requests the program's values through Remote objects.
+"""The tests process: runs the tests, which use the program's objects through proxies.
 
 Input: a job {"nonce", "program": [parts], "setup", "tests", "entry_point"}. Output: a verdict {"nonce", "correct", "reason", "lost"}.
-The tests come from the data set and are trusted. The program's values are plain data when they are compared in this process.
-Comparisons, arithmetic and `in` between a Remote and plain data are never sent to the program, because that would reveal the expected
-values. A test cannot await an object of the program, use it in a `with` statement, or derive from its classes.
+The tests come from the data set and are trusted. The rules of proxies.py keep the program from learning or deciding what they expect.
 """
 
 from __future__ import annotations
 
 import builtins
+import functools
+import inspect
+import io
 import json
 import os
 import random
+import re
 import socket
+import sys
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
+import types
+from _sitebuiltins import Quitter
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from engine.verify.sandbox.inside.names import modules, program_names
-from engine.verify.sandbox.inside.wire import Lost, decode, encode, receive, send
+from engine.verify.sandbox.inside.names import ProgramNames, last_lines, modules, program_names
+from engine.verify.sandbox.inside.peer import Peer
+from engine.verify.sandbox.inside.proxies import SPECIAL, Remote
+from engine.verify.sandbox.inside.values import plain_base
+from engine.verify.sandbox.inside.wire import Lost, receive
 
 REASON_MAX = 300  # characters
+SHARED_MAX = 1000  # containers that are kept equal on both sides; checking them costs time in each request
+TESTS = "tests"  # the module of the tests
+DESCRIPTIVE = ("__name__", "__qualname__", "__doc__")
+OPEN = (io.StringIO, io.BytesIO, random.Random, re.Pattern, re.Match)  # attributes of these reveal nothing of the tests
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 
 
-class Judge:
-    """The connection to one program. `functions` are functions of the tests that were passed to the program."""
+class Judge(Peer):
+    """The connection to one program."""
+
+    judging = True
 
     def __init__(self, channel: socket.socket) -> None:
-        self.channel = channel
-        self.functions: list[Callable[..., Any]] = []
+        super().__init__(channel, first_number=0)
+        self.namespace: dict[str, Any] = {"__name__": TESTS}
+        self.own: set[int] = set()  # numbers of objects that the tests created from the program's classes
+        self.hidden: set[int] = set()  # numbers of objects that know a plain value of the tests by an operator
+        self.classes: set[int] = set()  # numbers of what the tests use as classes
+        self.last_lines: frozenset[int] = frozenset()
+        self.dropped: list[int] = []  # since the last message
 
-    def request(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The program's reply to `request`. Serves callbacks until then. Raises the program's exceptions, as builtin ones by name."""
-        send(self.channel, request)
-        while True:
-            reply = receive(self.channel)
-            if not isinstance(reply, dict):
-                raise Lost("malformed reply")
-            if "callback" not in reply:
-                break
-            send(self.channel, self.call_back(reply))
-        if "error" in reply:
-            raise _error(str(reply["error"]), str(reply.get("text", "")), request.get("verb") == "next")
-        return reply
+    def ask_for(self, names: ProgramNames, required: str | None) -> None:
+        """Bind the program's names in the tests' namespace, now and whenever the program changes them."""
+        self.request("watch", *sorted(names.read))
+        if required is not None and required not in self.namespace:
+            raise NameError(f"the program defines no {required}")
+        self.classes = {self.numbers[id(self.namespace[name])] for name in names.classes if id(self.namespace.get(name)) in self.numbers}
 
-    def perform(self, verb: str, *arguments: Any, **named: Any) -> Any:
-        """Run one of VERBS in the program process. In-place changes to lists, dicts and sets among the arguments are copied back."""
-        parts = [self.encode(argument) for argument in arguments]
-        keywords = {name: self.encode(argument) for name, argument in named.items()}
-        reply = self.request({"verb": verb, "arguments": parts, "named": keywords})
-        for argument, message in zip(arguments, reply.get("arguments", ()), strict=False):
-            _copy_back(argument, self.decode(message))
-        return self.decode(reply.get("ok"))
+    def request(self, verb: str, *arguments: Any, **named: Any) -> Any:
+        self._forget_unused()
+        return super().request(verb, *arguments, **named)
 
-    def call_back(self, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            function = self.functions[request["callback"]]
-            return {"ok": self.encode(function(*(self.decode(part) for part in request["arguments"])))}
-        except Exception as error:
-            return {"error": type(error).__name__}
+    def _send(self, message: dict[str, Any]) -> None:
+        message["dropped"], self.dropped = self.dropped, []
+        super()._send(message)
+
+    def _receive(self) -> dict[str, Any]:
+        message = super()._receive()
+        for name, value in message.get("globals", {}).items():
+            self.namespace[str(name)] = self.decode(value)
+        for stream, original, text in zip((sys.stdout, sys.stderr), (sys.__stdout__, sys.__stderr__), message["output"], strict=False):
+            if stream is not original and text:
+                stream.write(str(text))
+        return message
+
+    def _forget_unused(self) -> None:
+        """Drop containers that only this object refers to, and the oldest beyond the limit."""
+        unused = [number for number in self.sent if sys.getrefcount(self.objects[number]) <= 2]  # the table's and the argument's reference
+        used = [number for number in self.sent if number not in set(unused)]
+        for number in (*unused, *used[: max(0, len(used) - SHARED_MAX)]):
+            self.forget(number)
+            self.dropped.append(number)
+
+    def register(self, value: Any) -> int:
+        if isinstance(value, types.ModuleType | types.FrameType | types.TracebackType | types.CodeType):
+            raise TypeError(f"a test passes a {type(value).__name__} to the program, which is not supported")
+        return super().register(value)
 
     def encode(self, value: Any) -> Any:
-        return encode(value, self.handle)
+        if isinstance(value, type | types.BuiltinFunctionType | types.FunctionType) and id(value) not in self.numbers:
+            module = sys.modules.get(getattr(value, "__module__", None) or "")
+            name = getattr(value, "__qualname__", "")
+            if module is not None and module.__name__ in sys.stdlib_module_names and getattr(module, name, None) is value:
+                return ["named", [module.__name__, name]]
+        return super().encode(value)
 
-    def decode(self, message: Any) -> Any:
-        return decode(message, self.resolve)
+    def perform(self, verb: str, arguments: list[Any], named: dict[str, Any]) -> Any:
+        """Serve the program. It may call what was passed to it, and use public attributes and operators of instances of the tests' classes.
 
-    def handle(self, value: Any) -> list[Any]:
-        if isinstance(value, Remote):
-            return ["yours", object.__getattribute__(value, "_number")]
-        if (
-            getattr(builtins, getattr(value, "__name__", ""), None) is value
-        ):  # sent by name, so that the program uses its own eval, not that of this process
-            return ["builtin", value.__name__]
-        if not callable(value):
-            raise TypeError(f"a test passes a {type(value).__name__} to the program; only plain data and functions are supported")
-        self.functions.append(value)
-        return ["mine", len(self.functions) - 1]
+        Anything more, such as a function's globals, could reveal what the tests expect.
+        """
+        name, target = (arguments[0], arguments[1]) if verb == "special" else (None, arguments[0])
+        assert id(target) in self.numbers
+        ours = TESTS in (type(target).__module__, getattr(target, "__module__", None)) and not isinstance(target, FUNCTIONS)
+        if verb == "call" or name == "__call__":
+            if isinstance(target, FUNCTIONS) or ours:
+                return target(*arguments[1 + (name is not None) :], **named)
+        elif verb == "special" and name in SPECIAL and (ours or isinstance(target, (*OPEN, Iterator))):
+            return getattr(type(target), name)(*arguments[1:])
+        elif verb in ("getattr", "setattr"):
+            attribute = arguments[1]
+            if isinstance(attribute, str) and (attribute in DESCRIPTIVE or (not attribute.startswith("_") and (ours or isinstance(target, OPEN)))):
+                return getattr(builtins, verb)(*arguments)
+            raise AttributeError(f"{type(target).__name__} object has no attribute {attribute!r}")
+        elif verb == "await" and inspect.iscoroutine(target):
+            return self._awaited(target)
+        raise TypeError(f"{verb} of a {type(target).__name__} of the tests is not supported")
 
-    def resolve(self, whose: str, number: Any) -> Any:
-        if whose == "builtin":
-            raise ValueError("the program may not send builtins")
-        return self.functions[number] if whose == "yours" else Remote(self, int(number))
+    @staticmethod
+    def _awaited(coroutine: Any) -> Any:
+        import asyncio
 
+        return asyncio.run(coroutine)
 
-class Remote:
-    """An object of the program: a function, a class, an instance, an iterator."""
+    # What follows are the rules that proxies.py describes.
 
-    __slots__ = ("_judge", "_number")
-    __hash__ = object.__hash__
+    def created(self, value: Any) -> bool:
+        return self.numbers.get(id(value)) in self.own
 
-    def __init__(self, judge: Judge, number: int) -> None:
-        object.__setattr__(self, "_judge", judge)
-        object.__setattr__(self, "_number", number)
+    def is_opaque(self, value: Any) -> bool:
+        return self.numbers.get(id(value)) in self.hidden
 
-    def __iter__(self) -> Iterator[Any]:
-        return _perform("iter", self)
+    def call(self, function: Any, *arguments: Any, **named: Any) -> Any:
+        result = self.request("call", function, *arguments, **named)
+        if self.numbers.get(id(function)) in self.classes and isinstance(result, Remote):
+            self.own.add(self.numbers[id(result)])
+        return result
 
-    def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance, Remote) and _perform("isinstance", instance, self) is True
+    def combined(self, result: Any, *operands: Any) -> Any:
+        """The result of an operator, if the rules allow it."""
+        if result is NotImplemented:
+            return result
+        theirs = [operand for operand in operands if isinstance(operand, Remote)]
+        if all(map(self.created, theirs)):
+            if isinstance(result, Remote):
+                self.own.add(self.numbers[id(result)])
+        elif len(theirs) < len(operands) or any(map(self.is_opaque, theirs)):
+            if not isinstance(result, Remote) or plain_base(type(result)) is not object:
+                raise TypeError("an operator of an object of the program with a plain value gives a plain value")
+            self.hidden.add(self.numbers[id(result)])
+        return result
 
-
-def _perform(verb: str, remote: Remote, *arguments: Any, **named: Any) -> Any:
-    return object.__getattribute__(remote, "_judge").perform(verb, remote, *arguments, **named)
-
-
-def _forward(verb: str) -> Callable[..., Any]:
-    return lambda self, *arguments, **named: _perform(verb, self, *arguments, **named)
-
-
-def _among_remotes(verb: str) -> Callable[[Remote, Any], Any]:
-    return lambda self, other: _perform(verb, self, other) if isinstance(other, Remote) else NotImplemented
-
-
-for _verb in ("call", "getattr", "setattr", "getitem", "setitem", "next", "len", "str", "repr", "bool"):
-    setattr(Remote, f"__{_verb}__", _forward(_verb))
-for _verb in ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul"):
-    setattr(Remote, f"__{_verb}__", _among_remotes(_verb))
-
-
-def _error(name: str, text: str, from_next: bool) -> Exception:
-    """The builtin exception of that name. StopIteration only from next(): raised inside map(), it would end the tests without an error."""
-    kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and (from_next or not issubclass(kind, StopIteration)):
-        with suppress(TypeError):  # some, such as UnicodeDecodeError, need more arguments than a message
-            return kind(text)
-    return RuntimeError(f"{name}: {text}")
-
-
-def _copy_back(argument: Any, after: Any) -> None:
-    """Give `argument` the contents of `after`, if it is a mutable container of the same type."""
-    if type(argument) is not type(after):
-        return
-    if isinstance(argument, list | bytearray):
-        argument[:] = after
-    elif isinstance(argument, dict | set):
-        argument.clear()
-        argument.update(after)
-    elif isinstance(argument, deque):
-        argument.clear()
-        argument.extend(after)
+    def suppresses(self, error: BaseException | None, trace: types.TracebackType | None) -> bool:
+        """Whether the error was raised by the last statement of the `with` block, which is no assertion."""
+        if isinstance(error, AssertionError | Lost) or trace is None or trace.tb_lineno not in self.last_lines:
+            return False
+        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+        return frames.count("<tests>") == 1
 
 
 def judge(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
@@ -149,39 +165,41 @@ def judge(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
     judge = Judge(channel)
     random.seed(0)  # tests with random inputs get the same ones each time
     try:
-        judge.request({"load": job["program"]})
-    except (Exception, Lost) as error:
-        return _wrong(f"the program does not load: {_describe(error)}", error)
+        judge.request("load", *job["program"])
+    except BaseException as error:
+        return _wrong(channel, "the program does not load: ", error, "")
     try:
         _run(judge, job)
-        judge.request({"name": ""})  # checks that the program process still replies
-    except (Exception, Lost, SystemExit) as error:
-        return _wrong(_describe(error) + _failing_line(error, job["tests"]), error)
+        judge.request("watch")  # checks that the program process still replies
+    except BaseException as error:
+        return _wrong(channel, "", error, job["tests"])
     return {"correct": True, "reason": "all tests passed", "lost": False}
 
 
-def _wrong(reason: str, error: BaseException) -> dict[str, Any]:
-    """A verdict whose reason is one printable line; the program may have chosen its characters."""
-    line = "".join(letter if letter.isprintable() else " " for letter in reason[:REASON_MAX])
-    return {"correct": False, "reason": " ".join(line.split()), "lost": isinstance(error, Lost)}
-
-
 def _run(judge: Judge, job: dict[str, Any]) -> None:
-    namespace: dict[str, Any] = {"__name__": "tests"}
+    namespace, tests = judge.namespace, job["tests"]
     exec(compile(job["setup"], "<setup>", "exec"), namespace)
-    namespace |= modules(job["tests"], namespace)
-    names = program_names(job["tests"], job["entry_point"], bool(job["setup"]))
+    namespace |= modules(tests, namespace)
+    names = program_names(tests, job["entry_point"], bool(job["setup"]))
+    if not names.read:
+        raise NameError("the tests read no name of the program")
     for name in names.read:
-        reply = judge.request({"name": name})
-        if not reply.get("missing"):
-            namespace[name] = judge.decode(reply.get("ok"))
-        elif name == job["entry_point"]:
-            raise NameError(f"the program defines no {name}")
-    exec(compile(job["tests"], "<tests>", "exec"), namespace)
+        namespace.pop(name, None)
+    judge.last_lines = last_lines(tests)
+    judge.ask_for(names, job["entry_point"])
+    exec(compile(tests, "<tests>", "exec"), namespace)
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+def _wrong(channel: socket.socket, what: str, error: BaseException, tests: str) -> dict[str, Any]:
+    """A wrong verdict. From here on nothing asks the program: it must not choose anything but the characters of the reason."""
+    channel.close()
+    reason = type(error).__name__
+    with suppress(BaseException):  # the error's text may be an object of the program
+        reason = f"{reason}: {error}".removesuffix(": ")
+    with suppress(BaseException):
+        reason += _failing_line(error, tests)
+    line = "".join(letter if letter.isprintable() else " " for letter in (what + reason)[:REASON_MAX])
+    return {"correct": False, "reason": " ".join(line.split()), "lost": isinstance(error, Lost)}
 
 
 def _failing_line(error: BaseException, tests: str) -> str:
@@ -194,6 +212,8 @@ def serve(channel: socket.socket, host: socket.socket, started: int) -> None:
 
     The program process has neither descriptor. From `started` on, every failure is the response's: it ends in a verdict.
     """
+    for name in ("exit", "quit"):
+        setattr(builtins, name, Quitter(name, "Ctrl-D (i.e. EOF)"))
     with host.makefile("rb") as lines:
         job = json.loads(lines.read())
     assert receive(channel) == "ready"  # otherwise the program process could not be isolated: a failure of the machine, no verdict

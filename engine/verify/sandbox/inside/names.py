@@ -94,6 +94,13 @@ def _classes(nodes: list[ast.AST]) -> set[str | None]:
     return found
 
 
+def last_lines(tests: str) -> frozenset[int]:
+    """Lines of simple statements at the end of a `with` block: an error there skips nothing of the block."""
+    blocks = [node for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.With)]
+    last = [block.body[-1] for block in blocks if isinstance(block.body[-1], ast.Raise | ast.Expr | ast.Assign)]
+    return frozenset(line for node in last for line in range(node.lineno, (node.end_lineno or node.lineno) + 1))
+
+
 def check_tests(tests: str, entry_point: str | None, humaneval: bool) -> None:
     """Raises ValueError, with the reason, if `tests` judge nothing or nothing can pass them. `humaneval`: they define check(candidate)."""
     tree = _parsed(tests)
