@@ -1149,6 +1149,11 @@ a, b = Car(Engine(5)), Car(Engine(3))
 assert a.faster(b) and not b.faster(a) and a.engine.power == 5
 b.engine = a.engine
 assert b.engine is a.engine
+### signature of a function
+def f(a, b=2): pass
+---
+import inspect
+assert list(inspect.signature(f).parameters) == ["a", "b"]
 ''',
     IDIOMS,
 )
@@ -1188,11 +1193,6 @@ class Color(Enum):
 ---
 from enum import Enum
 assert isinstance(Color.RED, Enum)
-### signature of a function
-def f(a, b=2): pass
----
-import inspect
-assert list(inspect.signature(f).parameters) == ["a", "b"]
 """,
     UNSUPPORTED,
 )

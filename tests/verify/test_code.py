@@ -93,7 +93,10 @@ def test_extract(response: str, program: str) -> None:
         ("def f(g, x): return [g(y) for y in x]", ["assert f(lambda y: y * 2, [1, 2]) == [2, 4]", "assert f(str, [1]) == ['1']"]),
         ("def f(g): return g(lambda x: x + 1)", ["assert f(lambda h: h(1)) == 2"]),
         ("def f(x): raise KeyError(x)", ["try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"]),
-        ("class Mine(ValueError): pass\ndef f(): raise Mine", ["try:\n    f()\nexcept ValueError as e:\n    assert type(e).__name__ == 'Mine'"]),
+        (
+            "class Mine(ValueError): pass\ndef f(): raise Mine",
+            ["try:\n    f()\nexcept ValueError as e:\n    assert type(e).__name__ == 'Mine'"],
+        ),
         (
             "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"
             "    def __len__(self): return len(self.items)\n    def __getitem__(self, i): return self.items[i]",

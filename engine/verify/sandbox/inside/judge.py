@@ -34,7 +34,7 @@ SHARED_MAX = 1000  # containers that are kept equal on both sides; checking them
 TESTS = "tests"  # the module of the tests
 DESCRIPTIVE = ("__name__", "__qualname__", "__doc__")
 OPEN = (io.StringIO, io.BytesIO, random.Random, re.Pattern, re.Match)  # attributes of these reveal nothing of the tests
-FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.MethodDescriptorType, functools.partial)
 
 
 class Judge(Peer):
@@ -44,44 +44,40 @@ class Judge(Peer):
 
     def __init__(self, channel: socket.socket) -> None:
         super().__init__(channel, first_number=0)
-        self.namespace: dict[str, Any] = {"__name__": TESTS}
+        sys.modules[TESTS] = types.ModuleType(TESTS)  # dataclasses look up the module of a class
+        self.namespace = sys.modules[TESTS].__dict__
+        self.names = ProgramNames(frozenset(), frozenset())
         self.own: set[int] = set()  # numbers of objects that the tests created from the program's classes
         self.hidden: set[int] = set()  # numbers of objects that know a plain value of the tests by an operator
         self.classes: set[int] = set()  # numbers of what the tests use as classes
         self.last_lines: frozenset[int] = frozenset()
-        self.dropped: list[int] = []  # since the last message
 
     def ask_for(self, names: ProgramNames, required: str | None) -> None:
         """Bind the program's names in the tests' namespace, now and whenever the program changes them."""
+        self.names = names
         self.request("watch", *sorted(names.read))
         if required is not None and required not in self.namespace:
             raise NameError(f"the program defines no {required}")
         self.classes = {self.numbers[id(self.namespace[name])] for name in names.classes if id(self.namespace.get(name)) in self.numbers}
 
-    def request(self, verb: str, *arguments: Any, **named: Any) -> Any:
-        self._forget_unused()
-        return super().request(verb, *arguments, **named)
-
-    def _send(self, message: dict[str, Any]) -> None:
-        message["dropped"], self.dropped = self.dropped, []
-        super()._send(message)
-
     def _receive(self) -> dict[str, Any]:
         message = super()._receive()
         for name, value in message.get("globals", {}).items():
-            self.namespace[str(name)] = self.decode(value)
+            if name in self.names.read:
+                self.namespace[name] = self.decode(value)
         for stream, original, text in zip((sys.stdout, sys.stderr), (sys.__stdout__, sys.__stderr__), message["output"], strict=False):
             if stream is not original and text:
                 stream.write(str(text))
         return message
 
-    def _forget_unused(self) -> None:
-        """Drop containers that only this object refers to, and the oldest beyond the limit."""
-        unused = [number for number in self.sent if sys.getrefcount(self.objects[number]) <= 2]  # the table's and the argument's reference
-        used = [number for number in self.sent if number not in set(unused)]
-        for number in (*unused, *used[: max(0, len(used) - SHARED_MAX)]):
+    def drop_unused(self) -> list[int]:
+        """Forget containers that only this object refers to, and the least recently used ones beyond the limit. Returns their numbers."""
+        unused = {number for number in self.sent if sys.getrefcount(self.objects[number]) <= 2}  # the table's and the argument's reference
+        used = [number for number in self.sent if number not in unused]
+        dropped = [*unused, *used[: max(0, len(used) - SHARED_MAX)]]
+        for number in dropped:
             self.forget(number)
-            self.dropped.append(number)
+        return dropped
 
     def register(self, value: Any) -> int:
         if isinstance(value, types.ModuleType | types.FrameType | types.TracebackType | types.CodeType):
@@ -89,7 +85,7 @@ class Judge(Peer):
         return super().register(value)
 
     def encode(self, value: Any) -> Any:
-        if isinstance(value, type | types.BuiltinFunctionType | types.FunctionType) and id(value) not in self.numbers:
+        if isinstance(value, type) or type(value) in (types.BuiltinFunctionType, types.FunctionType):
             module = sys.modules.get(getattr(value, "__module__", None) or "")
             name = getattr(value, "__qualname__", "")
             if module is not None and module.__name__ in sys.stdlib_module_names and getattr(module, name, None) is value:
@@ -109,11 +105,13 @@ class Judge(Peer):
                 return target(*arguments[1 + (name is not None) :], **named)
         elif verb == "special" and name in SPECIAL and (ours or isinstance(target, (*OPEN, Iterator))):
             return getattr(type(target), name)(*arguments[1:])
-        elif verb in ("getattr", "setattr"):
-            attribute = arguments[1]
-            if isinstance(attribute, str) and (attribute in DESCRIPTIVE or (not attribute.startswith("_") and (ours or isinstance(target, OPEN)))):
-                return getattr(builtins, verb)(*arguments)
-            raise AttributeError(f"{type(target).__name__} object has no attribute {attribute!r}")
+        elif verb == "getattr":
+            if arguments[1] in DESCRIPTIVE or (_public(arguments[1]) and (ours or isinstance(target, OPEN))):
+                return getattr(*arguments)
+            raise AttributeError(f"{type(target).__name__} object has no attribute {arguments[1]!r}")
+        elif verb == "setattr" and type(target).__module__ == TESTS and _public(arguments[1]):
+            if not callable(getattr(type(target), arguments[1], None)):  # a method of the tests stays what it is
+                return setattr(*arguments)
         elif verb == "await" and inspect.iscoroutine(target):
             return self._awaited(target)
         raise TypeError(f"{verb} of a {type(target).__name__} of the tests is not supported")
@@ -158,6 +156,10 @@ class Judge(Peer):
             return False
         frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
         return frames.count("<tests>") == 1
+
+
+def _public(name: Any) -> bool:
+    return isinstance(name, str) and not name.startswith("_")
 
 
 def judge(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:

@@ -77,16 +77,29 @@ def _called(node: ast.AST | None) -> str | None:
     return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
 
 
+def _assigned(nodes: list[ast.AST]) -> set[str]:
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def _constructed(node: ast.AST) -> set[str | None]:
+    """N, M, … if the node is `N(...)`, `-N(...)` or `N(...) + M(...)`."""
+    if isinstance(node, ast.BinOp):
+        return _constructed(node.left) | _constructed(node.right)
+    return _constructed(node.operand) if isinstance(node, ast.UnaryOp) else {_called(node)}
+
+
 def _classes(nodes: list[ast.AST]) -> set[str | None]:
     """Names that the tests use as classes: N.a, isinstance(x, N), except N, N(...).a, or v = N(...) and v.a.
 
-    An attribute that numbers, text or containers have, too, shows nothing: a function's result may be one of these.
+    An attribute that numbers, text or containers have, too, shows nothing: a function's result may be one of these. Nor does an attribute
+    of a name in lower case, such as the cache_info of a function.
     """
     attributes = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr not in PLAIN_METHODS]
-    found = {_attribute_of(node) for node in attributes} | {_called(node.value) for node in attributes}
+    found = {name for name in map(_attribute_of, attributes) if name and (name[0].isupper() or name in _assigned(nodes))}
+    found |= {_called(node.value) for node in attributes}
     for node in nodes:
         if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id in found for name in node.targets):
-            found.add(_called(node.value))
+            found |= _constructed(node.value)
         elif isinstance(node, ast.ExceptHandler):
             found |= _read(list(ast.walk(node.type))) if node.type else set()
         elif _called(node) in ("isinstance", "issubclass") and len(node.args) == 2:  # type: ignore[attr-defined]

@@ -37,12 +37,14 @@ class Peer:
         self.sent: dict[int, list[Any]] = {}  # contents of containers, when last equal on both sides
         self.new: list[Any] = []
         self.unsent: list[int] = []
+        self.dropped: list[int] = []
 
     def perform(self, verb: str, arguments: list[Any], named: dict[str, Any]) -> Any:
         raise NotImplementedError
 
     def request(self, verb: str, *arguments: Any, **named: Any) -> Any:
         """The other side's result for `verb`. Serves its requests until then. Raises the exception that it raised, or Lost."""
+        self._drop()
         parts = [self.encode(argument) for argument in arguments]
         self._send({"verb": verb, "arguments": parts, "named": {name: self.encode(value) for name, value in named.items()}})
         while "verb" in (reply := self._receive()):
@@ -57,11 +59,15 @@ class Peer:
             raise RuntimeError(f"{type(error).__name__} from a call") from None
         raise error
 
+    def call(self, function: Any, *arguments: Any, **named: Any) -> Any:
+        return self.request("call", function, *arguments, **named)
+
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to a request. An exception of any kind is part of the reply."""
         try:
             arguments = [self.decode(part) for part in request["arguments"]]
             named = {name: self.decode(part) for name, part in request["named"].items()}
+            self._drop()
             return {"ok": self.encode(self.perform(request["verb"], arguments, named))}
         except Lost:
             raise
@@ -75,6 +81,7 @@ class Peer:
                 self.unsent.append(number)
         message["contents"] = list(self._contents())
         message["new"], self.new = self.new, []
+        message["dropped"] = self.drop_unused()
         send(self.channel, message)
 
     def _contents(self) -> Iterator[Any]:
@@ -88,14 +95,14 @@ class Peer:
     def _receive(self) -> dict[str, Any]:
         message = receive(self.channel)
         try:
-            for number in message.get("dropped", ()):
-                self.forget(number)
             for number, how, *details in message["new"]:
-                self.number(number, getattr(self, f"build_{how}")(number, *details))
+                assert number % 2 != self.next_number % 2
+                self.number(number, BUILD[how](self, number, *details))
             for number, items in message["contents"]:
                 value = self.objects[number]
                 values.fill(value, _base(value), [self.decode(item) for item in items])
                 self.sent[number] = contents(value, _base(value))
+            self.dropped += message["dropped"]
             return message
         except MALFORMED as error:
             raise Lost(f"malformed message: {type(error).__name__}: {error}") from None
@@ -105,6 +112,20 @@ class Peer:
         self.objects[number] = value
         self.numbers[id(value)] = number
         return number
+
+    def named(self, module: str, name: str) -> Any:
+        """An object of the standard library that the other side passes by name. Only the tests process may do so."""
+        raise ValueError(f"{module}.{name}")
+
+    def drop_unused(self) -> list[int]:
+        """Numbers of containers that need not be kept equal any more. Only the tests process decides this."""
+        return []
+
+    def _drop(self) -> None:
+        """Forget what the other side has dropped; not earlier than the message that said so is decoded."""
+        for number in self.dropped:
+            self.forget(number)
+        self.dropped = []
 
     def forget(self, number: int) -> None:
         del self.numbers[id(self.objects.pop(number))]
@@ -116,14 +137,22 @@ class Peer:
         if plain is not unknown:
             return plain
         number = self.numbers.get(id(value))
-        return ["ref", [self.register(value) if number is None else number]]
+        if number is None:
+            number = self.register(value)
+        elif number in self.sent:
+            self.sent[number] = self.sent.pop(number)  # the most recently used is the last
+        return ["ref", [number]]
+
+    def encode_class(self, cls: type) -> Any:
+        """A class whose mirror the other side needs."""
+        return Peer.encode(self, cls)
 
     def register(self, value: Any) -> int:
         """The number of an object that the other side does not know yet."""
         if isinstance(value, type):
-            details = ["class", *describe(value, self.encode)]
+            details = ["class", *describe(value, self.encode_class)]
         else:
-            kind, base = self.encode(type(value)), plain_base(type(value))
+            kind, base = self.encode_class(type(value)), plain_base(type(value))
             if container := container_base(type(value)):
                 details = ["container", kind, self.encode(values.setting(value, container))]
             elif isinstance(value, BaseException):
@@ -153,21 +182,23 @@ class Peer:
         name, parts = message
         if name == "ref":
             return self.objects[parts[0]]
+        if name == "named":
+            return self.named(*parts)
         return BUILDERS[name](*[self._decode(part) for part in parts])
 
-    def build_class(self, number: int, *description: Any) -> type:
+    def _build_class(self, number: int, *description: Any) -> type:
         return mirror(self, *description)
 
-    def build_container(self, number: int, kind: Any, setting: Any) -> Any:
+    def _build_container(self, number: int, kind: Any, setting: Any) -> Any:
         self.sent[number] = []
         cls = self._class(kind)
         return values.empty(cls, container_base(cls), self._decode(setting))
 
-    def build_value(self, number: int, kind: Any, value: Any) -> Any:
+    def _build_value(self, number: int, kind: Any, value: Any) -> Any:
         cls = self._class(kind)
         return plain_base(cls).__new__(cls, *_constructor_arguments(plain_base(cls), self._decode(value)))
 
-    def build_exception(self, number: int, kind: Any, arguments: list[Any], cause: Any) -> BaseException:
+    def _build_exception(self, number: int, kind: Any, arguments: list[Any], cause: Any) -> BaseException:
         cls, parts = self._class(kind), [self._decode(part) for part in arguments]
         assert issubclass(cls, BaseException)
         try:
@@ -177,7 +208,7 @@ class Peer:
         error.__cause__ = self._decode(cause)
         return error
 
-    def build_object(self, number: int, kind: Any) -> Any:
+    def _build_object(self, number: int, kind: Any) -> Any:
         cls = self._class(kind)
         assert cls is object or issubclass(cls, Remote)
         if cls.__name__ == "coroutine" and cls.__module__ == "builtins":
@@ -191,6 +222,9 @@ class Peer:
         cls = self._decode(message)
         assert isinstance(cls, type)
         return cls
+
+
+BUILD = {how: getattr(Peer, f"_build_{how}") for how in ("class", "container", "value", "exception", "object")}
 
 
 def _base(value: Any) -> type:

@@ -20,7 +20,6 @@ from importlib import import_module
 from typing import Any
 
 from engine.verify.sandbox.inside.peer import Peer
-from engine.verify.sandbox.inside.values import BUILDERS
 from engine.verify.sandbox.inside.wire import Lost, send
 
 OF_CLASSES: dict[str, Callable[..., Any]] = {
@@ -66,6 +65,9 @@ class ProgramServer(Peer):
     def perform(self, verb: str, arguments: list[Any], named: dict[str, Any]) -> Any:
         return getattr(self, f"do_{verb}")(*arguments, **named)
 
+    def named(self, module: str, name: str) -> Any:
+        return getattr(import_module(module), name)
+
     def do_load(self, *parts: str) -> None:
         for part in parts:
             exec(compile(part, "<program>", "exec"), self.module.__dict__)
@@ -83,14 +85,6 @@ class ProgramServer(Peer):
 
     do_getattr, do_setattr, do_delattr = map(staticmethod, (getattr, setattr, delattr))
     do_copy, do_deepcopy, do_await = map(staticmethod, (copy.copy, copy.deepcopy, asyncio.run))
-
-
-def _named(module: str, name: str) -> Any:
-    """An object of the standard library that the tests passed by name, so that the program uses its own."""
-    return getattr(import_module(module), name)
-
-
-BUILDERS["named"] = _named
 
 
 def _taken(stream: io.TextIOWrapper) -> str:
