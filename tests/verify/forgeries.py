@@ -23,6 +23,7 @@ class Yes:
 for _n in "lt le gt ge".split(): setattr(Yes, f"__{_n}__", lambda self, o: True)
 for _n in "add sub mul truediv floordiv mod pow and or xor".split():
     for _m in (f"__{_n}__", f"__r{_n}__", f"__i{_n}__"): setattr(Yes, _m, lambda self, o: 0)
+def like(kind): return type("Like", (kind,), {n: v for n, v in vars(Yes).items() if n not in ("__dict__", "__weakref__")})
 """
 
 # Tests of f that only a right answer passes. Every way to agree to everything is tried on each.
@@ -69,42 +70,13 @@ WRONG = {
     "an object": UNIVERSAL + "def f(x): return Yes()",
     "a class in place of a function": UNIVERSAL + "class f(Yes):\n    def __init__(self, x): pass",
     "the object itself": UNIVERSAL + "f = Yes()",
-    "an int": UNIVERSAL
-    + "class I(int): pass\nfor n, v in vars(Yes).items():\n    if n not in ('__dict__', '__weakref__', '__module__', '__doc__'):"
-    " setattr(I, n, v)\ndef f(x): return I(0)",
-    "a str": UNIVERSAL
-    + "class S(str): pass\nfor n, v in vars(Yes).items():\n    if n not in ('__dict__', '__weakref__', '__module__', '__doc__'):"
-    " setattr(S, n, v)\ndef f(x): return S('')",
-    "a set": UNIVERSAL
-    + "class S(set): pass\nfor n, v in vars(Yes).items():\n    if n not in ('__dict__', '__weakref__', '__module__', '__doc__'):"
-    " setattr(S, n, v)\ndef f(x): return S()",
+    **{f"like {kind}": UNIVERSAL + f"def f(x): return like({kind})()" for kind in ("int", "str", "float", "set", "list", "dict", "tuple")},
     "nothing": "def f(x): return None",
     "an error": "class E(BaseException): pass\ndef f(x): raise E",
 }
 
-_EVERY = [
-    "list",
-    "dict",
-    "set",
-    "tuple",
-    "str",
-    "int",
-    "float",
-    "bool",
-    "len",
-    "range",
-    "all",
-    "any",
-    "sorted",
-    "sum",
-    "abs",
-    "min",
-    "max",
-    "map",
-]
-BUILTINS = "\n".join(
-    f"def {name}(*a, **k): return None" for name in [*_EVERY, "isinstance", "round", "zip", "enumerate", "filter", "check"]
-)
+_NAMES = "list dict set tuple str int float bool len range all any sorted sum abs min max map isinstance round zip enumerate filter check"
+BUILTINS = "\n".join(f"def {name}(*a, **k): return None" for name in _NAMES.split())
 ALWAYS = BUILTINS.replace("return None", "return True")
 
 # Tests of `solve` that read builtins. HumanEval's entry point is `solve`.
@@ -126,6 +98,8 @@ _FOUND = """
 import gc
 from engine.verify.sandbox.inside import program, wire
 server = next(found for found in gc.get_objects() if isinstance(found, program.ProgramServer))
+def reply(**parts): wire.send(server.channel, dict(new=[], contents=[], dropped=[], output=[]) | parts)
+def f(x): return 7
 """
 # Programs that try to be judged by nobody: each must be wrong.
 CHOICES = {
@@ -148,7 +122,7 @@ CHOICES = {
     "a fraction of a billion digits": "from fractions import Fraction\nclass F(Fraction):\n    def __str__(self): return '1e99999999'\n"
     "def f(x): return F(1)",
     "a decimal of a billion digits": "from decimal import Decimal\ndef f(x): return Decimal('1e99999999')",
-    "a decimal whose text is one": "from decimal import Decimal\nclass D(Decimal):\n    def __str__(self): return '1e999999999999'\ndef f(x): return D(1)",
+    "a decimal whose text is one": "from decimal import Decimal\nclass D(Decimal):\n    def __str__(self): return '1e9999999'\ndef f(x): return D(1)",
     "an integer of millions of digits": "def f(x): return 1 << (1 << 26)",
     "tuples nested too deeply": "def f(x):\n    t = ()\n    for _ in range(100000): t = (t,)\n    return t",
     "lists nested too deeply": "def f(x):\n    t = []\n    for _ in range(100000): t = [t]\n    return t",
@@ -167,46 +141,38 @@ CHOICES = {
     "exit with 3": "import os\ndef f(x): os._exit(3)",
     "abort": "import os\ndef f(x): os.abort()",
     "crash": "import ctypes\ndef f(x): ctypes.string_at(0)",
-    "CPU of the tests": "class E:\n    def __iter__(self):\n        while True: yield 1\n    def __lt__(self, o): return True\ndef f(x): return E()",
+    "CPU of the tests": "class E:\n    def __iter__(self):\n        while True: yield 1\n    __lt__ = print\ndef f(x): return E()",
     "sleep": "import time\ndef f(x): time.sleep(100)",
     "wait for a lock": "import threading\ndef f(x):\n    l = threading.Lock(); l.acquire(); l.acquire()",
     "all memory": "def f(x): return bytearray(1 << 40)",
     "no channel": "import os\nos.closerange(3, 64)\ndef f(x): return 7",
-    "garbage on the channel": _FOUND + "server.channel.sendall(b'\\0\\0\\0\\5hello')\ndef f(x): return 7",
-    "a reply that is no object": _FOUND + "wire.send(server.channel, [1])\ndef f(x): return 7",
-    "a reply without parts": _FOUND + "wire.send(server.channel, {'ok': 7})\ndef f(x): return 7",
-    "a request of a verb": _FOUND
-    + "wire.send(server.channel, {'verb': 'x', 'arguments': [], 'named': {}, 'new': [], 'contents': [], 'dropped': []})\n"
-    "def f(x): return 7",
-    "an unknown number": _FOUND
-    + "wire.send(server.channel, {'ok': ['ref', [99]], 'new': [], 'contents': [], 'dropped': []})\ndef f(x): return 7",
-    "contents of no container": _FOUND
-    + "wire.send(server.channel, {'ok': 7, 'new': [], 'contents': [[0, []]], 'dropped': [5]})\ndef f(x): return 7",
-    "a class that is none": _FOUND
-    + "wire.send(server.channel, {'ok': 7, 'new': [[1, 'class', 5, [], {}, {}, {}]], 'contents': [], 'dropped': []})\n"
-    "def f(x): return 7",
-    "a forged global": _FOUND + "wire.send(server.channel, {'ok': None, 'new': [], 'contents': [], 'dropped': [], 'output': [],"
-    " 'globals': {'AssertionError': None, 'f': 7, 'abs': 7, '__builtins__': {}}})\ndef f(x): return 0",
-    "a request for what a test keeps": _FOUND + "def f(x):\n    return server.request('getattr', x, '__globals__')",
+    "garbage on the channel": _FOUND + "server.channel.sendall(b'\\0\\0\\0\\5hello')",
+    "a reply that is no object": _FOUND + "wire.send(server.channel, [1])",
+    "a reply without parts": _FOUND + "wire.send(server.channel, {'ok': 7})",
+    "a request of a verb": _FOUND + "reply(verb='x', arguments=[], named={})",
+    "an unknown number": _FOUND + "reply(ok=['ref', [99]])",
+    "contents of no container": _FOUND + "reply(ok=7, contents=[[0, []]], dropped=[5])",
+    "a class that is none": _FOUND + "reply(ok=7, new=[[1, 'class', 5, [], {}, {}, {}]])",
+    "a forged global": _FOUND + "reply(ok=None, globals={'AssertionError': None, 'f': 7, 'abs': 7, '__builtins__': {}})",
+    "a request for what a test keeps": _FOUND + "def f(x): return server.request('getattr', x, '__globals__')['f'] and 7",
 }
-_SENT = (
-    _FOUND
-    + """
+
+_SENT = f"""{_FOUND}
 from engine.verify.sandbox.inside import peer
 send = peer.send
 def change(channel, message):
-    if message.get("ok") == -4321: {0}
+    if message.get("ok") == -4321: CHANGE
     send(channel, message)
 peer.send = change
 def f(x): return -4321
 """
-)
 _CLASS = (
-    "message.update(new=[[101, 'class', 'I', '{0}', [['kind', ['{1}']]], {2}, {3}], [103, '{4}', ['ref', [101]]{5}]], ok=['ref', [103]])"
+    "message.update(ok=['ref', [103]], new=[[101, 'class', 'I', '{0}', [['kind', ['{1}']]], {2}, {3}], [103, '{4}', ['ref', [101]]{5}]])"
 )
+_OTHERS = ("abs", "all", "check", "isinstance", "AssertionError")
 # Messages that a program can only send by replacing the code that serves it. None may be taken for a right answer.
 FORGED_MESSAGES = {
-    "globals of the tests": "message['globals'] = {name: ['kind', ['bool']] for name in ('abs', 'all', 'check', 'isinstance', 'AssertionError')}",
+    "globals of the tests": f"message['globals'] = {dict.fromkeys(_OTHERS, ['kind', ['bool']])}",
     "a builtin of the tests": "message['globals'] = {'__builtins__': None}",
     "an object of the tests' process": "message['ok'] = ['named', ['unittest.mock', 'ANY']]",
     "an int with __eq__ hidden": _CLASS.format("program", "int", {}, ["__eq__", "__ne__", "__sub__", "__lt__"], "value", ", 0"),
@@ -224,12 +190,6 @@ FORGED_MESSAGES = {
     "a callback of what was not passed": "message.update(verb='call', arguments=[['ref', [0]], 7], named={})",
     "JSON's own numbers": "message['ok'] = float('nan')",
 }
-FORGED = {name: _SENT.replace("{0}", change) for name, change in FORGED_MESSAGES.items()}
+FORGED = {name: _SENT.replace("CHANGE", change) for name, change in FORGED_MESSAGES.items()}
 
-CHOICE_TESTS = (
-    "assert f(1) == 7",
-    "r = f(1)\nassert r == 7, r",
-    "raise KeyError(f(1))",
-    "assert sorted(f(1)) == [7]",
-    "assert f(lambda: 7) == 7",
-)
+CHOICE_TESTS = ("assert f(1) == 7", "r = f(1)\nassert r == 7, r", "assert f(lambda: 7) == 7")

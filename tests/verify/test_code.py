@@ -95,7 +95,7 @@ def test_extract(response: str, program: str) -> None:
         ("def f(x): raise KeyError(x)", ["try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"]),
         (
             "class Mine(ValueError): pass\ndef f(): raise Mine",
-            ["try:\n    f()\nexcept ValueError as e:\n    assert type(e).__name__ == 'Mine'"],
+            ["try:\n    f()\nexcept ValueError as e:\n    assert type(e) is Mine"],
         ),
         (
             "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"

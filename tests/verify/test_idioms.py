@@ -27,7 +27,7 @@ def sandbox() -> Iterator[Sandbox]:
 def test_they_are_right_in_one_process(name: str) -> None:
     """Run as any script: the table itself has no mistakes."""
     program, tests = {**IDIOMS, **UNSUPPORTED}[name]
-    exec(compile(f"{program}\n{tests}", name, "exec"), {"__name__": "idiom"})
+    exec(compile(f"{program}\n{tests}", name, "exec"), {"__name__": __name__})
 
 
 @pytest.mark.parametrize("name", IDIOMS)
