@@ -122,7 +122,7 @@ CHOICES = {
     "a fraction of a billion digits": "from fractions import Fraction\nclass F(Fraction):\n    def __str__(self): return '1e99999999'\n"
     "def f(x): return F(1)",
     "a decimal of a billion digits": "from decimal import Decimal\ndef f(x): return Decimal('1e99999999')",
-    "a decimal whose text is one": "from decimal import Decimal\nclass D(Decimal):\n    def __str__(self): return '1e9999999'\ndef f(x): return D(1)",
+    "a decimal whose text is one": "import decimal\nclass f(decimal.Decimal):\n    def __str__(self): return '1e9999999'",
     "an integer of millions of digits": "def f(x): return 1 << (1 << 26)",
     "tuples nested too deeply": "def f(x):\n    t = ()\n    for _ in range(100000): t = (t,)\n    return t",
     "lists nested too deeply": "def f(x):\n    t = []\n    for _ in range(100000): t = [t]\n    return t",
@@ -169,10 +169,10 @@ def f(x): return -4321
 _CLASS = (
     "message.update(ok=['ref', [103]], new=[[101, 'class', 'I', '{0}', [['kind', ['{1}']]], {2}, {3}], [103, '{4}', ['ref', [101]]{5}]])"
 )
-_OTHERS = ("abs", "all", "check", "isinstance", "AssertionError")
+_OTHERS = {name: ["kind", ["bool"]] for name in ("abs", "all", "check", "isinstance", "AssertionError")}
 # Messages that a program can only send by replacing the code that serves it. None may be taken for a right answer.
 FORGED_MESSAGES = {
-    "globals of the tests": f"message['globals'] = {dict.fromkeys(_OTHERS, ['kind', ['bool']])}",
+    "globals of the tests": f"message['globals'] = {_OTHERS}",
     "a builtin of the tests": "message['globals'] = {'__builtins__': None}",
     "an object of the tests' process": "message['ok'] = ['named', ['unittest.mock', 'ANY']]",
     "an int with __eq__ hidden": _CLASS.format("program", "int", {}, ["__eq__", "__ne__", "__sub__", "__lt__"], "value", ", 0"),

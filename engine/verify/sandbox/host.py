@@ -120,7 +120,9 @@ class Sandbox:
         for name, process in (("the program", report["program"]), ("the tests", report["judge"])):
             if process["status"] == -signal.SIGKILL and not process["killed"]:
                 return self._killed(name, process["memory"])
-        if not result or (result["lost"] and not report["program"]["killed"]):
+        if not result:
+            return Verdict(False, f"the program's values end the tests process (status {report['judge']['status']})")
+        if result["lost"] and not report["program"]["killed"] and report["program"]["status"] != 0:
             return Verdict(False, f"the program exited before its tests finished (status {report['program']['status']})")
         return Verdict(False, result["reason"])
 

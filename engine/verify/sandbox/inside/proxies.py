@@ -170,17 +170,8 @@ def _special(peer: Peer, name: str) -> Callable[..., Any]:
         return contains if name == "__contains__" else leave
     if name == "__call__":
         return lambda self, *arguments, **named: peer.call(self, *arguments, **named)
-    return (
-        compare
-        if name in COMPARISONS
-        else combine
-        if name in BINARY
-        else unary
-        if name in UNARY
-        else convert
-        if name in CONVERSIONS
-        else ask
-    )
+    rules = ((COMPARISONS, compare), (BINARY, combine), (UNARY, unary), (CONVERSIONS, convert))
+    return next((rule for names, rule in rules if name in names), ask)
 
 
 def _locally(name: str, value: Any, *others: Any) -> Any:
