@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -262,6 +263,80 @@ def test_the_filter_on_both_machines(machine: str) -> None:
         within = refuse if first == 0 else expected
         assert decide(program, architecture=architecture, number=seccomp.TGKILL[column], first=first, second=7, third=signal) == within
     assert not set(table) & {"fork", "vfork", "execve", "execveat", "socket", "connect", "ptrace", "unshare", "setns", "mount", "prctl"}
+
+
+PYTHONS = [sys.executable, getattr(sys, "_base_executable", sys.executable), SYSTEM_PYTHON]
+
+
+@pytest.mark.parametrize("python", PYTHONS, ids=["virtual environment", "its base", "the system's"])
+def test_no_package_is_visible_in_any_python(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path(python).exists():
+        pytest.skip(f"no {python}")
+    monkeypatch.setattr(sys, "executable", python)
+    try:
+        sandbox = Sandbox(LIMITS)
+    except NoIsolation as refusal:
+        pytest.skip(str(refusal))
+    program = """
+import os, sys
+places = [path for path in sys.path + ['/usr/lib', os.path.dirname(os.__file__)] if os.path.isdir(path)]
+def files():
+    return [os.path.join(top, name) for place in places for top, _, names in os.walk(place) if top.endswith('-packages') for name in names]
+def f():
+    sys.path += [os.path.join(place, name) for place in places for name in ('site-packages', 'dist-packages', 'python3/dist-packages')]
+    try: import numpy
+    except ImportError: return files()
+"""
+    verdict = sandbox.run([program], "assert f() == []\nimport json, sqlite3, lzma, ctypes, hashlib")
+    sandbox.close()
+    assert verdict.correct, verdict.reason
+
+
+def test_a_lock_on_the_standard_library_does_not_block_the_host(tmp_path: Path) -> None:
+    sandbox = build("default", LIMITS, tmp_path)
+    program = """
+import fcntl, os, time
+def f():
+    held = [open(os.__file__), open(os.__file__)]
+    fcntl.flock(held[0], fcntl.LOCK_EX)
+    fcntl.lockf(held[1], fcntl.LOCK_SH)
+    for command, argument in ((1026, 0x80000002), (1024, 0)):  # F_NOTIFY, F_SETLEASE
+        try: fcntl.fcntl(os.open(os.path.dirname(os.__file__), os.O_RDONLY), command, argument)
+        except PermissionError: held.append(command)
+    fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX)  # would wait forever if the first lock were real
+    return held[2:]
+"""
+    verdict = sandbox.run([program], "assert f() == [1026, 1024]")
+    sandbox.close()
+    assert verdict.correct, verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("while True: pass", "the program exceeded the limit of 1 s of CPU time"),
+        ("import time\ntime.sleep(100)", "waited for 2 s, the limit without work"),
+        ("import time\nwhile True: time.sleep(0.0001)", "limit"),
+        ("def f():\n    while True: yield 1", "the tests exceeded the limit of 1 s of CPU time|the program exceeded"),
+    ],
+)
+def test_limits_are_named(program: str, reason: str, tmp_path: Path) -> None:
+    sandbox = build("default", replace(LIMITS, idle_seconds=2), tmp_path)
+    verdict = sandbox.run([program], "assert list(f()) == []")
+    sandbox.close()
+    assert not verdict.correct
+    assert re.search(reason, verdict.reason), verdict.reason
+
+
+def test_a_slow_start_is_not_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that take two seconds to be isolated, with limits of one second."""
+    slow = "from engine.verify.sandbox.inside import namespaces; import time; r = namespaces.restrict; "
+    slow += "namespaces.restrict = lambda *a, **k: (time.sleep(2), r(*a, **k)); "
+    monkeypatch.setattr(host, "START", host.START.replace("from", slow + "from", 1))
+    sandbox = build("default", replace(LIMITS, seconds=1, idle_seconds=1), tmp_path)
+    verdict = sandbox.run(["def f(x): return x"], "assert f(1) == 1")
+    sandbox.close()
+    assert verdict.correct, verdict.reason
 
 
 def test_limits_apply_to_the_program(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ DEEDS: dict[str, Callable[[], Any]] = {
     "memory": _memory,
     "unjudged": _unjudged,
     "bug": _bug,
+    "doze": lambda: time.sleep(1.5),
     "print": lambda: print("noise"),
 }
 
