@@ -16,7 +16,7 @@ from itertools import product
 
 from engine.verify.sandbox.inside import kernel, seccomp
 
-LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64")
+LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib64")
 PACKAGES = ("site-packages", "dist-packages")  # inside the standard library's folder in most builds of Python
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 MiB = 1 << 20
@@ -52,15 +52,16 @@ def enclose() -> None:
 def build() -> None:
     """Makes / a read-only tmpfs that holds only Python's standard library without packages, shared libraries and four devices."""
     library = {sysconfig.get_path(name): os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    shown = {path: path for path in (*LIBRARIES, _shared_libraries())} | library
     kernel.mount("none", "/", None, kernel.PRIVATE | kernel.RECURSIVE)
     kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/old")
     kernel.pivot_root("/tmp", "/tmp/old")
     os.chdir("/")
     os.mkdir("/tmp")
-    for path, source in ({path: path for path in LIBRARIES} | library).items():
+    for path, source in shown.items():
         _show(path, source, kernel.READ_ONLY | kernel.NOSUID | kernel.NODEV)
-    for path in (*map("/".join, product(library, PACKAGES)), *glob("/usr/lib/python*/*-packages")):
+    for path in (*map("/".join, product(library, PACKAGES)), *glob("/usr/lib*/python*/*-packages")):
         if os.path.isdir(path):
             kernel.mount("tmpfs", path, "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=4k")
     for path in DEVICES:
@@ -68,6 +69,12 @@ def build() -> None:
     kernel.detach("/old")
     os.rmdir("/old")
     kernel.restrict_mounts("/", kernel.READ_ONLY | kernel.NOSUID)
+
+
+def _shared_libraries() -> str:
+    """The folder in /usr/lib that has only shared libraries; /usr/lib itself where there is none."""
+    path = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}"
+    return path if os.path.isdir(path) else "/usr/lib"
 
 
 def _show(path: str, source: str, attributes: int) -> None:
