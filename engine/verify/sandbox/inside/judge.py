@@ -6,6 +6,7 @@ The tests come from the data set and are trusted. The rules of proxies.py keep t
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import functools
 import inspect
@@ -40,12 +41,11 @@ FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, ty
 class Judge(Peer):
     """The connection to one program."""
 
-    judging = True
-
     def __init__(self, channel: socket.socket) -> None:
         super().__init__(channel, first_number=0)
         sys.modules[TESTS] = types.ModuleType(TESTS)  # dataclasses look up the module of a class
         self.namespace = sys.modules[TESTS].__dict__
+        self.rules = self
         self.names = ProgramNames(frozenset(), frozenset())
         self.own: set[int] = set()  # numbers of objects that the tests created from the program's classes
         self.hidden: set[int] = set()  # numbers of objects that know a plain value of the tests by an operator
@@ -113,14 +113,8 @@ class Judge(Peer):
             if not callable(getattr(type(target), arguments[1], None)):  # a method of the tests stays what it is
                 return setattr(*arguments)
         elif verb == "await" and inspect.iscoroutine(target):
-            return self._awaited(target)
+            return asyncio.run(target)
         raise TypeError(f"{verb} of a {type(target).__name__} of the tests is not supported")
-
-    @staticmethod
-    def _awaited(coroutine: Any) -> Any:
-        import asyncio
-
-        return asyncio.run(coroutine)
 
     # What follows are the rules that proxies.py describes.
 

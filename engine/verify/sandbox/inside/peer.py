@@ -18,7 +18,7 @@ from operator import is_
 from typing import Any
 
 from engine.verify.sandbox.inside import values
-from engine.verify.sandbox.inside.proxies import Remote, describe, mirror
+from engine.verify.sandbox.inside.proxies import Remote, Rules, describe, mirror
 from engine.verify.sandbox.inside.values import BUILDERS, container_base, contents, encode_plain, plain_base, plain_value, unknown
 from engine.verify.sandbox.inside.wire import Lost, receive, send
 
@@ -28,7 +28,7 @@ MALFORMED = (TypeError, ValueError, LookupError, AttributeError, RecursionError,
 class Peer:
     """What both sides do. A side defines `perform`, the requests that it serves."""
 
-    judging = False  # whether proxies keep to the rules of the tests process
+    rules: Rules | None = None  # of the tests process, for its proxies
 
     def __init__(self, channel: socket.socket, first_number: int) -> None:
         self.channel, self.next_number = channel, first_number

@@ -19,7 +19,7 @@ import abc
 import sys
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.verify.sandbox.inside.values import KINDS, plain_base
 
@@ -43,6 +43,15 @@ PREDICATES |= {"difference", "symmetric_difference"}  # with which unittest comp
 OF_CLASSES = ("__iter__", "__len__", "__getitem__", "__contains__", "__reversed__")  # of an enumeration, for example
 
 Encode = Callable[[Any], Any]
+
+
+class Rules(Protocol):
+    """What the tests process knows about proxies, for the rules above."""
+
+    def created(self, value: Any) -> bool: ...
+    def is_opaque(self, value: Any) -> bool: ...
+    def combined(self, result: Any, *operands: Any) -> Any: ...
+    def suppresses(self, error: BaseException | None, trace: types.TracebackType | None) -> bool: ...
 
 
 class Remote:
@@ -112,7 +121,7 @@ def _attributes(peer: Peer) -> dict[str, Any]:
     """Attribute access and copying of every proxy."""
 
     def get(self: Any, name: str) -> Any:
-        if peer.judging and name in PREDICATES and not peer.created(self):
+        if peer.rules and name in PREDICATES and not peer.rules.created(self):
             raise AttributeError(f"{type(self).__name__} object has no attribute {name!r}")
         return peer.request("getattr", self, name)
 
@@ -138,40 +147,47 @@ def _special(peer: Peer, name: str) -> Callable[..., Any]:
     def ask(self: Any, *arguments: Any, **named: Any) -> Any:
         return peer.request("special", name, self, *arguments, **named)
 
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        return peer.call(self, *arguments, **named)
+
+    if name == "__call__":
+        return call
+    return _ruled(peer.rules, name, ask) if peer.rules else ask
+
+
+def _ruled(rules: Rules, name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
+    """`ask`, the special method that asks the other process, under the rules."""
+
     def compare(self: Any, other: Any) -> Any:
         return ask(self, other) if isinstance(other, Remote) else _locally(name, self, other)
 
     def combine(self: Any, *others: Any) -> Any:
         if plain_base(type(self)) is not object and not all(isinstance(other, Remote) for other in others):
             return _locally(name, self, *others)
-        return peer.combined(ask(self, *others), self, *others)
+        return rules.combined(ask(self, *others), self, *others)
 
     def unary(self: Any) -> Any:
-        return peer.combined(ask(self), self)
+        return rules.combined(ask(self), self)
 
     def convert(self: Any, *arguments: Any) -> Any:
-        if peer.is_opaque(self):
+        if rules.is_opaque(self):
             raise TypeError(f"{name} of a combination of a {type(self).__name__} with a plain value")
         return ask(self, *arguments)
 
     def contains(self: Any, item: Any) -> Any:
-        if isinstance(item, Remote) or peer.created(self):
+        if isinstance(item, Remote) or rules.created(self):
             return convert(self, item)
         if hasattr(plain_base(type(self)), name):
             return _locally(name, self, item)
         return any(item is each or item == each for each in self)
 
     def leave(self: Any, kind: Any, error: Any, trace: Any) -> bool:
-        return bool(ask(self, kind, error, None)) and peer.suppresses(error, trace)
+        return bool(ask(self, kind, error, None)) and rules.suppresses(error, trace)
 
-    if not peer.judging:
-        return ask
     if name in ("__contains__", "__exit__"):
         return contains if name == "__contains__" else leave
-    if name == "__call__":
-        return lambda self, *arguments, **named: peer.call(self, *arguments, **named)
-    rules = ((COMPARISONS, compare), (BINARY, combine), (UNARY, unary), (CONVERSIONS, convert))
-    return next((rule for names, rule in rules if name in names), ask)
+    kinds = ((COMPARISONS, compare), (BINARY, combine), (UNARY, unary), (CONVERSIONS, convert))
+    return next((method for names, method in kinds if name in names), ask)
 
 
 def _locally(name: str, value: Any, *others: Any) -> Any:

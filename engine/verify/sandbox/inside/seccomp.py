@@ -10,7 +10,7 @@ effect: the standard library's files are the host's, where a real lock would blo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine.verify.sandbox.inside import kernel
 
@@ -44,6 +44,8 @@ FCNTL_LOCKS = (6, 7, 37, 38)  # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW
 IOCTLS = (0x5401, 0x541B, 0x5421, 0x5451)  # TCGETS, FIONREAD, FIONBIO, FIOCLEX
 CLONE_THREAD = 0x10000
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
+
+Instructions = Sequence[tuple[int, int, int, int]]  # code, jump if true, jump if false, operand
 
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K
 NUMBER, ARCHITECTURE, FIRST, SECOND, THIRD = 0, 4, 16, 24, 32  # offsets in struct seccomp_data; of arguments, the low 32 bits
@@ -82,9 +84,6 @@ def program(column: int, architecture: int, pid: int) -> list[tuple[int, int, in
     instructions += _if(KILL[column], [*_when(SECOND, EQUAL, [SIGKILL], refuse), *_when(FIRST, EQUAL, [0, pid], allow), *refuse])
     instructions += _if(TGKILL[column], [*_when(THIRD, EQUAL, [SIGKILL], refuse), *_when(FIRST, EQUAL, [pid], allow), *refuse])
     return [*instructions, *refuse]
-
-
-Instructions = list[tuple[int, int, int, int]]
 
 
 def _if(number: int, body: Instructions) -> Instructions:
