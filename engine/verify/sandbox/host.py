@@ -7,7 +7,7 @@ pid namespaces, which are killed at the time limit.
 Integrity of the verdict: the tested program and the tests run in two processes. Only the tests process has the job's nonce and a
 connection to the host. The program process has one socket, on which it receives requests for values and replies with plain data. It
 receives arguments but never the expected results, and no assertion, exit code, stack frame, file descriptor or marker in its process
-decides the verdict.
+decides the verdict. inside/proxies.py has the rules for its objects, inside/names.py for what it is asked for.
 
 What remains possible: memorized tests; guessing; a test that compares two objects of the program's own classes, or calls a method of
 one, depends on the program's code; so does a test that uses a helper defined only by the program; and bugs of the kernel or of CPython.

@@ -31,7 +31,8 @@ from engine.verify.sandbox.inside.values import plain_base
 from engine.verify.sandbox.inside.wire import Lost, receive
 
 REASON_MAX = 300  # characters
-SHARED_MAX = 1000  # containers that are kept equal on both sides; checking them costs time in each request
+SHARED_MAX = 20_000  # items of containers that are kept equal on both sides; checking them costs time in each request
+CONTAINER_COST = 20  # what an empty container costs, in items
 TESTS = "tests"  # the module of the tests
 DESCRIPTIVE = ("__name__", "__qualname__", "__doc__")
 OPEN = (io.StringIO, io.BytesIO, random.Random, re.Pattern, re.Match)  # attributes of these reveal nothing of the tests
@@ -46,6 +47,7 @@ class Judge(Peer):
         sys.modules[TESTS] = types.ModuleType(TESTS)  # dataclasses look up the module of a class
         self.namespace = sys.modules[TESTS].__dict__
         self.rules = self
+        self.mentioned: set[int] = set()  # numbers in the next message
         self.names = ProgramNames(frozenset(), frozenset())
         self.own: set[int] = set()  # numbers of objects that the tests created from the program's classes
         self.hidden: set[int] = set()  # numbers of objects that know a plain value of the tests by an operator
@@ -71,10 +73,17 @@ class Judge(Peer):
         return message
 
     def drop_unused(self) -> list[int]:
-        """Forget containers that only this object refers to, and the least recently used ones beyond the limit. Returns their numbers."""
-        unused = {number for number in self.sent if sys.getrefcount(self.objects[number]) <= 2}  # the table's and the argument's reference
-        used = [number for number in self.sent if number not in unused]
-        dropped = [*unused, *used[: max(0, len(used) - SHARED_MAX)]]
+        """Forget containers that only this object refers to, and the least recently used ones beyond the limit. Returns their numbers.
+
+        Not those of the message that is being sent, which the program may change in place.
+        """
+        dropped, size = [], 0
+        for number in reversed(self.sent):
+            size += len(self.sent[number]) + CONTAINER_COST
+            unused = sys.getrefcount(self.objects[number]) <= 2  # the table's and the argument's reference
+            if unused or (size > SHARED_MAX and number not in self.mentioned):
+                dropped.append(number)
+        self.mentioned.clear()
         for number in dropped:
             self.forget(number)
         return dropped
@@ -90,7 +99,10 @@ class Judge(Peer):
             name = getattr(value, "__qualname__", "")
             if module is not None and module.__name__ in sys.stdlib_module_names and getattr(module, name, None) is value:
                 return ["named", [module.__name__, name]]
-        return super().encode(value)
+        message = super().encode(value)
+        if type(message) is list and message[0] == "ref":
+            self.mentioned.add(message[1][0])
+        return message
 
     def perform(self, verb: str, arguments: list[Any], named: dict[str, Any]) -> Any:
         """Serve the program. It may call what was passed to it, and use public attributes and operators of instances of the tests' classes.
@@ -101,7 +113,7 @@ class Judge(Peer):
         assert id(target) in self.numbers
         ours = TESTS in (type(target).__module__, getattr(target, "__module__", None)) and not isinstance(target, FUNCTIONS)
         if verb == "call" or name == "__call__":
-            if isinstance(target, FUNCTIONS) or ours:
+            if callable(target):
                 return target(*arguments[1 + (name is not None) :], **named)
         elif verb == "special" and name in SPECIAL and (ours or isinstance(target, (*OPEN, Iterator))):
             return getattr(type(target), name)(*arguments[1:])

@@ -6,6 +6,7 @@ An immutable value is a JSON value or [name, parts]. Containers that can change 
 from __future__ import annotations
 
 import builtins
+import dataclasses
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from datetime import date, datetime, time, timedelta, timezone
@@ -20,6 +21,8 @@ HEX_MAX = 1 << 20  # digits of other integers
 EXPONENT_MAX = 1 << 20  # of decimals: a short text can otherwise mean a number that fills the memory
 
 NAMED_VALUES = {"NotImplemented": NotImplemented, "Ellipsis": ...}
+# By these, dataclasses.asdict and the like recognize the fields of a class.
+NAMED_VALUES |= {name: getattr(dataclasses, name) for name in ("MISSING", "_FIELD", "_FIELD_CLASSVAR", "_FIELD_INITVAR")}
 
 
 def _integer(text: str) -> int:
