@@ -24,6 +24,8 @@ SLOW_FILES = {
     "unit/test_gpu_run.py": "slow",
     "verify/test_code.py": "slow",
     "verify/test_hostile.py": "slow",
+    "verify/test_forgeries.py": "slow",
+    "verify/test_idioms.py": "slow",
     "verify/test_sandbox.py": "slow",
     "verify/test_verify_pool.py": "slow",
 }

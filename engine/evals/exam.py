@@ -40,12 +40,16 @@ class EvalConfig:
     unsafe_code: bool = False  # run generated programs without a sandbox
     tokens_per_microbatch: int = 8192  # when scoring multiple-choice answers
 
-    def decoding(self, suite_: Suite) -> Decoding | None:
-        """The suite's decoding settings, overridden by those set here. None for multiple-choice suites."""
+    def decoding(self, suite_: Suite, chat: bool) -> Decoding | None:
+        """The suite's decoding settings, overridden by those set here. None for multiple-choice suites.
+
+        By chat, there are no stop strings: the end of the turn ends a response, which may contain any text before that.
+        """
         if suite_.decoding is None:
             return None
+        base = replace(suite_.decoding, stop=()) if chat else suite_.decoding
         overrides = {"n": self.samples, "temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
-        return replace(suite_.decoding, **{name: value for name, value in overrides.items() if value is not None})
+        return replace(base, **{name: value for name, value in overrides.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _source(suite_: Suite, data: Mapping[str, str]) -> Source:
 def _exam(
     settings: EvalConfig, suite_: Suite, source: Source, limit: int, template: ChatTemplate, chat: bool, stop: tuple[int, ...]
 ) -> Exam:
-    decoding = settings.decoding(suite_)
+    decoding = settings.decoding(suite_, chat)
     verifiers = [UNSAFE_CODE if settings.unsafe_code and name == "code" else verifier(name) for name in suite_.verifiers]
     where, items = [], []
     for location, row in islice(suite_.rows(source), limit or None):

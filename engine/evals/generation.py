@@ -25,7 +25,7 @@ class Decoding:
     n: int = 1  # responses per prompt
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # in (0, 1]
-    stop: tuple[str, ...] = ()  # strings
+    stop: tuple[str, ...] = ()  # strings that begin a base model's next question; not used by chat
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:

@@ -97,9 +97,12 @@ class Pool:
 
     def _receive(self, worker: Worker, batch: _Batch) -> None:
         try:
-            batch.take(*worker.answer())
+            answer = worker.answer()
         except EOFError:
             self._replace(worker, batch)
+        else:
+            if answer:
+                batch.take(*answer)
 
     def _replace(self, worker: Worker, batch: _Batch) -> None:
         batch.take(*worker.lost())

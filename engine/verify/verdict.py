@@ -41,5 +41,5 @@ class Verifier:
     verify: Callable[[str, Any], Verdict]
     check: Callable[[Any], None]
     judge: Callable[[str, Any], Verdict]
-    limit_s: float = 10.0  # wall clock per response in a worker; a response that takes longer is wrong
+    limit_s: float = 10.0  # CPU time per response in a worker; a response that takes longer is wrong
     inline: bool = False  # Pool runs `judge` in its own process: for linear-time verifiers that are cheaper than a message to a worker

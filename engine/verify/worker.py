@@ -1,7 +1,8 @@
 """A worker process that judges responses, so that one that hangs or crashes its verifier does not affect the parent.
 
-The time limit of a response is a kernel timer in the worker: SIGALRM with its default action, which ends the process. It starts with the
-work, interrupts code that never returns to Python, needs no thread in the parent, and ends a worker whose parent is gone. An idle worker
+The time limit of a response is a kernel timer in the worker: SIGPROF with its default action, which ends the process. It counts CPU time,
+so that a busy machine makes no response wrong. It starts with the work, interrupts code that never returns to Python, needs no thread in
+the parent, and ends a worker whose parent is gone. A second timer, SIGALRM, ends a worker that waits instead of working. An idle worker
 ends when its pipe is closed.
 """
 
@@ -24,7 +25,9 @@ from typing import Any, NamedTuple
 from engine.verify.verdict import Unjudged, Verdict, ruling
 
 MEMORY_BYTES = 4 << 30  # of a worker's address space, so that a huge expression does not exhaust the machine's memory
-GRACE_S = 15.0  # seconds after its time limit at which an unresponsive worker is considered stuck
+WALL_FACTOR = 10.0  # a task may take this many times its CPU limit of wall clock, because the machine may be busy
+START_S = 120.0  # seconds for a worker to start; not part of a response's time
+GRACE_S = 15.0  # seconds after its wall clock limit at which an unresponsive worker is considered stuck
 IN_FLIGHT = 8  # tasks queued per worker, so that it does not wait for the next one
 IN_FLIGHT_CHARACTERS = 1 << 14  # at most what a pipe holds, so that the parent does not block on sending
 REASON_CHARACTERS = 1000  # bounds results, so that the worker does not block on sending while the parent blocks on sending it a task
@@ -32,7 +35,7 @@ START = "import sys; from engine.verify.worker import serve; serve(int(sys.argv[
 
 
 class Task(NamedTuple):
-    """A call of `judge(response, truth)`; `limit_s` in seconds of wall clock."""
+    """A call of `judge(response, truth)`; `limit_s` in seconds of CPU time."""
 
     judge: Callable[[str, Any], Verdict]
     response: str
@@ -56,7 +59,8 @@ class Worker:
         )
         theirs.close()
         self.tasks: deque[tuple[int, Task]] = deque()
-        self.deadline = 0.0
+        self.started = False
+        self.deadline = time.monotonic() + START_S
 
     def accepts(self, task: Task) -> bool:
         """Whether its queue has room for `task`."""
@@ -73,12 +77,15 @@ class Worker:
         except OSError:
             self._end()
 
-    def answer(self) -> tuple[int, Verdict | Unjudged]:
-        """(index, result) of the oldest task. Raises EOFError if the worker has ended; then call `lost`."""
+    def answer(self) -> tuple[int, Verdict | Unjudged] | None:
+        """(index, result) of the oldest task; None if it has just started. Raises EOFError if the worker has ended; then call `lost`."""
         try:
             answer = self.pipe.recv()
         except OSError as error:
             raise EOFError from error
+        if not self.started:
+            self.started = True
+            return self._reset_deadline()
         index, _ = self.tasks.popleft()
         self._reset_deadline()
         return index, answer
@@ -92,7 +99,7 @@ class Worker:
         overdue = self.overdue()
         code = self._end()
         index, task = self.tasks.popleft()
-        if code == -signal.SIGALRM:
+        if code == -signal.SIGPROF:
             return index, Verdict(False, f"time limit of {task.limit_s:g} s")
         cause = "did not respond" if overdue else f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return index, Unjudged(f"its worker {cause}")
@@ -103,7 +110,8 @@ class Worker:
         self.pipe.close()
 
     def _reset_deadline(self) -> None:
-        self.deadline = time.monotonic() + GRACE_S + (self.tasks[0][1].limit_s if self.tasks else 0.0)
+        if self.started:
+            self.deadline = time.monotonic() + GRACE_S + (WALL_FACTOR * self.tasks[0][1].limit_s if self.tasks else 0.0)
 
     def _end(self) -> int:
         """Kill the session. Returns the worker's exit status, which is the earlier one if it had already ended."""
@@ -116,11 +124,12 @@ class Worker:
 def serve(fd: int) -> None:
     """The worker's main loop, until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF, signal.SIGALRM])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard), hard))
     pipe = Connection(fd)
+    pipe.send("started")
     while True:
         try:
             message = pipe.recv_bytes()
@@ -132,8 +141,7 @@ def serve(fd: int) -> None:
 def _answer(message: bytes) -> Verdict | Unjudged:
     try:
         task: Task = pickle.loads(message)  # imports the verifier's module, before the timer starts
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, task.limit_s)
+        _set_timers(task.limit_s)
         correct, reason = task.judge(task.response, task.truth)
         return ruling(correct, reason[:REASON_CHARACTERS])
     except Unjudged as failure:
@@ -143,4 +151,14 @@ def _answer(message: bytes) -> Verdict | Unjudged:
     except Exception as error:  # a bug of the verifier is not the response's fault
         return Unjudged(f"{type(error).__name__}: {error}")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0)
+
+
+def _set_timers(limit_s: float) -> None:
+    """0: no limit."""
+    for timer, number, seconds in (
+        (signal.ITIMER_PROF, signal.SIGPROF, limit_s),
+        (signal.ITIMER_REAL, signal.SIGALRM, WALL_FACTOR * limit_s),
+    ):
+        signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(timer, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,20 @@ def test_humaneval_runs_completions_and_blocks(model: Path, data: dict[str, str]
     results = metrics(exam("humaneval", model, data), right, block, *[wrong] * 10)
     assert results == {"pass@1": pytest.approx(2 / 12), "pass@10": pytest.approx(1 - 1 / 66)}
     assert metrics(exam("humaneval", model, data), right) == {"pass@1": 1}
+
+
+def test_stop_strings_are_for_plain_text_only(model: Path, data: dict[str, str]) -> None:
+    """By chat, "```python\\n\\ndef" must not end at "\\ndef", nor an answer at its first line."""
+    for name in SUITES:
+        plain, chat = (exam(name, model, data, chat).decoding for chat in (False, True))
+        if plain is None or chat is None:
+            assert plain is chat
+        else:
+            assert chat.stop == ()
+            assert chat == replace(plain, stop=())
+    plain = exam("humaneval", model, data).decoding
+    assert plain is not None
+    assert "\ndef" in plain.stop
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())

@@ -141,7 +141,7 @@ def f():
     "raise limits": """
 import resource
 def f():
-    resource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 45, 1 << 45))
     return True
 """,
     "a core file": "import os, signal, ctypes\ndef f(): ctypes.string_at(0)",

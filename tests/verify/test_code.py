@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engine.__main__ import main
 from engine.verify import verifier
 from engine.verify.code import CODE, LIMITS, UNSAFE_CODE, _sandbox, check, extract, verify
-from engine.verify.pool import Case, Pool
+from engine.verify.pool import Case, Pool, alone
 from engine.verify.sandbox.host import START, NoIsolation, Sandbox
 from engine.verify.verdict import Verdict, Verifier
 from tests.support.paths import SHARED
@@ -54,7 +54,18 @@ def judge(code: Verifier, program: str, *tests: str) -> Verdict:
         ("```\na = 1\n```", "a = 1\n"),
         ("```cpp\nint a;\n```\n```\na = 1\n```", "a = 1\n"),
         ("```python\na = 1", "a = 1"),
-        ("  ```python\n  a = 1\n  ```", "  a = 1\n"),
+        ("  ```python\n  a = 1\n  ```", "a = 1\n"),
+        ("1. So:\n   ```python\n   def f():\n       return 1\n   ```\n2. Done", "def f():\n    return 1\n"),
+        ("- So:\n\t```python\n\ta = 1\n\t```", "a = 1\n"),
+        (
+            '```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```',
+            'def f():\n    """\n    ```\n    f()\n    ```\n    """\n',
+        ),
+        ('def f():\n    """\n    ```\n    f()\n    ```\n    """', 'def f():\n    """\n    ```\n    f()\n    ```\n    """'),
+        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
+        ("~~~python\na = 1\n~~~", "a = 1\n"),
+        ("```{python}\r\na = 1\r\n```\r\n", "a = 1\r\n"),
+        ("```python\na = 1\n``` and so on\n```", "a = 1\n``` and so on\n"),
         ("```python\ns = '```'\n```", "s = '```'\n"),
         ("no fence ``` here", "no fence ``` here"),
         ("", ""),
@@ -82,7 +93,10 @@ def test_extract(response: str, program: str) -> None:
         ("def f(g, x): return [g(y) for y in x]", ["assert f(lambda y: y * 2, [1, 2]) == [2, 4]", "assert f(str, [1]) == ['1']"]),
         ("def f(g): return g(lambda x: x + 1)", ["assert f(lambda h: h(1)) == 2"]),
         ("def f(x): raise KeyError(x)", ["try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"]),
-        ("class Mine(ValueError): pass\ndef f(): raise Mine", ["try:\n    f()\nexcept Exception as e:\n    assert 'Mine' in str(e)"]),
+        (
+            "class Mine(ValueError): pass\ndef f(): raise Mine",
+            ["try:\n    f()\nexcept ValueError as e:\n    assert type(e) is Mine"],
+        ),
         (
             "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"
             "    def __len__(self): return len(self.items)\n    def __getitem__(self, i): return self.items[i]",
@@ -187,6 +201,116 @@ def test_humaneval_does_not_credit_the_prompt(code: Verifier) -> None:
 def test_a_truth_without_tests_is_refused_at_the_start(truth: Any) -> None:
     with pytest.raises(ValueError, match=r"truth=.*verifier=code; give"):
         check(truth)
+
+
+CHECK = "def check(candidate):\n"
+
+
+@pytest.mark.parametrize(
+    ("truth", "why"),
+    [
+        ({"tests": [""]}, "runs no assert"),
+        ({"tests": ["# assert f() == 1"]}, "runs no assert"),
+        ({"tests": ["f(1) == 2"]}, "runs no assert"),
+        ({"tests": ["'assert f() == 1'"]}, "runs no assert"),
+        ({"tests": ["assert True, f(1)"]}, "runs no assert"),
+        ({"tests": ["assert (f(1) == 2, 'one')"]}, "runs no assert"),
+        ({"tests": ["def test_f():\n    assert f(1) == 2"]}, "runs no assert"),
+        ({"tests": ["class Test:\n    def test_f(self):\n        assert f(1) == 2"]}, "runs no assert"),
+        ({"tests": ["assert 1 + 1 == 2"]}, "reads no name"),
+        ({"tests": ["import math", "assert math.gcd(4, 6) == 2"]}, "reads no name"),
+        ({"tests": ["assert sorted(range(3)) == [0, 1, 2]"]}, "reads no name"),
+        ({"tests": ["assert f(1) == 2", "assert f(2 == 3"]}, "is not valid Python"),
+        ({"tests": ["assert f('\0') == 2"]}, "is not valid Python"),
+        ({"tests": ["assert " + "(" * 10**5]}, "is not valid Python|nested too deeply"),
+        ({"tests": ["assert " + "-" * 10**5 + "f(1)"]}, "nested too deeply"),
+        ({"tests": ["assert f(1) == 2" + " " * 2**20]}, "over the limit"),
+        ({"tests": ["import numpy as np", "assert f(1) == np.ones(1)"]}, "imports numpy, which is not in the standard library"),
+        ({"tests": ["from solution import f", "assert f(1) == 2"]}, "imports solution"),
+        ({"tests": ["assert f(1) == 2"], "entry_point": "f()"}, "entry_point='f\\(\\)' is not a name"),
+        (problem(test=""), "defines no function check"),
+        (problem(test="assert twice(1) == 2"), "defines no function check"),
+        (problem(test="def check():\n    assert twice(1) == 2"), "defines no function check"),
+        (problem(test="def check(a, b):\n    assert twice(1) == 2"), "defines no function check"),
+        (problem(test=CHECK + "    pass"), "runs no assert"),
+        (problem(test=CHECK + "    candidate(1) == 2"), "runs no assert"),
+        (problem(test=CHECK + "    def inner():\n        pass\nassert True"), "runs no assert"),
+        (problem(test=CHECK + "    assert 1 + 1 == 2"), "reads no name"),
+        (problem(test=CHECK + "    assert candidate(1) == = 2"), "is not valid Python"),
+        (problem(entry_point="thrice"), "does not define entry_point='thrice'"),
+        (problem(entry_point=""), "entry_point='' is not a name"),
+        (problem(entry_point="a b"), "is not a name"),
+        (problem(prompt="Write a function that doubles."), "is not valid Python"),
+        (problem(prompt="import torch\ndef twice(x):\n"), "imports torch"),
+    ],
+)
+def test_a_truth_that_judges_nothing_or_that_nothing_can_pass_is_refused(truth: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why) as caught:
+        check(truth, unsafe=True)
+    assert str(caught.value).startswith("truth: ")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        {"tests": ["assert sum(10, 15) == 25"]},
+        {"tests": ["if f(1) != 2:\n    raise ValueError"]},
+        {"tests": ["def test_f():\n    assert f(1) == 2", "test_f()"]},
+        {"tests": ["import unittest", "unittest.TestCase().assertEqual(f(1), 2)"]},
+        {"tests": ["try:\n    import numpy\nexcept ImportError:\n    numpy = None", "assert f(1) == 2"]},
+        {"tests": ["assert pow(2, 3) == 8 and abs(max(1, 2)) == 2"], "entry_point": "max"},
+        problem(),
+        problem(test="def helper(f):\n    assert f(1) == 2\ndef check(candidate, times=2):\n    helper(candidate)"),
+        problem(test="def check(*functions):\n    assert twice(1) == 2"),
+    ],
+)
+def test_a_truth_that_judges_is_accepted(truth: Any) -> None:
+    check(truth, unsafe=True)
+
+
+def test_every_problem_of_humaneval_is_accepted() -> None:
+    for _, row in solutions():
+        check(row, unsafe=True)
+
+
+def test_a_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    rows = [{"response": "", "truth": ADD}, {"response": "", "truth": {"tests": ["add(1, 2)"]}}]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(map(json.dumps, rows)).encode())))
+    assert main(["verify", "--verifier", "code", "--workers", "1", "--unsafe-code"]) == 1
+    assert capsys.readouterr().err.startswith("error: stdin:2: truth: tests=['add(1, 2)'] runs no assert")
+
+
+HOSTILE = ["`" * 10**6, "```" * 333_333, "```\n" * 250_000, "\n" * 10**6, " " * 10**6, " \t" * 500_000 + "```", "~~~x\n \t~~~ " * 90_000]
+HOSTILE += ["```python\n" * 100_000, "def twice" * 110_000, "def " + " " * 10**6, "(" * 10**6, "-" * 10**6 + "1", "x = '" + "\\" * 10**6]
+
+
+@pytest.mark.parametrize("response", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_megabyte_of_anything_is_judged_within_its_limit(code: Verifier, response: str) -> None:
+    """By a worker with the verifier's limit, which a quadratic scan would exceed."""
+    verdict = alone(code, response, problem())
+    assert not verdict.correct
+    assert "time limit" not in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "```python\nfrom __future__ import annotations\n\ndef twice(x: int) -> int:\n    return 2 * x\n```",
+        "1. Here:\n\n   ```python\n   def twice(x):\n       return 2 * x\n   ```\n",
+        "```python\n\ndef twice(x):\n    return 2 * x\n```",
+        "```python\ntwice: object = lambda x: 2 * x\n```",
+    ],
+)
+def test_answers_as_chat_models_write_them(code: Verifier, response: str) -> None:
+    assert code.verify(response, problem()).correct
+
+
+@pytest.mark.parametrize("helper", ["def sorted(xs): return xs", "def abs(x): return 0", "len = lambda x: 3"])
+def test_the_tests_builtins_are_not_the_programs(code: Verifier, helper: str) -> None:
+    truth = problem(test=CHECK + "    assert sorted([candidate(1), 0]) == [0, 2] and abs(candidate(-1)) == 2 and len([candidate(1)]) == 1")
+    assert code.verify(f"{helper}\ndef twice(x): return 2 * x", truth).correct
+    assert not code.verify(f"{helper}\ndef twice(x): return x", truth).correct
 
 
 def test_names() -> None:

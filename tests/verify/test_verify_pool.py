@@ -115,6 +115,29 @@ def test_a_worker_that_its_own_clock_cannot_end_is_killed(deed: str, monkeypatch
     assert answers[1] == Verdict(True, "compared")
 
 
+def test_a_slow_start_costs_no_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that takes longer to start than a response may take, with the time to wait for an unresponsive one."""
+    monkeypatch.setattr(worker, "START", f"import time; time.sleep(3); {worker.START}")
+    monkeypatch.setattr(worker, "GRACE_S", 0.1)
+    hurried = replace(FAULTY, limit_s=0.2)
+    with Pool(2, max_dropped=0) as pool:
+        assert pool.verify([Case(hurried, "fine", "fine")] * 5) == [Verdict(True, "compared")] * 5
+
+
+def test_a_worker_that_never_starts_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "START", "import time; time.sleep(1000)")
+    monkeypatch.setattr(worker, "START_S", 0.5)
+    with Pool(1, max_dropped=1.0) as pool:
+        assert [str(answer) for answer in pool.verify(cases("fine"))] == ["its worker did not respond"]
+
+
+def test_waiting_is_no_work(pool: Pool) -> None:
+    """A response that waits, as on a busy machine, is not over its limit of CPU time; one that never ends costs its worker."""
+    assert pool.verify(cases("doze")) == [Verdict(False, "compared")]
+    (answer,) = pool.verify([Case(replace(FAULTY, limit_s=0.05), "doze", "fine")])
+    assert str(answer) == "its worker was ended by SIGALRM"
+
+
 def test_too_many_lost_stop_the_run() -> None:
     with Pool(2, max_dropped=0.1) as pool:
         assert isinstance(pool.verify(cases("bug", *["fine"] * 9))[0], Unjudged)

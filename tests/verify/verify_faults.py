@@ -40,12 +40,13 @@ DEEDS: dict[str, Callable[[], Any]] = {
     "segfault": lambda: ctypes.string_at(0),
     "exit": lambda: os._exit(3),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "deaf": lambda: (signal.signal(signal.SIGALRM, signal.SIG_IGN), _spin()),
+    "deaf": lambda: (signal.signal(signal.SIGPROF, signal.SIG_IGN), signal.signal(signal.SIGALRM, signal.SIG_IGN), _spin()),
     "spin": _spin,
     "product": _product,
     "memory": _memory,
     "unjudged": _unjudged,
     "bug": _bug,
+    "doze": lambda: time.sleep(1.5),
     "print": lambda: print("noise"),
 }
 

@@ -7,7 +7,7 @@ pid namespaces, which are killed at the time limit.
 Integrity of the verdict: the tested program and the tests run in two processes. Only the tests process has the job's nonce and a
 connection to the host. The program process has one socket, on which it receives requests for values and replies with plain data. It
 receives arguments but never the expected results, and no assertion, exit code, stack frame, file descriptor or marker in its process
-decides the verdict.
+decides the verdict. inside/proxies.py has the rules for its objects, inside/names.py for what it is asked for.
 
 What remains possible: memorized tests; guessing; a test that compares two objects of the program's own classes, or calls a method of
 one, depends on the program's code; so does a test that uses a helper defined only by the program; and bugs of the kernel or of CPython.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from engine.verify.verdict import Unjudged, Verdict
 ROOT = str(Path(__file__).parents[3])
 START = "import sys; sys.path.append(sys.argv.pop(1)); from engine.verify.sandbox.inside.launcher import main; main(sys.argv[1:])"
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}  # nothing of the host's environment, which may hold secrets
-GRACE = 10.0  # seconds beyond the time limit after which the launcher is considered dead
+GRACE_S = 60.0  # for the launcher to start, and beyond a job's time limit, before it is considered dead: the machine may be busy
 VERDICT_MAX = 1 << 16  # bytes
 
 
@@ -59,7 +60,7 @@ class Sandbox:
             )
         self.lines = self.control.makefile("rb")
         try:
-            refused = self._read_message(GRACE).get("refused")
+            refused = self._read_message(GRACE_S).get("refused")
         except OSError as error:
             self.close()
             raise Unjudged(f"the sandbox did not start: {error}") from error
@@ -70,8 +71,8 @@ class Sandbox:
                 "or accept the risk with --unsafe-code"
             )
 
-    def run(self, program: str, tests: str, setup: str = "", entry_point: str | None = None) -> Verdict:
-        """Loads `program` in one process and runs `setup` and `tests` in another; with `entry_point`, calls the tests' check(entry_point).
+    def run(self, program: list[str], tests: str, setup: str = "", entry_point: str | None = None) -> Verdict:
+        """Loads the parts of `program` in one process and runs `setup` and `tests` in another, which ask the first for `entry_point`.
 
         Raises Unjudged if the machine fails; the sandbox is then closed.
         """
@@ -86,7 +87,7 @@ class Sandbox:
 
     def _exchange(self, job: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         ours, theirs = socket.socketpair()
-        timeout = self.limits.seconds + GRACE
+        timeout = self.limits.start_seconds + self.limits.seconds + GRACE_S
         with ours:
             with theirs:
                 socket.send_fds(self.control, [b"j"], [theirs.fileno()])
@@ -103,28 +104,33 @@ class Sandbox:
         self.control.settimeout(timeout)
         line = self.lines.readline()
         if not line:
-            raise OSError(f"the launcher exited with status {self.launcher.wait(GRACE)}")
+            raise OSError(f"the launcher exited with status {self.launcher.wait(GRACE_S)}")
         return json.loads(line)
 
     def _verdict(self, nonce: str, result: dict[str, Any], report: dict[str, Any]) -> Verdict:
-        judge, program = report["judge"], report["program"]
-        if result:
-            assert result["nonce"] == nonce
+        """Unjudged only for what no program can bring about: a process that did not start, or was killed from outside."""
+        if result and result["nonce"] != nonce:
+            raise Unjudged("a verdict of another job")
         if result.get("correct"):
             return Verdict(True, result["reason"])
-        for process, name in ((program, "the program"), (judge, "the tests")):
-            # Half, because the kernel enforces the limit in ticks but reports clock time.
-            if _was_killed(process) and process["cpu_seconds"] > self.limits.cpu_seconds / 2:
-                return Verdict(False, f"{name} exceeded the limit of {self.limits.cpu_seconds} s of CPU time")
-        if not report["in_time"]:
-            return Verdict(False, f"exceeded the time limit of {self.limits.seconds:g} s")
-        if _was_killed(program):
-            raise Unjudged("the program was killed from outside the sandbox; check whether the machine ran out of memory")
-        if not result and judge["status"] in (1, 3, -9):
-            raise Unjudged(f"the tests process exited with status {judge['status']}")
-        if not result or (result["lost"] and not program["killed"]):
-            return Verdict(False, f"the program exited before its tests finished (status {program['status']})")
+        if not report["started"]:
+            raise Unjudged(f"its processes did not start (status {report['judge']['status']} and {report['program']['status']})")
+        if report["exceeded"]:
+            return Verdict(False, report["exceeded"])
+        for name, process in (("the program", report["program"]), ("the tests", report["judge"])):
+            if process["status"] == -signal.SIGKILL and not process["killed"]:
+                return self._killed(name, process["memory"])
+        if not result:
+            return Verdict(False, f"the program's values end the tests process (status {report['judge']['status']})")
+        if result["lost"] and not report["program"]["killed"] and report["program"]["status"] != 0:
+            return Verdict(False, f"the program exited before its tests finished (status {report['program']['status']})")
         return Verdict(False, result["reason"])
+
+    def _killed(self, name: str, memory: int) -> Verdict:
+        """The seccomp filter refuses SIGKILL, so the kernel or an outside process sent it. memory: the most it used, in MiB."""
+        if memory > self.limits.memory / 2:
+            return Verdict(False, f"{name} used {memory} MiB of memory, more than the machine had left")
+        raise Unjudged(f"{name} was killed from outside the sandbox; check whether the machine ran out of memory")
 
     def close(self) -> None:
         """Ends the launcher and all processes that it started."""
@@ -132,8 +138,3 @@ class Sandbox:
         self.control.close()
         self.launcher.kill()
         self.launcher.wait()
-
-
-def _was_killed(process: dict[str, Any]) -> bool:
-    """Whether the kernel or an outside process killed it. As pid 1 of its namespace, it cannot send SIGKILL to itself."""
-    return process["status"] == -9 and not process["killed"]

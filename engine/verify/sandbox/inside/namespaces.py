@@ -11,10 +11,13 @@ import resource
 import sys
 import sysconfig
 from dataclasses import dataclass
+from glob import glob
+from itertools import product
 
 from engine.verify.sandbox.inside import kernel, seccomp
 
-LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64")
+LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib64")
+PACKAGES = ("site-packages", "dist-packages")  # inside the standard library's folder in most builds of Python
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 MiB = 1 << 20
 
@@ -23,8 +26,10 @@ MiB = 1 << 20
 class Limits:
     """Resource limits of one job's processes."""
 
-    seconds: float = 10.0  # wall clock of the job, for programs that sleep
-    cpu_seconds: int = 4  # CPU time per process, the limit that usually applies
+    cpu_seconds: float = 4.0  # CPU time per process, the limit that usually applies; independent of the machine's load
+    idle_seconds: float = 10.0  # without work, for programs that wait forever
+    start_seconds: float = 60.0  # for both processes to be isolated; not part of the job's time
+    seconds: float = 60.0  # wall clock of the job, for programs that work a little forever
     memory: int = 1024  # MiB of address space per process
     disk: int = 64  # MiB in /tmp
     file: int = 16  # MiB per file
@@ -45,21 +50,31 @@ def enclose() -> None:
 
 
 def build() -> None:
-    """Makes / a read-only tmpfs that holds only Python's standard library, shared libraries and four devices."""
+    """Makes / a read-only tmpfs that holds only Python's standard library without packages, shared libraries and four devices."""
     library = {sysconfig.get_path(name): os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    shown = {path: path for path in (*LIBRARIES, _shared_libraries())} | library
     kernel.mount("none", "/", None, kernel.PRIVATE | kernel.RECURSIVE)
     kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/old")
     kernel.pivot_root("/tmp", "/tmp/old")
     os.chdir("/")
     os.mkdir("/tmp")
-    for path, source in ({path: path for path in LIBRARIES} | library).items():
+    for path, source in shown.items():
         _show(path, source, kernel.READ_ONLY | kernel.NOSUID | kernel.NODEV)
+    for path in (*map("/".join, product(library, PACKAGES)), *glob("/usr/lib*/python*/*-packages")):
+        if os.path.isdir(path):
+            kernel.mount("tmpfs", path, "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=755,size=4k")
     for path in DEVICES:
         _show(path, path, kernel.READ_ONLY | kernel.NOSUID | kernel.NOEXEC)
     kernel.detach("/old")
     os.rmdir("/old")
     kernel.restrict_mounts("/", kernel.READ_ONLY | kernel.NOSUID)
+
+
+def _shared_libraries() -> str:
+    """The folder in /usr/lib that has only shared libraries; /usr/lib itself where there is none."""
+    path = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}"
+    return path if os.path.isdir(path) else "/usr/lib"
 
 
 def _show(path: str, source: str, attributes: int) -> None:
@@ -104,7 +119,6 @@ def restrict(limits: Limits, threads: bool) -> None:
     """Sets resource limits and the system call filter of this process. Does not need namespaces."""
     values = {
         resource.RLIMIT_AS: limits.memory * MiB,
-        resource.RLIMIT_CPU: limits.cpu_seconds,
         resource.RLIMIT_FSIZE: limits.file * MiB,
         resource.RLIMIT_NOFILE: limits.files,
         resource.RLIMIT_CORE: 0,

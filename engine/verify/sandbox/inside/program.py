@@ -6,102 +6,94 @@ returns, as any function may. It never receives what the tests expect.
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import copy
+import io
 import operator
 import socket
 import sys
 import types
+from _sitebuiltins import Quitter
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from engine.verify.sandbox.inside.wire import Lost, decode, encode, receive, send
+from engine.verify.sandbox.inside.peer import Peer
+from engine.verify.sandbox.inside.wire import Lost, send
 
-VERBS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(builtins, name) for name in ("getattr", "setattr", "isinstance", "iter", "next", "len", "str", "repr", "bool")},
-    **{name: getattr(operator, name) for name in ("getitem", "setitem", "eq", "lt", "le", "gt", "ge", "add", "sub", "mul")},
-    "call": lambda function, *arguments, **named: function(*arguments, **named),
+OF_CLASSES: dict[str, Callable[..., Any]] = {
+    **{f"__{name}__": getattr(builtins, name) for name in ("iter", "len", "reversed")},
+    **{f"__{name}__": getattr(operator, name) for name in ("getitem", "contains")},
 }
+OUTPUT_MAX = 1 << 20  # characters per reply
+absent = object()
 
 
-class ProgramServer:
-    """Serves requests for the program's objects, which stay in this process and are referred to by number."""
+class ProgramServer(Peer):
+    """Serves requests for the program's objects."""
 
     def __init__(self, channel: socket.socket) -> None:
-        self.channel = channel
-        self.objects: list[Any] = []
-        self.numbers: dict[int, int] = {}  # id -> index; `objects` keeps the ids valid
+        super().__init__(channel, first_number=1)
         self.module = types.ModuleType("program")
+        self.globals: dict[str, Any] = {}  # names that the tests read, and their values when last sent
+        self.output = [io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogatepass", write_through=True) for _ in range(2)]
         sys.modules["program"] = self.module  # dataclasses and pickle look up the module of a class
+        sys.stdout, sys.stderr = self.output
+        for name in ("exit", "quit"):
+            setattr(builtins, name, Quitter(name, "Ctrl-D (i.e. EOF)"))
 
     def serve(self) -> None:
         """Sends "ready", then serves requests until the tests process closes the channel."""
         send(self.channel, "ready")
         while True:
             try:
-                request = receive(self.channel)
+                request = self._receive()
             except Lost:
                 return
-            send(self.channel, self.reply_to(request))
+            self._send(self.answer(request))
 
-    def reply_to(self, request: Any) -> dict[str, Any]:
-        try:
-            if "load" in request:
-                exec(compile(request["load"], "<program>", "exec"), self.module.__dict__)
-                return {"ok": None}
-            if "name" in request:
-                value = self.module.__dict__.get(request["name"], Lost)
-                return {"missing": True} if value is Lost else {"ok": self.encode(value)}
-            return self.perform(request)
-        except BaseException as error:  # including SystemExit and KeyboardInterrupt: the program must not end the process this way
-            return {"error": type(error).__name__, "text": _message(error)}
+    def _send(self, message: dict[str, Any]) -> None:
+        """Also sends global variables that have changed, and what the program has printed."""
+        changed = {name: self.module.__dict__.get(name, absent) for name in self.globals}
+        changed = {name: value for name, value in changed.items() if value is not self.globals[name] and value is not absent}
+        self.globals |= changed
+        message["globals"] = {name: self.encode(value) for name, value in changed.items()}
+        message["output"] = [_taken(stream) for stream in self.output]
+        super()._send(message)
 
-    def perform(self, request: Any) -> dict[str, Any]:
-        """Runs one of VERBS. The reply includes the arguments if the call changed them in place."""
-        arguments = [self.decode(part) for part in request["arguments"]]
-        named = {name: self.decode(part) for name, part in request["named"].items()}
-        reply = {"ok": self.encode(VERBS[request["verb"]](*arguments, **named))}
-        after = [self.encode(argument) for argument in arguments]
-        return reply if after == request["arguments"] else reply | {"arguments": after}
+    def perform(self, verb: str, arguments: list[Any], named: dict[str, Any]) -> Any:
+        return getattr(self, f"do_{verb}")(*arguments, **named)
 
-    def encode(self, value: Any) -> Any:
-        return encode(value, self.handle)
+    def named(self, module: str, name: str) -> Any:
+        return getattr(import_module(module), name)
 
-    def decode(self, message: Any) -> Any:
-        return decode(message, self.resolve)
+    def do_load(self, *parts: str) -> None:
+        for part in parts:
+            exec(compile(part, "<program>", "exec"), self.module.__dict__)
 
-    def handle(self, value: Any) -> list[Any]:
-        if isinstance(value, Callback):
-            return ["yours", value.number]
-        number = self.numbers.setdefault(id(value), len(self.objects))
-        if number == len(self.objects):
-            self.objects.append(value)
-        return ["mine", number]
+    def do_watch(self, *names: str) -> None:
+        self.globals = dict.fromkeys(names, absent)
 
-    def resolve(self, whose: str, number: Any) -> Any:
-        if whose == "builtin":
-            return getattr(builtins, number)
-        return self.objects[number] if whose == "yours" else Callback(self, number)
+    def do_special(self, name: str, target: Any, *arguments: Any) -> Any:
+        if isinstance(target, type) and name in OF_CLASSES:
+            return OF_CLASSES[name](target, *arguments)
+        return getattr(type(target), name)(target, *arguments)
+
+    def do_call(self, function: Any, *arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    do_getattr, do_setattr, do_delattr = map(staticmethod, (getattr, setattr, delattr))
+    do_copy, do_deepcopy, do_await = map(staticmethod, (copy.copy, copy.deepcopy, asyncio.run))
 
 
-class Callback:
-    """A function of the tests that was passed to the program as an argument."""
-
-    def __init__(self, server: ProgramServer, number: int) -> None:
-        self.server, self.number = server, number
-
-    def __call__(self, *arguments: Any) -> Any:
-        send(self.server.channel, {"callback": self.number, "arguments": [self.server.encode(argument) for argument in arguments]})
-        reply = receive(self.server.channel)
-        while "verb" in reply:  # the function uses an object of the program
-            send(self.server.channel, self.server.reply_to(reply))
-            reply = receive(self.server.channel)
-        if "error" in reply:
-            raise RuntimeError(reply["error"])
-        return self.server.decode(reply["ok"])
-
-
-def _message(error: BaseException) -> str:
+def _taken(stream: io.TextIOWrapper) -> str:
+    """What was written to `stream` since the last call."""
     try:
-        return str(error)[:200]
-    except BaseException:
+        text = stream.buffer.getvalue()[:OUTPUT_MAX].decode(errors="replace")  # type: ignore[attr-defined]
+        if text:
+            stream.seek(0)
+            stream.truncate(0)
+        return text
+    except ValueError:  # the program has closed it
         return ""
