@@ -17,6 +17,7 @@ from engine.batching.ragged import Arena
 from engine.config import Run, to_dict
 from engine.config.checks import problems
 from engine.data.prepare import tokenizer_of
+from engine.data.tokenizer import vocabulary_size
 from engine.distributed.world import World
 from engine.megatron.policy import Learner, Policy, locate_weights
 from engine.models.families import head_to_hf, to_hf
@@ -100,7 +101,7 @@ def _train(run: Run, world: World, devices: int) -> None:
 def check_launch(run: Run, world: World, trainers: int) -> None:
     """Raise ValueError for what settings, shapes and the tokenizer show to be wrong on so many ranks, before a weight is read."""
     folder, _ = locate_weights(run.model, world)
-    tokens = len(tokenizer_of(run.model, folder))
+    tokens = vocabulary_size(tokenizer_of(run.model, folder))
     if found := problems(run, lambda model: locate_weights(model, world)[1], trainers, on_gpu=world.on_gpu, tokens=tokens):
         raise ValueError("; also: ".join(found))
 

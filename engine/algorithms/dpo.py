@@ -73,7 +73,7 @@ class DPO:
         from engine.data.prepare import open_chat, prepare_all
         from engine.rollout.scoring import cached_logprobs
 
-        chat = open_chat(run.model, policy.folder, self.chat_template)
+        chat = open_chat(run.model, policy.folder, policy.model.vocab, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
         prepared = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))

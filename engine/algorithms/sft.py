@@ -53,7 +53,7 @@ class SFT:
         from engine.data.prepare import open_chat, prepare_all
         from engine.losses import SFT_LOSS
 
-        chat = open_chat(run.model, policy.folder, self.chat_template)
+        chat = open_chat(run.model, policy.folder, policy.model.vocab, self.chat_template)
         sources = (*self.sources, *self.held_out)
         corpora = prepare_all(
             policy.world,

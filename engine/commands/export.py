@@ -49,7 +49,8 @@ def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) 
 
     Raises ValueError if `run_dir` has no valid checkpoint, or if `out_dir` exists.
     """
-    from engine.megatron.policy import Policy, read_shape
+    from engine.megatron.policy import Policy
+    from engine.models.families import read_shape
 
     _check(run_dir, out_dir)
     assets = run_dir / "model"

@@ -10,9 +10,10 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerFast
 
 from engine.config import Model
+from engine.config.checks import tokenizer_problem
 from engine.data.rows import Source
 from engine.data.template import ChatTemplate
-from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer import load_tokenizer, vocabulary_size
 from engine.distributed.world import World
 from engine.models.hub import cache_folder
 
@@ -24,9 +25,17 @@ def tokenizer_of(model: Model, folder: Path | None) -> PreTrainedTokenizerFast:
     return load_tokenizer(model.tokenizer or str(folder))
 
 
-def open_chat(model: Model, folder: Path | None, chat_template: str) -> ChatTemplate:
-    """The tokenizer of `model` with `chat_template`; "" means the tokenizer's own template."""
-    return ChatTemplate(tokenizer_of(model, folder), chat_template or None)
+def fitting_tokenizer(model: Model, folder: Path | None, vocab: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of `model`, whose embedding has `vocab` rows. Raises ValueError if it has an id beyond them."""
+    tokenizer = tokenizer_of(model, folder)
+    if problem := tokenizer_problem(model, vocab, vocabulary_size(tokenizer)):
+        raise ValueError(problem)
+    return tokenizer
+
+
+def open_chat(model: Model, folder: Path | None, vocab: int, chat_template: str) -> ChatTemplate:
+    """The tokenizer of `model` with `chat_template`; "" means the tokenizer's own template. Raises ValueError like fitting_tokenizer."""
+    return ChatTemplate(fitting_tokenizer(model, folder, vocab), chat_template or None)
 
 
 def prepare_all(world: World, sources: Sequence[Source], prepare: Callable[[Source, Path], Prepared]) -> list[Prepared]:

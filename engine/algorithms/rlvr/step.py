@@ -229,7 +229,7 @@ class PhaseTimer:
 
 def start(config: RLVR, policy: Policy, run: Run) -> RLVRTrainer:
     """Read the prompts, and build critic and reference. Raises ValueError for data that cannot be read or does not fit."""
-    chat = open_chat(run.model, policy.folder, config.chat_template)
+    chat = open_chat(run.model, policy.folder, policy.model.vocab, config.chat_template)
     tasks = _tasks(config, chat)
     trained, held_out = tasks[: len(config.sources)], tasks[len(config.sources) :]
     mixture = Mixture(trained, [source.weight for source in config.sources], run.seed)
