@@ -91,6 +91,7 @@ class DPO:
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=grouped([pairs[i] for pairs in held_out for i in range(len(pairs))]),
             tokenizer=chat.tokenizer,
+            data=[(source.path, corpus.digest) for source, corpus in zip(sources, corpora, strict=True)],
             notes=[pairs.counts.note(source.path) for source, pairs in zip(sources, prepared, strict=True)],
             loss=partial(
                 losses.dpo,

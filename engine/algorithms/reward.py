@@ -73,6 +73,7 @@ class Reward:
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=grouped([source_pairs[i] for source_pairs in held_out for i in range(len(source_pairs))]),
             tokenizer=_with_pad_token(chat.tokenizer),
+            data=[(source.path, one.corpus.digest) for source, one in zip(sources, pairs, strict=True)],
             notes=head * policy.has_fresh_head + [one.counts.note(source.path) for source, one in zip(sources, pairs, strict=True)],
         )
 

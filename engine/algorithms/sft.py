@@ -70,5 +70,6 @@ class SFT:
             steps=math.ceil(self.epochs * len(mixture) / self.batch_size),
             held_out=[corpus[i] for corpus in held_out for i in range(len(corpus))],
             tokenizer=chat.tokenizer,
+            data=[(source.path, corpus.digest) for source, corpus in zip(sources, corpora, strict=True)],
             notes=[corpus.counts.note(source.path) for source, corpus in zip(sources, corpora, strict=True)],
         )

@@ -24,6 +24,7 @@ class Supervised:
     budget: int  # tokens of a microbatch
     tokenizer: PreTrainedTokenizerFast
     notes: list[str]
+    data: list[tuple[str, str]]  # path of every source, and the digest of its samples
 
     @property
     def learners(self) -> list[Learner]:

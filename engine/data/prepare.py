@@ -11,13 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.config import Model
 from engine.config.checks import tokenizer_problem
+from engine.data.corpus import Corpus
+from engine.data.pairs import Pairs
 from engine.data.rows import Source
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import load_tokenizer, vocabulary_size
 from engine.distributed.world import World
 from engine.models.hub import cache_folder
 
-Prepared = TypeVar("Prepared")  # a Corpus, or Pairs
+Prepared = TypeVar("Prepared", Corpus, Pairs)
 
 
 def tokenizer_of(model: Model, folder: Path | None) -> PreTrainedTokenizerFast:
@@ -39,6 +41,14 @@ def open_chat(model: Model, folder: Path | None, vocab: int, chat_template: str)
 
 
 def prepare_all(world: World, sources: Sequence[Source], prepare: Callable[[Source, Path], Prepared]) -> list[Prepared]:
-    """prepare(source, cache folder) for each source, on rank 0 first; the other ranks then open its result. All ranks must call it."""
+    """prepare(source, cache folder) for each source, on rank 0 first; the other ranks then open its result. All ranks must call it.
+
+    Raises ValueError on all ranks for a damaged file: each reads a share of every file and compares it with the digests written with it.
+    """
     cache = cache_folder() / "corpora"
-    return [world.rank0_first(partial(prepare, source, cache)) for source in sources]
+    prepared = [world.rank0_first(partial(prepare, source, cache)) for source in sources]
+    corpora = (each if isinstance(each, Corpus) else each.corpus for each in prepared)
+    damages = (corpus.damage(world.rank, world.size) for corpus in corpora)
+    if problem := world.first_error(next(filter(None, damages), None)):
+        raise ValueError(problem)
+    return prepared

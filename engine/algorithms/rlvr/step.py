@@ -57,6 +57,7 @@ class RLVRTrainer:
     stop: tuple[int, ...]
     steps: int
     notes: list[str]
+    data: list[tuple[str, str]]  # path of every source, and the digest of its prompts
     resources: ExitStack
 
     def close(self) -> None:
@@ -248,6 +249,7 @@ def start(config: RLVR, policy: Policy, run: Run) -> RLVRTrainer:
         stop=stop_tokens(chat.tokenizer, config.stop),
         steps=math.ceil(len(mixture) / config.prompts_per_step),
         notes=[task.note for task in tasks],
+        data=[(task.path, task.digest) for task in tasks],
         resources=resources,
     )
 
