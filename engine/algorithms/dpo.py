@@ -44,8 +44,8 @@ class DPO:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
         for name in ("batch_size", "beta", "epochs", "max_length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and at most 1e9; use 1 or more")
         if not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
             raise ValueError(
                 f"algorithm.label_smoothing={self.label_smoothing} must be in [0, 0.5) and nll_weight={self.nll_weight} at least 0; "

@@ -34,8 +34,8 @@ class SFT:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
         for name in ("batch_size", "epochs", "max_length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and at most 1e9; use 1 or more")
 
     def requirements(self, launch: Launch) -> Requirements:
         """Limits for the launch checks (engine/config/checks.py)."""

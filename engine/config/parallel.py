@@ -10,6 +10,8 @@ from engine.config.model import ModelShape
 
 Recompute = Literal["none", "swiglu", "selective", "full"]  # in backward: nothing, SwiGLU's output, MLPs, layers; slower, and smaller
 
+MOST = 1 << 16  # ranks and stages; larger values are mistakes
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -29,6 +31,8 @@ class Parallel:
         for name in ("tp", "pp", "vpp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        if self.tp > MOST or self.pp * self.vpp > MOST:
+            raise ValueError(f"parallel.tp={self.tp} and parallel.pp={self.pp} x parallel.vpp={self.vpp} must be at most {MOST} each")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp of at least 2, or vpp=1")
 

@@ -29,7 +29,13 @@ class Optim:
             raise ValueError(f"optim.lr={self.lr} must be from 0 to 1: AdamW moves a weight by about that much a step; use 1e-6, say")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} is a share of all steps, from 0 to below 1; use 0.03, say")
-        if not self.max_grad_norm >= 0:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers from 0 to below 1; use [0.9, 0.999], say")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"optim.eps={self.eps} must be above 0 and below 1; use 1e-8, say")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optim.weight_decay={self.weight_decay} must be finite and not negative; use 0.1, or 0 for none")
+        if not 0 <= self.max_grad_norm < math.inf:
             raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must not be negative; use 1.0, or 0 for no clipping")
 
     def lr_at(self, step: int, steps: int) -> float:
@@ -50,6 +56,10 @@ class Logging:
     tensorboard: bool = True
     wandb_project: str = ""  # set it to log to Weights & Biases
     every: float = 10.0  # seconds between the steps that are printed; the first and the last always are. 0: print every step
+
+    def __post_init__(self) -> None:
+        if not self.every >= 0:
+            raise ValueError(f"logging.every={self.every} must not be negative; use 10, or 0 to print every step")
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class Run:
     logging: Logging = field(default_factory=Logging)
 
     def __post_init__(self) -> None:
+        if not self.out.strip() or "\0" in self.out:
+            raise ValueError(f"out={self.out!r} is not the name of a folder; use out=runs/mine, say")
         for name in ("steps", "save_every", "eval_every", "gpus"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from engine.files import read_object
 from engine.megatron.policy import Policy
 from engine.rollout.config import RolloutConfig
 from engine.rollout.engine import SamplingParams
@@ -74,7 +74,10 @@ def end_tokens(folder: Path | None, tokenizer: PreTrainedTokenizerFast) -> tuple
     """The ids that end a response: eos_token_id in the model folder's configs, and the tokenizer's eos."""
     named: list[int] = []
     for path in [folder / name for name in ("generation_config.json", "config.json")] if folder else []:
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        named += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        ids = read_object(path, "a JSON object of settings").get("eos_token_id") if path.exists() else None
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if wrong := [id for id in ids if type(id) is not int]:
+            raise ValueError(f"{path}: eos_token_id={wrong[0]!r:.40} must be the id of a token, or a list of ids")
+        named += ids
     own = () if named and tokenizer.eos_token_id is None else stop_tokens(tokenizer, ())
     return tuple(dict.fromkeys([*named, *own]))
