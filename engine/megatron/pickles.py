@@ -45,9 +45,10 @@ _Unpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssu
 class _MetadataUnpickler(_Unpickler):
     """Admits the classes of a checkpoint's metadata, sets the fields of its records only, and takes only plain values as keys."""
 
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: method for code, method in _Unpickler.dispatch.items() if code not in {each[0] for each in _UNUSED}
-    }
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError("it has an instruction that no checkpoint needs")
+
+    dispatch: ClassVar[dict[int, Any]] = _Unpickler.dispatch | dict.fromkeys((code[0] for code in _UNUSED), refuse)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
