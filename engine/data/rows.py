@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from engine.files import parse_json
+from engine.files import one_line, parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,10 +139,10 @@ def _dataset(source: Source) -> Dataset:
             data = datasets.load_from_disk(source.path)
         else:
             data = datasets.load_dataset(source.path, source.name or None, split=source.split)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, for a folder that is damaged
         raise ValueError(
             f"path={source.path!r} cannot be loaded as a .jsonl file, a folder written by save_to_disk, or a datasets id with "
-            f"split={source.split!r}: {error}"
+            f"split={source.split!r}: {one_line(error)}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if source.split not in data:
