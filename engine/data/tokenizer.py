@@ -37,6 +37,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     _check_files(folder)
     with refusing(folder, "its tokenizer cannot be loaded: fetch the folder again"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # settings of wrong types show only in use
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"tokenizer={name_or_folder!r} is a {type(tokenizer).__name__}; a fast tokenizer is required; save one with tokenizer.json"

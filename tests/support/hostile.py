@@ -315,6 +315,7 @@ TOKENIZERS: list[Case] = [
     ("code as a list", fields(SETTINGS, auto_map=["evil.Evil", None]), "auto_map is not supported"),
     ("code elsewhere", fields(SETTINGS, auto_map={"AutoTokenizer": ["evil/repo--evil.Evil", None]}), "auto_map is not supported"),
     ("class a number", fields(SETTINGS, tokenizer_class=5), "okenizer"),
+    *((f"length {value!r}", fields(SETTINGS, model_max_length=value), "okenizer") for value in ("512", [], {})),
     ("eos a number", fields(SETTINGS, eos_token=5), "okenizer"),
     ("eos a list", fields(SETTINGS, eos_token=["a"]), "okenizer"),
     ("no tokenizer", lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
