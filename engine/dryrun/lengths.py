@@ -107,7 +107,7 @@ def read(path: str) -> list[tuple[int, int]]:
         try:
             row = json.loads(line)
             pair = (int(row["prompt"]), int(row["response"]))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             pair = (-1, -1)
         if min(pair) < 0 or sum(pair) < 1:
             raise ValueError(f'--lengths {path}:{number}: a row is {{"prompt": tokens, "response": tokens}}, such as {_EXAMPLE}')
