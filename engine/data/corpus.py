@@ -74,7 +74,7 @@ class Corpus:
         self.folder = folder
         with refusing(folder, "it is damaged: delete it to prepare it again"):
             counts = read_object(folder / "counts.json")
-            self.counts = Counts(**counts | {"complaints": tuple(counts["complaints"])})
+            self.counts = Counts(**{**counts, "complaints": tuple(counts["complaints"])})
             self.key: dict[str, Any] = read_object(folder / "key.json")
             self._samples = self.counts.kept * self.key["sequences"]
             self._digests: dict[str, list[str]] = read_object(folder / DIGESTS)

@@ -104,9 +104,9 @@ def _check_places(folder: Path, found: Any) -> None:
         raise ValueError(f"{folder / '.metadata'} does not describe a checkpoint; restore it")
     sizes: dict[str, int] = {}
     for index, place in places.items():
-        name = getattr(place, "relative_path", None)
-        if not isinstance(name, str) or name not in sizes:
-            sizes[str(name)] = plain_file(folder, name).stat().st_size
+        name: Any = getattr(place, "relative_path", None)
+        if type(name) is not str or name not in sizes:
+            sizes[name] = plain_file(folder, name).stat().st_size
         start, length = place.offset, place.length
         if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= sizes[name]:
             raise ValueError(f"{folder / '.metadata'}: {index!r:.80} is not within {name}; restore it")

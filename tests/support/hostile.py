@@ -271,7 +271,7 @@ INDEXES: list[Case] = [
 ]
 
 
-def _vocabulary(change: Callable[[dict[str, int]], object]) -> Change:
+def _vocabulary(change: Callable[[dict[str, Any]], object]) -> Change:
     def write(folder: Path) -> None:
         content = json.loads((folder / "tokenizer.json").read_text())
         change(content["model"]["vocab"])
