@@ -184,6 +184,27 @@ def test_a_short_file_is_refused(recipe: Path, tmp_path: Path) -> None:
     assert "is damaged" in keep(tmp_path / "kept", tmp_path)[2]
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_flipped_bit_is_refused(size: int, recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    _, values, _ = keep(folder, tmp_path, size)
+    for name in ("logprobs.bin", "blocks", "key.json"):
+        good = (folder / name).read_bytes()
+        for place in (0, len(good) // 2, len(good) - 2):
+            (folder / name).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            said = keep(folder, tmp_path, size)[2]
+            assert str(folder) in said, (name, place)
+            assert "delete" in said or "not the key" in said
+        (folder / name).write_bytes(good)
+    assert keep(folder, tmp_path, size) == (0, values, "")
+
+
+def test_other_data_is_refused_by_its_path(recipe: Path, tmp_path: Path) -> None:
+    keep(tmp_path / "kept", tmp_path)
+    write(tmp_path / "train.jsonl", pairs(12, 7))
+    assert f"of other data than this run's ({tmp_path / 'train.jsonl'}); delete it" in keep(tmp_path / "kept", tmp_path)[2]
+
+
 LONG = "word " * 60
 BAD: list[tuple[dict[str, str], tuple[str, ...], str]] = [
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, (), "train.jsonl:2: chosen and rejected are equal"),
