@@ -60,23 +60,20 @@ def read_object(path: Path, kind: str = "a JSON object") -> dict[str, Any]:
 
 
 def parse_json(content: bytes, *, constants: bool = True) -> Any:
-    """The value of JSON text in UTF-8. Raises ValueError for anything else, for duplicate keys, for half a surrogate pair, for deep nesting
-    and, without `constants`, for NaN and Infinity."""
+    """The value of JSON text in UTF-8.
+
+    Raises ValueError for anything else, for duplicate keys, for deep nesting and, without `constants`, for NaN and Infinity.
+    """
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=float if constants else _no_constant)
-        if b"\\ud" in content or b"\\uD" in content:
-            json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=float if constants else _no_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} ({error.reason}); save it as UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("not valid JSON: half of a surrogate pair (\\ud800 to \\udfff)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not valid JSON: it is nested too deep") from None
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from None
-    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

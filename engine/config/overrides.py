@@ -52,7 +52,10 @@ def _replaced(config: Any, changes: dict[str, Any], prefix: str) -> Any:
             values[name] = _replaced(value, change, whole + ".")
         else:
             raise ValueError(f"{_first(whole, change)!r}: {name} is {value!r} and has no field {next(iter(change))!r}")
-    return replace(config, **values)
+    made = replace(config, **values)  # first: a field that checks itself knows better values
+    if endless := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise ValueError(f"{prefix}{endless[0]}={values[endless[0]]} must be a finite number")
+    return made
 
 
 def _first(whole: str, change: Any) -> str:
@@ -74,7 +77,7 @@ def _parsed(text: str, kind: Any, name: str) -> Any:
     try:
         if typing.get_origin(kind) is tuple:
             return _tuple(parse_json(text.encode(), constants=False), kind)
-        return _scalar(_read(text, kind), kind)
+        return _read(text, kind) if kind is float else _scalar(_read(text, kind), kind)
     except ValueError as error:
         wanted = f"a JSON list ({error})" if typing.get_origin(kind) is tuple else error
         raise ValueError(f"{name}={text:.80} cannot be read; it takes {wanted}") from None

@@ -36,7 +36,7 @@ class Optim:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"optim.weight_decay={self.weight_decay} must be finite and not negative; use 0.1, or 0 for none")
         if not 0 <= self.max_grad_norm < math.inf:
-            raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must not be negative; use 1.0, or 0 for no clipping")
+            raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must be finite and not negative; use 1.0, or 0 for no clipping")
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of `step` (from 0) of `steps`: linear warm-up to `lr`, then the schedule down to 0."""

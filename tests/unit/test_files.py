@@ -30,8 +30,6 @@ def test_valid_json_is_what_json_reads(text: str) -> None:
     ("text", "expected"),
     [
         (b'{"a": 1, "b": 2, "a": 3}', "duplicate key 'a'"),
-        (b'{"a": "\\uD800"}', "surrogate"),
-        (b'{"\\udfff": 1}', "surrogate"),
         (b'"\xed\xa0\x80"', "not UTF-8 at byte 1"),
         (b"[" * 100_000, "nested too deep"),
         (b"9" * 5000, "not valid JSON"),
