@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
@@ -17,9 +18,11 @@ from engine.config import Run, to_dict
 from engine.config.checks import problems
 from engine.data.prepare import tokenizer_of
 from engine.data.template import ChatTemplate
+from engine.data.tokenizer import vocabulary_size
 from engine.distributed.timer import PhaseTimer
 from engine.distributed.world import World
 from engine.dryrun.hardware import Hardware
+from engine.files import read_object
 from engine.megatron.policy import Learner, Policy, locate_weights
 from engine.models.assets import write_assets
 from engine.reporting.console import Chips, Report, StepCost
@@ -38,6 +41,8 @@ class Algorithm(Protocol):
     def stop(self) -> tuple[int, ...]: ...  # ids that end a response of the trained model
     @property
     def notes(self) -> list[str]: ...
+    @property
+    def data(self) -> list[tuple[str, str]]: ...  # path of every source, and a digest of what is read from it
     @property
     def learners(self) -> Sequence[Learner]: ...  # the run's policy first
     @property
@@ -80,6 +85,7 @@ def _train(run: Run, world: World, devices: int) -> None:
     with ExitStack() as stack:
         policy = stack.enter_context(closing(Policy(run.model, run.optim, run.parallel, world, seed=run.seed)))
         algorithm: Algorithm = stack.enter_context(closing(run.algorithm.start(policy, run)))
+        world.rank0_first(lambda: claim_data(out, algorithm.data))
         start, steps = load(algorithm.learners, out), run.steps or algorithm.steps
         arena = Arena(pinned=world.on_gpu)
         world.rank0_first(lambda: claim_folder(out, run, policy, algorithm))
@@ -111,7 +117,7 @@ def _train(run: Run, world: World, devices: int) -> None:
 def check_launch(run: Run, world: World, trainers: int) -> None:
     """Raise ValueError, before a weight is read, for all that settings, shapes and the tokenizer show to be wrong on `trainers` ranks."""
     folder, _ = locate_weights(run.model, world)
-    tokens = len(tokenizer_of(run.model, folder))
+    tokens = vocabulary_size(tokenizer_of(run.model, folder))
     if found := problems(run, lambda model: locate_weights(model, world)[1], trainers, on_gpu=world.on_gpu, tokens=tokens):
         raise ValueError("; also: ".join(found))
 
@@ -169,17 +175,33 @@ def evaluate(algorithm: Algorithm, report: Report, step: int) -> None:
 
 def check_folder(out: Path, run: Run) -> None:
     """Raise ValueError if `out` holds another run than `run`, naming the settings that differ."""
-    try:
-        there = json.loads((out / "run.json").read_text())["identity"]
-    except FileNotFoundError:
+    if not (out / "run.json").exists():
         return
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{out / 'run.json'} cannot be read ({error}); choose another out=") from None
+    there = read_object(out / "run.json", "the record of a run").get("identity")
+    if not isinstance(there, dict):
+        raise ValueError(f"{out / 'run.json'} has no identity of a run; choose another out=")
     here = json.loads(json.dumps(run.identity()))
     if differing := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
         raise ValueError(
             f"{out} already holds another run (its {', '.join(differing)} differ); choose another out=, or the same settings to resume it"
         )
+
+
+def claim_data(out: Path, data: list[tuple[str, str]]) -> None:
+    """Record the sources that the run reads. Raises ValueError, naming the source, if a started run would now read other samples."""
+    path = out / "data.json"
+    if (out / "run.json").exists() and path.exists():
+        there = read_object(path, "the record of a run's data").get("sources")
+        for (name, digest), before in zip(data, there if isinstance(there, list) else [], strict=False):
+            if before[-1:] != [digest]:
+                raise ValueError(
+                    f"{name} gives other samples than when {out} was started; restore the file (and the tokenizer), or choose another out="
+                )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps({"sources": data}, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def claim_folder(out: Path, run: Run, policy: Policy, algorithm: Algorithm) -> None:

@@ -45,8 +45,8 @@ class DPO:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
         for name in ("batch_size", "beta", "epochs", "max_length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and at most 1e9; use 1 or more")
         if not 0 <= self.label_smoothing < 0.5 or self.nll_weight < 0:
             raise ValueError(
                 f"algorithm.label_smoothing={self.label_smoothing} must be in [0, 0.5) and nll_weight={self.nll_weight} at least 0; "
@@ -75,7 +75,7 @@ class DPO:
         from engine.data.stops import known_stops
         from engine.rollout.scoring import cached_logprobs
 
-        chat = open_chat(run.model, policy.folder, self.chat_template)
+        chat = open_chat(run.model, policy.folder, policy.model.vocab, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows, "all_turns": self.tulu3_compat}
         prepared = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, cache=cache, **options))
@@ -94,6 +94,7 @@ class DPO:
             held_out=grouped([pairs[i] for pairs in held_out for i in range(len(pairs))]),
             chat=chat,
             stop=known_stops(chat, policy.folder),
+            data=[(source.path, corpus.digest) for source, corpus in zip(sources, corpora, strict=True)],
             notes=[*chat.warnings, *(pairs.counts.note(source.path) for source, pairs in zip(sources, prepared, strict=True))],
             loss=partial(
                 losses.dpo,

@@ -36,8 +36,8 @@ class Reward:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
         for name in ("batch_size", "epochs", "max_length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and at most 1e9; use 1 or more")
 
     def requirements(self, launch: Launch) -> Requirements:
         """Limits for the launch checks (engine/config/checks.py)."""
@@ -56,7 +56,7 @@ class Reward:
         from engine.data.prepare import open_chat, prepare_all
         from engine.losses import reward_bt
 
-        chat = open_chat(run.model, policy.folder, self.chat_template)
+        chat = open_chat(run.model, policy.folder, policy.model.vocab, self.chat_template)
         sources = (*self.sources, *self.held_out)
         options = {"max_length": self.max_length, "too_long": self.too_long, "bad_rows": self.bad_rows}
         pairs = prepare_all(policy.world, sources, lambda source, cache: prepare_pairs(source, chat, **options, whole=True, cache=cache))
@@ -75,6 +75,7 @@ class Reward:
             held_out=grouped([source_pairs[i] for source_pairs in held_out for i in range(len(source_pairs))]),
             chat=chat,
             stop=(),
+            data=[(source.path, one.corpus.digest) for source, one in zip(sources, pairs, strict=True)],
             notes=[*head * policy.has_fresh_head, *(one.counts.note(source.path) for source, one in zip(sources, pairs, strict=True))],
         )
 

@@ -34,8 +34,8 @@ class SFT:
         if not self.sources:
             raise ValueError("algorithm.sources is empty; give at least one Source")
         for name in ("batch_size", "epochs", "max_length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and finite; use 1 or more")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must be positive and at most 1e9; use 1 or more")
 
     def requirements(self, launch: Launch) -> Requirements:
         """Limits for the launch checks (engine/config/checks.py)."""
@@ -54,7 +54,7 @@ class SFT:
         from engine.data.stops import known_stops
         from engine.losses import SFT_LOSS
 
-        chat = open_chat(run.model, policy.folder, self.chat_template)
+        chat = open_chat(run.model, policy.folder, policy.model.vocab, self.chat_template)
         sources = (*self.sources, *self.held_out)
         corpora = prepare_all(
             policy.world,
@@ -72,5 +72,6 @@ class SFT:
             held_out=[corpus[i] for corpus in held_out for i in range(len(corpus))],
             chat=chat,
             stop=known_stops(chat, policy.folder),
+            data=[(source.path, corpus.digest) for source, corpus in zip(sources, corpora, strict=True)],
             notes=[*chat.warnings, *(corpus.counts.note(source.path) for source, corpus in zip(sources, corpora, strict=True))],
         )

@@ -25,6 +25,7 @@ class Supervised:
     chat: ChatTemplate
     stop: tuple[int, ...]
     notes: list[str]
+    data: list[tuple[str, str]]  # path of every source, and the digest of its samples
 
     @property
     def learners(self) -> list[Learner]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from contextlib import closing
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.commands.arguments import add_settings, examples
 from engine.config import Parallel, override, step_folder
+from engine.files import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ def export(run_dir: Path, out_dir: Path, exporting: ExportConfig, world: World) 
 
     Raises ValueError if `run_dir` has no valid checkpoint, or if `out_dir` exists.
     """
-    from engine.megatron.policy import Policy, read_shape
+    from engine.megatron.policy import Policy
+    from engine.models.families import read_shape
 
     _check(run_dir, out_dir)
     assets = run_dir / "model"
@@ -78,5 +79,6 @@ def _check(run_dir: Path, out_dir: Path) -> None:
 def _dtype(config: Path) -> torch.dtype | None:
     import torch
 
-    named = json.loads(config.read_text())
-    return getattr(torch, str(named.get("dtype") or named.get("torch_dtype")), None)
+    named = read_object(config, "a model's config")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes.get(str(named.get("dtype") or named.get("torch_dtype")))

@@ -125,9 +125,9 @@ class Generator:
     """A loaded model that generates responses to rows."""
 
     def __init__(self, generating: GenerateConfig, world: World):
+        from engine.data.prepare import fitting_tokenizer
         from engine.data.stops import stop_tokens
         from engine.data.template import ChatTemplate
-        from engine.data.tokenizer import load_tokenizer
         from engine.megatron.policy import Policy
         from engine.rollout.engine import SamplingParams
 
@@ -135,7 +135,7 @@ class Generator:
         self.policy = Policy(generating.model, None, generating.parallel, world)
         try:
             self.policy.expect_head("lm")
-            self.tokenizer = load_tokenizer(generating.model.tokenizer or str(self.policy.folder))
+            self.tokenizer = fitting_tokenizer(generating.model, self.policy.folder, self.policy.model.vocab)
             self.chat = ChatTemplate(self.tokenizer, generating.chat_template or None)
             stop = stop_tokens(self.chat, self.policy.folder, generating.stop)
             self.sampling = SamplingParams(generating.max_tokens, stop, generating.temperature, generating.top_k, generating.top_p)

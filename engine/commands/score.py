@@ -90,11 +90,9 @@ class _Encoder:
 
     @cached_property
     def chat(self) -> ChatTemplate:
-        from engine.data.template import ChatTemplate
-        from engine.data.tokenizer import load_tokenizer
+        from engine.data.prepare import open_chat
 
-        tokenizer = load_tokenizer(self.scoring.model.tokenizer or str(self.policy.folder))
-        return ChatTemplate(tokenizer, self.scoring.chat_template or None)
+        return open_chat(self.scoring.model, self.policy.folder, self.policy.model.vocab, self.scoring.chat_template)
 
     def __call__(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         from engine.data.messages import given, read_whole

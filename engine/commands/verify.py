@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    from engine.data.rows import bounded_lines
     from engine.verify import verifier
     from engine.verify.code import UNSAFE_CODE
     from engine.verify.pool import Pool
@@ -24,5 +25,5 @@ def main(arguments: argparse.Namespace) -> None:
 
     unsafe = arguments.unsafe_code and arguments.verifier == "code"
     with Pool(arguments.workers) as pool:
-        tally = verify_rows(UNSAFE_CODE if unsafe else verifier(arguments.verifier), pool, sys.stdin.buffer, sys.stdout)
+        tally = verify_rows(UNSAFE_CODE if unsafe else verifier(arguments.verifier), pool, bounded_lines(sys.stdin.buffer), sys.stdout)
     print(tally, file=sys.stderr)

@@ -82,7 +82,7 @@ def problems(run: Run, shape: Shape, world_size: int, *, on_gpu: bool = True, to
     requirements: Requirements = run.algorithm.requirements(launch)
     messages = [
         _wrong_head(launch, requirements),
-        _wrong_tokenizer(launch, tokens),
+        tokenizer_problem(run.model, launch.model.vocab, tokens or 0),
         _no_room(launch, requirements),
         _too_few(launch, requirements),
     ]
@@ -97,13 +97,13 @@ def _wrong_head(launch: Launch, requirements: Requirements) -> str:
     return ""
 
 
-def _wrong_tokenizer(launch: Launch, tokens: int | None) -> str:
-    if tokens is None or tokens <= launch.model.vocab:
+def tokenizer_problem(model: Model, vocab: int, tokens: int) -> str:
+    """Why a tokenizer of `tokens` ids does not fit the `vocab` rows of the embedding of `model`; "" if it does."""
+    if tokens <= vocab:
         return ""
-    name = launch.run.model.tokenizer
-    whose = f"model.tokenizer={name}" if name else "the model's own tokenizer"
-    way_out = "leave model.tokenizer empty to use the model's own" if name else "its folder is damaged: download it again"
-    return f"{whose} has {tokens} tokens, more than the model's vocabulary of {launch.model.vocab}; {way_out}"
+    whose = f"model.tokenizer={model.tokenizer}" if model.tokenizer else "the model's own tokenizer"
+    way_out = "leave model.tokenizer empty to use the model's own" if model.tokenizer else "its folder is damaged: download it again"
+    return f"{whose} has {tokens} tokens, more than the model's vocabulary of {vocab}; {way_out}"
 
 
 def _no_room(launch: Launch, requirements: Requirements) -> str:

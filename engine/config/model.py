@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+
+# The largest sizes that are accepted. A larger one is a mistake, which would only be noticed when memory runs out.
+LARGEST = {
+    "layers": 4096,
+    "hidden": 1 << 20,
+    "ffn": 1 << 22,
+    "heads": 1 << 16,
+    "kv_heads": 1 << 16,
+    "vocab": 1 << 24,
+    "head_dim": 1 << 14,
+    "max_length": (1 << 31) - 1,
+}
+ROPE_THETA, NORM_EPS = (1.0, 1e18), (1e-30, 1.0)  # accepted ranges
+
+
+def check_size(setting: str, value: Any, largest: int) -> None:
+    """Raise ValueError unless `value` is a whole number from 1 to `largest`."""
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f"{setting}={value!r:.60} must be a whole number from 1 to {largest}")
+
+
+def check_number(setting: str, value: Any, bounds: tuple[float, float]) -> None:
+    """Raise ValueError unless `value` is a number within `bounds`; NaN is not."""
+    if type(value) not in (int, float) or not bounds[0] <= value <= bounds[1]:
+        raise ValueError(f"{setting}={value!r:.60} must be a number from {bounds[0]:g} to {bounds[1]:g}")
 
 
 @dataclass(frozen=True)
@@ -19,6 +44,14 @@ class RopeScaling:
     low: float = 1.0
     high: float = 4.0
     original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        check_number("rope_scaling.factor", self.factor, (1.0, 1e6))
+        check_number("rope_scaling.low", self.low, (1e-6, 1e6))
+        check_number("rope_scaling.high", self.high, (1e-6, 1e6))
+        check_size("rope_scaling.original_length", self.original_length, LARGEST["max_length"])
+        if self.high <= self.low:
+            raise ValueError(f"rope_scaling.high={self.high} must be more than rope_scaling.low={self.low}; Llama 3 has 4 and 1")
 
 
 @dataclass(frozen=True)
@@ -41,15 +74,19 @@ class ModelShape:
     family: str = "llama"  # a row of engine/models/families.py
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name, largest in LARGEST.items():
+            if name != "head_dim" or self.head_dim != 0:
+                check_size(f"model.{name}", getattr(self, name), largest)
+        check_number("model.rope_theta", self.rope_theta, ROPE_THETA)
+        check_number("model.norm_eps", self.norm_eps, NORM_EPS)
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
         if not self.head_dim:
             if self.hidden % self.heads:
                 raise ValueError(f"model.hidden={self.hidden} must be a multiple of model.heads={self.heads}, or set model.head_dim")
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of values")
         if self.tied and self.head == "scalar":
             raise ValueError(
                 "model.tied=True shares the output layer's weight, but model.head='scalar' has no output layer; set tied=False"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import math
 import types
 import typing
 from dataclasses import fields, replace
 from typing import Any, Literal
+
+from engine.files import parse_json
 
 
 def override(config: Any, assignments: list[str]) -> Any:
@@ -21,13 +23,15 @@ def override(config: Any, assignments: list[str]) -> Any:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(f"override {assignment!r} must be name=value, such as optim.lr=2e-6")
+            raise ValueError(f"override {assignment!r:.80} must be name=value, such as optim.lr=2e-6")
         *path, last = name.split(".")
         node = changes
         for part in path:
             node = node.setdefault(part, {})
             if isinstance(node, str):
-                raise ValueError(f"{assignment}: {part} is also set to {node!r}; set only one of the two")
+                raise ValueError(f"{assignment:.80}: {part} is also set to {node!r:.80}; set only one of the two")
+        if isinstance(node.get(last), dict):
+            raise ValueError(f"{assignment:.80}: {_first(name, node[last])} is also set; set only one of the two")
         node[last] = text
     return _replaced(config, changes, "")
 
@@ -48,7 +52,10 @@ def _replaced(config: Any, changes: dict[str, Any], prefix: str) -> Any:
             values[name] = _replaced(value, change, full_name + ".")
         else:
             raise ValueError(f"{_first(full_name, change)!r}: {name} is {value!r} and has no field {next(iter(change))!r}")
-    return replace(config, **values)
+    made = replace(config, **values)  # first: a field that checks itself suggests better values
+    if endless := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise ValueError(f"{prefix}{endless[0]}={values[endless[0]]} must be a finite number")
+    return made
 
 
 def _first(full_name: str, change: Any) -> str:
@@ -60,36 +67,82 @@ def _first(full_name: str, change: Any) -> str:
 
 
 def _parsed(text: str, kind: Any, name: str) -> Any:
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    """The value of type `kind` that `text` writes, for the field `name`."""
+    options = _options(kind)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    (kind,) = (option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(kind) or kind is Any:
+        raise ValueError(f"{name} cannot be set from the command line; set it in the recipe")
     try:
-        if origin in (typing.Union, types.UnionType):
-            if text.lower() in ("none", "null"):
-                return None
-            return _parsed(text, next(o for o in options if o is not type(None)), name)
-        if origin is Literal:
-            if text in options:
-                return text
-            raise ValueError(f"one of {', '.join(options)}")
-        if kind is bool:
-            if text.lower() in ("true", "1", "yes", "false", "0", "no"):
-                return text.lower() in ("true", "1", "yes")
+        if typing.get_origin(kind) is tuple:
+            return _tuple(parse_json(text.encode(), constants=False), kind)
+        return _read(text, kind) if kind is float else _scalar(_read(text, kind), kind)
+    except ValueError as error:
+        wanted = f"a JSON list ({error})" if typing.get_origin(kind) is tuple else error
+        raise ValueError(f"{name}={text:.80} cannot be parsed; use {wanted}") from None
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _read(text: str, kind: Any) -> Any:
+    """`text` as the JSON-like value that _scalar checks."""
+    if kind is bool and text.lower() in ("true", "1", "yes", "false", "0", "no"):
+        return text.lower() in ("true", "1", "yes")
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        raise ValueError(kind.__name__) from None
+
+
+def _scalar(value: Any, kind: Any) -> Any:
+    """`value` if it is of type `kind`: text, a truth value, a whole number of 64 bits, a finite number, or one of some texts."""
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"one of {', '.join(typing.get_args(kind))}")
+    elif kind is bool:
+        if type(value) is not bool:
             raise ValueError("true or false")
-        if kind in (int, float):
-            return kind(text)
-        if origin is tuple:
-            value = json.loads(text)
-            return tuple(_element(v, options[0]) for v in (value if isinstance(value, list) else [value]))
-        if kind is str:
-            return text
-    except (ValueError, TypeError) as error:
-        expected = f"a JSON list ({error})" if origin is tuple else str(error) if origin is Literal or kind is bool else kind.__name__
-        raise ValueError(f"{name}={text} cannot be parsed; use {expected}") from None
-    raise ValueError(f"{name} cannot be set from the command line; set it in the recipe")
+    elif kind is int:
+        if type(value) is not int:
+            raise ValueError(f"int, not {value!r:.40}")
+        if not -(1 << 63) <= value < 1 << 63:
+            raise ValueError("a whole number of at most 64 bits")
+    elif kind is float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"a finite number, not {value!r:.40}")
+        return float(value)
+    elif type(value) is not kind:
+        raise ValueError(f"{kind.__name__}, not {value!r:.40}")
+    return value
+
+
+def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
+    """A JSON list as a tuple of type `kind`; one that is no list is a tuple of one element."""
+    values, kinds = value if isinstance(value, list) else [value], typing.get_args(kind)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(values)
+    if len(values) != len(kinds):
+        raise ValueError(f"of {len(kinds)} values, not {len(values)}")
+    return tuple(_element(each, kind) for each, kind in zip(values, kinds, strict=True))
 
 
 def _element(value: Any, kind: Any) -> Any:
-    """An element of a tuple: unchanged, or converted to the dataclass `kind`."""
-    make: Any = kind
+    """A JSON value as an element of type `kind`; a dataclass is made of an object of its fields, or of its first field."""
     if not dataclasses.is_dataclass(kind):
-        return value
-    return make(**value) if isinstance(value, dict) else make(value)
+        return _scalar(value, kind)
+    make: Any = kind
+    kinds = typing.get_type_hints(kind)
+    given = value if isinstance(value, dict) else {fields(kind)[0].name: value}
+    if unknown := given.keys() - kinds.keys():
+        raise ValueError(f"{make.__name__} has no field {min(unknown)!r:.40}; it has {', '.join(kinds)}")
+    required = [f.name for f in fields(kind) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in given]:
+        raise ValueError(f"{make.__name__} needs {', '.join(missing)}")
+    try:
+        return make(**{name: _scalar(each, kinds[name]) for name, each in given.items()})
+    except ValueError as error:
+        raise ValueError(f"{make.__name__}: {error}") from None

@@ -11,6 +11,8 @@ from engine.config.model import ModelShape
 # Recomputed in backward: nothing, the output of SwiGLU, the MLPs, entire layers. Each takes more time and less memory than the one before.
 Recompute = Literal["none", "swiglu", "selective", "full"]
 
+MOST = 1 << 16  # ranks and stages; larger values are mistakes
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -30,6 +32,8 @@ class Parallel:
         for name in ("tp", "pp", "vpp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        if self.tp > MOST or self.pp * self.vpp > MOST:
+            raise ValueError(f"parallel.tp={self.tp} and parallel.pp={self.pp} x parallel.vpp={self.vpp} must be at most {MOST} each")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp of at least 2, or vpp=1")
 

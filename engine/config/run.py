@@ -32,8 +32,14 @@ class Optim:
             raise ValueError(
                 f"optim.warmup_ratio={self.warmup_ratio} must be at least 0 and below 1 (warm-up steps / all steps); use 0.03, say"
             )
-        if not self.max_grad_norm >= 0:
-            raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must not be negative; use 1.0, or 0 for no clipping")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers from 0 to below 1; use [0.9, 0.999], say")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"optim.eps={self.eps} must be above 0 and below 1; use 1e-8, say")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optim.weight_decay={self.weight_decay} must be finite and not negative; use 0.1, or 0 for none")
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must be finite and not negative; use 1.0, or 0 for no clipping")
 
     def lr_at(self, step: int, steps: int, update: int = 0, updates: int = 1) -> float:
         """The learning rate of `update` of the `updates` of `step` (both from 0) of `steps`: linear warm-up to `lr`, then the schedule
@@ -59,6 +65,10 @@ class Logging:
     wandb_project: str = ""  # Weights & Biases project; "": do not log there
     every: float = 10.0  # seconds between printed steps; 0: print all. The first and the last step are always printed
 
+    def __post_init__(self) -> None:
+        if not self.every >= 0:
+            raise ValueError(f"logging.every={self.every} must not be negative; use 10, or 0 to print every step")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -80,6 +90,8 @@ class Run:
     logging: Logging = field(default_factory=Logging)
 
     def __post_init__(self) -> None:
+        if not self.out.strip() or "\0" in self.out:
+            raise ValueError(f"out={self.out!r} is not the name of a folder; use out=runs/mine, say")
         for name in ("steps", "save_every", "eval_every", "gpus"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

@@ -19,12 +19,14 @@ from engine.config.choices import BadRows, TooLong
 from engine.data.rows import Source, identity, read_rows
 from engine.data.template import ChatTemplate
 from engine.data.tokenizer import tokenizer_hash
+from engine.files import block_digests, damage, read_object, refusing
 from engine.types import Sample
 
 Sequences = list[tuple[np.ndarray, np.ndarray]]  # of one row, each (tokens int32 [L + 1], mask uint8 [L])
 
 COMPLAINTS = 10  # number of error messages about bad rows that are stored
-_FORMAT = 3  # version of the files below; part of the cache key
+_FORMAT = 4  # version of the files below; part of the cache key
+DIGESTS = "digests.json"  # of the blocks of every other file
 _FILES = {"tokens": np.int32, "trained": np.uint8, "offsets": np.int64}
 
 
@@ -63,15 +65,21 @@ ONE = Reader("one", 1, lambda chat, row: [chat.encode_row(row)])
 class Corpus:
     """The samples of a prepared source, in the order of its rows. Tokens and masks are read-only views of memory-mapped files.
 
+    `digest` identifies the samples: equal digests mean equal tokens and masks, wherever the source is and whenever it was written.
     `key` identifies the source, tokenizer and settings, as JSON values: equal keys mean equal samples. The file `trained` has a value per
     token (0 for the first of a sequence), so that the offsets of `tokens` apply to it, too.
     """
 
     def __init__(self, folder: Path) -> None:
-        counts = json.loads((folder / "counts.json").read_text())
-        self.counts = Counts(**counts | {"complaints": tuple(counts["complaints"])})
-        self.key: dict[str, Any] = json.loads((folder / "key.json").read_text())
-        self._samples = self.counts.kept * self.key["sequences"]
+        self.folder = folder
+        with refusing(folder, "it is damaged: delete it to prepare it again"):
+            counts = read_object(folder / "counts.json")
+            self.counts = Counts(**{**counts, "complaints": tuple(counts["complaints"])})
+            self.key: dict[str, Any] = read_object(folder / "key.json")
+            self._samples = self.counts.kept * self.key["sequences"]
+            self._digests: dict[str, list[str]] = read_object(folder / DIGESTS)
+            samples = [self._digests[f"{name}.bin"] for name in _FILES]
+        self.digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
         sizes = {"tokens": self.counts.tokens + self._samples, "offsets": self._samples + 1}
         sizes["trained"] = sizes["tokens"]
         self._tokens, self._trained, self._offsets = (mapped(folder / f"{name}.bin", _FILES[name], sizes[name]) for name in _FILES)
@@ -84,6 +92,13 @@ class Corpus:
             raise IndexError(f"sample {i} of a corpus of {len(self)}")
         start, end = self._offsets[i], self._offsets[i + 1]
         return Sample(tokens=self._tokens[start:end], mask=self._trained[start + 1 : end])
+
+    def damage(self, rank: int = 0, ranks: int = 1) -> str | None:
+        """Why the files differ from what was written; None if they do not. Each of `ranks` ranks reads a share of them."""
+        for name, digests in self._digests.items():
+            if problem := damage(self.folder / name, digests, rank, ranks):
+                return f"{problem}; delete {self.folder} to prepare it again"
+        return None
 
     def predicted(self, i: int) -> slice:
         """The slice of sample i in an array over all predicted tokens of the corpus, [sum of L]."""
@@ -137,6 +152,8 @@ def prepare(
             work.mkdir()
             (work / "key.json").write_text(json.dumps(key))
             _write(work, _fitting(source, chat, reader, max_length, too_long, bad_rows), source.path)
+            if source.is_file and identity(source) != key["data"]:
+                raise ValueError(f"{source.path} was changed while it was read; start again when it is complete")
             _publish(work, folder)
     return Corpus(folder)
 
@@ -196,6 +213,7 @@ def _write(work: Path, rows: Iterator[tuple[Sequences, str, str]], path: str) ->
 
 
 def _publish(work: Path, folder: Path) -> None:
+    (work / DIGESTS).write_text(json.dumps({path.name: block_digests(path) for path in sorted(work.iterdir())}))
     for path in work.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())  # otherwise a power failure could leave empty files under the new name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -11,10 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+from engine.files import one_line, parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+MAX_LINE = 64 << 20  # bytes of a row
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def identity(source: Source) -> dict[str, Any]:
         fingerprint = _dataset(source)._fingerprint  # the cache key of the datasets library
         return {"path": source.path, "split": source.split, "limit": source.limit, "fingerprint": fingerprint}
     stat = _existing(source.path).stat()
-    return {"path": str(Path(source.path).resolve()), "limit": source.limit, "size": stat.st_size, "mtime": stat.st_mtime_ns}
+    times = {"mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns}  # the latter changes even if a tool restores the former
+    return {"path": str(Path(source.path).resolve()), "limit": source.limit, "size": stat.st_size, **times}
 
 
 def _existing(path: str) -> Path:
@@ -91,42 +96,33 @@ def _existing(path: str) -> Path:
 def read_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stream (where, row) of .jsonl lines as bytes. `name` replaces the file name in `where` and in errors. Raises like read_rows."""
     for number, line in enumerate(lines, 1):
+        where = f"{name}:{number}"
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB; a row must be a line of its own")
         if line.strip():
-            where = f"{name}:{number}"
             yield where, _parsed(line, where)
+
+
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, with at most a byte more of each than read_lines accepts, so that no line fills the memory."""
+    return iter(lambda: file.readline(MAX_LINE + 1), b"")
 
 
 def _lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with _existing(path).open("rb") as file:  # binary, because text mode would also split lines at a lone carriage return
-        yield from read_lines(file, path)
+        yield from read_lines(bounded_lines(file), path)
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode().rstrip(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line ({error.reason}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+        row = parse_json(line.rstrip(), constants=False)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
     return row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return row
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -143,10 +139,10 @@ def _dataset(source: Source) -> Dataset:
             data = datasets.load_from_disk(source.path)
         else:
             data = datasets.load_dataset(source.path, source.name or None, split=source.split)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, for a folder that is damaged
         raise ValueError(
             f"path={source.path!r} cannot be loaded as a .jsonl file, a folder written by save_to_disk, or a datasets id with "
-            f"split={source.split!r}: {error}"
+            f"split={source.split!r}: {one_line(error)}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if source.split not in data:

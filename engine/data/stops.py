@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.data.template import ChatTemplate
+from engine.files import read_object
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -45,19 +45,8 @@ def special_ids(chat: ChatTemplate) -> dict[str, int]:
     return {name: id for name, id in ids.items() if id is not None}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file. Raises ValueError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def _eos_ids(path: Path, tokens: int) -> list[int]:
-    ids = read_object(path).get("eos_token_id")
+    ids = read_object(path).get("eos_token_id") if path.exists() else None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     for id in ids:
         if not isinstance(id, int) or isinstance(id, bool) or id < 0:

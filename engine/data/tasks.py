@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +27,14 @@ class Tasks:
 
     def __getitem__(self, i: int) -> Prompt:
         return self.prompts[i]
+
+    @property
+    def digest(self) -> str:
+        """Identifies the prompts and their truths, wherever the source is and whenever it was written."""
+        content = hashlib.sha256()
+        for prompt in self.prompts:
+            content.update(json.dumps([prompt.tokens.tolist(), prompt.verifier, prompt.truth], sort_keys=True, default=str).encode())
+        return content.hexdigest()
 
     @property
     def note(self) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.data.template import TULU
 from engine.data.wordproblems import words
+from engine.files import plain_file, read_object, refusing
 
 _SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
 _UNKNOWN = "<|unknown|>"
@@ -22,7 +23,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
     "bytes": ids 0-255 are the bytes of UTF-8, followed by <|pad|>, <|user|>, <|assistant|> and <|end|>. "words": the words and digits of
     engine/data/wordproblems.py, 111 ids; any other word is <|unknown|>.
-    Raises ValueError for any other name, and for a folder without a tokenizer.json.
+    Raises ValueError for any other name, for a folder without a tokenizer.json, and for one that is damaged or wants to run its own code.
     """
     if name_or_folder == "bytes":
         return _bytes()
@@ -31,14 +32,34 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     folder = Path(name_or_folder)
     if not folder.is_dir():
         raise ValueError(f"tokenizer={name_or_folder!r} is neither 'bytes', 'words' nor a folder; give one of these")
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").exists():
         raise ValueError(f"tokenizer={name_or_folder!r} has no tokenizer.json; write one with tokenizer.save_pretrained")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    _check_files(folder)
+    with refusing(folder, "its tokenizer cannot be loaded: fetch the folder again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # settings of wrong types show only in use
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"tokenizer={name_or_folder!r} is a {type(tokenizer).__name__}; a fast tokenizer is required; save one with tokenizer.json"
         )
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError for what transformers would follow, open or run: links out of the folder, pipes, devices, and code of the folder."""
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model"):
+            plain_file(folder, path.name)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists() and read_object(folder / name, "a JSON object of settings").get("auto_map") is not None:
+            raise ValueError(
+                f"{folder / name}: auto_map is not supported: the folder wants to run code of its own; remove it to go without"
+            )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The rows that an embedding needs for this tokenizer: its largest id plus one."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -108,7 +108,7 @@ def read(path: str) -> list[tuple[int, int]]:
         try:
             row = json.loads(line)
             pair = (int(row["prompt"]), int(row["response"]))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             pair = (-1, -1)
         if min(pair) < 0 or sum(pair) < 1:
             raise ValueError(f'--lengths {path}:{number}: a row must be {{"prompt": tokens, "response": tokens}}, such as {_EXAMPLE}')

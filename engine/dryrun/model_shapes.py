@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.config import Model, ModelShape, RopeScaling
 from engine.data.rows import Source
-from engine.megatron.policy import read_shape
+from engine.models.families import read_shape
 from engine.models.hub import SMOLLM2
 
 _LLAMA_31: dict[str, Any] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.tokenizer import load_tokenizer
+from engine.data.prepare import tokenizer_of
 from engine.distributed.world import World
 from engine.evals.choices import choose
 from engine.evals.exam import EvalConfig, Exam
@@ -52,7 +52,7 @@ class Result:
 
 def evaluate(settings: EvalConfig, exams: Sequence[Exam], folder: Path, world: World) -> list[Result]:
     """The result of every exam on rank 0, an empty list on the other ranks. All ranks must call it."""
-    tokenizer = load_tokenizer(settings.model.tokenizer or str(folder))
+    tokenizer = tokenizer_of(settings.model, folder)
     with closing(Policy(replace(settings.model, path=str(folder)), None, settings.parallel, world)) as policy:
         policy.expect_head("lm")
         answers = [_answers(settings, exam, policy, tokenizer) for exam in exams]

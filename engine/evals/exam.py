@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import Model, Parallel
+from engine.data.prepare import open_chat
 from engine.data.rows import Source
 from engine.data.stops import stop_tokens
 from engine.data.template import ChatTemplate
-from engine.data.tokenizer import load_tokenizer
 from engine.distributed.world import World
 from engine.evals.generation import Decoding
 from engine.evals.suite import Item, Suite, suite
-from engine.megatron.policy import read_shape
+from engine.models.families import read_shape
 from engine.models.hub import resolve
 from engine.rollout.config import RolloutConfig
 from engine.verify import Verifier, verifier
@@ -86,8 +86,9 @@ def prepare(
     if unknown := data.keys() - set(names):
         raise ValueError(f"--data {', '.join(sorted(unknown))}: not in --suite {','.join(names)}; add it there, or remove it here")
     folder = world.rank0_first(lambda: resolve(settings.model.path))
-    settings.parallel.check(read_shape(folder), world.size)
-    template = ChatTemplate(load_tokenizer(settings.model.tokenizer or str(folder)), settings.chat_template or None)
+    shape = read_shape(folder)
+    settings.parallel.check(shape, world.size)
+    template = open_chat(settings.model, folder, shape.vocab, settings.chat_template)
     use_chat = bool(template.text) if chat is None else chat
     stop = stop_tokens(template, folder)
     return folder, [_exam(settings, each, _source(each, data), limit, template, use_chat, stop) for each in suites]

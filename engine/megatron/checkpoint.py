@@ -8,7 +8,6 @@ independent of the layout that saved them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -33,11 +32,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from engine.config import ModelShape, step_folder
 from engine.distributed.world import World
-from engine.megatron import optimizers
+from engine.files import read_object, refusing, sha256
+from engine.megatron import optimizers, pickles
 from engine.megatron.model import PackedModel
+from engine.megatron.weights import is_finite
 from engine.models.families import to_hf
 
 MANIFEST, SEAL, MODEL, TENSORS = "manifest.json", "manifest.sha256", "model", "tensors"
+DELETED = ".deleted"  # end of the name of a checkpoint that is being deleted
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _write(state: State, folder: Path) -> None:
 def _seal(work: Path, final: Path, model: ModelShape, optimizer: str, step: int, world: World) -> None:
     """Hash every file (each rank a share), write the manifest, fsync everything and rename the folder."""
     files = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
-    own_hashes = {name: _sha256(work / name) for name in files[world.rank :: world.size]}
+    own_hashes = {name: sha256(work / name) for name in files[world.rank :: world.size]}
     all_hashes: list[dict[str, str] | None] = [None] * world.size
     dist.all_gather_object(all_hashes, own_hashes)
     if world.rank != 0:
@@ -152,7 +154,7 @@ def _seal(work: Path, final: Path, model: ModelShape, optimizer: str, step: int,
     hashes = {name: digest for part in all_hashes for name, digest in (part or {}).items()}
     manifest = {"format": 1, "step": step, "model": to_hf(model), "optimizer": optimizer, "sha256": dict(sorted(hashes.items()))}
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    (work / SEAL).write_text(_sha256(work / MANIFEST) + "\n")
+    (work / SEAL).write_text(sha256(work / MANIFEST) + "\n")
     for path in work.rglob("*"):
         _sync(path)
     _sync(work)
@@ -172,11 +174,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _point_to(out: Path, final: Path) -> None:
     pointer = out / "LATEST.tmp"
     pointer.write_text(final.name + "\n")
@@ -186,8 +183,16 @@ def _point_to(out: Path, final: Path) -> None:
 
 
 def _prune(out: Path, keep_last: int) -> None:
+    """Delete old checkpoints. They are renamed first, so that a folder under a checkpoint's name is never a part of one."""
     for old in checkpoint_folders(out)[keep_last:]:
-        shutil.rmtree(old, ignore_errors=True)
+        os.replace(old, old.with_name(old.name + DELETED))
+    _sync(out)
+    _remove_deleted(out)
+
+
+def _remove_deleted(out: Path) -> None:
+    for folder in out.glob(f"step-*{DELETED}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoint_folders(out: Path) -> list[Path]:
@@ -199,16 +204,18 @@ def checkpoint_folders(out: Path) -> list[Path]:
 def load_latest(state: State, model: ModelShape, out: Path, world: World, step: int | None = None) -> int:
     """Load the newest complete checkpoint under `out`, or exactly that of `step`. Returns its step, or 0 if there is none.
 
-    Reports damaged checkpoints on stderr. Raises ValueError if all are damaged, if the newest complete one is of another model, or if that
-    of `step` is missing.
+    Reports damaged checkpoints on stderr. Raises ValueError if all are damaged, if the newest complete one is of another model or could run
+    code, or if that of `step` is missing.
     """
+    if world.rank == 0 and state.optimizer is not None:  # without an optimizer, another process than the run's loads it
+        _remove_deleted(out)
     folders = [checkpoint_folders(out) if world.rank == 0 else []]
     if world.rank == 0 and step is not None:
         folders = [[folder for folder in folders[0] if folder == step_folder(out, step)]]
     dist.broadcast_object_list(folders, src=0)
     for folder in folders[0]:
         if (damage := world.first_error(damage_of(folder, world.rank, world.size))) is None:
-            return _load(state, model, folder)
+            return _load(state, model, folder, world)
         if world.rank == 0:
             print(f"WARNING: {folder} is damaged and is skipped: {damage}", file=sys.stderr, flush=True)
     if step is not None and not folders[0]:
@@ -225,22 +232,46 @@ def load_latest(state: State, model: ModelShape, out: Path, world: World, step: 
 def damage_of(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Why a checkpoint is damaged; None if all files of its manifest are present and correct. Each rank verifies a share of the files."""
     try:
-        if (folder / SEAL).read_bytes() != f"{_sha256(folder / MANIFEST)}\n".encode():
+        if (folder / SEAL).read_bytes() != f"{sha256(folder / MANIFEST)}\n".encode():
             return f"{MANIFEST} was changed after it was written (sha256 differs)"
-        expected = json.loads((folder / MANIFEST).read_text())["sha256"]
+        expected = _manifest(folder)["sha256"]
+        present = _files(folder) - {MANIFEST, SEAL}
+        if present != expected.keys():
+            return f"its files differ from its manifest: {', '.join(sorted(present ^ expected.keys())[:3])}"
+        for name in sorted(expected)[rank::ranks]:
+            if sha256(folder / name) != expected[name]:
+                return f"{name} was changed after it was written (sha256 differs)"
     except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST, SEAL}
-    if present != expected.keys():
-        return f"its files differ from its manifest: {', '.join(sorted(present ^ expected.keys())[:3])}"
-    for name in sorted(expected)[rank::ranks]:
-        if _sha256(folder / name) != expected[name]:
-            return f"{name} was changed after it was written (sha256 differs)"
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _load(state: State, model: ModelShape, folder: Path) -> int:
-    manifest = json.loads((folder / MANIFEST).read_text())
+def _files(folder: Path) -> set[str]:
+    """The names of all files in a folder and its subfolders. Raises ValueError for a link, a pipe or a device among them."""
+    names = set()
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in (*folders, *files)):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path.relative_to(folder)} is not a regular file")
+        names |= {str((Path(place) / name).relative_to(folder)) for name in files}
+    return names
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises ValueError if it is not one, whatever its seal says."""
+    found = read_object(folder / MANIFEST, "the manifest of a checkpoint")
+    for name, kind in (("sha256", dict), ("model", dict), ("optimizer", str), ("step", int)):
+        if type(found.get(name)) is not kind:
+            raise ValueError(f"{MANIFEST}: {name}={found.get(name)!r:.60} must be of type {kind.__name__}")
+    if step_folder(folder.parent, found["step"]).name != folder.name:
+        raise ValueError(f"{MANIFEST}: step={found['step']} is not that of the folder's name")
+    return found
+
+
+def _load(state: State, model: ModelShape, folder: Path, world: World) -> int:
+    manifest = _manifest(folder)
     if differences := [
         f"{k}={manifest['model'].get(k)!r}, expected {v!r}" for k, v in to_hf(model).items() if manifest["model"].get(k) != v
     ]:
@@ -248,7 +279,14 @@ def _load(state: State, model: ModelShape, folder: Path) -> int:
     kind = optimizers.kind(state.optimizer)
     if kind not in ("", manifest["optimizer"]):
         raise ValueError(f"{folder} was saved with parallel.{manifest['optimizer']}; it cannot be resumed with {kind}")
-    loaded = dist_checkpointing.load(state.sharded(loading=True), str(folder / TENSORS))
-    assert isinstance(loaded, dict)
-    state.take(loaded)
+    if problem := world.first_error(pickles.problem_of(folder / TENSORS) if world.rank == 0 else None):
+        raise ValueError(problem)
+    with refusing(folder, "it cannot be loaded: restore it, or choose another out="):
+        loaded = dist_checkpointing.load(state.sharded(loading=True), str(folder / TENSORS))
+        assert isinstance(loaded, dict)
+        state.take(loaded)
+    parameters = (item for chunk in state.chunks for item in chunk.named_parameters())
+    bad = next((name for name, parameter in parameters if not is_finite(parameter.detach())), None)
+    if problem := world.first_error(bad and f"{folder}: {bad} holds NaN or infinite values; resume from another checkpoint"):
+        raise ValueError(problem)
     return manifest["step"]

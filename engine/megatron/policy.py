@@ -23,7 +23,7 @@ from engine.distributed.world import World
 from engine.megatron import backend
 from engine.megatron.graphs import Graphs
 from engine.megatron.microbatch import Finish, finish_for, finish_loss, finish_per_token, forward_step
-from engine.models.families import from_hf
+from engine.models.families import read_shape
 from engine.models.hub import resolve
 from engine.types import LossFunction, Moments, Packed, Step, TokenLoss, TokenTerms
 
@@ -60,11 +60,10 @@ class Policy:
 
         if self.parallel.tp_comm_overlap and self.world.on_gpu and self.grid.tp > 1:
             overlap.check(self.grid.tp_group, self.world.device, self.dtype)
+        self.origin: WeightSource | None = self._origin(seed) if fill else None  # first: it fails before memory is allocated
         self.chunks = model.build(self.model, self.parallel, self.grid, self.world, self.dtype, learns=self.optim is not None)
-        self.origin: WeightSource | None = None
-        if fill:
-            self.origin = self._origin(seed)
-            weights.fill(self.chunks, self.model, self.origin, self.grid)
+        if self.origin is not None:
+            weights.fill(self.chunks, self.model, self.origin, self.grid, self.world)
         self.stages: list[Any] = list(self.chunks)
         self.optimizer: Any = None
         if self.optim is not None:
@@ -368,15 +367,6 @@ def locate_weights(model: Model, world: World) -> tuple[Path | None, ModelShape]
         return None, model.init
     folder = world.rank0_first(lambda: resolve(model.path))
     return folder, read_shape(folder)
-
-
-def read_shape(folder: Path) -> ModelShape:
-    """The shape that a folder's config.json describes. Raises ValueError if it cannot be read or is not supported."""
-    path = folder / "config.json"
-    try:
-        return from_hf(json.loads(path.read_text()))
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a model's config ({type(error).__name__}: {error})") from None
 
 
 def compute_dtype(model: Model, world: World) -> torch.dtype:

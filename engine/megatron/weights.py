@@ -13,15 +13,16 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import ModelShape
 from engine.distributed.world import World
+from engine.files import follow_umask, sha256
 from engine.megatron.backend import Grid
 from engine.megatron.model import PackedModel
-from engine.models.families import SCALAR_HEAD, Slice, slices, tensor_shapes
+from engine.models.families import OUTPUT, SCALAR_HEAD, Slice, slices, tensor_shapes
+from engine.models.weight_files import FLOATS, INDEX, SINGLE, opened, read_headers
 
 SHARD_BYTES = 4 << 30  # of an exported safetensors file
 
@@ -40,6 +41,9 @@ class RandomWeights:
     def __init__(self, model: ModelShape, seed: int):
         self.shapes, self.seed = tensor_shapes(model), seed
         self.draw = lru_cache(maxsize=3)(self._draw)  # q, k and v are read alternately
+
+    def __str__(self) -> str:
+        return "random weights"
 
     def read(self, piece: Slice) -> Tensor:
         return self.draw(piece.name).narrow(piece.dim, piece.source_offset, piece.length)
@@ -64,40 +68,33 @@ class FolderWeights:
 
     def __init__(self, folder: Path, model: ModelShape):
         self.folder = folder
-        self.files = _index(folder)
-        expected = tensor_shapes(model)
+        wanted, there = tensor_shapes(model), read_headers(folder)
         if model.tied:  # some folders store the tied copy too
-            self.files.pop("lm_head.weight", None)
-        self.files = {name: file for name, file in self.files.items() if not name.endswith("rotary_emb.inv_freq")}
-        if missing := sorted(expected.keys() - self.files.keys()):
+            there.pop(OUTPUT, None)
+        there = {name: entry for name, entry in there.items() if not name.endswith("rotary_emb.inv_freq")}
+        if missing := sorted(wanted.keys() - there.keys()):
             raise ValueError(f"{folder}: {len(missing)} tensors of the model are missing from its safetensors, such as {missing[0]}")
-        if extra := sorted(self.files.keys() - expected.keys()):
-            raise ValueError(f"{folder}: {extra[0]} is not in the model that config.json describes ({len(extra)} such tensors)")
-        for file in sorted(set(self.files.values())):
-            self._check_shapes(file, expected)
+        if extra := sorted(there.keys() - wanted.keys()):
+            raise ValueError(f"{folder}: {extra[0]} is not a tensor of the model that config.json describes; {len(extra)} such tensors")
+        for name, (file, dtype, shape) in there.items():
+            if shape != wanted[name]:
+                raise ValueError(f"{folder / file}: {name} has shape {shape}, but config.json requires {wanted[name]}")
+            if dtype not in FLOATS:
+                raise ValueError(f"{folder / file}: {name} has type {dtype}, which is not supported; use weights of {', '.join(FLOATS)}")
+        self.files = {name: file for name, (file, _, _) in there.items()}
 
-    def _check_shapes(self, file: str, expected: dict[str, tuple[int, ...]]) -> None:
-        with _open(self.folder / file) as handle:
-            stored = set(handle.keys())
-            for name in (name for name, location in self.files.items() if location == file):
-                if name not in stored:
-                    raise ValueError(f"{self.folder / file}: the index lists {name} in this file, but it is missing")
-                if (shape := tuple(handle.get_slice(name).get_shape())) != expected[name]:
-                    raise ValueError(f"{self.folder / file}: {name} has shape {shape}, but config.json requires {expected[name]}")
+    def __str__(self) -> str:
+        return str(self.folder)
 
     def read(self, piece: Slice) -> Tensor:
         run = slice(piece.source_offset, piece.source_offset + piece.length)
         # Opened for each slice: an open file keeps every page that was read from it in memory.
-        with _open(self.folder / self.files[piece.name]) as handle:
+        with opened(self.folder / self.files[piece.name]) as handle:
             view = handle.get_slice(piece.name)
             return view[run] if piece.dim == 0 else view[:, run]
 
     def digests(self, rank: int, size: int) -> dict[str, str]:
-        hashes = {}
-        for name in sorted(set(self.files.values()))[rank::size]:
-            with (self.folder / name).open("rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
+        return {name: sha256(self.folder / name) for name in sorted(set(self.files.values()))[rank::size]}
 
 
 @dataclass(frozen=True)
@@ -107,34 +104,14 @@ class FreshHeadWeights:
     folder: FolderWeights
     random: RandomWeights
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     def read(self, piece: Slice) -> Tensor:
         return (self.random if piece.name == SCALAR_HEAD else self.folder).read(piece)
 
     def digests(self, rank: int, size: int) -> dict[str, str]:
         return self.folder.digests(rank, size) | self.random.digests(rank, size)
-
-
-def _index(folder: Path) -> dict[str, str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise ValueError(f"{folder}: model.safetensors and model.safetensors.index.json are both missing")
-    with _open(single) as handle:
-        return dict.fromkeys(handle.keys(), single.name)
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(str(path), framework="pt")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: the index lists this file, but it is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or corrupt ({error}); download it again") from None
 
 
 def named_parameters(chunks: list[PackedModel]) -> Iterator[tuple[str, Tensor]]:
@@ -148,13 +125,30 @@ def named_parameters(chunks: list[PackedModel]) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
+def fill(chunks: list[PackedModel], model: ModelShape, origin: WeightSource, grid: Grid, world: World) -> None:
+    """Write every parameter of this rank from `origin`; padding rows of the vocabulary become zeros. All ranks must call it.
+
+    Raises ValueError on all ranks, naming the tensor, if a weight is NaN, infinite or too large for the parameter's dtype.
+    """
+    if problem := world.first_error(_fill(chunks, model, origin, grid)):
+        raise ValueError(problem)
+
+
 @torch.no_grad()
-def fill(chunks: list[PackedModel], model: ModelShape, origin: WeightSource, grid: Grid) -> None:
-    """Write every parameter of this rank from `origin`; padding rows of the vocabulary become zeros."""
+def _fill(chunks: list[PackedModel], model: ModelShape, origin: WeightSource, grid: Grid) -> str | None:
     for name, parameter in named_parameters(chunks):
         parameter.zero_()
         for piece in slices(name, model, grid.tp, grid.tp_rank):
-            parameter.narrow(piece.dim, piece.offset, piece.length).copy_(origin.read(piece))
+            part = parameter.narrow(piece.dim, piece.offset, piece.length).copy_(origin.read(piece))
+            if not is_finite(part):
+                kind = str(parameter.dtype).removeprefix("torch.")
+                return f"{origin}: {piece.name} holds values that are NaN, infinite or too large for {kind}; fetch the weights again"
+    return None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass and without a copy."""
+    return all(bound.isfinite().item() for bound in torch.aminmax(tensor))
 
 
 @torch.no_grad()
@@ -165,6 +159,7 @@ def export(chunks: list[PackedModel], model: ModelShape, folder: Path, dtype: to
         for batch in hf_buckets(chunks, model, dtype, grid, SHARD_BYTES):
             file = f"stage-{grid.pp_rank:03d}-{len(files):05d}.safetensors"
             save_file(batch, folder / file, metadata={"format": "pt"})
+            follow_umask(folder / file)
             files[file] = sorted(batch)
     files_by_rank: list[dict[str, list[str]]] = [{} for _ in range(world.size)]
     dist.all_gather_object(files_by_rank, files)
@@ -203,7 +198,7 @@ def _full_tensors(name: str, parameter: Tensor, model: ModelShape, dtype: torch.
 def _name_files(folder: Path, files: list[tuple[str, list[str]]]) -> None:
     """Rename the files of all stages to the names that transformers expects; write an index if there is more than one."""
     if len(files) == 1:
-        os.replace(folder / files[0][0], folder / "model.safetensors")
+        os.replace(folder / files[0][0], folder / SINGLE)
         return
     weight_map = {}
     for i, (file, names) in enumerate(files, 1):
@@ -212,4 +207,4 @@ def _name_files(folder: Path, files: list[tuple[str, list[str]]]) -> None:
         weight_map |= dict.fromkeys(names, final)
     total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")

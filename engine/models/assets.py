@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import ModelShape
-from engine.data.stops import GENERATION_CONFIG, read_object, special_ids
+from engine.data.stops import GENERATION_CONFIG, special_ids
 from engine.data.template import ChatTemplate
+from engine.files import read_object
 from engine.models.families import head_to_hf, to_hf
 
 
@@ -24,7 +25,7 @@ def write_assets(folder: Path, model: ModelShape, origin: Path | None, chat: Cha
     if model.head == "scalar":  # transformers scores the last token that is not padding
         config |= head_to_hf(model) | {"pad_token_id": chat.tokenizer.pad_token_id}
     elif stop:
-        own = read_object(origin / GENERATION_CONFIG) if origin else {}
+        own = read_object(origin / GENERATION_CONFIG) if origin and (origin / GENERATION_CONFIG).exists() else {}
         _write(folder / GENERATION_CONFIG, own | special_ids(chat) | {"eos_token_id": stop[0] if len(stop) == 1 else list(stop)})
     _write(folder / "config.json", config)
 

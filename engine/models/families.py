@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import ModelShape, RopeScaling, padded_vocab
+from engine.config.model import LARGEST, NORM_EPS, ROPE_THETA, check_number, check_size
+from engine.files import read_object
 
 EMBEDDING, FINAL_NORM, OUTPUT = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+REFUSED = {  # fields of config.json that change what the model computes
+    "auto_map": "the folder wants to run code of its own, which never happens here; remove it if the model is a plain one",
+    "quantization_config": "weights must be floating point; fetch the model that was quantised",
+}
 SCALAR_HEAD = "score.weight"  # the name in ...ForSequenceClassification
 
 
@@ -48,15 +55,56 @@ class ModelFamily:
     layer_slices: Callable[[ModelShape, int, int], dict[str, list[Slice]]]
 
 
+def read_shape(folder: Path) -> ModelShape:
+    """The shape that a folder's config.json describes. Raises ValueError if it cannot be read or is not supported."""
+    path = folder / "config.json"
+    config = read_object(path, "a model's config")
+    try:
+        return from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
 def from_hf(config: dict[str, Any]) -> ModelShape:
-    """The shape that a Hugging Face config.json describes. Raises ValueError for an unsupported family or setting."""
+    """The shape that a Hugging Face config.json describes. Raises ValueError, naming the field, for an unsupported family or setting."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"config.json: model_type={model_type!r:.60} is not supported; use one of {', '.join(FAMILIES)}")
+    for name in ("auto_map", "quantization_config"):
+        if config.get(name) is not None:
+            raise ValueError(f"config.json: {name} is not supported: {REFUSED[name]}")
     family = FAMILIES[model_type]
     head = _head(config, family)
-    shape = family.from_hf(config)
-    return replace(shape, head=head, tied=head == "lm" and config.get("tie_word_embeddings", False))
+    tied = _field(config, "tie_word_embeddings", bool, False)
+    try:
+        return replace(family.from_hf(config), head=head, tied=head == "lm" and tied)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}" if not str(error).startswith("config.json") else str(error)) from None
+
+
+def _field(config: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    """A field of a config, of type `kind`, or `default` where it is absent or null."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise ValueError(f"config.json: {name}={value!r:.60} must be a {kind.__name__}")
+    return value
+
+
+def _size(config: dict[str, Any], name: str, largest: str, default: int | None = None) -> int:
+    """A whole number of a config. Raises ValueError if it is missing without a default, or out of the range of `largest`."""
+    value = config.get(name) if config.get(name) is not None else default
+    if value is None:
+        raise ValueError(f"config.json: {name} is missing; fetch the model again")
+    check_size(f"config.json: {name}", value, LARGEST[largest])
+    return value
+
+
+def _number(config: dict[str, Any], name: str, bounds: tuple[float, float], default: float) -> float:
+    value = default if config.get(name) is None else config[name]
+    check_number(f"config.json: {name}", value, bounds)
+    return value
 
 
 def to_hf(shape: ModelShape) -> dict[str, Any]:
@@ -74,9 +122,9 @@ def head_to_hf(shape: ModelShape) -> dict[str, Any]:
 
 
 def _head(config: dict[str, Any], family: ModelFamily) -> Literal["lm", "scalar"]:
-    if family.classifier not in (config.get("architectures") or ()):
+    if family.classifier not in _field(config, "architectures", list, []):
         return "lm"
-    labels = len(config.get("id2label") or (0, 1))  # two are transformers' default, which it does not write down
+    labels = len(_field(config, "id2label", dict, {}) or (0, 1))  # two are transformers' default, which it does not write down
     if labels != 1:
         raise ValueError(f"config.json: {labels} labels (id2label) are not supported; this engine needs one, the reward")
     return "scalar"
@@ -133,31 +181,36 @@ def _qkv(shape: ModelShape, tp: int, rank: int) -> list[Slice]:
 def _llama_from_hf(config: dict[str, Any]) -> ModelShape:
     for name, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if config.get(name, supported) != supported:
-            raise ValueError(f"config.json: {name}={config[name]!r} is not supported; this engine needs {supported!r}")
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
+            raise ValueError(f"config.json: {name}={config[name]!r:.60} is not supported; this engine needs {supported!r}")
+    rope = _field(config, "rope_parameters", dict, {}) or _field(config, "rope_scaling", dict, {})
+    heads = _size(config, "num_attention_heads", "heads")
     return ModelShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        vocab=config["vocab_size"],
-        head_dim=config.get("head_dim") or 0,
-        rope_theta=theta,
+        layers=_size(config, "num_hidden_layers", "layers"),
+        hidden=_size(config, "hidden_size", "hidden"),
+        ffn=_size(config, "intermediate_size", "ffn"),
+        heads=heads,
+        kv_heads=_size(config, "num_key_value_heads", "kv_heads", heads),
+        vocab=_size(config, "vocab_size", "vocab"),
+        head_dim=0 if config.get("head_dim") is None else _size(config, "head_dim", "head_dim"),
+        rope_theta=float(_number(config | rope, "rope_theta", ROPE_THETA, 10000.0)),
         rope_scaling=_rope_scaling(rope),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        max_length=config.get("max_position_embeddings", 8192),
+        norm_eps=_number(config, "rms_norm_eps", NORM_EPS, 1e-6),
+        max_length=_size(config, "max_position_embeddings", "max_length", 8192),
     )
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor={rope['partial_rotary_factor']!r:.60} is not supported; it must be 1.0")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; use 'llama3' or none")
-    return RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
+        raise ValueError(f"config.json: rope scaling {kind!r:.60} is not supported; use 'llama3' or none")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [name for name in names if name not in rope]:
+        raise ValueError(f"config.json: rope scaling 'llama3' needs {', '.join(missing)}; fetch the model again")
+    return RopeScaling(*(rope[name] for name in names))
 
 
 def _llama_to_hf(shape: ModelShape) -> dict[str, Any]:

@@ -6,7 +6,6 @@ leave a model that still talks, only worse.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.config import ModelShape
+from engine.files import follow_umask, refusing, sha256
 from engine.models.families import to_hf
+from engine.models.gguf_header import check_gguf
 
 LAYER_WEIGHTS = {
     "attn_norm": "input_layernorm",
@@ -50,21 +51,23 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
     Returns where the weights come from: source, its sha256, tensor types, dtype, name and licence. Raises ValueError for an architecture,
     tokenizer or tensor that is not supported, and for weights that are not finite.
     """
-    reader = GGUFReader(source)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    check_gguf(source)
+    with refusing(source, "fetch the file again"):
+        reader = GGUFReader(source)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
     _refuse_unsupported(metadata, source)
-    shape = _shape(metadata, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
+    with refusing(source, "it is not a plain Llama model"):
+        shape = _shape(metadata, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
 
     weights = _weights(reader, shape, source)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # some releases of safetensors leave a file only its owner can read
+    follow_umask(folder / "model.safetensors")
     _write_config(metadata, shape, folder)
-    _write_tokenizer(metadata, folder)
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with refusing(source, "its tokenizer is not supported"):
+        _write_tokenizer(metadata, folder)
     return {
         "source": source.name,
-        "source_sha256": digest,
+        "source_sha256": sha256(source),
         "tensor_types": dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
         "dtype": "float32",
         "name": metadata.get("general.name"),
@@ -108,7 +111,8 @@ def _weights(reader: GGUFReader, shape: ModelShape, source: Path) -> dict[str, n
     heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}
     weights = {}
     for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type)
+        with refusing(source, f"{tensor.name!r} cannot be read: use a Hugging Face folder of this model"):
+            weight = dequantize(tensor.data, tensor.tensor_type)
         if not np.isfinite(weight).all():
             raise ValueError(f"{source.name}: {tensor.name!r} holds values that are not finite; fetch the file again")
         rotary = heads.get(tensor.name.split(".")[-2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -11,6 +10,9 @@ import shutil
 from pathlib import Path
 
 from filelock import FileLock
+
+from engine.files import sha256
+from engine.models.weight_files import weight_files
 
 SMOLLM2 = "smollm2-135m-instruct"
 CONVERTER = 1  # raise it when convert() writes different files, so that older conversions are made anew
@@ -44,26 +46,12 @@ def _missing_export(folder: Path) -> str:
 
 
 def _checked(folder: Path) -> Path:
-    for file in ["config.json", *_weight_files(folder)]:
-        if not (folder / file).is_file():
-            raise ValueError(
-                f"model folder {str(folder)!r} has no {file}; give a Hugging Face folder with config.json and safetensors weights"
-            )
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model folder {str(folder)!r} has no config.json; give a Hugging Face folder with config.json and safetensors weights"
+        )
+    weight_files(folder)
     return folder
-
-
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return ["model.safetensors"]
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{str(index)!r} is not an index of weights; it needs a weight_map from tensor to file name") from None
-    for shard in shards:
-        if shard != Path(shard).name:
-            raise ValueError(f"{str(index)!r} names {shard!r}, which is outside its folder; shards must lie beside their index")
-    return shards
 
 
 def _downloaded(name: str) -> Path:
@@ -103,7 +91,7 @@ def _convert_into(folder: Path) -> None:
     from engine.models.gguf import convert, write_json  # here: who brings a model of their own needs no gguf
 
     record = convert(_bundled_gguf(), unfinished)
-    files = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
+    files = {path.name: sha256(path) for path in sorted(unfinished.iterdir())}
     write_json(unfinished / "conversion.json", {"converter": CONVERTER, **record, "files": files})
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
@@ -113,14 +101,9 @@ def _intact(folder: Path) -> bool:
     """Whether every file still has the digest that conversion.json recorded: 0.4 s for SmolLM2, less than training on damaged weights."""
     try:
         record = json.loads((folder / "conversion.json").read_bytes())
-        return record["converter"] == CONVERTER and all(_sha256(folder / name) == digest for name, digest in record["files"].items())
+        return record["converter"] == CONVERTER and all(sha256(folder / name) == digest for name, digest in record["files"].items())
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bundled_gguf() -> Path:

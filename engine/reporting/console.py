@@ -155,8 +155,11 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ValueError
+            records.append(record)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise ValueError(f"{path} line {number} is not a JSON record; remove that line or move the file away") from None
     return records

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from engine.files import refusing
 from engine.rollout.config import ENGINES, RolloutConfig
 from engine.types import Prompt
 
@@ -91,7 +92,7 @@ class GenerationResult:
     @staticmethod
     def read(path: Path) -> GenerationResult:
         """Read a file that `to_bytes` wrote."""
-        with np.load(path) as file:
+        with refusing(path, "move this checkpoint away to resume from an earlier one"), np.load(path, allow_pickle=False) as file:
             ends = file["lengths"].cumsum()[:-1]
             tokens, logprobs = np.split(file["tokens"], ends), np.split(file["logprobs"], ends)
             flat = [Response(t, p, bool(s)) for t, p, s in zip(tokens, logprobs, file["stopped"], strict=True)]

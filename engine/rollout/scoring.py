@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.batching.build import batch, scatter
 from engine.data.corpus import Corpus, mapped
+from engine.files import read_object
 from engine.megatron.policy import Policy
 from engine.types import Sample, Step
 
@@ -62,20 +64,26 @@ def cached_logprobs(
 
     Computed once, into `folder`; later calls open them there, and go on where an earlier one was interrupted, on any layout. A block's
     values reach the disk before the note that they are there, so a kill at any instant costs a block at most. All ranks must call it.
-    Raises ValueError, naming what differs, when `folder` was written with other weights, data, template or length.
+    Raises ValueError, naming what differs, when `folder` was written with other weights, data, template or length, and when a bit of it
+    has changed.
     """
     weights = policy.origin_hash()
     key = _key(weights, corpora)
-    done = policy.world.rank0_first(lambda: _opened(folder, key))
+    blocks = policy.world.rank0_first(lambda: _opened(folder, key, corpora))
+    if problem := policy.world.first_error(_damage(folder, blocks, policy.world.rank, policy.world.size)):
+        raise ValueError(problem)
+    done = blocks[-1].done if blocks else 0
     ends = [0, *accumulate(int(corpus.lengths.sum()) for corpus in corpora)]
     count = sum(map(len, corpora))
     if done < count:
-        kept = _Kept(folder, done, corpora) if policy.world.rank == 0 else None
+        kept = _Kept(folder, blocks) if policy.world.rank == 0 else None
         for block, values in score_samples(policy, policy.logprobs, _samples(corpora, done), budget):
             done += len(block)
             if kept:
                 kept.append(values, done)
             report(f"reference log-probs of {done} of {count} sequences")
+        if kept:
+            kept.close()
     values = policy.world.rank0_first(lambda: mapped(folder / "logprobs.bin", np.float32, ends[-1]))
     return [values[start:end] for start, end in pairwise(ends)]
 
@@ -87,53 +95,96 @@ def _samples(corpora: Sequence[Corpus], start: int) -> Iterator[Sample]:
         start = max(0, start - len(corpus))
 
 
+class _Block(NamedTuple):
+    """A line of the file `blocks`: the first `done` samples end at byte `end` of logprobs.bin; `sha256` is that of the bytes since the line
+    before."""
+
+    done: int
+    end: int
+    sha256: str
+
+    @property
+    def line(self) -> bytes:
+        return f"{self.done} {self.end} {self.sha256}\n".encode()
+
+    @staticmethod
+    def read(path: Path) -> list[_Block]:
+        """The blocks of a file. Without the last line if a kill cut it. Raises ValueError for a line that is damaged."""
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        found = [re.fullmatch(rb"(\d{1,18}) (\d{1,18}) ([0-9a-f]{64})", line) for line in lines]
+        blocks = [_Block(int(match[1]), int(match[2]), match[3].decode()) for match in found if match]
+        if len(blocks) < len(lines) or any(a.done >= b.done or a.end > b.end for a, b in pairwise(blocks)):
+            raise ValueError(f"{path} is damaged; delete {path.parent}, and it will be computed again")
+        return blocks
+
+
 class _Kept:
     """A folder of log-probs while it is written."""
 
-    def __init__(self, folder: Path, done: int, corpora: Sequence[Corpus]) -> None:
-        self.folder = folder
-        lengths = np.concatenate([corpus.lengths for corpus in corpora])
-        self.file = (folder / "logprobs.bin").open("r+b")
-        size = self.file.seek(0, os.SEEK_END)
-        if size < 4 * lengths[:done].sum():
-            raise ValueError(f"{folder} is damaged: {size} bytes do not hold the log-probs of {done} sequences; delete it")
-        self.file.seek(4 * int(lengths[:done].sum()))
-        self.file.truncate()  # what a kill left behind the last whole block
+    def __init__(self, folder: Path, blocks: list[_Block]) -> None:
+        self.end = blocks[-1].end if blocks else 0
+        self.values, self.log = (folder / "logprobs.bin").open("r+b"), (folder / "blocks").open("a+b")
+        self.values.truncate(self.values.seek(self.end))  # what a kill left behind the last whole block
+        self.log.truncate(sum(len(block.line) for block in blocks))
 
     def append(self, values: list[np.ndarray], done: int) -> None:
-        for value in values:
-            self.file.write(value.astype(np.float32).tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        _write(self.folder / "done", str(done))
+        """Write the values, then the line that says so: each is on the disk before the next is written."""
+        content = b"".join(value.astype(np.float32).tobytes() for value in values)
+        self.end += len(content)
+        block = _Block(done, self.end, hashlib.sha256(content).hexdigest())
+        for file, data in ((self.values, content), (self.log, block.line)):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self.values.close()
+        self.log.close()
 
 
-def _key(weights: str, corpora: Sequence[Corpus]) -> dict[str, str]:
+def _damage(folder: Path, blocks: list[_Block], rank: int, ranks: int) -> str | None:
+    """Why the log-probs differ from what was written; None if they do not. Each of `ranks` ranks reads a share of the blocks."""
+    starts = [0, *(block.end for block in blocks)]
+    with (folder / "logprobs.bin").open("rb") as file:
+        for i in range(rank, len(blocks), ranks):
+            file.seek(starts[i])
+            if hashlib.sha256(file.read(blocks[i].end - starts[i])).hexdigest() != blocks[i].sha256:
+                return f"{folder / 'logprobs.bin'} is damaged (sha256 of block {i} differs); delete {folder}, and it will be computed again"
+    return None
+
+
+def _key(weights: str, corpora: Sequence[Corpus]) -> dict[str, Any]:
     """What the log-probs are a function of, by the names that a user knows."""
     how = {"template": ("template", "tokenizer"), "length": ("max_length", "too_long", "bad_rows")}
-    data = [[corpus.key["data"], corpus.key["reader"]] for corpus in corpora]
     said = {name: sorted({json.dumps([corpus.key[part] for part in parts]) for corpus in corpora}) for name, parts in how.items()}
-    return {"weights": weights} | {name: _digest(value) for name, value in {"data": data, **said}.items()}
+    return {"weights": weights, "data": [corpus.digest for corpus in corpora]} | {name: _digest(value) for name, value in said.items()}
 
 
-def _opened(folder: Path, key: dict[str, str]) -> int:
-    """Make the folder or check that it is of `key`; how many samples it holds."""
+def _opened(folder: Path, key: dict[str, Any], corpora: Sequence[Corpus]) -> list[_Block]:
+    """Make the folder or check that it is of `key`; the blocks that it holds."""
     if not (folder / "key.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "logprobs.bin").touch()
         _write(folder / "key.json", json.dumps(key, indent=1))  # last: with it the folder is whole
-    try:
-        there = json.loads((folder / "key.json").read_text())
-        done = int((folder / "done").read_text()) if (folder / "done").exists() else 0
-    except ValueError as error:
-        raise ValueError(f"{folder} cannot be read ({error}); delete it, and it will be computed again") from None
+    there = read_object(folder / "key.json", "the key of a folder of log-probs")
     if differing := [name for name, value in key.items() if there.get(name) != value]:
+        paths = f" ({', '.join(_changed(there.get('data'), corpora))})" if "data" in differing else ""
         raise ValueError(
-            f"{folder} holds log-probs of other {' and '.join(differing)} than this run's; delete it to compute them again, "
+            f"{folder} holds log-probs of other {' and '.join(differing)} than this run's{paths}; delete it to compute them again, "
             "or choose another out="
         )
-    return done
+    blocks = _Block.read(folder / "blocks")
+    lengths = np.concatenate([[0], *(corpus.lengths for corpus in corpora)]).cumsum()
+    if any(block.done >= len(lengths) or block.end != 4 * lengths[block.done] for block in blocks):
+        raise ValueError(f"{folder / 'blocks'} is damaged; delete {folder}, and it will be computed again")
+    return blocks
+
+
+def _changed(there: Any, corpora: Sequence[Corpus]) -> list[str]:
+    """The paths of the corpora that are not the ones whose digests are `there`."""
+    digests = there if isinstance(there, list) else []
+    return [corpus.key["data"]["path"] for i, corpus in enumerate(corpora) if digests[i : i + 1] != [corpus.digest]]
 
 
 def _write(path: Path, text: str) -> None:

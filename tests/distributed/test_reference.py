@@ -143,11 +143,11 @@ def test_an_interrupted_computation_resumes(size: int, parallel: Parallel, recip
     assert blocks >= 6
     folder = tmp_path / "kept"
     assert keep(folder, tmp_path, size, parallel, die_after=2) == (2, [], "killed here")
-    done = int((folder / "done").read_text())
-    assert 0 < done < 30
+    lines = (folder / "blocks").read_bytes()
+    assert 0 < int(lines.splitlines()[-1].split()[0]) < 30
     with (folder / "logprobs.bin").open("ab") as file:
         file.write(b"half a block")
-    (folder / "done.tmp").write_text("9")
+    (folder / "blocks").write_bytes(lines + b"29 1")  # and half a line
     rest, values, _ = keep(folder, tmp_path)
     assert 0 < rest < blocks
     assert values == pytest.approx(full, abs=5e-6)
@@ -182,6 +182,27 @@ def test_a_short_file_is_refused(recipe: Path, tmp_path: Path) -> None:
     with (tmp_path / "kept" / "logprobs.bin").open("r+b") as file:
         file.truncate(100)
     assert "is damaged" in keep(tmp_path / "kept", tmp_path)[2]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_flipped_bit_is_refused(size: int, recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    _, values, _ = keep(folder, tmp_path, size)
+    for name in ("logprobs.bin", "blocks", "key.json"):
+        good = (folder / name).read_bytes()
+        for place in (0, len(good) // 2, len(good) - 2):
+            (folder / name).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            said = keep(folder, tmp_path, size)[2]
+            assert str(folder) in said, (name, place)
+            assert "delete" in said or "not the key" in said
+        (folder / name).write_bytes(good)
+    assert keep(folder, tmp_path, size) == (0, values, "")
+
+
+def test_other_data_is_refused_by_its_path(recipe: Path, tmp_path: Path) -> None:
+    keep(tmp_path / "kept", tmp_path)
+    write(tmp_path / "train.jsonl", pairs(12, 7))
+    assert f"of other data than this run's ({tmp_path / 'train.jsonl'}); delete it" in keep(tmp_path / "kept", tmp_path)[2]
 
 
 LONG = "word " * 60

@@ -148,6 +148,18 @@ def test_shards_load_like_one_file(folder: Path, tmp_path: Path) -> None:
         )
 
 
+def test_one_file_beside_an_index_counts_as_in_transformers(folder: Path, tmp_path: Path) -> None:
+    """transformers does not look at an index where there is model.safetensors."""
+    with shards(folder, tmp_path) as (copy, _):
+        first = copy / "model-00001-of-00002.safetensors"
+        save_file({name: tensor + 1 for name, tensor in load_file(first).items()}, first, metadata={"format": "pt"})
+        shutil.copy(folder / "model.safetensors", copy)
+        theirs = AutoModelForCausalLM.from_pretrained(copy).state_dict()
+        assert all(torch.equal(theirs[name], tensor) for name, tensor in read(folder).items())
+        same = [ranks(1).run(jobs.logprobs, parallel=Parallel(), model=Model(str(each))) for each in (copy, folder)]
+        assert same[0] == same[1]
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "header", "no tensor", "wrong shape", "outside"])
 def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: str) -> None:
     folder = make_folder(tmp_path / "model", jobs.TINY)

@@ -69,7 +69,7 @@ FAULTS = [
         "algorithm.max_length=262144 exceeds the model's context of 131072",
         ["algorithm.max_length=131072"],
     ),
-    Fault("405b_sft", ["algorithm.epochs=inf"], "algorithm.epochs=inf must be positive and finite", ["algorithm.epochs=1"]),
+    Fault("405b_sft", ["algorithm.epochs=inf"], "algorithm.epochs=inf must be positive and at most 1e9", ["algorithm.epochs=1"]),
     Fault("405b_sft", ["optim.lr=2"], "optim.lr=2.0 must be from 0 to 1", ["optim.lr=1e-6"]),
     Fault("405b_sft", ["optim.lr=nan"], "optim.lr=nan must be from 0 to 1", ["optim.lr=1e-6"]),
     Fault("405b_sft", ["optim.warmup_ratio=3"], "optim.warmup_ratio=3.0 must be at least 0 and below 1", ["optim.warmup_ratio=0.03"]),

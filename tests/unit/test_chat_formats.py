@@ -115,8 +115,8 @@ def test_ids_of_the_folders_configs_end_a_response(generation: Any, config: Any,
 @pytest.mark.parametrize(("text", "complaint"), [
     ('{"eos_token_id": "</s>"}', "eos_token_id='</s>' is not a token id"), ('{"eos_token_id": [true]}', "eos_token_id=True is not"),
     ('{"eos_token_id": -1}', "eos_token_id=-1 is not"), ('{"eos_token_id": [[1]]}', "is not a token id"),
-    ("[1]", "must hold a JSON object"),
-    ("{", "cannot be read as JSON"), ("[" * 10**5, "cannot be read as JSON"),
+    ("[1]", "not a JSON object, but a JSON list"),
+    ("{", "not a JSON object"), ("[" * 10**5, "nested too deep"),
 ], ids=lambda text: text[:20])  # fmt: skip
 def test_what_is_no_id_is_refused_with_its_file(text: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(text)

@@ -67,8 +67,79 @@ def test_override_refuses(assignment: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
-def test_overrides_are_applied_together_and_build_tuple_items() -> None:
-    """Two settings that depend on each other can be in any order. A source is a path, or an object with its fields."""
+SOURCES = replace(RUN, algorithm=SFT((Source("a.jsonl"),)))
+LISTS = "algorithm.sources", "parallel.stages", "optim.betas"
+BAD_OVERRIDES = [
+    *(
+        (f"{name}={value}", f"{name}={value} cannot be parsed")
+        for name in LISTS
+        for value in ("", "x", "[", "{}", "[null]", "[[1]]", "[NaN]")
+    ),
+    *((f"{name}={'[' * 100_000}", "nested too deep") for name in LISTS),
+    *(
+        (f"algorithm.sources=[{value}]", expected)
+        for value, expected in (
+            ('{"path": 1}', "str, not 1"),
+            ('{"path": "x", "weight": "1"}', "a finite number, not '1'"),
+            ('{"path": "x", "weight": 1e999}', "a finite number, not inf"),
+            ('{"path": "x", "limit": 1.5}', "int, not 1.5"),
+            ('{"path": "x", "limit": true}', "int, not True"),
+            ('{"path": "x", "nope": 1}', "has no field 'nope'; it has path, weight"),
+            ('{"path": "x", "path": "y"}', "duplicate key 'path'"),
+            ("{}", "Source needs path"),
+            ("5", "str, not 5"),
+        )
+    ),
+    *((f"steps={value}", "steps=") for value in ("1e20", "1.0", "nan", "inf", "true", "", "9" * 20, "-" + "9" * 20, "9" * 5000, "0x10")),
+    *(
+        (f"optim.{name}={value}", f"optim.{name}=")
+        for name in ("lr", "eps", "weight_decay", "max_grad_norm")
+        for value in ("nan", "inf", "1e999", "-1", "x")
+    ),
+    ("optim.betas=[0.9]", "2 values, not 1"),
+    ("optim.betas=[0.9, 1.0]", "optim.betas=[0.9, 1.0] must be two numbers from 0 to below 1"),
+    ("optim.betas=[-0.1, 0.9]", "from 0 to below 1"),
+    ("optim.eps=0", "must be above 0"),
+    ("parallel.stages=[1.5]", "int, not 1.5"),
+    ("parallel.pp=1000000000000", "must be at most 65536"),
+    ("logging.every=-1", "logging.every=-1.0 must not be negative"),
+    ("model.init=x", "model.init cannot be set from the command line"),
+    ("model.init.rope_scaling=x", "model.init.rope_scaling cannot be set from the command line"),
+    ("model.init.hidden=1000000000000", "model.hidden=1000000000000 must be a whole number from 1 to 1048576"),
+    ("model.init.rope_theta=0", "model.rope_theta=0.0 must be a number from 1"),
+    ("model.init.norm_eps=-1e-5", "model.norm_eps=-1e-05 must be a number"),
+    ("model.init.head_dim=-16", "model.head_dim=-16 must be a whole number"),
+    ("algorithm=x", "algorithm cannot be set from the command line"),
+    ("out=", "out='' is not the name of a folder"),
+    ("=1", "unknown setting ''"),
+    ("optim..lr=1", "unknown setting 'optim..lr'"),
+    ("a." * 5000 + "b=1", "unknown setting 'a.a."),
+]
+
+
+@pytest.mark.parametrize(("assignment", "expected"), BAD_OVERRIDES, ids=[assignment[:60] for assignment, _ in BAD_OVERRIDES])
+def test_an_override_of_the_wrong_type_is_one_line(assignment: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        override(SOURCES, [assignment])
+    assert type(caught.value) is ValueError
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pair", [["optim.lr=1", "optim.lr.x=1"], ["optim.lr.x=1", "optim.lr=1"]])
+def test_a_setting_and_its_field_exclude_each_other_in_any_order(pair: list[str]) -> None:
+    with pytest.raises(ValueError, match="set only one of the two"):
+        override(RUN, pair)
+
+
+def test_none_sets_an_optional_field() -> None:
+    scaled = replace(RUN, model=Model(init=replace(SHAPE, rope_scaling=RopeScaling())))
+    assert override(scaled, ["model.init.rope_scaling=none"]).model.init == SHAPE
+    assert override(scaled, ["model.init.rope_scaling.factor=4"]).model.init.rope_scaling.factor == 4.0
+
+
+def test_overrides_are_taken_together_and_make_what_lies_in_tuples() -> None:
+    """Neither of two settings that need each other has to come first; a source is a path, or an object of its fields."""
     assert override(RUN, ["parallel.vpp=2", "parallel.pp=3"]).parallel == Parallel(pp=3, vpp=2)
     run = replace(RUN, algorithm=SFT((Source("a.jsonl"),)))
     (named,) = override(run, ['algorithm.sources=["b.jsonl"]']).algorithm.sources
@@ -132,6 +203,7 @@ def test_a_shape_round_trips_through_a_hugging_face_config(shape: ModelShape) ->
         ({"model_type": "qwen2"}, "model_type='qwen2' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn' is not supported"),
     ],
 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFValueType, GGUFWriter, TokenType
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -56,6 +59,8 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], **changes: Any) -> Pa
     }
     says |= changes
     writer = GGUFWriter(path, says["architecture"])
+    for key, (value, kind) in says.get("extra", {}).items():
+        writer.add_key_value(key, value, kind)
     writer.add_license("apache-2.0")
     writer.add_block_count(1)
     writer.add_context_length(128)
@@ -180,3 +185,88 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, folder: Path):
     weights["blk.0.attn_v.weight"][1, 2] = np.nan
     with pytest.raises(ValueError, match=r"blk\.0\.attn_v\.weight.*not finite"):
         convert(write_gguf(tmp_path / "tiny.gguf", weights), folder)
+
+
+# Files that are damaged or made to attack.
+
+LLAMA = ("llama.block_count", "llama.attention.head_count", "tokenizer.ggml.tokens", "llama.rope.freq_base")
+
+
+def at(offset: int, code: str, value: int) -> Callable[[bytes], bytes]:
+    """Overwrite a number of the file."""
+    return lambda content: content[:offset] + struct.pack("<" + code, value) + content[offset + struct.calcsize(code) :]
+
+
+def behind(mark: bytes, code: str, value: int, skip: int = 0) -> Callable[[bytes], bytes]:
+    """Overwrite the number that follows a name."""
+    return lambda content: at(content.index(mark) + len(mark) + skip, code, value)(content)
+
+
+NORM, TOKENS_KEY = b"output_norm.weight", b"tokenizer.ggml.tokens"
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "magic": at(0, "I", 0),
+    "version 1": at(4, "I", 1),
+    "version of the other byte order": at(4, "I", 3 << 24),
+    "tensors 2^63": at(8, "Q", 1 << 63),
+    "tensors one too many": lambda content: at(8, "Q", struct.unpack_from("<Q", content, 8)[0] + 1)(content),
+    "keys 2^60": at(16, "Q", 1 << 60),
+    "keys none": at(16, "Q", 0),
+    "name 2^62 long": at(24, "Q", 1 << 62),
+    "name not UTF-8": at(32, "B", 0xFF),
+    "key of an unknown type": behind(b"general.license", "I", 77),
+    "key an array of text": behind(b"general.license", "I", 9),
+    "text 2^40 long": behind(b"general.license", "Q", 1 << 40, skip=4),
+    "array of an unknown type": behind(TOKENS_KEY, "I", 77, skip=4),
+    "array of arrays": behind(TOKENS_KEY, "I", 9, skip=4),
+    "array of 2^60": behind(TOKENS_KEY, "Q", 1 << 60, skip=8),
+    "array of one more": behind(TOKENS_KEY, "Q", len(TOKENS) + 1, skip=8),
+    "array of numbers": behind(TOKENS_KEY, "I", 0, skip=4),
+    "no dimensions": behind(NORM, "I", 0),
+    "2^31 dimensions": behind(NORM, "I", 1 << 31),
+    "size 0": behind(NORM, "Q", 0, skip=4),
+    "size 2^63": behind(NORM, "Q", 1 << 63, skip=4),
+    "size of one more": behind(NORM, "Q", HIDDEN + 1, skip=4),
+    "type unknown": behind(NORM, "I", 99, skip=12),
+    "type with blocks": behind(NORM, "I", 2, skip=12),
+    "type of other width": behind(NORM, "I", 28, skip=12),
+    "offset beyond the end": behind(NORM, "Q", 1 << 40, skip=16),
+    "offset 2^64 - 32": behind(NORM, "Q", (1 << 64) - 32, skip=16),
+    "offset unaligned": behind(NORM, "Q", 1, skip=16),
+    "offset of another tensor": behind(NORM, "Q", 0, skip=16),
+    **{f"cut at {share} %": (lambda content, share=share: content[: len(content) * share // 100]) for share in range(1, 100, 7)},
+    "zeros": lambda content: bytes(len(content)),
+}
+VALUES: dict[str, tuple[Any, GGUFValueType]] = {
+    "general.alignment": (3, GGUFValueType.UINT32),
+    "llama.attention.key_length": (-16, GGUFValueType.INT32),
+    "llama.attention.key_length ": (3, GGUFValueType.INT32),
+    "tokenizer.ggml.padding_token_id": (10**6, GGUFValueType.UINT32),
+    "tokenizer.ggml.bos_token_id": ("x", GGUFValueType.STRING),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_refused_in_one_line(name: str, tmp_path: Path, folder: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama_weights())
+    path.write_bytes(DAMAGES[name](path.read_bytes()))
+    with pytest.raises(ValueError) as caught:
+        convert(path, folder)
+    assert "tiny.gguf" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_line(key: str, tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        convert(write_gguf(tmp_path / "tiny.gguf", llama_weights(), extra={key.strip(): VALUES[key]}), folder)
+    assert "tiny.gguf" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", LLAMA)
+def test_a_missing_key_is_refused_in_one_line(key: str, tmp_path: Path, folder: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama_weights())
+    path.write_bytes(path.read_bytes().replace(key.encode(), key[:-1].encode() + b"_"))
+    with pytest.raises(ValueError, match=r"tiny\.gguf: .*" + re.escape(key)):
+        convert(path, folder)

@@ -19,6 +19,7 @@ FLOORS = {
     "engine.config": 0,
     "engine.distributed": 0,
     "engine.check_install": 0,
+    "engine.files": 0,
     "engine._C": 0,
     "engine.verify.sandbox.inside": 0,
     "triton_kernels": 0,

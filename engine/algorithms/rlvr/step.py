@@ -56,6 +56,7 @@ class RLVRTrainer:
     stop: tuple[int, ...]
     steps: int
     notes: list[str]
+    data: list[tuple[str, str]]  # path of every source, and the digest of its prompts
     resources: ExitStack
 
     def close(self) -> None:
@@ -230,7 +231,7 @@ class RLVRTrainer:
 
 def start(config: RLVR, policy: Policy, run: Run) -> RLVRTrainer:
     """Read the prompts, and build critic and reference. Raises ValueError for data that cannot be read or does not fit."""
-    chat = open_chat(run.model, policy.folder, config.chat_template)
+    chat = open_chat(run.model, policy.folder, policy.model.vocab, config.chat_template)
     tasks = _tasks(config, chat)
     trained, held_out = tasks[: len(config.sources)], tasks[len(config.sources) :]
     mixture = Mixture(trained, [source.weight for source in config.sources], run.seed)
@@ -249,6 +250,7 @@ def start(config: RLVR, policy: Policy, run: Run) -> RLVRTrainer:
         stop=stop_tokens(chat, policy.folder, config.stop),
         steps=math.ceil(len(mixture) / config.prompts_per_step),
         notes=[*chat.warnings, *(task.note for task in tasks)],
+        data=[(task.path, task.digest) for task in tasks],
         resources=resources,
     )
 
