@@ -113,7 +113,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_everywhere(exported: P
         ("run", recipe, f"model.tokenizer={exported}", f"out={tmp_path / 'other'}"),
     ]
     for words in commands:
-        assert "261 tokens, over the model's vocabulary of 260" in complaint(*words)
+        assert "261 tokens, more than the model's vocabulary of 260" in complaint(*words)
 
 
 @pytest.mark.parametrize("command", ["score", "generate"])
