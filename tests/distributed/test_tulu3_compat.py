@@ -255,7 +255,9 @@ RESPONSE = 24  # max_response_tokens of jobs_rlvr.make_run
 
 
 def as_sample(found: dict[str, Any]) -> Sample:
-    arrays = {name: np.array(found[name], np.float32) for name in ("advantage", "old_logprob", "ref_logprob", "value", "returns")}
+    arrays: dict[str, Any] = {
+        name: np.array(found[name], np.float32) for name in ("advantage", "old_logprob", "ref_logprob", "value", "returns")
+    }
     return Sample(np.array(found["tokens"], np.int32), np.array(found["mask"], np.uint8), reward=found["reward"], **arrays)
 
 

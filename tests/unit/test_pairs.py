@@ -93,7 +93,7 @@ def test_all_turns_are_trained_as_in_tulu_3(shared: Any, chosen: Any, rejected: 
     apart = {"prompt": shared, "chosen": chosen, "rejected": rejected}
     halves, sides, policy = encode_pair(chat, whole, all_turns=True), [], []
     for (tokens, mask), again, half in zip(halves, encode_pair(chat, apart, all_turns=True), whole.values(), strict=True):
-        pieces = tulu3_definition.labelled(half, TOKENIZER.eos_token)
+        pieces = tulu3_definition.labelled(half, str(TOKENIZER.eos_token))
         encoded = [(TOKENIZER.encode(text, add_special_tokens=False), is_trained) for text, is_trained in pieces]
         assert tokens.tolist() == [token for ids, _ in encoded for token in ids] == again[0].tolist()
         assert [0, *mask.tolist()] == [int(is_trained) for ids, is_trained in encoded for _ in ids] == [0, *again[1].tolist()]
