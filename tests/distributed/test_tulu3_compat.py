@@ -29,7 +29,7 @@ from engine.rollout.engine import Response
 from engine.rollout.verification import Rollout
 from engine.types import LossFunction, Prompt, Sample
 from engine.verify.verdict import Verdict
-from tests.distributed.test_rlvr import FOLDER, check_same, one_rank, told
+from tests.distributed.test_rlvr import FOLDER, check_same, metric_records, one_rank
 from tests.support import jobs_rlvr
 from tests.support import tulu3_definition as definition
 from tests.support.pool import ranks
@@ -308,11 +308,11 @@ def test_any_microbatches(budget: int) -> None:
 def test_resumed_is_bitwise_uninterrupted(tmp_path: Path) -> None:
     how = {"folder": tmp_path, "parallel": Parallel(), "steps": 2, "save_every": 1} | COMPAT
     ranks(2).run(jobs_rlvr.whole_run, **how)
-    whole = told(tmp_path)
+    whole = metric_records(tmp_path)
     for lost in ("step-00000002", "critic/step-00000002"):
         shutil.rmtree(tmp_path / "run" / lost)
     ranks(2).run(jobs_rlvr.whole_run, **how)
-    assert told(tmp_path) == whole
+    assert metric_records(tmp_path) == whole
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.data.tokenizer import load_tokenizer
 from engine.models.hub import cache_folder
-from tests.e2e.test_cli import complaint, contents, engine, recipe, story
+from tests.e2e.test_cli import complaint, contents, engine, metric_records, recipe
 
 __all__ = ["recipe"]  # the fixture
 
@@ -29,7 +29,7 @@ def exported(recipe: Path, tmp_path: Path) -> Path:
 def test_a_run_resumes_on_its_own_data_only(name: str, recipe: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "out", tmp_path / name
     assert engine("run", recipe)[0] == 0
-    whole = story(out)
+    whole = metric_records(out)
     shutil.rmtree(out / "step-00000003")  # as if it had stopped after the checkpoint of step 2
     before, good = contents(out), data.read_bytes()
 
@@ -44,7 +44,7 @@ def test_a_run_resumes_on_its_own_data_only(name: str, recipe: Path, tmp_path: P
     code, said, stderr = engine("run", recipe)
     assert code == 0, stderr
     assert "resumed from step 2" in said
-    assert story(out) == whole
+    assert metric_records(out) == whole
 
 
 def test_a_run_that_never_started_may_get_other_data(recipe: Path, tmp_path: Path) -> None:

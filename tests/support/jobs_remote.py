@@ -100,7 +100,7 @@ def learned_after_the_next_is_drawn(world: World, folder: Path, **changes: Any) 
             file.write("x")
         return responses
 
-    def late(algorithm: Any, step: int, *options: Any) -> dict[str, float]:
+    def late(algorithm: Any, step: int, *options: Any) -> tuple[dict[str, float], float]:
         deadline = time.monotonic() + 120
         while step < 2 and drawn.stat().st_size < step + 2:  # one byte per generation
             assert time.monotonic() < deadline, f"step {step + 1} is not drawn before step {step} is learned"
