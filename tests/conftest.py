@@ -23,6 +23,7 @@ SLOW_FILES = {
     "kernels/test_logprob.py": "distributed",
     "unit/test_gpu_run.py": "slow",
     "verify/test_code.py": "slow",
+    "verify/test_hostile.py": "slow",
     "verify/test_sandbox.py": "slow",
     "verify/test_verify_pool.py": "slow",
 }

@@ -4,9 +4,13 @@ The rule (arXiv 2411.15124, section 3.2): a token of a test instance matches a t
 the prompt; a prompt hits an instance if more than 50 % of the instance's tokens match that prompt; a training set is contaminated if it
 hits more than 2 % of an evaluation.
 
-Tokens are those of Tülu's phrase queries: lower-case text, split at `SEPARATORS` (the analyzer of allenai/open-instruct,
-decontamination/index.py). One difference: that tool counts a test instance in spaCy tokens, where a punctuation mark is a token; here,
-punctuation is not counted. As in that tool, each user turn of a conversation is a separate prompt.
+An instance shorter than an n-gram has none, so by that rule not even a verbatim copy hits it. Here it is one n-gram by itself: a prompt
+that contains all of it hits it. One or two words also stand in ordinary text: such an instance must be the whole prompt.
+
+Tokens are lower-case text, split at `SEPARATORS`. These are the separators of the analyzer that allenai/open-instruct defines in
+decontamination/index.py ("tulu_analyzer") but does not attach to the indexed text, which therefore gets Elasticsearch's default analyzer.
+That one also splits at operators and drops them. Another difference: that tool counts a test instance in spaCy tokens, where a punctuation
+mark is a token; here, punctuation is not counted. As in that tool, each user turn of a conversation is a separate prompt.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ FIELDS = (
 )  # fields that may hold the prompt of a row without messages, in order of preference
 
 Gram = tuple[str, ...]
+CONTAINED = 3  # tokens; a shorter instance is hit only by a prompt that is equal to it
 Removal = Literal["instances", "sets"]
 
 _WORD = re.compile(f"[^{re.escape(SEPARATORS)}]+")
@@ -67,7 +72,7 @@ class Overlap:
 
     evaluation: str
     instances: int
-    short: int  # instances shorter than an n-gram, which cannot be hit
+    short: int  # instances shorter than an n-gram, which are matched whole
     hits: list[Hit] = field(default_factory=list)
 
     @property
@@ -119,34 +124,43 @@ class Index:
         self.rule = rule
         names: dict[str, str] = {}
         self.instances = [[names.setdefault(word, word) for word in tokens] for tokens in instances]  # one string object per distinct word
-        frequency = Counter(gram for tokens in self.instances for gram in set(grams(tokens, rule.ngram)))
-        self.postings: dict[Gram, list[int]] = defaultdict(list)
+        frequency = Counter(gram for tokens in self.instances for gram in set(grams(tokens, self._ngram(tokens))))
+        self.postings: dict[int, dict[Gram, list[int]]] = defaultdict(lambda: defaultdict(list))  # n -> n-gram -> instances
         for number, tokens in enumerate(self.instances):
-            for gram in _rarest(tokens, frequency, rule):
-                self.postings[gram].append(number)
+            n = self._ngram(tokens)
+            for gram in _rarest(tokens, frequency, n, rule.instance):
+                self.postings[n][gram].append(number)
 
     def candidates(self, tokens: Sequence[str]) -> set[int]:
         """A superset of the instances that a prompt of these tokens hits."""
-        shared = self.postings.keys() & grams(tokens, self.rule.ngram)
-        return {number for gram in shared for number in self.postings[gram]}
+        found: set[int] = set()
+        for n, postings in self.postings.items():
+            if n >= min(CONTAINED, self.rule.ngram) or n == len(tokens):
+                found.update(*map(postings.__getitem__, postings.keys() & grams(tokens, n)))
+        return found
 
     def hits(self, tokens: Sequence[str], candidates: Collection[int]) -> Iterator[tuple[int, float]]:
         """(instance, share of its tokens that match) for those of `candidates` that a prompt of these tokens hits."""
-        prompt = set(grams(tokens, self.rule.ngram)) if candidates else set()
+        prompt = {n: set(grams(tokens, n)) for n in {self._ngram(self.instances[number]) for number in candidates}}
         for number in sorted(candidates):
-            share = covered(self.instances[number], prompt, self.rule.ngram) / len(self.instances[number])
+            instance = self.instances[number]
+            n = self._ngram(instance)
+            share = covered(instance, prompt[n], n) / len(instance)
             if share > self.rule.instance:
                 yield number, share
 
+    def _ngram(self, instance: Sequence[str]) -> int:
+        return min(self.rule.ngram, len(instance))
 
-def _rarest(tokens: Sequence[str], frequency: Counter[Gram], rule: Rule) -> list[Gram]:
-    """The n-grams that remain after removing the most frequent ones, as long as the removed ones together cannot make a hit."""
+
+def _rarest(tokens: Sequence[str], frequency: Counter[Gram], n: int, limit: float) -> list[Gram]:
+    """The n-grams that remain after removing the most frequent ones, as long as the removed ones cover at most `limit` of the tokens."""
     places: dict[Gram, int] = defaultdict(int)  # bit t: token t is part of the n-gram
-    for start, gram in enumerate(grams(tokens, rule.ngram)):
-        places[gram] |= ((1 << rule.ngram) - 1) << start
+    for start, gram in enumerate(grams(tokens, n)):
+        places[gram] |= ((1 << n) - 1) << start
     mask, rare = 0, []
     for gram in sorted(places, key=frequency.__getitem__, reverse=True):
-        if (mask | places[gram]).bit_count() / len(tokens) > rule.instance:
+        if (mask | places[gram]).bit_count() / len(tokens) > limit:
             rare.append(gram)
         else:
             mask |= places[gram]

@@ -15,6 +15,7 @@ from typing import Any
 from engine.data.rows import Source
 from engine.evals.generation import Decoding
 from engine.evals.suite import Item, Row, Scores, Suite
+from engine.verify.numbers import ascii_signs
 
 EXAMPLES = (
     (
@@ -58,7 +59,7 @@ EXAMPLES = (
         "The answer is 8.",
     ),
 )
-ANSWER = re.compile(r"The answer is (-?[0-9.,]+)")
+ANSWER = re.compile(r"The answer is (-?[\d.,]+)")
 
 
 def question_text(question: str) -> str:
@@ -73,8 +74,13 @@ def item(row: Row, chat: bool) -> Item:
 
 
 def cases(item: Item, response: str) -> list[tuple[str, Any]]:
-    found = ANSWER.search(response)
-    return [(response, item.truth), (found[1] if found else "", item.truth)]
+    return [(response, item.truth), (strict_answer(response), item.truth)]
+
+
+def strict_answer(response: str) -> str:
+    """The number after the first "The answer is"; empty if there is none."""
+    found = ANSWER.search(ascii_signs(response))
+    return found[1] if found else ""
 
 
 def scores(verdicts: Sequence[Sequence[bool]]) -> Scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.verify.shown import shown
 from engine.verify.verdict import Verdict, Verifier
 
 
@@ -17,7 +18,7 @@ def verify(response: str, truth: str) -> Verdict:
 def check(truth: Any) -> None:
     """Raises ValueError unless `truth` is text that is not blank; a blank one would reward empty responses."""
     if not isinstance(truth, str) or not truth.strip():
-        raise ValueError(f"truth={truth!r} must be a string that is not blank; give the expected response")
+        raise ValueError(f"truth={shown(truth)} must be a string that is not blank; give the expected response")
 
 
 EXACT = Verifier("exact", verify, check, judge=verify, inline=True)

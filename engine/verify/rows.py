@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from engine.data.rows import read_lines
 from engine.verify.pool import Case, Pool
+from engine.verify.shown import shown
 from engine.verify.verdict import Unjudged, Verdict, Verifier
 
 BLOCK = 2000  # rows per batch
@@ -44,7 +45,7 @@ def verify_rows(verifier: Verifier, pool: Pool, lines: Iterable[bytes], out: Tex
 
 def _case(verifier: Verifier, row: dict[str, Any], where: str) -> Case:
     if not isinstance(response := row.get("response"), str):
-        raise ValueError(f"{where}: response={response!r} must be a string")
+        raise ValueError(f"{where}: response={shown(response)} must be a string")
     if "truth" not in row:
         raise ValueError(f"{where}: truth is missing; a row needs response and truth")
     try:

@@ -13,9 +13,10 @@ from benchmarks.data.bench_decontaminate import REPEATS, generate
 from engine.__main__ import main
 from engine.data.decontaminate import Index, Rule, Search, covered, grams, words
 from engine.data.rows import Source
+from tests.support.paths import SHARED
 
 LETTERS = st.lists(st.sampled_from("abc"), max_size=24)
-RULES = st.builds(Rule, ngram=st.integers(1, 4), instance=st.sampled_from([0.0, 0.2, 0.3, 0.5, 0.9]))
+RULES = st.builds(Rule, ngram=st.integers(1, 5), instance=st.sampled_from([0.0, 0.2, 0.3, 0.5, 0.9]))
 
 
 def share(instance: list[str], prompt: list[str], n: int) -> float:
@@ -38,9 +39,43 @@ def test_covered_counts_tokens_inside_shared_ngrams(instance: list[str], prompt:
 def test_the_index_finds_every_hit_and_no_other(instances: list[list[str]], prompt: list[str], rule: Rule) -> None:
     """With three letters, many instances share n-grams, which the index omits where possible."""
     index = Index(instances, rule)
-    shares = {i: share(tokens, prompt, rule.ngram) for i, tokens in enumerate(instances) if tokens}
+    shares = {i: share(tokens, prompt, min(rule.ngram, len(tokens))) for i, tokens in enumerate(instances) if tokens}
+    tiny = {i for i, tokens in enumerate(instances) if len(tokens) < min(rule.ngram, 3) and tokens != prompt}
     found = dict(index.hits(prompt, index.candidates(prompt)))
-    assert found == {i: pytest.approx(value) for i, value in shares.items() if value > rule.instance}
+    assert found == {i: pytest.approx(value) for i, value in shares.items() if value > rule.instance and i not in tiny}
+
+
+@pytest.mark.parametrize(
+    ("instance", "prompt", "hit"),
+    [
+        ("What is soft power?", "What is soft power?", True),
+        ("What is soft power?", "Question: what is SOFT power\nAnswer:", True),
+        ("What is soft power?", "What is power?", False),
+        ("What is soft power?", "soft power: what is it?", False),
+        ("Evaluate $102^2-98^2$.", "Evaluate $102^2-98^2$. Think first.", True),
+        ("one two three four five six seven", "zero one two three four five six seven eight", True),
+        ("one two three four five six seven", "one two three four five six 7", False),
+        ("The trachea", "the trachea.", True),
+        ("The trachea", "Describe the trachea", False),
+        ("Why?", "why", True),
+        ("Why?", "Say why it rains", False),
+        ("?", "?", False),
+    ],
+)
+def test_an_instance_shorter_than_an_ngram_is_matched_whole(instance: str, prompt: str, hit: bool) -> None:
+    index = Index([words(instance), words("An instance of eight tokens or more is there too.")], Rule())
+    assert dict(index.hits(words(prompt), index.candidates(words(prompt)))) == ({0: 1.0} if hit else {})
+
+
+def test_verbatim_copies_of_every_problem_of_math_are_found() -> None:
+    if not (SHARED / "math.jsonl").exists():
+        pytest.skip("the shared data is not here")
+    problems = [words(json.loads(line)["problem"]) for line in (SHARED / "math.jsonl").open()]
+    index = Index(problems, Rule())
+    assert sum(len(tokens) < 8 for tokens in problems) == 240
+    for number, tokens in enumerate(problems):
+        prompt = ["solve", *tokens, "step", "by", "step"] if len(tokens) > 2 else tokens
+        assert number in dict(index.hits(prompt, index.candidates(prompt)))
 
 
 def test_words_are_those_of_tulus_analyzer() -> None:
@@ -54,7 +89,7 @@ def test_wording_that_all_instances_share_is_not_indexed() -> None:
     template = [f"t{i}" for i in range(12)]
     instances = [[*template, *(f"{number}-{i}" for i in range(20))] for number in range(50)]
     index = Index(instances, Rule())
-    assert not index.postings.keys() & set(grams(template, 8))
+    assert not index.postings[8].keys() & set(grams(template, 8))
     assert index.candidates(template) == set()
     assert index.candidates(instances[7]) == {7}
 

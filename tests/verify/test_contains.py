@@ -31,6 +31,9 @@ CONTAINS = verifier("contains")
         ("", ["Paris"], False),
         ("the", ["Paris"], False),
         ("Zürich", ["zürich"], True),
+        ("Jean\u2010Paul", ["Jean-Paul"], True),
+        ("O’Brien", ["O'Brien"], True),
+        ("it was –8 degrees", ["-8"], True),
     ],
 )
 def test_truth_table(response: str, truth: list[str], correct: bool) -> None:

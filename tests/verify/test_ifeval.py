@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.verify.ifeval import LONG, check, loose, verify, verify_loose
+from engine.verify.ifeval import LONG, LONG_TRUTH, check, loose, verify, verify_loose
 from engine.verify.ifeval.instructions import INSTRUCTIONS
-from engine.verify.ifeval.language import count_sentences, language_of
+from engine.verify.ifeval.language import language_of
+from engine.verify.ifeval.tokenize import sentences, words
 from tests.support.paths import SHARED
 
 IFEVAL_DATA = SHARED / "ifeval.jsonl"
@@ -76,8 +77,20 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "detectable_format:number_bullet_lists",
         {"num_bullets": 2},
-        ["* a\n* b", "- a\n  - b", "* a\n\n- b"],
-        ["* a", "* a\n* b\n* c", "**a**\n**b**", ""],
+        [
+            "* a\n* b",
+            "- a\n  - b",
+            "* a\n\n- b",
+            "*\n- b",
+            "* a\n*\nb",
+            "*\n* a\n* b",
+            "-\n-",
+            "*\r\n*\r\n",
+            "* \n* ",
+            "*a\n*b",
+            "*\n\n*\n\n",
+        ],
+        ["* a", "* a\n* b\n* c", "**a**\n**b**", "", "* a\n*", "*\n* b", "*\n*\n", "*\n**a\n"],
     ),
     (
         "detectable_format:constrained_response",
@@ -126,8 +139,8 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "change_case:capital_word_frequency",
         {"capital_frequency": 2, "capital_relation": "at least"},
-        ["THE END of it", "A B c", "WELL-KNOWN USA", "U.S. and UK"],
-        ["THE end", "The End", "WELL-KNOWN", ""],
+        ["THE END of it", "A B c", "WELL-KNOWN USA", "U.S. and UK", "I'll see NATO's plan", "CANNOT", "WON'T", "R&D", "A–B", "A/B C"],
+        ["THE end", "The End", "WELL-KNOWN", "I'll go", "NATO's", "JOHN/JANE", ""],
     ),
     ("change_case:capital_word_frequency", {"capital_frequency": 1, "capital_relation": "less than"}, ["none here"], ["ONE here", "I am"]),
     ("change_case:english_capital", {}, [ENGLISH.upper(), f"{ENGLISH.upper()}. 123"], [ENGLISH, GERMAN.upper(), "1234", "", "!!!"]),
@@ -199,9 +212,56 @@ def test_language_detection_does_not_change_its_mind() -> None:
     assert len({language_of(doubtful) for _ in range(20)}) == 1
 
 
-def test_sentences_are_counted_past_abbreviations() -> None:
-    assert count_sentences("Dr. Smith paid $3.50 to Mrs. Jones. She left at 5 p.m. on Friday.") == 2
-    assert count_sentences("") == 0
+# Results of NLTK 3.10.4 with the same Punkt model.
+SENTENCES = [
+    ("", 0),
+    ("Dr. Smith paid $3.50 to Mrs. Jones. She left at 5 p.m. on Friday.", 2),
+    ("Wow!!! Yes.", 2),
+    ("Wow!!!", 2),
+    ("What?!", 2),
+    ("!!!", 3),
+    ("...", 1),
+    ("Wait . . . what?", 4),
+    ("Wait... what?", 1),
+    ("He said “Go.” Then left.", 2),
+    ('He said "Go." Then left.', 2),
+    ("‘Go.’ he said. ‘No.’", 3),
+    ("end.” “New start. Yes", 3),
+    ("Yes!!\nNo!!", 3),
+    ("(Hi.) Bye.", 2),
+    ("**Hi.** Bye.", 2),
+    ("1. One\n2. Two\n3. Three", 4),
+    ("P.S. Hello", 2),
+]
+WORDS = [
+    ("I'll go", ["I", "'ll", "go"]),
+    ("NATO's plan", ["NATO", "'s", "plan"]),
+    ("It is NATO's.", ["It", "is", "NATO", "'s", "."]),
+    ("DON'T YOU'VE", ["DO", "N'T", "YOU", "'VE"]),
+    ("CANNOT gonna Lemme", ["CAN", "NOT", "gon", "na", "Lem", "me"]),
+    ("'TIS 'twas", ["'", "TIS", "'", "twas"]),
+    ("It’s NATO’s", ["It", "’", "s", "NATO", "’", "s"]),
+    ("WELL-KNOWN U.S. e-mail—OK", ["WELL-KNOWN", "U.S.", "e-mail", "—", "OK"]),
+    ("A–B C--D", ["A", "–", "B", "C", "--", "D"]),
+    ('"THE END" (OK)', ["``", "THE", "END", "''", "(", "OK", ")"]),
+    ("R&D Q&A", ["R", "&", "D", "Q", "&", "A"]),
+    ("A,B 3,5 A:B", ["A", ",", "B", "3,5", "A", ":", "B"]),
+    ("**BOLD** [X] #Y", ["*", "*", "BOLD", "*", "*", "[", "X", "]", "#", "Y"]),
+    ("‘I'D':gimme'TIS", ["‘", "I", "'D", "'", ":", "gim", "me", "'T", "IS"]),
+    ("JOHN/JANE A_B C.D", ["JOHN/JANE", "A_B", "C.D"]),
+    ("Wait...OK", ["Wait", "...", "OK"]),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize(("text", "count"), SENTENCES)
+def test_sentences_are_those_of_nltk(text: str, count: int) -> None:
+    assert len(sentences(text)) == count
+
+
+@pytest.mark.parametrize(("text", "expected"), WORDS)
+def test_words_are_those_of_nltk(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -229,6 +289,7 @@ def test_sentences_are_counted_past_abbreviations() -> None:
             rule("keywords:letter_frequency", {"letter": "ab", "let_frequency": 1, "let_relation": "at least"}),
             "letter='ab' must be one char",
         ),
+        (rule("keywords:letter_frequency", {"letter": " ", "let_frequency": 1, "let_relation": "at least"}), "letter=' ' must be one char"),
     ],
 )
 def test_a_wrong_truth_is_refused_by_field(truth: Any, complaint: str) -> None:
@@ -285,6 +346,16 @@ def test_a_long_response_is_judged_in_a_worker() -> None:
     assert len(text) > LONG
     assert (verify(text, truth).correct, verify_loose(text, truth).correct) == (True, True)
     assert (verify(text[: LONG // 2], truth).correct, verify_loose(text[: LONG // 2], truth).correct) == (False, False)
+
+
+def test_long_keywords_are_searched_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.verify.ifeval.alone", lambda *_: "in a worker")
+    assert verify("a" * 1000, rule("keywords:existence", {"keywords": ["a" * 999]})) == (True, "follows all 1")
+    assert verify("a" * 1000, rule("keywords:existence", {"keywords": ["a" * 999] * 3})) == "in a worker"
+    assert (
+        verify_loose("a" * 1000, rule("keywords:frequency", {"keyword": "a" * LONG_TRUTH, "frequency": 1, "relation": "at least"}))
+        == "in a worker"
+    )
 
 
 @given(st.text(alphabet='aZ ,.*<>"[]\n#1é-Section', max_size=80) | st.text(max_size=80))

@@ -21,36 +21,47 @@ from tests.support.paths import SHARED
 MATH_TEST = SHARED / "math.jsonl"
 SAMPLED = 300
 
-COMMITS = [
-    (r"So $\boxed{72}$.", "72"),
-    (r"\boxed{1} and then \boxed{2}", "2"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{\boxed{5}}", "5"),
-    (r"\boxed{ {a} {b{c}} }", "{a} {b{c}}"),
-    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-    (r"\boxed {7}", "7"),
-    (r"\boxed 7", "7"),
-    (r"\fbox{7}", "7"),
-    (r"\\boxed{7}", "7"),
-    (r"\boxed{5} but \boxed{6", "5"),
-    (r"\boxed{$7$}", "7"),
-    (r"\boxed{7}. The final answer is 8", "7"),
-    ("Final Answer: The final answer is $\\frac12$. I hope it is correct.", r"\frac12"),
-    ("The final answer is 5. I hope it is correct.", "5"),
-    ("the FINAL ANSWER is: 5.", "5"),
-    ("The final answer is 4. No: the final answer is 5.\nBye.", "5"),
-    ("The final answer is 5, and $x$ was $3$\n", "3"),
-    ("It is $3$ and then $4$.", "4"),
-    ("It is $$4$$", "4"),
-    (r"It is \(4\).", "4"),
-    (r"\[ x = 4 \]", "x = 4"),
-    (r"It costs \$5 or \$6", r"It costs \$5 or \$6"),
-    ("5", "5"),
-    ("  5.  ", "5"),
-    ("５", "5"),
-    ("", ""),
-    (r"\boxed{}", ""),
-    ("}{", "}{"),
+# Exact at any magnitude, where math-verify drops differences below 1e-15.
+SMALL_RIGHT = [
+    ("2^{-60}", r"\frac{1}{1152921504606846976}"),
+    (r"\sqrt{12}\cdot 10^{-20}", r"2\sqrt{3}\cdot 10^{-20}"),
+    (r"10^{-40}(\sqrt{3}+1)^2", r"10^{-40}(4+2\sqrt{3})"),
+    ("e^{-50}", r"\frac{1}{e^{50}}"),
+    (r"\frac{x}{2^{60}}", "2^{-60}x"),
+    (r"(2^{-60}, 1)", r"(\frac{1}{2^{60}}, 1)"),
+    (r"2^{-1000}", r"(\frac{1}{2})^{1000}"),
+    (r"1.5\times 10^{-20}", r"15\times 10^{-21}"),
+    (r"1.5\times 10^{-8}", "0.000000015"),
+    (r"0.1\cdot 10^{-9}\pi", r"10^{-10}\pi"),
+    ("0.0000333333", r"\frac{1}{30000}"),
+    ("0.001235", r"\frac{1}{810}"),
+]
+SMALL_WRONG = [
+    ("2^{-60}", "2^{-61}"),
+    ("2^{-60}", "-2^{-60}"),
+    ("2^{-1000}", "2^{-1001}"),
+    ("2^{-100000}", "-2^{-100000}"),
+    ("0", "2^{-60}"),
+    ("2^{-60}x", "2^{-61}x"),
+    ("x^2+2^{-60}", "x^2"),
+    ("x=2^{-60}", "x=2^{-61}"),
+    ("x<2^{-60}", "x<2^{-61}"),
+    ("(2^{-60},1)", "(2^{-61},1)"),
+    ("[0,2^{-60}]", "[0,2^{-61}]"),
+    (r"\{2^{-60},3\}", r"\{2^{-61},3\}"),
+    (r"\begin{pmatrix}2^{-60}\\1\end{pmatrix}", r"\begin{pmatrix}2^{-61}\\1\end{pmatrix}"),
+    ("1+2^{-60}i", "1-2^{-60}i"),
+    ("e^{-50}", "e^{-60}"),
+    (r"\frac{1}{50!}", r"\frac{1}{51!}"),
+    (r"\sqrt{2}\cdot 10^{-20}", r"\sqrt{3}\cdot 10^{-20}"),
+    (r"\sqrt{2}+10^{-20}", r"\sqrt{2}"),
+    (r"1+\frac{1855077841}{1311738121}", r"1+\sqrt{2}"),
+    (r"1.5\cdot 10^{-20}", r"2.5\cdot 10^{-20}"),
+    (r"1.5\cdot 10^{-8}", r"2.5\cdot 10^{-8}"),
+    (r"1.5\cdot 10^{-8}", r"\frac{25}{10^9}"),
+    ("0.0000001", "2^{-25}"),
+    ("10^{20}+10^{-20}", "10^{20}"),
+    ("10^{30}+1", "10^{30}"),
 ]
 
 RIGHT = [
@@ -68,6 +79,26 @@ RIGHT = [
     (r"11,\! 111,\! 111", "11111111"),
     ("10^5", "100000"),
     ("5!", "120"),
+    (r"7,\!512", "7512"),
+    (r"7\,512", "7512"),
+    (r"111, \! 111, \! 111", "111111111"),
+    ("10,000, 20,000", "20000, 10000"),
+    ("7, 512", "512, 7"),
+    ("7, 512", r"\{7,512\}"),
+    ("(1,234)", "(1, 234)"),
+    ("x=1,000", "1000"),
+    # dashes
+    ("–8", "-8"),
+    ("‐8", "-8"),
+    ("‑8", "-8"),
+    ("‒8", "-8"),
+    ("﹣8", "-8"),
+    ("－8", "-8"),
+    (r"\frac{–1}{2}", r"-\frac{1}{2}"),
+    ("(–8, 1)", "(-8, 1)"),
+    ("10^{–2}", "0.01"),
+    # small numbers
+    *SMALL_RIGHT,
     # fractions
     (r"\frac{1}{2}", "0.5"),
     (r"\dfrac{1}{2}", r"\frac{1}{2}"),
@@ -137,6 +168,16 @@ WRONG = [
     (r"\frac{0}{0}", "5"),
     ("10000", "1,000"),
     ("1,00", "100"),
+    ("7, 512", "7512"),
+    ("7, 512", "7,512"),
+    ("1, 000", "1000"),
+    (r"7,\,512", "7512"),
+    (r"7,\ 512", "7512"),
+    ("3, 141, 592", "3141592"),
+    (r"45^\circ, 135^\circ", "45135"),
+    ("–8", "8"),
+    ("5–10", "-10"),
+    *SMALL_WRONG,
     ("(1,2)", "(2,1)"),
     ("(1,2)", "(1,2,3)"),
     ("[1,2)", "(1,2)"),
@@ -168,11 +209,6 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("response", "answer"), COMMITS)
-def test_what_a_response_commits_to(response: str, answer: str) -> None:
-    assert final_answer(response) == answer
-
-
 @pytest.mark.parametrize(("answer", "truth"), RIGHT)
 def test_right(answer: str, truth: str) -> None:
     check(truth)
@@ -184,10 +220,6 @@ def test_right(answer: str, truth: str) -> None:
 def test_wrong(answer: str, truth: str) -> None:
     assert not judge(rf"so \boxed{{{answer}}}.", truth).correct
     assert not judge(answer, truth).correct
-
-
-def test_an_answer_cannot_be_hedged() -> None:
-    assert not verify(r"$5$ \boxed{6} The final answer is 5.", "5").correct
 
 
 def test_symbolic_checks_fire_on_any_thread() -> None:

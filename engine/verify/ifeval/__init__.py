@@ -11,10 +11,12 @@ from typing import Any
 
 from engine.verify.ifeval.instructions import INSTRUCTIONS
 from engine.verify.pool import alone
+from engine.verify.shown import shown
 from engine.verify.verdict import Verdict, Verifier
 
 Truth = Mapping[str, Any]
-LONG = 50_000  # characters; longer responses may take seconds and run in a worker with a time limit
+LONG = 20_000  # characters to check, over all instructions; more may take seconds and run in a worker with a time limit
+LONG_TRUTH = 2_000  # characters of all arguments; searching for longer keywords is not linear
 
 
 def follows(response: str, truth: Truth, variants: Callable[[str], list[str]]) -> list[bool]:
@@ -38,38 +40,44 @@ def loose(response: str) -> list[str]:
 
 def verify(response: str, truth: Truth) -> Verdict:
     """Whether the unmodified response follows every instruction."""
-    return _judge_strict(response, truth) if len(response) < LONG else alone(IFEVAL, response, truth)
+    return _judge_strict(response, truth) if _is_quick(response, truth) else alone(IFEVAL, response, truth)
 
 
 def verify_loose(response: str, truth: Truth) -> Verdict:
     """Whether each instruction is followed by at least one of the eight variants, not necessarily the same one."""
-    return _judge_loose(response, truth) if len(response) < LONG else alone(IFEVAL_LOOSE, response, truth)
+    return _judge_loose(response, truth) if _is_quick(response, truth) else alone(IFEVAL_LOOSE, response, truth)
+
+
+def _is_quick(response: str, truth: Truth) -> bool:
+    values = [value for arguments in truth["kwargs"] for value in arguments.values()]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    return len(response) * len(truth["instruction_id_list"]) < LONG and sum(map(len, texts)) < LONG_TRUTH
 
 
 def check(truth: Any) -> None:
     """Raises ValueError, which names the field, for an unknown instruction or for missing, unknown or invalid arguments."""
     if not isinstance(truth, dict):
-        raise ValueError(f"truth={truth!r} must be an object with instruction_id_list and kwargs")
+        raise ValueError(f"truth={shown(truth)} must be an object with instruction_id_list and kwargs")
     names, given = truth.get("instruction_id_list"), truth.get("kwargs")
     if not isinstance(names, list) or not names:
-        raise ValueError(f"truth.instruction_id_list={names!r} must be a list of at least one instruction")
+        raise ValueError(f"truth.instruction_id_list={shown(names)} must be a list of at least one instruction")
     if not isinstance(given, list) or len(given) != len(names):
-        raise ValueError(f"truth.kwargs={given!r} must be a list of {len(names)} objects, one per instruction")
+        raise ValueError(f"truth.kwargs={shown(given)} must be a list of {len(names)} objects, one per instruction")
     for place, (name, arguments) in enumerate(zip(names, given, strict=True)):
         if not isinstance(name, str) or name not in INSTRUCTIONS:
-            raise ValueError(f"truth.instruction_id_list[{place}]={name!r} is unknown; use one of {', '.join(sorted(INSTRUCTIONS))}")
+            raise ValueError(f"truth.instruction_id_list[{place}]={shown(name)} is unknown; use one of {', '.join(sorted(INSTRUCTIONS))}")
         _check_arguments(name, arguments, f"truth.kwargs[{place}]")
 
 
 def _check_arguments(name: str, arguments: Any, where: str) -> None:
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}={arguments!r} must be an object with the arguments of {name}")
+        raise ValueError(f"{where}={shown(arguments)} must be an object with the arguments of {name}")
     expected, given = INSTRUCTIONS[name].arguments, _given(arguments)
     if set(given) != set(expected):
-        raise ValueError(f"{where} has {sorted(given)}; {name} takes {sorted(expected)}")
+        raise ValueError(f"{where} has {shown(sorted(map(str, given)))}; {name} takes {sorted(expected)}")
     for argument, kind in expected.items():
         if not kind.holds(given[argument]):
-            raise ValueError(f"{where}.{argument}={given[argument]!r} must be {kind.what}")
+            raise ValueError(f"{where}.{argument}={shown(given[argument])} must be {kind.what}")
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:

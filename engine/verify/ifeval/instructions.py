@@ -1,7 +1,7 @@
 r"""The 25 instructions of IFEval (Zhou et al., arXiv 2311.07911): the check of each and its arguments.
 
 The rules follow google-research/instruction_following_eval, with three fixes: a response in no detectable language follows no
-instruction about its language; keywords are literal text, not patterns; and every check takes linear time.
+instruction about its language; keywords are literal text, not patterns; and every check takes linear time for keywords of bounded length.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from engine.verify.ifeval.language import count_sentences, language_of, languages
+from engine.verify.ifeval.language import language_of, languages
+from engine.verify.ifeval.tokenize import sentences, words
 
 RELATIONS = ("less than", "at least")
 ALLOWED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
@@ -43,7 +44,7 @@ TEXT = ArgumentType("a string that is not blank", _is_text)
 TEXTS = ArgumentType(
     "a list of strings that are not blank", lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value))
 )
-LETTER = ArgumentType("one character", lambda value: isinstance(value, str) and len(value) == 1)
+LETTER = ArgumentType("one character that is not blank", lambda value: _is_text(value) and len(value) == 1)
 LANGUAGE = ArgumentType("a language code that langdetect knows, such as 'en'", lambda value: value in languages())
 
 
@@ -82,7 +83,7 @@ def language_response_language(response: str, language: str) -> bool:
 
 
 def length_number_sentences(response: str, num_sentences: int, relation: str) -> bool:
-    return _related(count_sentences(response), relation, num_sentences)
+    return _related(len(sentences(response)), relation, num_sentences)
 
 
 def length_number_paragraphs(response: str, num_paragraphs: int) -> bool:
@@ -109,13 +110,20 @@ def content_number_placeholders(response: str, num_placeholders: int) -> bool:
 
 def content_postscript(response: str, postscript_marker: str) -> bool:
     """Case is ignored; spaces after dots are optional."""
-    letters = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(postscript_marker, re.escape(postscript_marker.lower().strip()))
+    letters = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(postscript_marker.strip(), re.escape(postscript_marker.lower().strip()))
     return re.search(letters, response.lower()) is not None
 
 
 def format_number_bullet_lists(response: str, num_bullets: int) -> bool:
+    """Lines that begin with - or *, but not with **. A line that is only * is a bullet whose text is the next line, whatever that is."""
     lines = [line.lstrip() for line in response.split("\n")]
-    return num_bullets == sum(line.startswith("-") or (line[:1] == "*" and line[1:2] not in ("", "*")) for line in lines)
+    stars, following = 0, iter(range(len(lines)))
+    for number in following:
+        if lines[number] == "*":
+            stars += next(following, None) is not None
+        else:
+            stars += lines[number][:1] == "*" and lines[number][1] != "*"
+    return num_bullets == stars + sum(line.startswith("-") for line in lines)
 
 
 def format_constrained_response(response: str) -> bool:
@@ -171,9 +179,8 @@ def startend_quotation(response: str) -> bool:
 
 
 def case_capital_word_frequency(response: str, capital_frequency: int, capital_relation: str) -> bool:
-    """Counts words in all capitals. A hyphenated word is one word."""
-    words = re.findall(r"\w[\w'’.&-]*", response)
-    return _related(sum(word.isupper() for word in words), capital_relation, capital_frequency)
+    """Counts words in all capitals. A hyphenated word is one word; a contraction is two: "I'll" and "NATO's" have one in capitals."""
+    return _related(sum(word.isupper() for word in words(response)), capital_relation, capital_frequency)
 
 
 def case_english_capital(response: str) -> bool:
