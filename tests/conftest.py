@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu"}  # of other rooms the tests are fast
+ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu", "peers": "slow"}  # of other rooms the tests are fast
 # Files of the fast rooms that take seconds, or start ranks.
 SLOW_FILES = {
     "kernels/test_aot.py": "slow",
