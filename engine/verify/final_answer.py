@@ -32,6 +32,7 @@ HOPE = re.compile(r"I hope it is correct", re.IGNORECASE)
 MATH_MARK = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]")
 BEGINS_WITH_MATH = re.compile(r"[(\[{|]*[-+]?(?:[\d$\\.√π∞]|(?![aAI]\s)[a-zA-Z](?![a-zA-Z]))")
 SENTENCE_END = re.compile(r"[.;](?=\s|$)|,\s(?=[a-zA-Z]{2})")
+NUMBER_END = re.compile(rf"{SENTENCE_END.pattern}|\s(?:of|as|for|because|since|from|when|where|which|that|with)\s")
 INVISIBLE = re.compile(  # commands that show nothing by themselves, and placeholders
     r"""\\(?:[hv]?phantom|[hv]space\*?|(?:text)?color)\s*\{[^{}]*\}
       | \\(?:boxed|fbox|text[a-z]*|math[a-z]+|mbox|operatorname|boldsymbol|bm|emph|underline|overline|displaystyle|left|right
@@ -109,8 +110,9 @@ def _stated(text: str, span: Span) -> Span:
     line = Span(start, end if (end := text.find("\n", start, span.end)) >= 0 else span.end)
     hope = HOPE.search(text, *line)
     line = Span(start, hope.start() if hope else line.end)
-    formula = None if _begins_bare(text, line) else next(_formulas(text, line), None)
-    sentence = SENTENCE_END.search(text, *line)
+    bare = _begins_bare(text, line)
+    formula = None if bare else next(_formulas(text, line), None)
+    sentence = (NUMBER_END if bare else SENTENCE_END).search(text, *line)
     return formula or Span(start, sentence.start() if sentence else line.end)
 
 

@@ -24,22 +24,30 @@ LIMIT_S = 5.0
 
 def verify(response: str, truth: str) -> Verdict:
     """Whether the final answer of `response` equals that of `truth`. Thread-safe. Uses a worker if normal forms do not decide."""
-    return _by_normal_form(final_answer(response), final_answer(truth)) or alone(MATH, response, truth)
+    return _by_normal_form(final_answer(response), _expected(truth)) or alone(MATH, response, truth)
 
 
 def judge(response: str, truth: str) -> Verdict:
     """`verify` in this process, without a time limit."""
-    found, expected = final_answer(response), final_answer(truth)
+    found, expected = final_answer(response), _expected(truth)
     return _by_normal_form(found, expected) or _by_library(found, expected)
 
 
 def check(truth: Any) -> None:
     """Raises ValueError unless `truth` is an answer, or text that ends in one."""
+    if not normal_form(_expected(truth)):
+        raise ValueError(_no_answer(truth))
+
+
+def _expected(truth: Any) -> str:
     answer = final_answer(truth) if isinstance(truth, str) else ""
-    if len(answer) > LONGEST or not normal_form(answer):
-        raise ValueError(
-            f"truth={shown(truth)} must be a string with an answer of at most {LONGEST} characters, such as '\\frac{{1}}{{2}}'"
-        )
+    if not 0 < len(answer) <= LONGEST:
+        raise ValueError(_no_answer(truth))
+    return answer
+
+
+def _no_answer(truth: Any) -> str:
+    return f"truth={shown(truth)} must be a string with an answer of at most {LONGEST} characters, such as '\\frac{{1}}{{2}}'"
 
 
 def _by_normal_form(found: str, expected: str) -> Verdict | None:

@@ -31,6 +31,7 @@ COMMITS = [
     (r"\boxed{9}. **Final Answer:** 12 inches.", "12 inches"),
     (r"\boxed{9}. The final answer is –12.", "-12"),
     (r"\boxed{9}. The final answer is 12, as shown above.", "12"),
+    (r"\boxed{9}. The final answer is 1/2 of the total.", "1/2"),
     (r"\boxed{A}. The final answer is (B)", "(B)"),
     (r"The final answer is $9$. No: \boxed{12}", "12"),
     (r"The final answer is \boxed{12}", "12"),
