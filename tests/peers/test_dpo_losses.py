@@ -83,16 +83,8 @@ def theirs(trainer: Any, logprob_T: Tensor, packed: Packed, weights: dict[str, f
         "ref_rejected_logps": torch.stack(sums[1::2]),
     }
 
-    def model(**_: Any) -> SimpleNamespace:
-        return output
-
-    loss = trainer._compute_loss(_training_off(model), batch, False)
+    loss = trainer._compute_loss(lambda **_: output, batch, False)
     return loss.detach(), torch.autograd.grad(loss, logprob_T)[0]
-
-
-def _training_off(model: Any) -> Any:
-    model.training = False
-    return model
 
 
 def _split(value_T: Tensor, packed: Packed) -> list[Tensor]:
