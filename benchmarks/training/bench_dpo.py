@@ -82,7 +82,7 @@ def _compare(solutions: str, pairs: int, rounds: int, keep: bool) -> None:
         "SmolLM2-135M-Instruct, fp32, length-normalised DPO (beta 5) on right and wrong solutions of GSM8K problems. The unit of work is a",
         f"pair: {pairs} pairs in {rounds} rounds, each pair in one round, {lengths['tokens']:.0f} tokens in the first. All contenders use",
         f"{PAIRS_PER_STEP} pairs per optimizer step. Times are those of new processes after a warm-up, with model and tokens in memory,",
-        "to the end of the last step. Losses and gradients of both are equal (tests/e2e/test_dpo_trl.py). TRL has no padding-free DPO. On",
+        "to the end of the last step. Losses and gradients of both are equal (tests/peers/test_dpo.py). TRL has no padding-free DPO. On",
         "CPU, this engine computes fp32 matrix products with oneDNN, TRL with torch's default, MKL. On AMD processors this is much of the",
         "ratio.",
         f"Peak memory of a process: DPO {peaks['ours-dp2'] / peaks['ours-sft-dp2']:.3f}x that of SFT on the same sequences (target 1.05x).",

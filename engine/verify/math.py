@@ -59,6 +59,9 @@ def _by_normal_form(found: str, expected: str) -> Verdict | None:
     ours, theirs = normal_form(found), normal_form(expected)
     if ours == theirs:
         return Verdict(True, f"{_short(found)} equals the truth as written")
+    bases = sorted(BASE.findall(ours)), sorted(BASE.findall(theirs))
+    if all(bases) and bases[0] != bases[1]:
+        return Verdict(False, f"{_short(found)} is not in the base of the truth")
     a, b = _numbers(ours), _numbers(theirs)
     if a is None or b is None or a.brackets != b.brackets or ("%" in found) != ("%" in expected):
         return None
@@ -94,6 +97,7 @@ REWRITES = [
         (r"\\ne(?![a-zA-Z])", r"\\neq"),
         (r"^\s*\\?[a-zA-Z]\s*(?:=|\\in(?![a-zA-Z]))\s*(?=[^=]+$)", ""),
         (r"\s+", ""),
+        (r"(?<=\d)_\{(\d+)\}(?!\w)", r"_\1"),  # a base
         (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac(\d)\{", r"\\frac{\1}{"),
         (r"\\frac\{([^{}]*)\}(\d)", r"\\frac{\1}{\2}"),
@@ -107,6 +111,7 @@ REWRITES = [
 ]
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 RATIONAL = re.compile(r"([-+]?)(?:(\d+(?:\.\d+)?)|\\frac\{(-?\d+)\}\{(-?\d+)\})", re.ASCII)
+BASE = re.compile(r"(?<=\d)_\{?(\d+)", re.ASCII)  # of 101_2; the library drops it
 
 
 def normal_form(answer: str) -> str:

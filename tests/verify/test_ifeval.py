@@ -54,7 +54,8 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["a", "a\n\nb", "a***b***c", "a***\n***b", "", "***"],
     ),
     ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, [THREE, "a-b c", "1 2 3 4"], ["one two", "...", ""]),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, ["one two", "!"], [THREE, "a-b c"]),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, ["one two", "!", "मौसम अच्छा"], [THREE, "a-b c"]),
+    ("length_constraints:number_words", {"num_words": 2, "relation": "less than"}, ["किनारे", "คำนี้", "cafe\u0301"], ["सुबह मौसम"]),
     (
         "length_constraints:nth_paragraph_first_word",
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "weekend"},

@@ -323,3 +323,13 @@ def test_no_answer_makes_it_raise_or_hang(pair: Pool, response: str, truth: str)
 def pair() -> Iterator[Pool]:
     with Pool(1, max_dropped=0) as pool:
         yield pool
+
+
+def test_a_number_in_another_base_is_another_number() -> None:
+    """math-verify drops the base. A response may leave it out, as questions name it."""
+    for response in ("101_2", "101_{2}", "101_{ 2 }", r"101_{\text{2}}", "101"):
+        assert judge(rf"\boxed{{{response}}}", "101_2").correct, response
+    for response in ("101_3", "101_{10}", "101_{12}", "110_2", "5"):
+        assert not judge(rf"\boxed{{{response}}}", "101_2").correct, response
+    assert not judge(r"\boxed{\{12_5, 3\}}", r"\{12_7, 3\}").correct
+    assert judge(r"\boxed{x_1^2}", "x^2_1").correct

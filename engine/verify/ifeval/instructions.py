@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import regex
+
 from engine.verify.ifeval.language import language_of, languages
 from engine.verify.ifeval.tokenize import sentences, words
 
@@ -91,7 +93,8 @@ def length_number_paragraphs(response: str, num_paragraphs: int) -> bool:
 
 
 def length_number_words(response: str, num_words: int, relation: str) -> bool:
-    return _related(len(re.findall(r"\w+", response)), relation, num_words)
+    """A word consists of letters, digits, underscores and combining marks, without which the words of Hindi or Thai fall apart."""
+    return _related(len(regex.findall(r"\w+", response)), relation, num_words)
 
 
 def length_nth_paragraph_first_word(response: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:

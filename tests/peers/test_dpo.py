@@ -111,7 +111,7 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed; pip install -e '.[peers]'")
 @pytest.mark.skipif(not SOLUTIONS.exists(), reason="the solutions are not here")
 def test_loss_and_gradient_equal_trls(tmp_path: Path) -> None:
     for kind, (apart, cosine) in difference(tiny(tmp_path / "model"), tmp_path / "trl").items():
@@ -122,14 +122,18 @@ def test_loss_and_gradient_equal_trls(tmp_path: Path) -> None:
 def page(model: str, count: int, found: dict[str, tuple[float, float]]) -> str:
     """The page with the results of `difference` and the environment."""
     rows = [[kind, f"{apart:.1e}", f"{1 - cosine:.1e}"] for kind, (apart, cosine) in found.items()]
-    facts = environment() | {"date": date.today().isoformat(), "command": f"python -m tests.e2e.test_dpo_trl {model} {count}"}
+    facts = environment() | {"date": date.today().isoformat(), "command": f"python -m tests.peers.test_dpo {model} {count}"}
     where = [f"- {key}: {value}" for key, value in facts.items()]
     summary = f"{model}, fp32, {count} real pairs, references that differ slightly from the policy. Differences from TRL's DPOTrainer:"
     header = ["loss", "difference of the losses", "1 - cosine of the gradients"]
     return "\n".join(["# DPO's loss and gradient compared with TRL's", "", summary, "", *table(header, rows), "", *where]) + "\n"
 
 
+<<<<<<< HEAD:tests/e2e/test_dpo_trl.py
 if __name__ == "__main__":  # python -m tests.e2e.test_dpo_trl smollm2-135m-instruct 32: a real model, takes minutes
+=======
+if __name__ == "__main__":  # python -m tests.peers.test_dpo smollm2-135m-instruct 32: the same with a real model, some minutes
+>>>>>>> peers:tests/peers/test_dpo.py
     text = page(sys.argv[1], int(sys.argv[2]), difference(resolve(sys.argv[1]), Path("runs/trl"), int(sys.argv[2])))
     (RESULTS / f"dpo_equal_{date.today().isoformat()}.md").write_text(text, encoding="utf-8")
     print(text)
