@@ -43,7 +43,7 @@ trivet::Oversize oversize_of(const std::string& name) {
 }
 
 py::list names_of(const std::vector<trivet::Algorithm>& algorithms) {
-    constexpr const char* NAMES[] = {"none", "level", "skewed", "by_rank", "tight"};
+    constexpr const char* NAMES[] = {"none", "level", "skewed", "by_rank", "tight", "differencing", "even"};
     py::list names;
     for (const trivet::Algorithm algorithm : algorithms) names.append(NAMES[static_cast<int>(algorithm)]);
     return names;

@@ -25,7 +25,7 @@ class Stats:
     fill: float  # tokens / (ranks * M * token_budget)
     imbalance: float  # highest cost of a rank / mean cost of a rank
     lockstep: float  # sum over microbatches of the highest cost on any rank / mean cost of a rank
-    algorithms: tuple[str, ...]  # algorithm chosen in each step: level, skewed, by_rank, tight (csrc/pack.h); none: no sequences
+    algorithms: tuple[str, ...]  # algorithm chosen in each step: see csrc/pack.h; none: no sequences
     dropped: int  # sequences in no microbatch
 
 
