@@ -1,7 +1,6 @@
 #include "balance.h"
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -141,7 +140,7 @@ Balanced balance(const Sorted& units, const Limits& limits) {
     const int64_t multiple = limits.microbatch_multiple;
     const auto room_for = [&](int64_t bins) {
         const int64_t microbatches = round_up((bins + limits.ranks - 1) / limits.ranks, multiple);
-        if (microbatches > std::numeric_limits<int32_t>::max() / limits.ranks) throw std::length_error("more than 2**31 - 1 microbatches");
+        if (microbatches > MOST_SLOTS / limits.ranks) throw std::invalid_argument("more than 2**24 microbatches on all ranks; raise token_budget");
         return Room{limits.capacity(), limits.ranks, microbatches, limits.cost.token + limits.cost.square * units.tokens[0]};
     };
     Room room = room_for(least_bins(units, limits.capacity()));

@@ -101,7 +101,6 @@ def plan(
     Raises ValueError for a limit below 1, a negative length or cost, a sum of costs above 2**62, a group that spans steps, and with
     on_oversize="error" for a sequence or group above the budget.
     """
-    _check_limits(ranks, token_budget, seq_multiple, total_multiple, microbatch_multiple)
     _check_choices(cost, sync, on_oversize)
     lengths_N = _integers("lengths", lengths)
     per_sequence = {"group_ids": group_ids, "step_ids": step_ids, "trained": trained}
@@ -123,20 +122,6 @@ def plan(
     stats = Stats(**rates, algorithms=tuple(result.pop("algorithms")), dropped=dropped)
     denominators = Denominators(**{name: result.pop(f"trained_{name}") for name in ("tokens", "sequences", "groups")})
     return Plan(lengths=lengths_N, ranks=ranks, seq_multiple=seq_multiple, denominators=denominators, stats=stats, **result)
-
-
-def _check_limits(ranks: int, token_budget: int, seq_multiple: int, total_multiple: int, microbatch_multiple: int) -> None:
-    limits = {"ranks": ranks, "token_budget": token_budget, "seq_multiple": seq_multiple, "total_multiple": total_multiple}
-    for name, value in {**limits, "microbatch_multiple": microbatch_multiple}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if token_budget > MOST:
-        raise ValueError(f"token_budget={token_budget} exceeds int32 cu_seqlens; lower tokens_per_microbatch to at most {MOST}")
-    if ranks * microbatch_multiple > MOST:
-        raise ValueError(f"ranks={ranks} times microbatch_multiple={microbatch_multiple} is over {MOST}; lower one of them")
-    for name, multiple in (("seq_multiple", seq_multiple), ("total_multiple", total_multiple)):
-        if token_budget < multiple:
-            raise ValueError(f"token_budget={token_budget} is below {name}={multiple}; raise tokens_per_microbatch to {multiple} or more")
 
 
 def _check_choices(cost: tuple[int, int, int], sync: str, on_oversize: str) -> None:
