@@ -12,8 +12,8 @@
 namespace trivet {
 namespace {
 
-// The limit on work, in units of bins that are visited: about a millisecond. A partition costs about 64 times as much per unit as a visit.
-constexpr int64_t VISITS_PER_UNIT = 256, MOST_VISITS = 1 << 19, VISITS_PER_PARTITIONED = 64;
+// The limit on work, in units of bins that are visited: half a millisecond. A partition costs about 64 times as much per unit as a visit.
+constexpr int64_t VISITS_PER_UNIT = 32, MOST_VISITS = 1 << 18, VISITS_PER_PARTITIONED = 64;
 
 struct Heavier {
     const Amounts& weight;
