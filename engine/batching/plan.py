@@ -128,8 +128,9 @@ def plan(
     sync: whether ranks synchronize after every microbatch (FSDP, experts) or once per step; the plan minimizes the time of that case.
     on_oversize: for a sequence or group above the budget: raise an error, put it into a microbatch of its own, or drop it.
 
-    Raises ValueError for a limit below 1, a negative length or cost, a sum of costs above 2**62, a group that spans steps, and with
-    on_oversize="error" for a sequence or group above the budget.
+    Raises ValueError for a limit below 1, a negative length or cost, a sum of costs above 2**62, more than 2**24 microbatches on all
+    ranks, a negative `trained` or one above int32, a group that spans steps, and with on_oversize="error" for a sequence or group above the
+    budget.
     """
     _check_choices(cost, sync, on_oversize)
     lengths_N = _integers("lengths", lengths)
