@@ -95,12 +95,12 @@ check: build
 SANITIZED := build/sanitized
 sanitize: build
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r engine triton_kernels tests pyproject.toml $(SANITIZED)/
+	cp -r engine triton_kernels benchmarks tests pyproject.toml $(SANITIZED)/
 	rm -f $(SANITIZED)/engine/_C*.so
 	SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp build/sanitized-objects
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-		$(abspath $(BIN))/python -m pytest tests/unit/test_batching.py tests/unit/test_ragged.py
+		$(abspath $(BIN))/python -m pytest tests/unit/test_batching.py tests/unit/test_ragged.py tests/unit/test_balance.py tests/unit/test_hostile.py
 
 # Compiles every kernel for sm_80, sm_90 and sm_100 and reports registers and shared memory. Fails if one spills. Needs no GPU.
 aot: build

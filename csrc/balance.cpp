@@ -1,8 +1,6 @@
 #include "balance.h"
 
 #include <algorithm>
-#include <array>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -73,13 +71,21 @@ Balanced assign(const Packing& packing, Algorithm algorithm, const Room& room, i
     return balanced;
 }
 
+// With one microbatch per rank, imbalance does not average out over microbatches, so the packing is improved.
+Balanced finish(Packing&& packing, Algorithm algorithm, const Sorted& units, const Room& room, const Limits& limits) {
+    if (room.microbatches == 1) exchange_costs(units, room, packing);
+    return assign(packing, algorithm, room, limits.cost.microbatch);
+}
+
 // The objective: the cost of the step with this synchronization, then that with the other one.
 std::pair<int64_t, int64_t> objective(const Balanced& balanced, Sync sync) {
     return sync == Sync::microbatch ? std::pair(balanced.lockstep, balanced.slowest) : std::pair(balanced.slowest, balanced.lockstep);
 }
 
+// A lower bound on the cost of the step.
 int64_t ideal(const Sorted& units, const Room& room, const Limits& limits) {
-    return limits.cost.microbatch * room.microbatches + (units.total_cost + room.ranks - 1) / room.ranks;
+    const int64_t costliest = room.microbatches == 1 ? *std::max_element(units.cost.begin(), units.cost.end()) : 0;
+    return limits.cost.microbatch * room.microbatches + std::max((units.total_cost + room.ranks - 1) / room.ranks, costliest);
 }
 
 int64_t tokens_to_place(const Sorted& units, int64_t capacity) {
@@ -91,31 +97,33 @@ int64_t tokens_to_place(const Sorted& units, int64_t capacity) {
 using Strategy = std::pair<Algorithm, Packing (*)(const Sorted&, const Room&)>;
 
 // The packings in the order to try. If less than 1/500 of all tokens is free, balancing costs rarely succeeds, so pack_tight comes first.
-std::array<Strategy, 4> strategies(const Sorted& units, const Room& room) {
-    std::array<Strategy, 4> order{{{Algorithm::level, pack_level},
-                                   {Algorithm::skewed, pack_skewed},
-                                   {Algorithm::by_rank, pack_by_rank},
-                                   {Algorithm::tight, pack_tight}}};
+std::vector<Strategy> strategies(const Sorted& units, const Room& room) {
+    const Strategy level{Algorithm::level, pack_level}, tight{Algorithm::tight, pack_tight};
+    if (room.microbatches == 1) return {level, {Algorithm::differencing, pack_differencing}, tight};
+    const Strategy skewed{Algorithm::skewed, pack_skewed}, by_rank{Algorithm::by_rank, pack_by_rank};
     const int64_t space = room.capacity * room.bins();
-    if (space - tokens_to_place(units, room.capacity) < space / 500) std::rotate(order.begin(), order.end() - 1, order.end());
-    return order;
+    if (space - tokens_to_place(units, room.capacity) < space / 500) return {tight, level, skewed, by_rank};
+    return {level, skewed, by_rank, tight};
 }
 
-// The best of the four packings. If none fits, returns nothing and sets `needed` to a number of bins that is sufficient.
+// The best of the packings. If none fits, returns nothing and sets `needed` to a number of bins that is sufficient.
 std::optional<Balanced> best_of(const Sorted& units, const Room& room, const Limits& limits, int64_t& needed) {
-    const int64_t enough = ideal(units, room, limits) + ideal(units, room, limits) / 256;
+    const int64_t least = ideal(units, room, limits);
     std::optional<Balanced> best;
     for (const auto& [algorithm, pack] : strategies(units, room)) {
-        const Packing packing = pack(units, room);
+        Packing packing = pack(units, room);
         if (!packing.ok) {
-            needed = std::max(needed, static_cast<int64_t>(packing.bins.size()));
+            if (algorithm == Algorithm::tight) needed = std::max(needed, static_cast<int64_t>(packing.bins.size()));
             continue;
         }
-        Balanced candidate = assign(packing, algorithm, room, limits.cost.microbatch);
+        Balanced candidate = finish(std::move(packing), algorithm, units, room, limits);
         if (!best || objective(candidate, limits.sync) < objective(*best, limits.sync)) best = std::move(candidate);
-        if (objective(*best, limits.sync).first <= enough) break;
+        const bool exact = room.microbatches == 1 && algorithm == Algorithm::level;  // pack_differencing may be closer than 1/256
+        if (objective(*best, limits.sync).first <= (exact ? least : least + least / 256)) break;
     }
-    return best;
+    if (best) return best;
+    Packing packing = pack_even(units, room);
+    return packing.ok ? std::optional(finish(std::move(packing), Algorithm::even, units, room, limits)) : std::nullopt;
 }
 
 // A lower bound on the bins needed: no two units of more than half a bin share one, and no bin exceeds the capacity.
@@ -132,7 +140,7 @@ Balanced balance(const Sorted& units, const Limits& limits) {
     const int64_t multiple = limits.microbatch_multiple;
     const auto room_for = [&](int64_t bins) {
         const int64_t microbatches = round_up((bins + limits.ranks - 1) / limits.ranks, multiple);
-        if (microbatches > std::numeric_limits<int32_t>::max() / limits.ranks) throw std::length_error("more than 2**31 - 1 microbatches");
+        if (microbatches > MOST_SLOTS / limits.ranks) throw std::invalid_argument("more than 2**24 microbatches on all ranks; raise token_budget");
         return Room{limits.capacity(), limits.ranks, microbatches, limits.cost.token + limits.cost.square * units.tokens[0]};
     };
     Room room = room_for(least_bins(units, limits.capacity()));

@@ -6,7 +6,7 @@
 
 namespace trivet {
 
-enum class Algorithm : int8_t { none, level, skewed, by_rank, tight };
+enum class Algorithm : int8_t { none, level, skewed, by_rank, tight, differencing, even };
 
 // One optimizer step. A slot is rank * microbatches + microbatch; the costliest microbatch of each rank is its first.
 struct Balanced {
@@ -20,6 +20,7 @@ struct Balanced {
 
 // Uses the fewest microbatches that hold the units, or more if that costs less (only possible with cost.microbatch > 0); every rank has the
 // same number. Tries the packings of pack.h until one is within 1/256 of the ideal, total / ranks, and takes the best.
+// With one microbatch per rank, the costliest rank costs no more than by largest differencing, unless that exceeds the capacity.
 Balanced balance(const Sorted& units, const Limits& limits);
 
 }  // namespace trivet

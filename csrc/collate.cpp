@@ -97,7 +97,7 @@ void collate(const Share& share, const Batch& batch, int64_t threads) {
             });
         }
     };
-    const std::vector<int64_t> bounds = split_evenly(starts, std::max<int64_t>(threads, 1));
+    const std::vector<int64_t> bounds = split_evenly(starts, std::clamp<int64_t>(threads, 1, std::max<int64_t>(share.microbatches, 1)));
     std::vector<std::future<void>> others;
     for (size_t part = 1; part + 1 < bounds.size(); ++part) {
         others.push_back(std::async(std::launch::async, write, bounds[part], bounds[part + 1]));

@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -24,6 +26,39 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 using Numbers = std::optional<Array<int64_t>>;  // one per sequence, or None
 
+constexpr int64_t LARGEST = std::numeric_limits<int32_t>::max(), MOST_THREADS = 4096;
+
+std::string text(int64_t value) { return std::to_string(value); }
+
+int64_t in_range(const std::string& name, int64_t value, int64_t least, int64_t most) {
+    if (value >= least && value <= most) return value;
+    throw std::invalid_argument(name + "=" + text(value) + " must be from " + text(least) + " to " + text(most));
+}
+
+std::string describe(py::handle value) {
+    if (!py::isinstance<py::array>(value)) return py::str(py::type::of(value).attr("__name__"));
+    return py::str("{} of shape {}").format(value.attr("dtype"), value.attr("shape"));
+}
+
+// No conversion: an output that was converted would be a copy, and a conversion of an input is better done once by the caller.
+template <typename T>
+Array<T> array_of(const std::string& name, py::handle value) {
+    constexpr int ALIGNED = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    if (Array<T>::check_(value)) {
+        auto array = py::reinterpret_borrow<Array<T>>(value);
+        if (array.ndim() == 1 && (array.flags() & ALIGNED) != 0) return array;
+    }
+    const std::string dtype = py::str(py::dtype::of<T>());
+    throw std::invalid_argument(name + " is " + describe(value) + "; pass a contiguous, one-dimensional numpy array of " + dtype);
+}
+
+Numbers numbers_of(const std::string& name, const py::object& value, py::ssize_t count) {
+    if (value.is_none()) return std::nullopt;
+    const Array<int64_t> array = array_of<int64_t>(name, value);
+    if (array.size() != count) throw std::invalid_argument(name + " has " + text(array.size()) + " entries for " + text(count) + " lengths");
+    return array;
+}
+
 // A numpy array that owns the vector's memory; no copy.
 template <typename T>
 Array<T> to_numpy(std::vector<T>&& values) {
@@ -33,35 +68,42 @@ Array<T> to_numpy(std::vector<T>&& values) {
     return Array<T>(static_cast<py::ssize_t>(data->size()), data->data(), owner);
 }
 
-const int64_t* data_or_null(const Numbers& numbers, py::ssize_t count) {
-    if (numbers && numbers->size() != count) throw std::invalid_argument("lengths, group_ids, step_ids and trained must have the same size");
-    return numbers ? numbers->data() : nullptr;
+const int64_t* data_or_null(const Numbers& numbers) { return numbers ? numbers->data() : nullptr; }
+
+trivet::Sync sync_of(const std::string& name) {
+    if (name != "microbatch" && name != "step") throw std::invalid_argument("sync='" + name + "' is unknown; use 'microbatch' or 'step'");
+    return name == "step" ? trivet::Sync::step : trivet::Sync::microbatch;
 }
 
 trivet::Oversize oversize_of(const std::string& name) {
-    return name == "error" ? trivet::Oversize::error : name == "alone" ? trivet::Oversize::alone : trivet::Oversize::drop;
+    if (name == "error") return trivet::Oversize::error;
+    if (name == "alone") return trivet::Oversize::alone;
+    if (name == "drop") return trivet::Oversize::drop;
+    throw std::invalid_argument("on_oversize='" + name + "' is unknown; use 'error' or 'alone' or 'drop'");
 }
 
 py::list names_of(const std::vector<trivet::Algorithm>& algorithms) {
-    constexpr const char* NAMES[] = {"none", "level", "skewed", "by_rank", "tight"};
+    constexpr const char* NAMES[] = {"none", "level", "skewed", "by_rank", "tight", "differencing", "even"};
     py::list names;
     for (const trivet::Algorithm algorithm : algorithms) names.append(NAMES[static_cast<int>(algorithm)]);
     return names;
 }
 
-py::dict plan(const Array<int64_t>& lengths, const Numbers& group_ids, const Numbers& step_ids, const Numbers& trained, int64_t ranks,
+py::dict plan(const py::object& lengths, const py::object& group_ids, const py::object& step_ids, const py::object& trained, int64_t ranks,
               int64_t token_budget, const std::tuple<int64_t, int64_t, int64_t>& cost, int64_t seq_multiple, int64_t total_multiple,
               int64_t microbatch_multiple, const std::string& sync, const std::string& on_oversize) {
-    const py::ssize_t count = lengths.size();
-    const trivet::Sequences sequences{lengths.data(), data_or_null(group_ids, count), data_or_null(step_ids, count), data_or_null(trained, count),
-                                      count};
+    const Array<int64_t> lengths_N = array_of<int64_t>("lengths", lengths);
+    const py::ssize_t count = lengths_N.size();
+    const Numbers groups = numbers_of("group_ids", group_ids, count), steps = numbers_of("step_ids", step_ids, count),
+                  loss = numbers_of("trained", trained, count);
+    const trivet::Sequences sequences{lengths_N.data(), data_or_null(groups), data_or_null(steps), data_or_null(loss), count};
     const trivet::Limits limits{ranks,
                                 token_budget,
                                 {std::get<0>(cost), std::get<1>(cost), std::get<2>(cost)},
                                 seq_multiple,
                                 total_multiple,
                                 microbatch_multiple,
-                                sync == "step" ? trivet::Sync::step : trivet::Sync::microbatch,
+                                sync_of(sync),
                                 oversize_of(on_oversize)};
     trivet::Plan planned;
     {
@@ -93,22 +135,60 @@ py::dict plan(const Array<int64_t>& lengths, const Numbers& group_ids, const Num
 template <typename T>
 using Rows = std::variant<Array<T>, std::vector<Array<T>>>;
 
+template <typename T>
+Rows<T> rows_of(const std::string& name, const py::object& value) {
+    if (!py::isinstance<py::list>(value) && !py::isinstance<py::tuple>(value)) return array_of<T>(name, value);
+    std::vector<Array<T>> arrays;
+    for (const py::handle row : value) arrays.push_back(array_of<T>(name + "[" + text(static_cast<int64_t>(arrays.size())) + "]", row));
+    return arrays;
+}
+
+// Memory that is read or written.
+struct Span {
+    std::string name;
+    const char *begin, *end;
+};
+
+template <typename T>
+Span span_of(const std::string& name, const Array<T>& array) {
+    const char* begin = reinterpret_cast<const char*>(array.data());
+    return {name, begin, begin + array.nbytes()};
+}
+
+template <typename T>
+void add_spans(const std::string& name, const Rows<T>& rows, std::vector<Span>& spans) {
+    if (const auto* flat = std::get_if<Array<T>>(&rows)) return spans.push_back(span_of(name, *flat));
+    for (const Array<T>& array : std::get<std::vector<Array<T>>>(rows)) spans.push_back(span_of(name, array));
+}
+
+// Throws if an output shares memory with an input or with another output.
+void check_overlap(const std::vector<Span>& outputs, const std::vector<Span>& inputs) {
+    const auto check = [](const Span& a, const Span& b) {
+        if (a.begin < b.end && b.begin < a.end) throw std::invalid_argument(a.name + " shares memory with " + b.name + "; pass separate arrays");
+    };
+    for (size_t i = 0; i < outputs.size(); ++i) {
+        for (size_t k = 0; k < i; ++k) check(outputs[i], outputs[k]);
+        for (const Span& input : inputs) check(outputs[i], input);
+    }
+}
+
 // Pointers to the row of each sequence of the share, which has length(id) + extra entries. In a flat field, row i starts at
 // starts[i] + i * extra.
 template <typename T>
-std::vector<const T*> row_pointers(const char* name, const Rows<T>& rows, const trivet::Share& share, const int64_t* starts, int64_t extra) {
+std::vector<const T*> row_pointers(const std::string& name, const Rows<T>& rows, const trivet::Share& share, const int64_t* starts, int64_t extra) {
     std::vector<const T*> pointers(share.sequences());
     const auto* arrays = std::get_if<std::vector<Array<T>>>(&rows);
     if (arrays == nullptr ? starts == nullptr : static_cast<int64_t>(arrays->size()) != share.sequences()) {
-        throw std::invalid_argument(std::string(name) + " must have an array for each sequence of the share, or be flat with starts");
+        throw std::invalid_argument(name + " must have an array for each sequence of the share, or be flat with starts");
     }
     for (int64_t place = 0; place < share.sequences(); ++place) {
         const int64_t id = share.order[place], expected = share.lengths[id] + extra;
         const Array<T>& array = arrays != nullptr ? (*arrays)[place] : std::get<Array<T>>(rows);
-        const int64_t start = arrays != nullptr ? 0 : starts[id] + id * extra;
+        // No row starts beyond the end of the array; a larger number is not added to, which could overflow.
+        const int64_t start = arrays != nullptr ? 0 : starts[id] > array.size() ? starts[id] : starts[id] + id * extra;
         const bool fits = arrays != nullptr ? array.size() == expected : start >= 0 && start <= array.size() - expected;
         if (!fits) {
-            throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.size()) + " entries; sequence " + std::to_string(id) +
+            throw std::invalid_argument(name + " has " + std::to_string(array.size()) + " entries; sequence " + std::to_string(id) +
                                         " requires " + std::to_string(expected));
         }
         pointers[place] = array.data() + start;
@@ -117,64 +197,106 @@ std::vector<const T*> row_pointers(const char* name, const Rows<T>& rows, const 
 }
 
 template <typename T>
-T* output(const char* name, Array<T>& array, int64_t size) {
-    if (array.size() != size) throw std::invalid_argument(std::string(name) + " must have " + std::to_string(size) + " entries");
-    return array.mutable_data();
+Array<T> output(const std::string& name, const py::object& value, int64_t size) {
+    Array<T> array = array_of<T>(name, value);
+    if (array.size() != size) throw std::invalid_argument(name + " must have " + text(size) + " entries; it has " + text(array.size()));
+    if (!array.writeable()) throw std::invalid_argument(name + " is read-only; pass an array that can be written");
+    return array;
 }
 
-// A float field: (input, whether it has one value per token rather than per sequence, output).
-using Field = std::tuple<Rows<float>, bool, Array<float>>;
+// (input, whether it has one value per token rather than per sequence, output)
+using Field = std::tuple<py::object, bool, py::object>;
 
-trivet::Values values_of(Field& field, const trivet::Share& share, const int64_t* starts, int64_t size) {
-    auto& [rows, per_token, out] = field;
-    trivet::Values values{{}, per_token, output("out", out, size)};
+struct Fields {
+    std::vector<Rows<float>> inputs;
+    std::vector<Array<float>> outputs;
+    std::vector<trivet::Values> values;
+};
+
+void add_field(const Field& field, const trivet::Share& share, const int64_t* starts, int64_t size, Fields& fields) {
+    const auto& [value, per_token, out] = field;
+    const std::string name = "fields[" + text(static_cast<int64_t>(fields.values.size())) + "]";
+    const Rows<float> rows = rows_of<float>(name, value);
+    Array<float> target = output<float>("the output of " + name, out, size);
+    trivet::Values values{{}, per_token, target.mutable_data()};
     if (per_token) {
-        values.of = row_pointers("a field", rows, share, starts, 0);
-        return values;
+        values.of = row_pointers(name + ", a field", rows, share, starts, 0);
+    } else {
+        const auto* flat = std::get_if<Array<float>>(&rows);
+        if (flat == nullptr) throw std::invalid_argument(name + " is a list; a field with one value per sequence is one array");
+        for (int64_t place = 0; place < share.sequences(); ++place) {
+            if (share.order[place] >= flat->size()) throw std::invalid_argument(name + ", a field has too few entries: " + text(flat->size()));
+            values.of.push_back(flat->data() + share.order[place]);
+        }
     }
-    const auto& array = std::get<Array<float>>(rows);
-    for (int64_t place = 0; place < share.sequences(); ++place) {
-        if (share.order[place] >= array.size()) throw std::invalid_argument("a field has too few entries");
-        values.of.push_back(array.data() + share.order[place]);
-    }
-    return values;
+    fields.inputs.push_back(rows);
+    fields.outputs.push_back(target);
+    fields.values.push_back(std::move(values));
 }
 
 trivet::Share share_of(const Array<int32_t>& order, const Array<int64_t>& offsets, const Array<int64_t>& lengths, const Array<int64_t>& totals,
                        int64_t seq_multiple) {
+    in_range("seq_multiple", seq_multiple, 1, LARGEST);
     const trivet::Share share{order.data(), offsets.data(), lengths.data(), totals.data(), totals.size(), seq_multiple};
-    if (offsets.size() != totals.size() + 1 || share.sequences() != order.size()) throw std::invalid_argument("order, offsets and totals have inconsistent sizes");
+    if (offsets.size() != totals.size() + 1 || share.sequences() != order.size()) {
+        throw std::invalid_argument("order, offsets and totals have inconsistent sizes: " + text(order.size()) + ", " + text(offsets.size()) + " and " +
+                                    text(totals.size()));
+    }
+    for (int64_t j = 0; j <= share.microbatches; ++j) {
+        const std::string name = "offsets[" + text(j) + "]";
+        in_range(name, offsets.data()[j], j == 0 ? 0 : offsets.data()[j - 1], j == 0 ? 0 : order.size());
+    }
     for (int64_t j = 0; j < share.microbatches; ++j) {
+        in_range("totals[" + text(j) + "]", share.totals[j], 0, LARGEST);
         int64_t tokens = 0;
-        if (offsets.at(j) > offsets.at(j + 1) || offsets.at(0) != 0) throw std::invalid_argument("offsets must ascend from 0");
-        for (int64_t place = offsets.at(j); place < offsets.at(j + 1); ++place) {
-            const int32_t id = order.at(place);
-            if (id < 0 || id >= lengths.size() || lengths.at(id) < 0) throw std::invalid_argument("order has an unknown sequence id");
-            tokens += trivet::round_up(lengths.at(id), seq_multiple);
+        for (int64_t place = share.offsets[j]; place < share.offsets[j + 1]; ++place) {
+            const int32_t id = share.order[place];
+            if (id < 0 || id >= lengths.size() || share.lengths[id] < 0 || share.lengths[id] > LARGEST) {
+                throw std::invalid_argument("order has an unknown sequence id, " + text(id) + ", or one without a length from 0 to " + text(LARGEST));
+            }
+            tokens += trivet::round_up(share.lengths[id], seq_multiple);
         }
-        if (tokens > totals.at(j)) {
-            throw std::invalid_argument("totals has " + std::to_string(totals.at(j)) + " for a microbatch of " + std::to_string(tokens) + " tokens");
+        if (tokens > share.totals[j]) {
+            throw std::invalid_argument("totals has " + text(share.totals[j]) + " for a microbatch of " + text(tokens) + " tokens");
         }
     }
     return share;
 }
 
-py::tuple collate(const Array<int32_t>& order, const Array<int64_t>& offsets, const Array<int64_t>& lengths, const Array<int64_t>& totals,
-                  int64_t seq_multiple, const Numbers& starts, const Rows<int32_t>& tokens, const Rows<uint8_t>& mask, std::vector<Field> fields,
-                  Array<int32_t> tokens_out, Array<int32_t> targets_out, Array<int32_t> positions_out, Array<uint8_t> mask_out,
+py::tuple collate(const py::object& order, const py::object& offsets, const py::object& lengths, const py::object& totals, int64_t seq_multiple,
+                  const py::object& starts, const py::object& tokens, const py::object& mask, const std::vector<Field>& fields,
+                  const py::object& tokens_out, const py::object& targets_out, const py::object& positions_out, const py::object& mask_out,
                   int64_t threads) {
-    const trivet::Share share = share_of(order, offsets, lengths, totals, seq_multiple);
-    int64_t size = 0;
-    for (int64_t j = 0; j < share.microbatches; ++j) size += share.totals[j];
-    const int64_t* starts_data = data_or_null(starts, lengths.size());
-    trivet::Batch batch{row_pointers("tokens", tokens, share, starts_data, 1),
-                        row_pointers("mask", mask, share, starts_data, 0),
+    in_range("threads", threads, 1, MOST_THREADS);
+    const Array<int32_t> ids = array_of<int32_t>("order", order);
+    const Array<int64_t> bounds = array_of<int64_t>("offsets", offsets), lengths_N = array_of<int64_t>("lengths", lengths),
+                         sizes = array_of<int64_t>("totals", totals);
+    const trivet::Share share = share_of(ids, bounds, lengths_N, sizes, seq_multiple);
+    const int64_t size = std::accumulate(share.totals, share.totals + share.microbatches, int64_t{0});
+    const Numbers first = numbers_of("starts", starts, lengths_N.size());
+    const Rows<int32_t> token_rows = rows_of<int32_t>("tokens", tokens);
+    const Rows<uint8_t> mask_rows = rows_of<uint8_t>("mask", mask);
+    std::array<Array<int32_t>, 3> out{output<int32_t>("tokens_out", tokens_out, size), output<int32_t>("targets_out", targets_out, size),
+                                      output<int32_t>("positions_out", positions_out, size)};
+    Array<uint8_t> mask_target = output<uint8_t>("mask_out", mask_out, size);
+    trivet::Batch batch{row_pointers("tokens", token_rows, share, data_or_null(first), 1),
+                        row_pointers("mask", mask_rows, share, data_or_null(first), 0),
                         {},
-                        output("tokens_out", tokens_out, size),
-                        output("targets_out", targets_out, size),
-                        output("positions_out", positions_out, size),
-                        output("mask_out", mask_out, size)};
-    for (Field& field : fields) batch.values.push_back(values_of(field, share, starts_data, size));
+                        out[0].mutable_data(),
+                        out[1].mutable_data(),
+                        out[2].mutable_data(),
+                        mask_target.mutable_data()};
+    Fields more;
+    for (const Field& field : fields) add_field(field, share, data_or_null(first), size, more);
+    batch.values = std::move(more.values);
+    std::vector<Span> inputs{span_of("order", ids), span_of("offsets", bounds), span_of("lengths", lengths_N), span_of("totals", sizes)};
+    std::vector<Span> outputs{span_of("tokens_out", out[0]), span_of("targets_out", out[1]), span_of("positions_out", out[2]),
+                              span_of("mask_out", mask_target)};
+    add_spans("tokens", token_rows, inputs);
+    add_spans("mask", mask_rows, inputs);
+    for (const Rows<float>& rows : more.inputs) add_spans("a field", rows, inputs);
+    for (const Array<float>& array : more.outputs) outputs.push_back(span_of("the output of a field", array));
+    check_overlap(outputs, inputs);
     trivet::Segments segments;
     {
         py::gil_scoped_release release;

@@ -1,8 +1,12 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <queue>
+
+#include "differencing.h"
+#include "exchange.h"
 
 namespace trivet {
 namespace {
@@ -141,6 +145,30 @@ void split_costliest(const Sorted& units, const Room& room, Packing& packing) {
     }
 }
 
+// The number of units that fit in no bin; they are the first. Each gets a bin of its own, from bin 0.
+int32_t oversize_units(const Sorted& units, const Room& room) {
+    const auto fits = [&](int64_t tokens) { return tokens <= room.capacity; };
+    return static_cast<int32_t>(std::find_if(units.tokens.begin(), units.tokens.end(), fits) - units.tokens.begin());
+}
+
+// Sets the bins of a packing from bin_of; `ok` becomes false if one has more tokens than the capacity.
+void fill_bins(const Sorted& units, const Room& room, Packing& packing) {
+    packing.bins = empty_bins(room.bins(), room.capacity);
+    for (int32_t unit = 0; unit < units.size(); ++unit) {
+        Bin& bin = packing.bins[packing.bin_of[unit]];
+        packing.ok &= bin.room >= std::min(units.tokens[unit], room.capacity);
+        add(bin, units, unit);
+    }
+}
+
+// Units [first, U), costliest first. They are longest first already, but of two groups the longer one may cost less.
+Ids costliest_first(const Sorted& units, int32_t first) {
+    Ids order = range(first, units.size());
+    const auto costlier = [&](int32_t a, int32_t b) { return units.cost[a] > units.cost[b]; };
+    if (!std::is_sorted(order.begin(), order.end(), costlier)) std::stable_sort(order.begin(), order.end(), costlier);
+    return order;
+}
+
 }  // namespace
 
 Packing pack_level(const Sorted& units, const Room& room) {
@@ -184,6 +212,43 @@ Packing pack_tight(const Sorted& units, const Room& room) {
     split_costliest(units, room, packing);
     packing.bins.resize(room.bins(), Bin{0, room.capacity, -1});
     return packing;
+}
+
+Packing pack_differencing(const Sorted& units, const Room& room) {
+    constexpr int64_t MOST = int64_t{1} << 26;
+    Packing packing{range(0, units.size()), {}};  // oversize units have the first bins
+    const int32_t oversize = oversize_units(units, room), bins = room.bins() - oversize;
+    packing.ok = bins > 0 && units.size() <= MOST / bins;
+    if (!packing.ok) return packing;
+    const Ids order = costliest_first(units, oversize);
+    Amounts cost(order.size());
+    std::transform(order.begin(), order.end(), cost.begin(), [&](int32_t unit) { return units.cost[unit]; });
+    const Ids part_of = largest_differencing(cost, bins);
+    for (size_t i = 0; i < order.size(); ++i) packing.bin_of[order[i]] = oversize + part_of[i];
+    fill_bins(units, room, packing);
+    return packing;
+}
+
+Packing pack_even(const Sorted& units, const Room& room) {
+    constexpr int64_t UNLIMITED = std::numeric_limits<int64_t>::max();
+    Packing packing{range(0, units.size()), empty_bins(room.bins(), UNLIMITED)};
+    const int32_t oversize = oversize_units(units, room);
+    packing.ok = oversize < room.bins();
+    if (!packing.ok) return packing;
+    const Sorted by_tokens{units.unit, units.tokens, units.tokens, 0};
+    level(by_tokens, range(oversize, units.size()), oversize, room.bins(), packing);
+    exchange(units, units.tokens, room.capacity, UNLIMITED, oversize, packing);
+    fill_bins(units, room, packing);
+    return packing;
+}
+
+void exchange_costs(const Sorted& units, const Room& room, Packing& packing) {
+    const int32_t oversize = oversize_units(units, room), bins = room.bins() - oversize;
+    if (bins == 0 || oversize == units.size()) return;
+    const int64_t total = std::accumulate(units.cost.begin() + oversize, units.cost.end(), int64_t{0});
+    const int64_t costliest = *std::max_element(units.cost.begin() + oversize, units.cost.end());
+    exchange(units, units.cost, std::max(total / bins + (total % bins > 0), costliest), room.capacity, oversize, packing);
+    fill_bins(units, room, packing);
 }
 
 }  // namespace trivet

@@ -1,4 +1,4 @@
-// Packs units into bins, one bin per microbatch, with one of four algorithms.
+// Packs units into bins, one bin per microbatch, with one of six algorithms.
 #pragma once
 
 #include "queues.h"
@@ -35,5 +35,15 @@ Packing pack_by_rank(const Sorted& units, const Room& room);
 // Best fit decreasing, then splits the costliest bin in two until there are enough bins. If best fit needs too many bins, `ok` is false and
 // `bins` has as many as it needed.
 Packing pack_tight(const Sorted& units, const Room& room);
+
+// Largest differencing (differencing.h) of the costs. `ok` is false if units * bins is above 2^26, where it would be slow.
+Packing pack_differencing(const Sorted& units, const Room& room);
+
+// pack_level by tokens and beyond the capacity, then exchanges until no bin is over it. Costs are not balanced: for bins that are all but
+// full, which the other algorithms fail to fill.
+Packing pack_even(const Sorted& units, const Room& room);
+
+// Balances the costs of a packing further, by exchanges between its bins (exchange.h). Makes no bin costlier than the costliest.
+void exchange_costs(const Sorted& units, const Room& room, Packing& packing);
 
 }  // namespace trivet

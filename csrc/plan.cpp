@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 namespace trivet {
 namespace {
@@ -111,6 +113,10 @@ Plan plan(const Sequences& sequences, const Limits& limits) {
         balanced.push_back(balance(step, limits));
         plan.algorithms.push_back(balanced.back().algorithm);
         plan.step_offsets.push_back(plan.step_offsets.back() + balanced.back().microbatches);
+        if (plan.step_offsets.back() > MOST_SLOTS / limits.ranks) {
+            throw std::invalid_argument(std::to_string(steps.size()) + " steps make more than 2**24 microbatches on " + std::to_string(limits.ranks) +
+                                        " ranks; plan fewer steps at a time");
+        }
     }
     plan.microbatches = plan.step_offsets.back();
     const Ids slot_of = slots_of_units(units, steps, balanced, plan);

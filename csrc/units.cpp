@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 namespace trivet {
 namespace {
@@ -23,6 +24,37 @@ std::string text(int64_t value) { return std::to_string(value); }
                                 "; raise tokens_per_microbatch or shorten/truncate it");
 }
 
+void check_limits(const Limits& limits) {
+    const auto fail = [](const std::string& message) { throw std::invalid_argument(message); };
+    for (const auto& [name, value] : {std::pair("ranks", limits.ranks), {"token_budget", limits.token_budget}, {"seq_multiple", limits.seq_multiple},
+                                      {"total_multiple", limits.total_multiple}, {"microbatch_multiple", limits.microbatch_multiple}}) {
+        if (value < 1) fail(std::string(name) + "=" + text(value) + " must be at least 1");
+    }
+    if (limits.token_budget > LONGEST) {
+        fail("token_budget=" + text(limits.token_budget) + " exceeds int32 cu_seqlens; lower tokens_per_microbatch to at most " + text(LONGEST));
+    }
+    if (limits.ranks > MOST_SLOTS / limits.microbatch_multiple) {
+        fail("ranks=" + text(limits.ranks) + " times microbatch_multiple=" + text(limits.microbatch_multiple) + " is over " + text(MOST_SLOTS) +
+             "; lower one of them");
+    }
+    for (const auto& [name, multiple] : {std::pair("seq_multiple", limits.seq_multiple), {"total_multiple", limits.total_multiple}}) {
+        if (limits.token_budget < multiple) {
+            fail("token_budget=" + text(limits.token_budget) + " is below " + name + "=" + text(multiple) + "; raise tokens_per_microbatch to " +
+                 text(multiple) + " or more");
+        }
+    }
+    for (const int64_t cost : {limits.cost.microbatch, limits.cost.token, limits.cost.square}) {
+        if (cost < 0 || cost >= int64_t{1} << 62) fail("cost has " + text(cost) + "; use three integers from 0 to 2**62 - 1");
+    }
+}
+
+void check_trained(const Sequences& sequences) {
+    for (int64_t i = 0; sequences.trained != nullptr && i < sequences.count; ++i) {
+        if (sequences.trained[i] >= 0 && sequences.trained[i] <= LONGEST) continue;
+        throw std::invalid_argument("trained[" + text(i) + "]=" + text(sequences.trained[i]) + " must be from 0 to " + text(LONGEST));
+    }
+}
+
 void check_lengths(const Sequences& sequences) {
     if (sequences.count > LONGEST) throw std::invalid_argument(text(sequences.count) + " sequences are over 2**31 - 1; split the batch");
     const auto [shortest, longest] = std::minmax_element(sequences.lengths, sequences.lengths + sequences.count);
@@ -34,7 +66,7 @@ void check_lengths(const Sequences& sequences) {
 
 // If the sum of all costs is below 2^62, it and all values compared with it fit in int64. Computed with 128 bits.
 void check_costs(const Sequences& sequences, const Limits& limits) {
-    constexpr __int128 MOST = static_cast<__int128>(1) << 62;
+    constexpr __int128 MOST = (static_cast<__int128>(1) << 62) - 1;
     __int128 tokens = 0, squares = 0;
     for (int64_t i = 0; i < sequences.count; ++i) {
         const int64_t padded = limits.padded(sequences.lengths[i]);
@@ -176,7 +208,9 @@ std::vector<Sorted> by_step(Ids order, const Units& units, const Sequences& sequ
 }  // namespace
 
 Units gather_units(const Sequences& sequences, const Limits& limits) {
+    check_limits(limits);
     check_lengths(sequences);
+    check_trained(sequences);
     check_costs(sequences, limits);
     Units units = sequences.groups == nullptr ? units_of_sequences(sequences, limits) : units_of_groups(sequences, limits);
     check_steps(units, sequences);

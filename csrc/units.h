@@ -10,6 +10,9 @@ namespace trivet {
 using Ids = std::vector<int32_t>;
 using Amounts = std::vector<int64_t>;
 
+// Microbatches of all ranks together; above it, the arrays of a plan would take gigabytes.
+constexpr int64_t MOST_SLOTS = 1 << 24;
+
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Cost of a microbatch: `microbatch` + the sum over its sequences of token * L + square * L^2.
@@ -63,7 +66,7 @@ struct Sorted {
     int32_t size() const { return static_cast<int32_t>(unit.size()); }
 };
 
-// Throws std::invalid_argument for a negative length, for one beyond int32, for costs whose sum overflows int64, for a group that spans
+// Throws std::invalid_argument for a limit out of range, a negative length, for one beyond int32, for costs whose sum overflows int64, for a group that spans
 // steps, and, with Oversize::error, for units that exceed the capacity.
 Units gather_units(const Sequences& sequences, const Limits& limits);
 

@@ -17,7 +17,10 @@ def plan(
     sync: str,
     on_oversize: str,
 ) -> dict[str, Any]:
-    """int64 [N] each; the arrays and numbers of batching.Plan by name, its denominators as trained_*."""
+    """int64 [N] each; the arrays and numbers of batching.Plan by name, its denominators as trained_*.
+
+    Arrays are contiguous and have exactly this dtype; nothing is converted. Raises ValueError, with argument and value, for any other array
+    and for a number out of range."""
 
 def collate(
     order: np.ndarray,
@@ -26,9 +29,9 @@ def collate(
     totals: np.ndarray,
     seq_multiple: int,
     starts: np.ndarray | None,
-    tokens: np.ndarray | Sequence[np.ndarray],
-    mask: np.ndarray | Sequence[np.ndarray],
-    fields: Sequence[tuple[np.ndarray | Sequence[np.ndarray], bool, np.ndarray]],
+    tokens: np.ndarray | list[np.ndarray],
+    mask: np.ndarray | list[np.ndarray],
+    fields: Sequence[tuple[np.ndarray | list[np.ndarray], bool, np.ndarray]],
     tokens_out: np.ndarray,
     targets_out: np.ndarray,
     positions_out: np.ndarray,
@@ -37,7 +40,9 @@ def collate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Writes the *_out of one rank, and the last of each of `fields`: (values, whether each token has its own, where they go). Returns
     cu_seqlens (int32, one more than segments for each microbatch), the sequence of each segment (int32, -1: padding) and how many segments
-    each microbatch has (int64)."""
+    each microbatch has (int64).
+
+    Raises ValueError as `plan` does, and for an output that is read-only or shares memory with another argument."""
 
 def flatten_ints(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """int32 numbers end to end, and where each row begins, int64 [N + 1]."""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, DTypeLike
 
 from engine import _C
-from engine.batching.plan import Plan, plan
+from engine.batching.plan import MOST, Plan, plan
 from engine.batching.ragged import OPTIONAL_FIELDS, Arena, Ragged
 from engine.types import Packed, Sample, Step
 
@@ -27,13 +27,23 @@ def build(plan: Plan, rank: int, ragged: Ragged | Sequence[Sample], out: Arena |
     out: buffers to write into, which invalidates the step built there before; None: allocate.
     threads: maximum number of threads; 0: choose by size, up to torch.get_num_threads(). The result does not depend on it.
 
-    Raises ValueError for a rank outside the plan, for sequences other than the planned ones, and for a field of the wrong length or type.
+    Raises ValueError for an edited plan that is inconsistent, for a rank outside it, for sequences other than the planned ones, and for a
+    field of the wrong length or type.
     """
+    plan.check()
+    if threads < 0:
+        raise ValueError(f"threads={threads} must be at least 0; 0 chooses by size")
     if not 0 <= rank < plan.ranks:
         raise ValueError(f"rank={rank} is not in a plan for {plan.ranks} ranks; use 0 to {plan.ranks - 1}")
     slots = slice(rank * plan.microbatches, (rank + 1) * plan.microbatches)
     bounds = plan.offsets[slots.start : slots.stop + 1]
+    if not 0 <= bounds[0] <= bounds[-1] <= len(plan.order):
+        raise ValueError(f"plan.offsets of rank {rank} is from {bounds[0]} to {bounds[-1]}; it must ascend from 0 to {len(plan.order)}")
     order_S, totals = plan.order[bounds[0] : bounds[-1]], plan.totals[slots]
+    if order_S.size and not 0 <= order_S.min() <= order_S.max() < len(plan.lengths):
+        raise ValueError(f"plan.order is from {order_S.min()} to {order_S.max()}; it must be from 0 to {len(plan.lengths) - 1}")
+    if totals.size and not 1 <= totals.min() <= totals.max() <= MOST:
+        raise ValueError(f"plan.totals is from {totals.min()} to {totals.max()}; it must be from 1 to {MOST}")
     source = _flat_source(plan, ragged) if isinstance(ragged, Ragged) else _sample_source(plan, ragged, order_S.tolist())
     size = int(totals.sum())
     fields = source.pop("fields")

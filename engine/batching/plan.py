@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from engine import _C
 
@@ -25,7 +25,7 @@ class Stats:
     fill: float  # tokens / (ranks * M * token_budget)
     imbalance: float  # highest cost of a rank / mean cost of a rank
     lockstep: float  # sum over microbatches of the highest cost on any rank / mean cost of a rank
-    algorithms: tuple[str, ...]  # algorithm chosen in each step: level, skewed, by_rank, tight (csrc/pack.h); none: no sequences
+    algorithms: tuple[str, ...]  # algorithm chosen in each step: see csrc/pack.h; none: no sequences
     dropped: int  # sequences in no microbatch
 
 
@@ -60,6 +60,36 @@ class Plan:
     denominators: Denominators
     oversize: np.ndarray  # int32: ids of sequences that fit in no microbatch, alone or with their group
     stats: Stats
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for a field of the wrong type, size or range. The values of order, offsets, lengths and totals are checked by
+        `build`, for its rank."""
+        for name, least, most in (("ranks", 1, MOST), ("microbatches", 0, MOST), ("seq_multiple", 1, MOST)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or not least <= value <= most:
+                raise ValueError(f"plan.{name}={value!r} must be an integer from {least} to {most}")
+        slots = int(self.ranks) * int(self.microbatches)
+        _check_array("lengths", self.lengths, np.int64, None)
+        _check_array("order", self.order, np.int32, None)
+        _check_array("step_ids", self.step_ids, np.int64, None)
+        _check_array("oversize", self.oversize, np.int32, None)
+        _check_array("offsets", self.offsets, np.int64, slots + 1)
+        _check_array("totals", self.totals, np.int64, slots)
+        _check_array("inverse", self.inverse, np.int32, len(self.lengths))
+        _check_array("cu_seqlens", self.cu_seqlens, np.int32, len(self.order) + slots)
+        _check_array("cu_seqlens_padded", self.cu_seqlens_padded, np.int32, len(self.order) + slots)
+        _check_array("step_offsets", self.step_offsets, np.int64, len(self.step_ids) + 1)
+        if (self.offsets[0], self.offsets[-1]) != (0, len(self.order)):
+            raise ValueError(f"plan.offsets is from {self.offsets[0]} to {self.offsets[-1]}; it must be from 0 to {len(self.order)}")
+        if not isinstance(self.denominators, Denominators):
+            raise ValueError(f"plan.denominators is {type(self.denominators).__name__}; pass Denominators")
+        for name in ("tokens", "sequences", "groups"):
+            _check_array(f"denominators.{name}", getattr(self.denominators, name), np.int64, len(self.step_ids))
+        if not isinstance(self.stats, Stats):
+            raise ValueError(f"plan.stats is {type(self.stats).__name__}; pass Stats")
 
     def sequences(self, rank: int, microbatch: int) -> np.ndarray:
         """The ids of the sequences of one microbatch, int32 [S], S may be 0."""
@@ -98,10 +128,10 @@ def plan(
     sync: whether ranks synchronize after every microbatch (FSDP, experts) or once per step; the plan minimizes the time of that case.
     on_oversize: for a sequence or group above the budget: raise an error, put it into a microbatch of its own, or drop it.
 
-    Raises ValueError for a limit below 1, a negative length or cost, a sum of costs above 2**62, a group that spans steps, and with
-    on_oversize="error" for a sequence or group above the budget.
+    Raises ValueError for a limit below 1, a negative length or cost, a sum of costs above 2**62, more than 2**24 microbatches on all
+    ranks, a negative `trained` or one above int32, a group that spans steps, and with on_oversize="error" for a sequence or group above the
+    budget.
     """
-    _check_limits(ranks, token_budget, seq_multiple, total_multiple, microbatch_multiple)
     _check_choices(cost, sync, on_oversize)
     lengths_N = _integers("lengths", lengths)
     per_sequence = {"group_ids": group_ids, "step_ids": step_ids, "trained": trained}
@@ -125,26 +155,21 @@ def plan(
     return Plan(lengths=lengths_N, ranks=ranks, seq_multiple=seq_multiple, denominators=denominators, stats=stats, **result)
 
 
-def _check_limits(ranks: int, token_budget: int, seq_multiple: int, total_multiple: int, microbatch_multiple: int) -> None:
-    limits = {"ranks": ranks, "token_budget": token_budget, "seq_multiple": seq_multiple, "total_multiple": total_multiple}
-    for name, value in {**limits, "microbatch_multiple": microbatch_multiple}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if token_budget > MOST:
-        raise ValueError(f"token_budget={token_budget} exceeds int32 cu_seqlens; lower tokens_per_microbatch to at most {MOST}")
-    if ranks * microbatch_multiple > MOST:
-        raise ValueError(f"ranks={ranks} times microbatch_multiple={microbatch_multiple} is over {MOST}; lower one of them")
-    for name, multiple in (("seq_multiple", seq_multiple), ("total_multiple", total_multiple)):
-        if token_budget < multiple:
-            raise ValueError(f"token_budget={token_budget} is below {name}={multiple}; raise tokens_per_microbatch to {multiple} or more")
-
-
 def _check_choices(cost: tuple[int, int, int], sync: str, on_oversize: str) -> None:
     if len(cost) != 3 or not all(0 <= c < 2**62 and c == int(c) for c in cost):
         raise ValueError(f"cost={cost} must be three integers from 0 to 2**62 - 1: per microbatch, per token, per squared length")
     for name, value, allowed in (("sync", sync, ("microbatch", "step")), ("on_oversize", on_oversize, ("error", "alone", "drop"))):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, allowed))}")
+
+
+def _check_array(name: str, array: object, dtype: DTypeLike, size: int | None) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"plan.{name} is {type(array).__name__}; pass a numpy array of {np.dtype(dtype)}")
+    if array.dtype != dtype or array.ndim != 1 or not (array.flags.c_contiguous and array.flags.aligned):
+        raise ValueError(f"plan.{name} is {array.dtype} of shape {array.shape}; pass contiguous {np.dtype(dtype)} of one dimension")
+    if size not in (None, len(array)):
+        raise ValueError(f"plan.{name} has {len(array)} entries; the other fields of the plan require {size}")
 
 
 def _integers(name: str, values: ArrayLike, count: int | None = None) -> np.ndarray:
@@ -154,4 +179,6 @@ def _integers(name: str, values: ArrayLike, count: int | None = None) -> np.ndar
         raise ValueError(f"{name} is {array.dtype} of shape {array.shape}; pass a one-dimensional sequence of integers")
     if count not in (None, len(array)):
         raise ValueError(f"{name} has {len(array)} entries for {count} lengths; give one for each sequence")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} has {array.max()}, which exceeds int64")
     return array.astype(np.int64)

@@ -129,11 +129,7 @@ def page(model: str, count: int, found: dict[str, tuple[float, float]]) -> str:
     return "\n".join(["# DPO's loss and gradient compared with TRL's", "", summary, "", *table(header, rows), "", *where]) + "\n"
 
 
-<<<<<<< HEAD:tests/e2e/test_dpo_trl.py
-if __name__ == "__main__":  # python -m tests.e2e.test_dpo_trl smollm2-135m-instruct 32: a real model, takes minutes
-=======
-if __name__ == "__main__":  # python -m tests.peers.test_dpo smollm2-135m-instruct 32: the same with a real model, some minutes
->>>>>>> peers:tests/peers/test_dpo.py
+if __name__ == "__main__":  # python -m tests.peers.test_dpo smollm2-135m-instruct 32: a real model, takes minutes
     text = page(sys.argv[1], int(sys.argv[2]), difference(resolve(sys.argv[1]), Path("runs/trl"), int(sys.argv[2])))
     (RESULTS / f"dpo_equal_{date.today().isoformat()}.md").write_text(text, encoding="utf-8")
     print(text)
