@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.batching.planners import KARMARKAR_KARP, largest_differencing, rounds_needed, worth
+from benchmarks.batching.planners import KARMARKAR_KARP, largest_differencing, placement_stats, rounds_needed
 from benchmarks.batching.workloads import Workload, workload
 from engine.batching.plan import Plan, plan
 
@@ -60,7 +60,7 @@ def test_no_microbatch_more_than_two_stages_of_largest_differencing(seed: int, r
     shares = KARMARKAR_KARP.over(costs, work.ranks)
     rounds = rounds_needed(shares, lengths, budget)
     placements = [[KARMARKAR_KARP.within(share, by, rounds) for share in shares] for by in (costs, lengths)]
-    if all(worth(placement, lengths, costs, budget).over for placement in placements):
+    if all(placement_stats(placement, lengths, costs, budget).over for placement in placements):
         pytest.skip("it exceeds the budget")
     assert plan(work.lengths_N, work.ranks, budget, cost=work.cost).microbatches <= rounds
 
