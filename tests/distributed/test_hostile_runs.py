@@ -253,7 +253,7 @@ def test_a_killed_deletion_leaves_no_part_under_a_checkpoints_name(run: Path, mo
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint._prune(run, 1)
-    assert [path.name for path in checkpoint.found(run)] == ["step-00000002"]
+    assert [path.name for path in checkpoint.checkpoint_folders(run)] == ["step-00000002"]
     assert (run / "step-00000001.deleted").exists()
     seal_step(run / "step-00000002", 2)
     assert ranks(1).run(jobs_files.refusal, parallel=Parallel(), model=MODEL, out=run) == [""]

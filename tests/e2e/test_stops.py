@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,7 +53,7 @@ def test_an_export_stops_at_the_end_of_its_turn(tmp_path: Path) -> None:
 
     exported = AutoTokenizer.from_pretrained(tmp_path / "model")
     prompt = exported.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0].tolist()
     assert theirs == answer["tokens"]
     assert exported.decode(theirs[len(prompt) :]) == "pong<|im_end|>"

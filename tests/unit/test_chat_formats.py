@@ -68,10 +68,11 @@ def test_the_mask_covers_what_sampling_would_produce(of: Format) -> None:
 @pytest.mark.parametrize("of", TRAINABLE.values(), ids=TRAINABLE)
 def test_the_closing_token_ends_a_response_before_and_after_export(of: Format, tmp_path: Path) -> None:
     chat = ChatTemplate(of.tokenizer())
-    closing = [chat.tokenizer.convert_tokens_to_ids(of.closing)] if of.closing else []
+    closing: list[Any] = [chat.tokenizer.convert_tokens_to_ids(of.closing)] if of.closing else []
+    eos: Any = chat.tokenizer.eos_token_id
     assert list(chat.closing) == closing
     assert bool(chat.warnings) == (not of.closing)
-    assert set(stop_tokens(chat, None)) == {chat.tokenizer.eos_token_id, *closing}
+    assert set(stop_tokens(chat, None)) == {eos, *closing}
     write_assets(tmp_path, SHAPE, None, chat, stop_tokens(chat, None))
     exported = ChatTemplate(load_tokenizer(str(tmp_path)))
     assert exported.text == of.template

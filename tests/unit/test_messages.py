@@ -39,7 +39,7 @@ def test_every_key_of_a_message_reaches_the_template(extra: dict[str, Any]):
 
 def test_tool_definitions_reach_the_template():
     chat = ChatTemplate(load_tokenizer("bytes"), "{{ '<|user|>' + (tools | tojson) if tools else '' }}" + TULU)
-    tools = [{"type": "function", "function": {"name": "add", "description": "<|end|>"}}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "add", "description": "<|end|>"}}]
     for given_tools in (tools, json.dumps(tools)):
         tokens, _ = chat.encode_row({"messages": ask("q", "a"), "tools": given_tools})
         assert chat.tokenizer.decode(tokens) == chat.tokenizer.apply_chat_template(ask("q", "a"), tools, tokenize=False)

@@ -83,8 +83,8 @@ class ProgramServer(Peer):
     def do_call(self, function: Any, *arguments: Any, **named: Any) -> Any:
         return function(*arguments, **named)
 
-    do_getattr, do_setattr, do_delattr = map(staticmethod, (getattr, setattr, delattr))
-    do_copy, do_deepcopy, do_await = map(staticmethod, (copy.copy, copy.deepcopy, asyncio.run))
+    do_getattr, do_setattr, do_delattr = staticmethod(getattr), staticmethod(setattr), staticmethod(delattr)
+    do_copy, do_deepcopy, do_await = staticmethod(copy.copy), staticmethod(copy.deepcopy), staticmethod(asyncio.run)
 
 
 def _taken(stream: io.TextIOWrapper) -> str:
