@@ -190,13 +190,15 @@ def check_folder(out: Path, run: Run) -> None:
 def claim_data(out: Path, data: list[tuple[str, str]]) -> None:
     """Record the sources that the run reads. Raises ValueError, naming the source, if a started run would now read other samples."""
     path = out / "data.json"
-    if (out / "run.json").exists() and path.exists():
-        there = read_object(path, "the record of a run's data").get("sources")
-        for (name, digest), before in zip(data, there if isinstance(there, list) else [], strict=False):
-            if before[-1:] != [digest]:
-                raise ValueError(
-                    f"{name} gives other samples than when {out} was started; restore the file (and the tokenizer), or choose another out="
-                )
+    there = read_object(path, "the record of a run's data").get("sources") if path.exists() else None
+    if there == [list(source) for source in data]:  # also on the ranks that come after rank 0
+        return
+    if (out / "run.json").exists() and there is not None:
+        changed = [name for (name, digest), before in zip(data, there, strict=False) if before[-1:] != [digest]]
+        if changed:
+            raise ValueError(
+                f"{changed[0]} gives other samples than when {out} was started; restore the file (and the tokenizer), or choose another out="
+            )
         return
     out.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")

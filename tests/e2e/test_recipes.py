@@ -45,7 +45,7 @@ def test_recipes_are_valid_and_warn_only_about_padding(name: str) -> None:
     run = recipe(name)
     assert problems(run, shape_of, gpus(name)) == []
     message = warnings(run, shape_of, gpus(name))
-    assert [line.split(" over ")[0] for line in message] == ["model.vocab=128264"] * (shape_of(run.model).vocab == 128264)
+    assert [line.split(" with ")[0] for line in message] == ["model.vocab=128264"] * (shape_of(run.model).vocab == 128264)
 
 
 @lru_cache
@@ -59,7 +59,7 @@ def test_it_fits_with_sequences_of_the_maximum_length(name: str) -> None:
     run = recipe(name)
     results = forecast(run, gpus(name), Hardware.load("h100"), given=longest(run), rehearse=composed(), seek=False)
     assert results.fits
-    assert all(line.startswith("model.vocab=128264 over ") for line in results.warnings)
+    assert all(line.startswith("model.vocab=128264 with ") for line in results.warnings)
 
 
 @pytest.mark.parametrize("name", NAMES)
