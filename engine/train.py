@@ -197,7 +197,7 @@ def claim_data(out: Path, data: list[tuple[str, str]]) -> None:
         changed = [name for (name, digest), before in zip(data, there, strict=False) if before[-1:] != [digest]]
         if changed:
             raise ValueError(
-                f"{changed[0]} gives other samples than when {out} was started; restore the file (and the tokenizer), or choose another out="
+                f"{changed[0]} gives other samples than when {out} was started; restore the file and the tokenizer, or choose another out="
             )
         return
     out.mkdir(parents=True, exist_ok=True)
