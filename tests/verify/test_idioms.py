@@ -23,11 +23,24 @@ def sandbox() -> Iterator[Sandbox]:
     sandbox.close()
 
 
+def error_of(script: str) -> str:
+    """The error that a script ends with; empty if there is none."""
+    try:
+        exec(compile(script, "script", "exec"), {"__name__": __name__})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_an_error_of_a_script_is_seen() -> None:
+    assert error_of("assert 1 == 2, 'no'") == "AssertionError: no"
+
+
 @pytest.mark.parametrize("name", [*IDIOMS, *UNSUPPORTED])
 def test_they_are_right_in_one_process(name: str) -> None:
     """Run as any script: the table itself has no mistakes."""
     program, tests = {**IDIOMS, **UNSUPPORTED}[name]
-    exec(compile(f"{program}\n{tests}", name, "exec"), {"__name__": __name__})
+    assert error_of(f"{program}\n{tests}") == ""
 
 
 @pytest.mark.parametrize("name", IDIOMS)

@@ -12,6 +12,7 @@ A message is {"verb", "arguments", "named"} or a reply to it, {"ok"} or {"error"
 
 from __future__ import annotations
 
+import abc
 import socket
 from collections.abc import Iterator
 from operator import is_
@@ -25,7 +26,7 @@ from engine.verify.sandbox.inside.wire import Lost, receive, send
 MALFORMED = (TypeError, ValueError, LookupError, AttributeError, RecursionError, ArithmeticError, AssertionError)
 
 
-class Peer:
+class Peer(abc.ABC):
     """What both sides do. A side defines `perform`, the requests that it serves."""
 
     rules: Rules | None = None  # of the tests process, for its proxies
@@ -39,8 +40,9 @@ class Peer:
         self.unsent: list[int] = []
         self.dropped: list[int] = []
 
+    @abc.abstractmethod
     def perform(self, verb: str, arguments: list[Any], named: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """The result of a request of the other side."""
 
     def request(self, verb: str, *arguments: Any, **named: Any) -> Any:
         """The other side's result for `verb`. Serves its requests until then. Raises the exception that it raised, or Lost."""
