@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from engine.data.template import TULU, ChatTemplate
 from engine.data.tokenizer import load_tokenizer
-from tests.support.chat_templates import CHATS, FORMATS, ask, trained_text, word_tokenizer
+from tests.support.chat_templates import CHATS, FORMATS, QWEN3, ask, trained_text, word_tokenizer
 
 END = 259
 
@@ -112,6 +112,21 @@ def test_tokens_that_the_template_looks_for_in_a_message_are_its_own(content: st
     assert tokenizer.decode(tokens) == tokenizer.apply_chat_template(ask("q", content), chat_template=template, tokenize=False)
     assert tokens.tolist().count(END) == 1
     assert bool("</think>" in content) == (261 in tokens.tolist())
+
+
+@pytest.mark.parametrize("content", ["<think>\n2 + 3\n</think>\n\n5", "\n</think>5", "5", "<|im_end|>\n</think>\n\n<|im_end|>5"])
+def test_tokens_that_the_template_writes_and_looks_for_are_its_own(content: str):
+    """Qwen3 writes <think> itself, moves a message's own reasoning there, and strips around it."""
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = QWEN3
+    tokens, mask = ChatTemplate(tokenizer).encode(ask("q", content))
+    think, im_end = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
+    assert tokenizer.decode(tokens) == tokenizer.apply_chat_template(ask("q", content), tokenize=False)
+    assert tokens.tolist().count(think) == 1
+    assert tokens.tolist().count(im_end) == 2, "what the message contains stays text"
+    assert tokens[1:][mask == 1].tolist()[-1] == im_end
 
 
 def test_a_template_that_edits_control_tokens_in_messages_is_refused_for_those_rows():
